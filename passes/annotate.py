@@ -1,0 +1,86 @@
+"""Factors for every value of the global graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tedfx.factors import Factor, as_size
+from tedfx.passes.base import Pass, PassResult
+from tedfx.rules import Annotator, Relation, rule_for
+from tedfx.rules.base import is_tensor, operands
+
+_CUTS_GRADIENT = ("detach",)
+
+
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Walk the graph once; each op's rule relates the factors of its operands to those of its outputs.
+
+    1. Inputs: each size symbol is one factor, each static size a fresh one. The dims that the trace marks as batch carry the batch factor.
+    2. Parameters, buffers, constants: a fresh factor per dim; uses refine and unify them.
+    3. Ops: `Annotator.annotate` with the op's rule; where factorisations do not agree a `regroup_barrier` is inserted.
+    4. `differentiable`: a float value with a differentiable operand, down from the parameters that require gradients.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"functional", "row_losses"})
+    provides: ClassVar[frozenset[str]] = frozenset({"factors"})
+
+    def __call__(self, program) -> PassResult:
+        graph, trace = program.graph_module.graph, program.trace
+        tensor = program.roles.mesh.size(program.roles.tensor)
+        ctx = Annotator(graph, tensor)
+        result = PassResult()
+        learned = set(program.trainable)
+        states = set(trace.parameters) | set(trace.buffers) | set(trace.constants)
+        batch: Factor | None = None
+        for node in graph.nodes:  # input symbols first, so that batch comes before sequence
+            if node.op == "placeholder" and node.name not in states and is_tensor(node):
+                for d, size in enumerate(node.meta["val"].shape):
+                    size = as_size(size)
+                    if d == 0 and program.is_batch_input(node):
+                        batch = batch or Factor(size, "B")
+                        if not isinstance(size, int):
+                            ctx.symbols[size] = batch
+                    elif not isinstance(size, int):
+                        ctx.symbols.setdefault(size, Factor(size, str(size)))
+        program.batch_factor = batch
+        for node in list(graph.nodes):
+            if node.op == "placeholder":
+                node.meta["differentiable"] = node.name in learned
+                if is_tensor(node):
+                    state, dims = node.name in states, []
+                    for d, size in enumerate(node.meta["val"].shape):
+                        if d == 0 and not state and program.is_batch_input(node):
+                            dims.append((batch,))
+                        else:
+                            dims.append(ctx.dim_of(size, node.name if state else ""))
+                    node.meta["dims"] = dims
+                    node.meta["relation"] = Relation(out=dims)
+            elif node.op == "call_function" and self._has_tensor(node):
+                result.matches += 1
+                node.meta["differentiable"] = self._differentiable(node)
+                ctx.annotate(node, rule_for(node))
+            elif node.op not in ("output", "call_function"):
+                raise AssertionError(f"unexpected node {node.op} {node.target}")
+        result.changes, result.notes = ctx.barriers, ctx.notes
+        return result
+
+    @staticmethod
+    def _has_tensor(node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) or (isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value))
+
+    @staticmethod
+    def _differentiable(node: fx.Node) -> bool:
+        value = node.meta["val"]
+        values = [value] if isinstance(value, torch.Tensor) else [v for v in value if isinstance(v, torch.Tensor)]
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in _CUTS_GRADIENT:
+            return False
+        if not any(v.dtype.is_floating_point for v in values):
+            return False
+        sources = operands(node) or [n for n in node.all_input_nodes]
+        return any(n.meta.get("differentiable", False) for n in sources)

@@ -1,0 +1,146 @@
+"""What a pass is, and the runner.
+
+A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and three class variables are its
+contract: the properties it `requires` of the program, those it `provides`, and those it `conflicts` with. It takes a program
+(anything with a `graph_module`), changes it in place, and returns a `PassResult`.
+
+The runner knows no pass. It checks contracts before anything runs, then for each pass: runs it, lints the graph, calls the
+verifier, and records what happened. A program is valid between any two passes.
+
+`TEDFX_PRINT_AFTER=all` (or a comma-separated list of pass names) prints the graph before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from tedfx.errors import ContractError
+
+__all__ = ["Pass", "PassRecord", "PassResult", "check_contracts", "emit", "evaluate", "run_pipeline"]
+
+
+@dataclasses.dataclass
+class PassResult:
+    """What one pass saw (`matches`), what it did (`changes`), and what a reader should know (`notes`)."""
+
+    matches: int = 0
+    changes: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Base of all passes."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def name(self) -> str:
+        words = "".join("_" + c.lower() if c.isupper() else c for c in type(self).__name__)
+        return words.lstrip("_")
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+        return f"{self.name}{{{options}}}" if options else self.name
+
+    def __call__(self, program: Any) -> PassResult:
+        raise NotImplementedError(f"{self.name} does nothing yet")
+
+
+@dataclasses.dataclass
+class PassRecord:
+    """One line of a program's history."""
+
+    name: str
+    text: str
+    seconds: float
+    result: PassResult
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.result.matches} matched, {self.result.changes} changed, {self.seconds:.2f} s"
+
+
+def check_contracts(passes: Sequence[Pass], have: Iterable[str] = ()) -> None:
+    """Raise `ContractError`, naming both passes, unless each pass finds what it requires and nothing it conflicts with."""
+    provider = {prop: "the input" for prop in have}
+    for position, p in enumerate(passes):
+        for prop in sorted(p.requires - provider.keys()):
+            later = next((q.name for q in passes[position + 1 :] if prop in q.provides), None)
+            where = f"{later} provides it, but runs later" if later else "no pass provides it"
+            raise ContractError(f"{p.name} requires '{prop}': {where}")
+        for prop in sorted(p.conflicts & provider.keys()):
+            raise ContractError(f"{p.name} cannot run after {provider[prop]}, which provides '{prop}'")
+        provider.update(dict.fromkeys(p.provides, p.name))
+
+
+def run_pipeline(
+    program: Any,
+    passes: Sequence[Pass],
+    history: list[PassRecord] | None = None,
+    *,
+    have: Iterable[str] = (),
+    verify: Callable[[Any, Pass], None] | None = None,
+) -> list[PassRecord]:
+    """Run `passes` over `program` in the order given; append one record per pass to `history` and return it."""
+    history = [] if history is None else history
+    check_contracts(passes, have)
+    wanted = {w for w in os.environ.get("TEDFX_PRINT_AFTER", "").split(",") if w}
+    for p in passes:
+        show = "all" in wanted or p.name in wanted
+        if show:
+            _print(program, f"before {p}")
+        start = time.perf_counter()
+        result = p(program)
+        program.graph_module.graph.lint()
+        program.graph_module.recompile()
+        if verify is not None:
+            verify(program, p)
+        record = PassRecord(p.name, str(p), time.perf_counter() - start, result)
+        history.append(record)
+        if show:
+            _print(program, f"after {record}")
+    return history
+
+
+def _print(program: Any, title: str) -> None:
+    text = program.graph_module.print_readable(print_output=False)
+    print(f"===== {title}\n{text}", file=sys.stderr, flush=True)
+
+
+# --- helpers for writing passes ------------------------------------------------------------------------------------------
+
+
+def evaluate(target: Callable, args: tuple, kwargs: dict) -> Any:
+    """The fake value of `target(*args, **kwargs)`, nodes standing for their `meta['val']`."""
+    args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta.get("val"))
+    mode = next((v.fake_mode for v in _leaves((args, kwargs)) if hasattr(v, "fake_mode")), None)
+    with torch.no_grad():
+        if mode is None:
+            return target(*args, **kwargs)
+        with mode:
+            return target(*args, **kwargs)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def emit(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict | None = None, *, like: fx.Node) -> fx.Node:
+    """Insert a call at the graph's insertion point, with its fake value, and the provenance (line, module) of `like`."""
+    kwargs = kwargs or {}
+    node = graph.call_function(target, args, kwargs)
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    node.meta["val"] = evaluate(target, args, kwargs)
+    return node

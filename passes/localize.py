@@ -1,0 +1,234 @@
+"""Sizes and operators as one rank has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tedfx import ops
+from tedfx.errors import TraceError, user_line
+from tedfx.factors import leaves
+from tedfx.passes.base import Pass, PassResult
+from tedfx.placing import roots
+from tedfx.rules import op_name, operands
+from tedfx.rules.base import argument
+from tedfx.sizes import Sizes
+from tedfx.types import Shard, find_dim, sharding_axes
+
+aten = torch.ops.aten
+VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze", "aten.view_as", "aten._reshape_copy"}
+SIZED = {"aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty"}
+
+
+@dataclass(frozen=True)
+class Localize(Pass):
+    """Rewrite what depends on sizes, from dims and types alone:
+
+    1. Views, expands, creations, pieces: their literal and symbolic sizes become local ones.
+    2. A range over a sharded dim keeps global numbers: local range plus this coordinate's offset. A mean over a sharded dim becomes a sum over the
+       global count.
+    3. A vocabulary that is sharded: embedding and cross-entropy in their parallel forms.
+    4. Draws (dropout) become counter-based: a hash of (seed, site, global index), so that replicas agree and shards differ.
+    5. Any other size used as a number becomes the global one. The old size arithmetic is dead and dropped.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"types", "collectives", "local_experts"})
+    provides: ClassVar[frozenset[str]] = frozenset({"local"})
+
+    def __call__(self, program) -> PassResult:
+        return _Localizer(program).run()
+
+
+class _Localizer:
+    def __init__(self, program):
+        self.program, self.graph = program, program.graph_module.graph
+        self.sizes, self.plan, self.result = Sizes(program), program.plan, PassResult()
+        self.sites = 0
+        self.seed: fx.Node | None = None
+
+    def run(self) -> PassResult:
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or "relation" not in node.meta:
+                continue
+            before = (node.target, node.args, node.kwargs)
+            self.visit(node)
+            self.numbers(node)
+            self.result.matches += 1
+            self.result.changes += (node.target, node.args, node.kwargs) != before
+        self.graph.eliminate_dead_code()
+        for node in self.graph.nodes:
+            if "dims" in node.meta and "type" in node.meta:
+                node.meta["local_shape"] = self.sizes.shape(node)
+        self.program.size_sources = {str(s): (n.name, d) for s, (n, d) in self.sizes.sources.items()}
+        self.program.uses_seed = self.seed is not None
+        return self.result
+
+    # one node -------------------------------------------------------------------------------------------------------------
+    def visit(self, node: fx.Node) -> None:
+        name = op_name(node)
+        if name in VIEWS:
+            if name not in ("aten.view", "aten._unsafe_view"):
+                node.target = aten.reshape.default
+            node.args, node.kwargs = (node.args[0], self.shape(node)), {}
+        elif name in ("aten.expand", "aten.expand_as", "aten.broadcast_to"):
+            node.target, node.args, node.kwargs = aten.expand.default, (node.args[0], self.shape(node)), {}
+        elif name in SIZED:
+            at = 1 if name.startswith("aten.new_") else 0
+            node.args = (*node.args[:at], self.shape(node), *node.args[at + 1 :])
+        elif name == "aten.arange":
+            self.arange(node)
+        elif name in ("aten.slice", "aten.narrow"):
+            self.slice(node)
+        elif name in ("aten.split", "aten.split_with_sizes", "aten.tensor_split"):
+            self.split(node)
+        elif name == "aten.mean":
+            self.mean(node)
+        elif name == "aten.embedding":
+            axes = self.contracted_axes(node, node.args[0], 0)
+            if axes:
+                padding = argument(node, 2, "padding_idx", -1)
+                node.target, node.kwargs = ops.vocab_parallel_embedding, {}
+                node.args = (node.args[0], node.args[1], axes, None if padding is None or padding < 0 else padding)
+        elif name == "aten.cross_entropy_loss":
+            axes = self.contracted_axes(node, node.args[0], 1)
+            if axes:
+                node.target, node.kwargs, ignore = ops.vocab_parallel_cross_entropy, {}, argument(node, 4, "ignore_index", -100)
+                node.args = (node.args[0], node.args[1], axes, ignore)
+        elif name == "aten.dropout":
+            self.dropout(node)
+        elif isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags and name != "aten.scaled_dot_product_attention":
+            raise TraceError(
+                f"{name} draws random numbers and has no counter-based form, so replicas would not agree; remove it or use dropout "
+                f"({user_line(node.meta.get('stack_trace', ''))})"
+            )
+
+    def shape(self, node: fx.Node) -> list:
+        return [self.sizes.node(s) for s in self.sizes.shape(node)]
+
+    def contracted_axes(self, node: fx.Node, operand: fx.Node, dim: int) -> tuple[str, ...]:
+        found: list[str] = []
+        for leaf in leaves(operand.meta["dims"][dim]):
+            found += sharding_axes(operand.meta["type"], leaf)
+        return tuple(found)
+
+    def arange(self, node: fx.Node) -> None:
+        if not node.meta["dims"] or node.meta["dims"][0] == ():
+            return
+        axes = [a for leaf in leaves(node.meta["dims"][0]) for a in sharding_axes(node.meta["type"], leaf)]
+        (length,) = self.shape(node)
+        overload = node.target._overloadname
+        start, step = 0, 1
+        if overload != "default":
+            start = node.args[0]
+        if overload == "start_step" and len(node.args) > 2:
+            step = node.args[2]
+        if not axes:
+            return
+        with self.graph.inserting_before(node):
+            offset = self.graph.call_function(ops.axis_offset, (length, tuple(axes)))
+        node.target, node.args = aten.arange.default, (length,)
+        self.after(node, [(aten.add.Tensor, offset)] + ([(aten.mul.Tensor, step)] if step != 1 else []) + ([(aten.add.Tensor, start)] if start != 0 else []))
+
+    def after(self, node: fx.Node, steps: list) -> None:
+        """Chain ops on a node's result; users see the last."""
+        last, users = node, list(node.users)
+        for target, operand in steps:
+            with self.graph.inserting_after(last if last is not node else (operand if isinstance(operand, fx.Node) and operand > node else node)):
+                new = self.graph.call_function(target, (last, operand))
+            new.meta.update({k: v for k, v in node.meta.items() if k != "relation"})
+            last = new
+        for user in users:
+            user.replace_input_with(node, last)
+
+    def slice(self, node: fx.Node) -> None:
+        x = node.args[0]
+        rank = len(x.meta["dims"])
+        narrow = op_name(node) == "aten.narrow"
+        d = (node.args[1] if narrow else argument(node, 1, "dim", 0)) % rank
+        whole, local = x.meta["val"].shape[d], self.sizes.dim(x.meta["dims"][d], x.meta["type"])
+        if not any(sharding_axes(x.meta["type"], f) for f in leaves(x.meta["dims"][d])):
+            return
+        length = self.sizes.dim(node.meta["dims"][d], node.meta["type"])
+        if length == local:  # all of the dim
+            node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
+            return
+        start, step = (node.args[2], 1) if narrow else (argument(node, 2, "start") or 0, argument(node, 4, "step", 1))
+        start = start + whole if start < 0 else start
+        if step == 1:
+            start = start * local // int(whole)
+            end = start + length
+        else:
+            end = local
+        node.target, node.args, node.kwargs = aten.slice.Tensor, (x, d, start, end, step), {}
+
+    def split(self, node: fx.Node) -> None:
+        x = node.args[0]
+        d = argument(node, 2, "dim", 0) % len(x.meta["dims"])
+        lengths = [self.sizes.node(self.sizes.dim(dims[d], type_)) for dims, type_ in zip(node.meta["dims_of"], node.meta["types_of"])]
+        node.target, node.args, node.kwargs = aten.split_with_sizes.default, (x, lengths, d), {}
+
+    def mean(self, node: fx.Node) -> None:
+        x = node.args[0]
+        gone = roots(node.meta["relation"].contracted)
+        if not any(isinstance(p, Shard) and p.factor.root() in gone for p in x.meta["type"].values()):
+            return
+        count = 1
+        for factor in leaves(node.meta["relation"].contracted):
+            count = count * self.sizes.whole(factor.size)
+        dims, keep = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
+        dtype = node.kwargs.get("dtype") or node.meta["val"].dtype
+        if node.target._overloadname == "default":
+            node.target, node.args, node.kwargs = aten.sum.default, (x,), {"dtype": dtype}
+        else:
+            node.target, node.args, node.kwargs = aten.sum.dim_IntList, (x, dims, keep), {"dtype": dtype}
+        divisor = self.sizes.node(count)
+        self.after(node, [(aten.div.Tensor, divisor)])
+
+    def dropout(self, node: fx.Node) -> None:
+        x, p = node.args[0], argument(node, 1, "p")
+        if not argument(node, 2, "train") or p == 0:
+            node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
+            return
+        factors = []
+        for dim in node.meta["dims"]:
+            if any(f.ragged for f in leaves(dim)):
+                raise TraceError(
+                    f"dropout inside an expert's body is not supported: its rows move between ranks ({user_line(node.meta.get('stack_trace', ''))})"
+                )
+            factors.append(tuple((self.sizes.node(self.sizes.factor(f, node.meta["type"])), sharding_axes(node.meta["type"], f)) for f in leaves(dim)))
+        if self.seed is None:
+            placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+            with self.graph.inserting_after(placeholders[-1]):
+                self.seed = self.graph.placeholder("seed")
+            self.seed.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
+        node.target, node.kwargs, node.args = ops.dropout, {}, (x, p, self.seed, self.sites, tuple(factors))
+        self.sites += 1
+
+    # sizes as numbers -----------------------------------------------------------------------------------------------------
+    def numbers(self, node: fx.Node) -> None:
+        def swap(arg):
+            if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)):
+                expr = arg.meta["val"].node.expr
+                if isinstance(arg.meta["val"], torch.SymFloat):
+                    return self.float_of(arg)
+                return self.sizes.node(self.sizes.whole(expr))
+            return arg
+
+        node.args = fx.node.map_aggregate(node.args, swap)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+
+    def float_of(self, arg: fx.Node):
+        """A float made from sizes: only ``sym_float(size)`` and arithmetic on it."""
+        if arg.target is torch.sym_float:
+            inner = arg.args[0]
+            value = self.sizes.node(self.sizes.whole(inner.meta["val"].node.expr)) if isinstance(inner, fx.Node) else inner
+        elif arg.op == "call_function":
+            parts = [self.float_of(a) if isinstance(a, fx.Node) and isinstance(a.meta["val"], torch.SymFloat) else
+                     self.sizes.node(self.sizes.whole(a.meta["val"].node.expr)) if isinstance(a, fx.Node) else a for a in arg.args]
+            return self.sizes._call(arg.target, *parts)
+        else:
+            raise TraceError(f"a number of the form {arg} cannot be written for one rank")
+        return value if not isinstance(value, fx.Node) else self.sizes._call(torch.sym_float, value)

@@ -1,0 +1,78 @@
+"""Pending conversions become collectives and local slices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from tedfx import ops
+from tedfx.factors import leaves
+from tedfx.passes.base import Pass, PassResult
+from tedfx.passes.place import convert
+from tedfx.rules.base import regroup_barrier
+from tedfx.sizes import Sizes
+from tedfx.types import I, P, R, Shard, find_dim
+
+
+@dataclass(frozen=True)
+class LowerCollectives(Pass):
+    """Each `convert` becomes the op of `tedfx/ops/convert.py` for its (source, target), by the table in docs/design.md.
+
+    1. Barriers between factorisations vanish: their operand is whole.
+    2. A conversion of one axis directly on top of the same conversion of another, with no other user, is one op over both axes.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"types"})
+    provides: ClassVar[frozenset[str]] = frozenset({"collectives"})
+
+    def __call__(self, program) -> PassResult:
+        graph, result, sizes = program.graph_module.graph, PassResult(), Sizes(program)
+        order = program.roles.mesh.names
+        for node in list(graph.nodes):
+            if node.target is regroup_barrier:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+            elif node.target is convert:
+                result.matches += 1
+                axis, source, target = node.meta["conversion"]
+                fn, axes, extra = self._op(node, axis, source, target, sizes)
+                below = node.args[0]
+                if below.meta.get("lowered", (None,))[:2] == (fn, extra) and len(below.users) == 1:
+                    axes = tuple(a for a in order if a in axes + below.meta["lowered"][2])
+                    value = below.args[0]
+                else:
+                    below, value = None, below
+                with graph.inserting_before(node):
+                    new = graph.call_function(fn, (value, axes, *extra))
+                new.meta.update(node.meta)
+                new.meta["lowered"] = (fn, extra, axes)
+                new.meta["conversion"] = (axes, source, target)
+                node.replace_all_uses_with(new)
+                graph.erase_node(node)
+                if below is not None:
+                    graph.erase_node(below)
+                result.changes += 1
+        return result
+
+    @staticmethod
+    def _op(node: fx.Node, axis: str, source, target, sizes: Sizes):
+        axes = (axis,)
+        if (source, target) == (P, I):
+            return ops.all_reduce, axes, ()
+        if (source, target) == (I, R):
+            return ops.sum_gradient, axes, ()
+        if target == P:
+            return ops.partial, axes, (source,)
+        factor = (source if isinstance(source, Shard) else target).factor
+        dim, place = find_dim(node.meta["dims"], factor)
+        outer = 1
+        for leaf in leaves(node.meta["dims"][dim])[:place]:
+            outer = outer * sizes.factor(leaf, node.meta["type"])
+        at = (dim, sizes.node(outer))
+        if isinstance(source, Shard):
+            return ops.all_gather, axes, (*at, target)
+        if source == P:
+            return ops.reduce_scatter, axes, at
+        return ops.shard, axes, (*at, source)

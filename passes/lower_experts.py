@@ -1,0 +1,117 @@
+"""The canonical MoE ops become the rows that one rank handles and the exchanges between ranks."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tedfx import ops
+from tedfx.factors import leaves
+from tedfx.passes.base import Pass, PassResult
+from tedfx.rules import operands
+from tedfx.types import Shard
+
+
+@dataclass
+class _Layer:
+    """What the way back needs of the way there."""
+
+    dispatch: fx.Node
+    order: fx.Node
+    exchange: tuple[str, ...] = ()
+    send: fx.Node | None = None
+    recv: fx.Node | None = None
+    index: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class LowerExperts(Pass):
+    """For each `dispatch`, by the type of its tokens on each axis that splits the experts:
+
+    1. Tokens that differ there travel: `exchange_counts` (one all-gather, one host copy), `all_to_all_single` there and back, rows regrouped by expert.
+    2. Tokens replicated there stay: each rank keeps the assignments of its own experts, and the combined output is a partial sum (PPMoE).
+    3. Both (folding): the replicated tokens are cut into lanes, and rows travel over all expert axes together.
+
+    The expert body between dispatch and combine is not touched: its weights are already split by their types.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"types"})
+    provides: ClassVar[frozenset[str]] = frozenset({"local_experts"})
+
+    def __call__(self, program) -> PassResult:
+        graph, result = program.graph_module.graph, PassResult()
+        layers: dict[fx.Node, _Layer] = {}
+        for node in list(graph.nodes):
+            if node.op != "call_function" or "relation" not in node.meta:
+                continue
+            kind = node.meta["relation"].kind
+            if kind == "dispatch":
+                layer = self._dispatch(program, graph, node)
+                layers[layer.order] = layer
+                result.matches += 1
+                result.changes += bool(layer.exchange)
+            elif kind == "combine":
+                self._combine(graph, node, layers[node.args[1]])
+        graph.eliminate_dead_code()
+        return result
+
+    def _dispatch(self, program, graph: fx.Graph, node: fx.Node) -> _Layer:
+        x, ids, num_experts = node.args
+        experts = leaves(node.meta["dims_of"][1][0])[0]
+        split = program.plan.axes_of(experts)
+        travel = tuple(a for a in split if isinstance(x.meta["type"][a], Shard))
+        stay = tuple(a for a in split if a not in travel)
+        rows_type, counts_type, order_type = node.meta["types_of"]
+        rows_dims, counts_dims, order_dims = node.meta["dims_of"]
+
+        def make(target, *args, dims=None, type_=None, **kwargs):
+            new = graph.call_function(target, args, kwargs)
+            for key in ("stack_trace", "nn_module_stack"):
+                if key in node.meta:
+                    new.meta[key] = node.meta[key]
+            if dims is not None:
+                new.meta.update(dims=dims, type=type_, differentiable=dims is rows_dims and node.meta["differentiable"])
+            return new
+
+        with graph.inserting_before(node):
+            routed = make(ops.route, ids, num_experts, owned=stay if not travel else (), lanes=stay if travel else ())
+            order = make(operator.getitem, routed, 0, dims=order_dims, type_=order_type)
+            counts = make(operator.getitem, routed, 1)
+            rows = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=rows_type)
+            layer = _Layer(node, order)
+            if travel:
+                layer.exchange = split
+                exchanged = make(ops.exchange_counts, counts, split)
+                layer.send, layer.recv = make(operator.getitem, exchanged, 0), make(operator.getitem, exchanged, 1)
+                received = make(operator.getitem, exchanged, 2)
+                counts = make(operator.getitem, exchanged, 3, dims=counts_dims, type_=counts_type)
+                rows = make(ops.all_to_all_single, rows, layer.recv, layer.send, split, dims=rows_dims, type_=rows_type)
+                layer.index = make(ops.expert_major, received, layer.recv)
+                rows = make(ops.index_rows, rows, layer.index, dims=rows_dims, type_=rows_type)
+            elif stay:
+                counts = make(ops.local_counts, counts, stay, dims=counts_dims, type_=counts_type)
+            for new in (rows, counts, order):
+                new.meta.setdefault("val", None)
+        for user in list(node.users):
+            user.replace_all_uses_with({0: rows, 1: counts, 2: order}[user.args[1]])
+            new = {0: rows, 1: counts, 2: order}[user.args[1]]
+            new.meta["val"] = user.meta["val"]
+            graph.erase_node(user)
+        graph.erase_node(node)
+        return layer
+
+    def _combine(self, graph: fx.Graph, node: fx.Node, layer: _Layer) -> None:
+        rows = node.args[0]
+        if layer.exchange:
+            copy = lambda new: new.meta.update({k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")}) or new
+            with graph.inserting_before(node):
+                back = copy(graph.call_function(ops.unindex_rows, (rows, layer.index)))
+                back = copy(graph.call_function(ops.all_to_all_single, (back, layer.send, layer.recv, layer.exchange)))
+            for key in ("stack_trace", "nn_module_stack"):
+                if key in node.meta:
+                    back.meta[key] = node.meta[key]
+            node.replace_input_with(rows, back)

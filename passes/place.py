@@ -1,0 +1,208 @@
+"""Types for every value, and the conversions that ops ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from tedfx.errors import TypeCheckError, user_line
+from tedfx.factors import leaves
+from tedfx.passes.base import Pass, PassResult
+from tedfx.placing import decide, differentiable, roots
+from tedfx.rules import Relation, op_name, operands
+from tedfx.rules.base import argument
+from tedfx.types import I, P, R, Shard, format_type
+
+
+def convert(x, axis, source, target):
+    """A pending conversion of one value on one mesh axis (typed graph); `passes/lower_collectives.py` makes it an op."""
+    return x
+
+
+@dataclass(frozen=True)
+class Place(Pass):
+    """Give every value a type and make every misfit a `convert` node.
+
+    1. Inputs: the batch factor over the batch axes. Parameters: the plan's factors; otherwise R on the batch axes (their gradient is summed at the boundary), I
+       elsewhere. Buffers and constants: I.
+    2. Nodes in order: per axis `placing.decide` says what each operand must be and what the output is. Conversions go one axis at a time and are made
+       once per (value, target): the first reduction of a value serves all its users.
+    3. Outputs: batch rows stay with their rank; everything else becomes I. A loss that is a partial sum is reduced here.
+    4. Parameters whose every use on an axis is R become R there: their gradient is summed at the boundary, once, not per use.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
+    provides: ClassVar[frozenset[str]] = frozenset({"types"})
+
+    def __call__(self, program) -> PassResult:
+        self_ = _Placement(program)
+        return self_.run()
+
+
+class _Placement:
+    def __init__(self, program):
+        self.program, self.graph, self.plan = program, program.graph_module.graph, program.plan
+        self.made: dict[tuple, fx.Node] = {}
+        self.result = PassResult()
+
+    def run(self) -> PassResult:
+        batch = set(self.plan.roles.batch)
+        states = set(self.program.trace.buffers) | set(self.program.trace.constants)
+        params = self.program.parameter_names
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and "dims" in node.meta:
+                type_ = {}
+                for axis in self.plan.axes:
+                    factor = self.plan.chosen(axis, node.meta["dims"])
+                    if factor is not None and node.name not in states:
+                        type_[axis] = Shard(factor.root())
+                    else:
+                        type_[axis] = R if node.name in params and axis in batch and differentiable(node) else I
+                node.meta["type"] = type_
+            elif node.op == "call_function" and "relation" in node.meta:
+                self.place(node)
+            elif node.op == "output":
+                self.outputs(node)
+        self.boundary()
+        return self.result
+
+    # nodes ----------------------------------------------------------------------------------------------------------------
+    def place(self, node: fx.Node) -> None:
+        self.result.matches += 1
+        outs = None
+        for axis in self.plan.axes:
+            types = [self._type(n)[axis] for n in operands(node)]
+            decision = self.decide(node, axis, types)
+            if op_name(node) == "aten.linear" and argument(node, 2, "bias") is not None and self._needs_split(node, axis, types, decision):
+                return self.split_bias(node)
+            outs = outs or [{} for _ in decision.out]
+            for out, placement in zip(outs, decision.out):
+                out[axis] = placement
+            new = [n if t is None else self.converted(n, axis, t, node) for n, t in zip(operands(node), decision.targets)]
+            self._substitute(node, new)
+        outs = outs or [{} for _ in (node.meta["relation"].out if node.meta["relation"].several else [0])]
+        if node.meta["relation"].several:
+            node.meta["types_of"] = outs
+        else:
+            node.meta["type"] = outs[0]
+
+    def decide(self, node, axis, types):
+        nodes = operands(node)
+        reduced = lambda i: any((nodes[i], axis, target) in self.made for target in (I, R))
+        return decide(node, axis, types, self.plan, reduced)
+
+    def _type(self, node: fx.Node) -> dict:
+        return node.meta["type"]
+
+    @staticmethod
+    def _needs_split(node, axis, types, decision) -> bool:
+        return decision.out[0] == P or types[0] == P
+
+    def split_bias(self, node: fx.Node) -> None:
+        """linear(x, w, b) -> linear(x, w) + b, where the product is a partial sum: the bias must be added once, not once per rank."""
+        import torch
+
+        x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+        relation = node.meta["relation"]
+        node.args, node.kwargs = (x, w), {}
+        node.meta["relation"] = Relation(out=relation.out, contracted=relation.contracted, linear=(frozenset({0}), frozenset({1})))
+        with self.graph.inserting_after(node):
+            total = self.graph.call_function(torch.ops.aten.add.Tensor, (node, bias))
+        total.meta.update({k: v for k, v in node.meta.items() if k in ("val", "stack_trace", "nn_module_stack", "differentiable", "dims")})
+        total.meta["relation"] = Relation(out=relation.out, linear=(frozenset({0, 1}),))
+        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        self.place(node)
+        self.place(total)
+
+    def _substitute(self, node: fx.Node, new: list[fx.Node]) -> None:
+        queue = iter(new)
+        old = operands(node)
+        if old == new:
+            return
+        swap = lambda arg: next(queue) if isinstance(arg, fx.Node) and _counts(arg) else arg
+        node.args = fx.node.map_aggregate(node.args, swap)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+
+    # conversions ----------------------------------------------------------------------------------------------------------
+    def converted(self, value: fx.Node, axis: str, target, user: fx.Node) -> fx.Node:
+        """The value with this placement on this axis; through intermediate placements where there is no direct op."""
+        current = value.meta["type"][axis]
+        if current == target or (current in (R, I) and target in (R, I) and not differentiable(value)):
+            return value
+        for middle in self.route(value, current, target):
+            value = self.step(value, axis, middle, user)
+        return value
+
+    def route(self, value: fx.Node, current, target) -> list:
+        if current == P and target == R:
+            return [I, R] if differentiable(value) else [I]
+        if current == R and target == I:
+            return [P, I]
+        if isinstance(current, Shard) and (isinstance(target, Shard) or target == P):
+            return [R, target]
+        if not differentiable(value) and target == R:
+            return [I]
+        return [target]
+
+    def step(self, value: fx.Node, axis: str, target, user: fx.Node) -> fx.Node:
+        key = (value, axis, target)
+        if key not in self.made:
+            source = value.meta["type"][axis]
+            place = user
+            with self.graph.inserting_before(place):
+                node = self.graph.call_function(convert, (value, axis, _label(source), _label(target)))
+            node.meta.update({k: v for k, v in value.meta.items() if k in ("val", "differentiable")})
+            for k in ("stack_trace", "nn_module_stack"):
+                if k in user.meta:
+                    node.meta[k] = user.meta[k]
+            node.meta["dims"] = value.meta["dims"]
+            node.meta["type"] = {**value.meta["type"], axis: target}
+            node.meta["conversion"] = (axis, source, target)
+            self.made[key] = node
+            self.result.changes += 1
+        return self.made[key]
+
+    # outputs --------------------------------------------------------------------------------------------------------------
+    def outputs(self, node: fx.Node) -> None:
+        def finish(arg):
+            if not isinstance(arg, fx.Node) or "dims" not in arg.meta:
+                return arg
+            for axis in reversed(self.plan.axes):
+                placement = arg.meta["type"][axis]
+                factor = self.program.batch_factor
+                rows = factor is not None and isinstance(placement, Shard) and placement.factor.root() is factor.root()
+                if not rows:
+                    arg = self.converted(arg, axis, I, node)
+            return arg
+
+        node.args = fx.node.map_aggregate(node.args, finish)
+        node.meta["types"] = [a.meta.get("type") for a in node.all_input_nodes]
+
+    def boundary(self) -> None:
+        """Parameters all of whose uses on an axis go through I -> R are R there."""
+        for node in list(self.graph.nodes):
+            if node.op != "placeholder" or node.name not in self.program.parameter_names:
+                continue
+            changed = True
+            while changed:
+                changed = False
+                users = list(node.users)
+                if len(users) == 1 and users[0].target is convert and users[0].meta["conversion"][1:] == (I, R):
+                    (user,) = users
+                    node.meta["type"] = user.meta["type"]
+                    user.replace_all_uses_with(node)
+                    self.graph.erase_node(user)
+                    self.result.changes -= 1
+                    changed = True
+
+
+def _counts(node: fx.Node) -> bool:
+    from tedfx.rules.base import is_tensor
+
+    return is_tensor(node)
+
+
+def _label(placement) -> str:
+    return repr(placement) if isinstance(placement, Shard) else placement

@@ -1,0 +1,138 @@
+"""The plan: which factor each mesh axis shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from tedfx.errors import CaptureError, ConfigError
+from tedfx.factors import Factor, leaves
+from tedfx.passes.base import Pass, PassResult
+from tedfx.placing import Plan, expert_layout, roots
+from tedfx.rules import operands
+
+
+def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and "relation" in n.meta]
+
+
+@dataclass(frozen=True)
+class ShardExperts(Pass):
+    """Batch factor over the `batch` axes; each MoE layer's expert factor over the `expert` axes.
+
+    Refused: expert axes that do not divide the number of experts (the sizes that fit are named); no MoE layer where expert axes exceed 1.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"factors"})
+    provides: ClassVar[frozenset[str]] = frozenset({"plan"})
+
+    def __call__(self, program) -> PassResult:
+        roles, mesh = program.roles, program.roles.mesh
+        plan = program.plan = Plan(roles, hints=dict(program.hints))
+        result = PassResult()
+        if program.batch_factor is not None:
+            plan.take(mesh.wide(roles.batch), program.batch_factor)
+            result.changes += 1
+        axes = mesh.wide(roles.expert)
+        layers = [n for n in _relation_nodes(program.graph_module.graph) if n.meta["relation"].kind == "dispatch"]
+        result.matches = len(layers)
+        if axes and not layers:
+            wide = [a for a in axes if a not in roles.tensor]
+            if wide:
+                found = program.find_uncaptured()
+                detail = "; ".join(f"{style} at {line}" for style, line in found)
+                if found:
+                    raise CaptureError(f"UnsupportedMoE: {detail}: this style of mixture is not captured, so it cannot be split over {axes}")
+                raise CaptureError(
+                    f"expert axes {axes} of size {mesh.size(axes)}, but no MoE layer was found in the model: use those ranks as dp or tp, or see the "
+                    "README's list of captured styles"
+                )
+        seen: set = set()
+        for node in layers:
+            experts = leaves(node.meta["dims_of"][1][0])[0]
+            if experts in seen:
+                continue
+            seen.add(experts)
+            degree = mesh.size(axes)
+            if experts.size % degree:
+                fits = [n for n in range(1, experts.size + 1) if experts.size % n == 0]
+                raise ConfigError(
+                    f"{experts.size} experts cannot be split over expert axes {axes} of size {degree}; sizes that fit: {', '.join(map(str, fits))}"
+                )
+            plan.take(axes, experts)
+        return result
+
+
+@dataclass(frozen=True)
+class ShardTensors(Pass):
+    """Column / row regions over the `tensor` axes (over `expert_tensor` inside experts), grown from weights.
+
+    A factor is a candidate when some weight of two or more dims carries it, its size divides by the degree, and no op needs it whole (softmax over it, a
+    slice across it): a shard of it then runs from the ops that produce it (column-parallel) to those that contract it (row-parallel), and each
+    contraction closes with one reduction. Cost: elements reduced per element of weight split. Candidates are taken in order of that cost,
+    unless a value would carry two factors on one axis. What is not taken stays replicated, with a note where only divisibility failed.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"plan"})
+    provides: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
+
+    def __call__(self, program) -> PassResult:
+        graph, plan, roles = program.graph_module.graph, program.plan, program.roles
+        result = PassResult()
+        nodes = _relation_nodes(graph)
+        blocked, cost, values, together = set(), {}, {}, {}
+        if program.batch_factor is not None:
+            blocked |= roots([program.batch_factor])
+        for node in nodes:
+            relation = node.meta["relation"]
+            for factors in relation.whole.values():
+                blocked |= roots(factors)
+            outs = relation.out if relation.several else [relation.out]
+            for factor in roots(relation.contracted):
+                cost[factor] = cost.get(factor, 0.0) + sum(plan.elements(o) for o in outs)
+            for dims in outs:
+                self._meet(together, dims)
+        for node in graph.nodes:
+            if node.op == "placeholder" and "dims" in node.meta:
+                self._meet(together, node.meta["dims"])
+                if node.name in program.trace.parameters or node.name in getattr(program.trace, "stacked", {}):
+                    if len(node.meta["dims"]) >= 2:
+                        for factor in roots(f for d in node.meta["dims"] for f in d):
+                            values[factor] = values.get(factor, 0.0) + plan.elements(node.meta["dims"])
+        inside: set = set()
+        for node in nodes:
+            if node.meta["relation"].kind == "dispatch":
+                experts, met = expert_layout(node, plan)
+                inside |= met
+                blocked |= {experts.root()} | roots(node.meta["dims_of"][0][0])
+        candidates = sorted(
+            (f for f in values if f not in blocked and isinstance(f.size, int) and f.size > 1),
+            key=lambda f: (cost.get(f, 0.0) / values[f], f.uid),
+        )
+        for factor in candidates:
+            axes = roles.mesh.wide(roles.expert_tensor if factor in inside else roles.tensor)
+            if not axes:
+                # planned without a mesh axis: the layout of fused weights must not depend on the mesh
+                axes = ()
+            taken = program.shardable
+            if any(other in together.get(factor, ()) for other in taken):
+                continue
+            taken.append(factor)
+            result.matches += 1
+            degree = roles.mesh.size(axes)
+            if factor.size % degree:
+                result.notes.append(f"{factor.name or 'a factor'} of size {factor.size} does not divide by {degree}: replicated over {axes}")
+                continue
+            if any(plan.shards(a, other) for a in axes for other in together.get(factor, ())):
+                continue
+            plan.take(axes, factor)
+            result.changes += bool(axes)
+        return result
+
+    @staticmethod
+    def _meet(together: dict, dims) -> None:
+        factors = roots(f for d in dims for f in d)
+        for factor in factors:
+            together.setdefault(factor, set()).update(factors - {factor})

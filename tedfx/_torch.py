@@ -1,0 +1,61 @@
+"""Every private torch import of tedfx, in one place, each with the public thing that would replace it.
+
+The collectives below are the functional ones without their autograd: they return a new tensor that must be waited
+for before it is read, `torch.compile` traces them into the graph, and inductor may move the wait. tedfx gives every
+one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint depends on what the value means.
+"""
+
+import torch
+import torch.distributed as dist
+
+# Registers the `_c10d_functional` operators. Public replacement: none yet; `torch.distributed.all_reduce` and its kin
+# work in place, which neither autograd.Function nor functionalisation wants.
+import torch.distributed._functional_collectives  # noqa: F401
+
+_ops = torch.ops._c10d_functional
+
+# Public replacement: a public functional collective, `torch.distributed.nn.functional` without the autograd.
+raw_all_reduce = _ops.all_reduce.default
+raw_all_gather = _ops.all_gather_into_tensor.default
+raw_reduce_scatter = _ops.reduce_scatter_tensor.default
+raw_all_to_all = _ops.all_to_all_single.default
+raw_wait = _ops.wait_tensor.default
+
+# An assertion that runs on the device and does not make the host wait. Public replacement: none yet (torch._check
+# looks at python values, torch._check_tensor_all would copy to the host).
+assert_async = torch._assert_async
+
+
+def group_name(group: dist.ProcessGroup) -> str:
+    """The name under which the functional collectives find `group`. Public replacement: passing the group itself."""
+    return group.group_name
+
+
+def check(condition, message: str) -> None:
+    """State a fact about sizes: a ValueError in eager mode, a hint to the symbolic shapes while tracing.
+
+    Public replacement: `torch._check` under a public name.
+    """
+    torch._check_with(ValueError, condition, lambda: message)
+
+
+# ---- state and gradients (tedfx/gradients.py, tedfx/checks.py, tedfx/pieces.py) ----------------------------------
+
+
+def queue_callback(callback) -> None:
+    """Run `callback` when the backward that is running ends. Public replacement: none yet; FSDP and DDP use the same."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+# The id of the backward that is running on this thread, -1 outside of one. Public replacement: none yet.
+backward_id = torch._C._current_graph_task_id
+
+
+def make_wrapper(cls, shape, dtype, device) -> torch.Tensor:
+    """A tensor of type `cls` without storage. Public replacement: none; the documented way to write a tensor subclass."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
+def default_store() -> dist.Store:
+    """The key-value store through which the job met. Public replacement: making a store of our own, on a port of its own."""
+    return dist.distributed_c10d._get_default_store()

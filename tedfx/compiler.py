@@ -1,0 +1,128 @@
+"""The pipeline from a trace to the graph of one rank. It reads like the table of contents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Sequence
+
+import torch
+from torch import fx
+
+from tedfx.factors import Factor, as_size, dim_size, leaves
+from tedfx.passes.annotate import Annotate
+from tedfx.passes.base import Pass, run_pipeline
+from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
+from tedfx.passes.check_types import check_types
+from tedfx.passes.functionalize import Functionalize
+from tedfx.passes.localize import Localize
+from tedfx.passes.lower_collectives import LowerCollectives
+from tedfx.passes.lower_experts import LowerExperts
+from tedfx.passes.place import Place
+from tedfx.passes.shard import ShardExperts, ShardTensors
+from tedfx.passes.simplify_masks import SimplifyMasks
+from tedfx.passes.split_losses import SplitLosses
+from tedfx.placing import Plan
+from tedfx.roles import Roles
+from tedfx.trace import Trace
+from tedfx.types import R, Shard, find_dim
+
+
+def default_passes() -> list[Pass]:
+    """The passes of `parallelize`, in order."""
+    return [
+        Functionalize(),
+        SimplifyMasks(),
+        CaptureLoops(),
+        SplitLosses(),
+        Annotate(),
+        ShardExperts(),
+        ShardTensors(),
+        Place(),
+        LowerCollectives(),
+        LowerExperts(),
+        Localize(),
+    ]
+
+
+@dataclass
+class Compilation:
+    """One call signature on its way from the global graph to the graph of a rank. Passes change it in place.
+
+    trace          the single-device graph and how its placeholders relate to the model
+    roles          mesh shape and the axes of each role
+    trainable      placeholder names of parameters that require gradients
+    graph_module   the graph as it stands
+    plan           which factors each axis shards (after `shard_experts`)
+    """
+
+    trace: Trace
+    roles: Roles
+    trainable: set[str]
+    graph_module: fx.GraphModule = None
+    plan: Plan | None = None
+    batch_factor: Factor | None = None
+    shardable: list[Factor] = field(default_factory=list)
+    uses_seed: bool = False
+    size_sources: dict = field(default_factory=dict)
+    history: list = field(default_factory=list)
+    outputs: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        """Work on a copy: one trace serves any number of meshes."""
+        source = self.trace.graph_module
+        graph = fx.Graph()
+        result = graph.graph_copy(source.graph, {})
+        old = next(iter(source.graph.find_nodes(op="output")))
+        new = graph.output(result)
+        new.meta.update(old.meta)
+        self.graph_module = fx.GraphModule(source, graph)
+        self.trace = replace(self.trace, graph_module=self.graph_module, mutated_buffers=list(self.trace.mutated_buffers))
+
+    # what passes on the global graph read and extend
+    parameters = property(lambda self: self.trace.parameters)
+    buffers = property(lambda self: self.trace.buffers)
+    constants = property(lambda self: self.trace.constants)
+    inputs = property(lambda self: self.trace.inputs)
+    mutated_buffers = property(lambda self: self.trace.mutated_buffers)
+
+    @property
+    def hints(self) -> dict:
+        """An example value per size symbol, for comparing sizes."""
+        found = {}
+        for node in self.trace.graph_module.graph.find_nodes(op="placeholder"):
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                for size in value.shape:
+                    if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                        found[size.node.expr] = size.node.hint or 2
+        return found
+
+    @property
+    def parameter_names(self) -> set[str]:
+        return set(self.trace.parameters) | set(getattr(self.trace, "stacked", {}))
+
+    def is_batch_input(self, node: fx.Node) -> bool:
+        """Whether dim 0 of an input placeholder is the batch."""
+        if node.name not in self.trace.inputs:
+            return False
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return False
+        symbol = self.trace.sizes.get("batch")
+        size = as_size(value.shape[0])
+        return size == symbol if symbol is not None else False
+
+    def find_uncaptured(self) -> list:
+        return find_uncaptured(self.graph_module.graph)
+
+
+def compile_trace(compilation: Compilation, passes: Sequence[Pass] | None = None) -> Compilation:
+    """Run the pipeline; after every pass from `place` on, check the types."""
+
+    def verify(program, p):
+        if program.plan is not None and any("types" in q.provides for q in passes[: passes.index(p) + 1]):
+            check_types(program, p.name)
+
+    passes = list(default_passes() if passes is None else passes)
+    run_pipeline(compilation, passes, compilation.history, verify=verify)
+    return compilation

@@ -1,0 +1,56 @@
+"""What tedfx raises. Every message is one line of cause, the user's own line, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line"]
+
+
+class TedfxError(Exception):
+    """Base of everything tedfx refuses."""
+
+
+class TraceError(TedfxError):
+    """The model cannot be traced into one graph."""
+
+
+class CaptureError(TedfxError):
+    """A mixture-of-experts layer was not captured, or its captured form computes something else."""
+
+
+class ContractError(TedfxError):
+    """Two passes stand in an order that one of them cannot accept."""
+
+
+class ConfigError(TedfxError):
+    """An option, a mesh or a role makes no sense together with the model."""
+
+
+class TypeCheckError(TedfxError):
+    """A value's placement does not fit the operation that uses it."""
+
+
+# Frames of the machinery, not of the user's model.
+_MACHINERY = re.compile(r"/(torch|tedfx)/|/site-packages/(torch|tedfx)/|<(frozen|string|eval)")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+def user_line(source) -> str:
+    """`file:line` of the model's code behind a node (by its stack trace) or behind an exception."""
+    if isinstance(source, BaseException):
+        frames, seen, error = [], set(), source
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
+            found, tb = [], error.__traceback__
+            while tb is not None:
+                found.append((tb.tb_frame.f_code.co_filename, tb.tb_lineno))
+                tb = tb.tb_next
+            frames = [f for f in found if not _MACHINERY.search(f[0])] or frames
+            error = error.__cause__ or error.__context__
+    else:
+        text = getattr(source, "meta", {}).get("stack_trace") or ""
+        frames = [(f, int(n)) for f, n, _ in _FRAME.findall(text) if not _MACHINERY.search(f)]
+    if not frames:
+        return "an unknown line"
+    return f"{frames[-1][0]}:{frames[-1][1]}"

@@ -1,0 +1,306 @@
+"""The gradient boundary: from the local gradients of one backward to the `.grad` of DTensor parameters.
+
+Autograd runs on **leaves**: plain local tensors that share storage with the parameters. A parameter that is R on some
+axes has, on each rank, only this rank's part of its gradient; the sum over those axes happens here, outside the graph,
+once per step however often the parameter is used.
+
+What `p.grad` may be, and it is always a DTensor that says what it is:
+
+- `None`: nothing yet, or after `zero_grad()`.
+- **reduced**, with the parameter's own placements: the gradient of everything since `zero_grad()`.
+- **unsynced**, with `Partial` on the reduced axes: some backward ran inside `no_sync()`. The value is the sum over the
+  ranks and not yet computed; a reduced gradient that was there before is kept on coordinate 0 and zeroed elsewhere, so
+  that the sum stays right and no rank communicates.
+
+A synced backward adds to what is there: an unsynced gradient joins this backward's local gradient *before* the
+reduction and the sum replaces it; a reduced one is added to *after* it. So nothing is reduced twice, nothing stays
+unreduced, and the state lives in `p.grad` alone: `zero_grad()` in either form drops or zeroes it in both states.
+Whether a backward synchronises is decided when it runs, not when the forward did.
+
+Algorithm of a synced backward (numbers repeated in the body):
+
+1. A hook on each leaf takes its gradient. When all members of a bucket have theirs, and every bucket before it has been
+   launched, the bucket is summed (never averaged) with an asynchronous all-reduce that overlaps the rest of backward.
+   Buckets are of equal content and launched in equal order on all ranks; they have process groups of their own, so that
+   they neither block nor reorder the collectives of the graph.
+2. When backward ends, the buckets that are left are launched, zeros standing for what got no gradient.
+3. A tiny sum counts, for each parameter, the ranks that have a gradient. It is read only where one is missing here:
+   nowhere -> `p.grad` stays as it is (an optimizer skips `None`), somewhere -> this rank takes the sum as well.
+4. The sums are written to `p.grad`.
+
+Every rank runs the same backward. A rank that runs none while others do is a hang, as in any data parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tedfx import _torch
+from tedfx.errors import TedfxError
+from tedfx.parameters import Placed
+
+BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters whose gradients travel together."""
+
+    axes: tuple[str, ...]
+    dtype: torch.dtype
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One bucket that was summed in the last synced backward."""
+
+    axes: tuple[str, ...]
+    names: tuple[str, ...]
+    bytes: int
+    overlapped: bool  # launched while backward was running
+
+
+class GradientBoundary:
+    """Leaves, buckets and reductions of one ParallelModule.
+
+    placed: by layout name. parameter: returns the nn.Parameter (a DTensor) of a name now. Collective to construct:
+    it creates one process group per set of reduced axes.
+    """
+
+    def __init__(self, placed: dict[str, Placed], parameter: Callable[[str], nn.Parameter], bucket_bytes: int = BUCKET_BYTES):
+        self.placed, self.parameter, self.bucket_bytes = placed, parameter, bucket_bytes
+        self.reductions: list[Reduction] = []
+        self.synced = True
+        self._groups = {axes: None for axes in sorted({p.reduce_axes for p in placed.values()})}
+        for axes in self._groups:
+            if axes:
+                self._groups[axes] = _new_group(next(iter(placed.values())).mesh, axes)
+        self._leaves: dict[str, tuple[tuple, Tensor]] = {}
+        self._active: dict[str, None] = {}  # every parameter that a program used with gradients; ordered
+        self._plan_key, self._buckets = None, []
+        self._grads: dict[str, Tensor] = {}  # local gradients taken from the leaves, not yet in p.grad or in a bucket
+        self._flying: list[tuple[Bucket, Tensor, list[bool], dist.Work]] = []
+        self._tasks: set[int] = set()
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def leaves(self, names: Iterable[str]) -> list[Tensor]:
+        """The local tensors that a program takes for these parameters, in the user's local shapes."""
+        with torch.inference_mode(False), torch.no_grad():
+            return [self._leaf(name) for name in names]
+
+    def _leaf(self, name: str) -> Tensor:
+        parameter = self.parameter(name)
+        local = parameter.to_local()
+        key = (local.data_ptr(), local.dtype, local.device, local.shape, parameter.requires_grad)
+        if name not in self._leaves or self._leaves[name][0] != key:
+            if not local.is_contiguous():
+                raise TedfxError(f"parameter {name}: its local tensor is no longer contiguous; load values with load_state_dict or copy_")
+            leaf = local.view(self.placed[name].local_shape).detach()
+            if parameter.requires_grad:
+                leaf.requires_grad_()
+                leaf.register_post_accumulate_grad_hook(partial(self._arrived, name))
+            self._leaves[name] = (key, leaf)
+        return self._leaves[name][1]
+
+    def begin(self, names: Iterable[str]) -> None:
+        """A forward with gradients is about to use these parameters, in this order."""
+        if self._tasks and _torch.backward_id() == -1:
+            self._abandon()  # the last backward raised: its callbacks never ran
+        for name in names:
+            self._active.setdefault(name)
+        key = tuple((name, self.parameter(name).dtype) for name in self._active if self.parameter(name).requires_grad)
+        if key != self._plan_key:
+            if self._flying:
+                raise TedfxError("parameters changed while gradients were being reduced: run forward outside of backward first")
+            self._plan_key, self._buckets = key, self._plan(key)
+
+    def _plan(self, key) -> list[Bucket]:
+        """Fill buckets in reverse order of use; a bucket's place is that of its last member."""
+        filling: dict[tuple, list[str]] = {}
+        filled: dict[tuple, int] = {}
+        done: list[Bucket] = []
+
+        def close(kind):
+            if filling.get(kind):
+                done.append(Bucket(*kind, tuple(filling.pop(kind))))
+                filled[kind] = 0
+
+        last = {}
+        for name, dtype in reversed(key):
+            placed = self.placed[name]
+            if not placed.reduce_axes:
+                continue
+            kind, size = (placed.reduce_axes, dtype), _numel(placed) * dtype.itemsize
+            if filled.get(kind, 0) + size > self.bucket_bytes:
+                close(kind)
+            filling.setdefault(kind, []).append(name)
+            filled[kind] = filled.get(kind, 0) + size
+            last[name] = len(last)
+        for kind in list(filling):
+            close(kind)
+        return sorted(done, key=lambda bucket: last[bucket.names[-1]])
+
+    # ---- backward ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes that run inside accumulate without communication."""
+        before, self.synced = self.synced, False
+        try:
+            yield
+        finally:
+            self.synced = before
+
+    @torch.no_grad()
+    def _arrived(self, name: str, leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad.detach(), None
+        task = _torch.backward_id()
+        if task not in self._tasks:
+            if not self._tasks:
+                self.reductions = []
+            self._tasks.add(task)
+            _torch.queue_callback(partial(self._finish, task))
+        self._grads[name] = self._grads[name] + grad if name in self._grads else grad
+        while self.synced and self._next() is not None and all(n in self._grads for n in self._next().names):
+            self._launch(overlapped=True)  # Step 1
+
+    def _next(self) -> Bucket | None:
+        return self._buckets[len(self._flying)] if len(self._flying) < len(self._buckets) else None
+
+    @torch.no_grad()
+    def _finish(self, task: int) -> None:
+        self._tasks.discard(task)
+        if self.synced:
+            self._reduce()
+            if any(self.placed[name].reduce_axes for name in self._grads):
+                self._reduce()  # a backward inside a backward added to buckets already launched
+        self._separate()
+        if not self.synced:
+            self._hold()
+        self._settle()
+
+    def _reduce(self) -> None:
+        # Step 2
+        while self._next() is not None:
+            self._launch(overlapped=False)
+        flying, self._flying = self._flying, []
+        # Step 3
+        counts = {}
+        for axes in dict.fromkeys(bucket.axes for bucket, *_ in flying):
+            flags = [flag for bucket, _, have, _ in flying if bucket.axes == axes for flag in have]
+            count = torch.tensor(flags, dtype=torch.int32).to(flying[0][1].device)
+            counts[axes] = (count, dist.all_reduce(count, group=self._groups[axes], async_op=True), not all(flags))
+        present = {}
+        for axes, (count, work, missing) in counts.items():
+            work.wait()
+            values = count.tolist() if missing else None
+            names = [name for bucket, *_ in flying if bucket.axes == axes for name in bucket.names]
+            present.update((name, values is None or values[i] > 0) for i, name in enumerate(names))
+        # Step 4
+        for bucket, flat, _, work in flying:
+            work.wait()
+            for name, value in zip(bucket.names, flat.split([_numel(self.placed[n]) for n in bucket.names])):
+                if present[name]:
+                    self._add(name, value, self.placed[name].placements)
+
+    def _launch(self, overlapped: bool) -> None:
+        """Sum the next bucket: this backward's gradients and what earlier ones left unsynced."""
+        bucket, values, have = self._next(), [], []
+        for name in bucket.names:
+            value, parameter = self._grads.pop(name, None), self.parameter(name)
+            if _unsynced(parameter.grad, self.placed[name]):
+                held = parameter.grad.to_local().reshape(-1)
+                value = held if value is None else held + value.reshape(-1)
+                parameter.grad = None
+            have.append(value is not None)
+            if value is None:
+                value = torch.zeros(_numel(self.placed[name]), dtype=bucket.dtype, device=parameter.device)
+            values.append(value.reshape(-1))
+        flat = torch.cat(values)  # a copy: autograd may give two leaves gradients that share storage
+        work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
+        self._flying.append((bucket, flat, have, work))
+        self.reductions.append(Reduction(bucket.axes, bucket.names, flat.numel() * flat.element_size(), overlapped))
+
+    def _hold(self) -> None:
+        """Leave this backward's gradients unsynced. Reduced ones become partial on every rank, used here or not."""
+        for name in self._active:
+            placed, parameter = self.placed[name], self.parameter(name)
+            if not placed.reduce_axes or not parameter.requires_grad:
+                continue
+            value = self._grads.pop(name, None)
+            if parameter.grad is not None and not _unsynced(parameter.grad, placed):
+                local = parameter.grad.to_local()
+                parameter.grad = None
+                if not _keeps(placed):
+                    local.zero_()
+                parameter.grad = placed.dtensor(local, placed.unsynced)
+            if value is not None:
+                self._add(name, value, placed.unsynced)
+
+    def _separate(self) -> None:
+        """Autograd may give two leaves gradients that share storage (views of one cotangent); `.grad` is written in place."""
+        seen = set()
+        for name, grad in self._grads.items():
+            at = grad.untyped_storage().data_ptr()
+            if at in seen:
+                self._grads[name] = grad.clone()
+            seen.add(at)
+
+    def _settle(self) -> None:
+        """Write the gradients that need no sum."""
+        for name in list(self._grads):
+            self._add(name, self._grads.pop(name), self.placed[name].placements)
+
+    def _add(self, name: str, value: Tensor, placements) -> None:
+        parameter, placed = self.parameter(name), self.placed[name]
+        if parameter.grad is None:
+            parameter.grad = placed.dtensor(value.contiguous(), placements)
+        else:
+            parameter.grad.to_local().add_(value.view(placed.local_held))
+
+    def _abandon(self) -> None:
+        for *_, work in self._flying:
+            work.wait()
+        self._flying, self._grads, self._tasks = [], {}, set()
+
+
+def _numel(placed: Placed) -> int:
+    return torch.Size(placed.local_shape).numel()
+
+
+def _unsynced(grad: DTensor | None, placed: Placed) -> bool:
+    return grad is not None and placed.reduce_axes != () and tuple(grad.placements) == placed.unsynced
+
+
+def _keeps(placed: Placed) -> bool:
+    """Whether this rank is coordinate 0 of the axes that the gradient is summed over."""
+    mesh = placed.mesh
+    return all(index == 0 for axis, index in zip(mesh.mesh_dim_names, mesh.get_coordinate()) if axis in placed.reduce_axes)
+
+
+_GROUPS: dict[tuple, dist.ProcessGroup] = {}
+
+
+def _new_group(mesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
+    """A group of this rank over `axes`, apart from the mesh's own; shared between modules. Collective over the job."""
+    picked = [mesh.mesh_dim_names.index(axis) for axis in axes]
+    kept = [dim for dim in range(mesh.mesh.dim()) if dim not in picked]
+    size = torch.Size(mesh.mesh.shape[dim] for dim in picked).numel()
+    rows = sorted(sorted(row) for row in mesh.mesh.permute(kept + picked).reshape(-1, size).tolist())
+    key = (id(dist.group.WORLD), tuple(map(tuple, rows)))
+    if key not in _GROUPS:
+        for row in rows:
+            group = dist.new_group(row, group_desc="tedfx_gradients_" + "_".join(axes))
+            if dist.get_rank() in row:
+                _GROUPS[key] = group
+    return _GROUPS[key]

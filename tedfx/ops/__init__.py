@@ -1,0 +1,18 @@
+"""Run-time operators: what the local graph of a rank is made of beside torch's own."""
+
+from tedfx.ops.context import RankContext, count_collectives, current, totals, use
+from tedfx.ops.convert import all_gather, all_reduce, partial, reduce_scatter, shard, sum_gradient
+from tedfx.ops.experts import combine, dispatch, expert_rows, grouped_linear
+from tedfx.ops.indexing import axis_offset
+from tedfx.ops.moe import (
+    all_to_all_single,
+    exchange_counts,
+    expert_major,
+    index_rows,
+    local_counts,
+    permute_rows,
+    route,
+    unindex_rows,
+)
+from tedfx.ops.random import dropout, uniform
+from tedfx.ops.vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding

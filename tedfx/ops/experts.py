@@ -1,0 +1,303 @@
+"""Routing and expert compute as operators that torch.export keeps whole.
+
+The single-device form, `torch.ops.tedfx.*`: a token's K choices become K rows, the rows are sorted by expert (stably,
+so their order is a function of `ids` alone), every expert's linear runs on its own run of rows, and `combine` puts
+the rows back and sums them. Counts of rows never leave the device here, and no sum uses atomics: results are bitwise
+the same from run to run.
+
+    dispatch(x[N,H], ids[N,K], num_experts)              -> rows[N*K,H], counts[E] int64, order[N*K] int64
+    grouped_linear(rows[M,I], weight, counts, transposed) -> [M,O]      weight [E,O,I], or [E,I,O] if transposed
+    expert_rows(param[E,...], counts[E], rows[M,*])       -> [M,...]    row m gets the entry of its expert
+    combine(rows[M,H], order[M], weights[N,K])            -> [N,H]      rows not listed in `order` count as zero
+
+`order[m]` is the flat assignment n * K + k whose row stands at m. Ids must lie in [0, num_experts).
+
+The local form, for one rank, is in `tedfx/ops/moe.py`, which also hands these on.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tedfx import _torch
+
+
+def dispatch(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x[N,H], ids[N,K] -> rows[N*K,H] sorted by expert, counts[E], order[N*K].
+
+    ValueError for shapes that do not fit; an id outside [0, num_experts) trips a device-side assertion.
+    """
+    return torch.ops.tedfx.dispatch(x, ids, num_experts)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False) -> Tensor:
+    """rows[M,I] times each expert's matrix -> [M,O]; weight[E,O,I], or [E,I,O] if transposed.
+
+    bfloat16 on CUDA is one grouped matmul; any other dtype or device is one matmul per expert, and copies the counts
+    to the host. ValueError for shapes or dtypes that do not fit (on the second path, also for counts that do not sum
+    to M).
+    """
+    return torch.ops.tedfx.grouped_linear(rows, weight, counts, transposed)
+
+
+def expert_rows(param: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+    """param[E,...], counts[E], rows[M,*] -> [M,...]. Of `rows` only the number is used. A bias per expert, say."""
+    return torch.ops.tedfx.expert_rows(param, counts, rows)
+
+
+def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """rows[M,H], order[M], weights[N,K] -> [N,H]: sum over k of weights[n,k] times the row of assignment n * K + k.
+
+    In the dtype rows and weights promote to; assignments not listed in `order` count as zero.
+    """
+    return torch.ops.tedfx.combine(rows, order, weights)
+
+
+# ---- dispatch -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tedfx::dispatch", mutates_args=())
+def _dispatch(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dim() != 2 or ids.dim() != 2 or x.shape[0] != ids.shape[0]:
+        raise ValueError(f"dispatch: x {tuple(x.shape)} and ids {tuple(ids.shape)} are not [N,H] and [N,K]")
+    order, counts = sort_by_expert(ids.reshape(-1), num_experts)
+    if ids.numel():
+        _torch.assert_async((ids >= 0).logical_and_(ids < num_experts).all(), "dispatch: expert id out of range")
+    return x.index_select(0, order // ids.shape[1]), counts, order
+
+
+def sort_by_expert(flat: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """flat[M] -> (stable argsort [M] int64, counts[num_experts] int64), without a host copy and without atomics."""
+    by_expert, order = torch.sort(flat, stable=True)
+    bounds = torch.searchsorted(by_expert, torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype))
+    return order, bounds.diff()
+
+
+@_dispatch.register_fake
+def _(x, ids, num_experts):
+    rows = ids.numel()
+    return x.new_empty(rows, x.shape[1]), ids.new_empty(num_experts, dtype=torch.int64), ids.new_empty(rows, dtype=torch.int64)
+
+
+def _dispatch_setup(ctx, inputs, output):
+    ctx.top_k = inputs[1].shape[1]
+    ctx.tokens = inputs[1].shape[0]
+    ctx.save_for_backward(output[2])
+
+
+def _dispatch_backward(ctx, grad_rows, grad_counts, grad_order):
+    (order,) = ctx.saved_tensors
+    return sum_choices(unsort(grad_rows, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k), None, None
+
+
+_dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
+
+
+def unsort(rows: Tensor, order: Tensor, total: int) -> Tensor:
+    """rows[M,H] -> [total,H]: row m goes to order[m], the rest is zero. Positions are unique, so this is a copy."""
+    return rows.new_zeros(total, rows.shape[1]).index_copy_(0, order, rows)
+
+
+def sum_choices(rows: Tensor, tokens: int, top_k: int) -> Tensor:
+    """[N*K,H] -> [N,H]."""
+    return rows.view(tokens, top_k, rows.shape[1]).sum(1)
+
+
+# ---- grouped_linear -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tedfx::grouped_linear", mutates_args=())
+def _grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False) -> Tensor:
+    _check_grouped(rows, weight, counts, transposed)
+    right = weight if transposed else weight.mT  # [E,I,O]
+    if rows.shape[0] == 0 or right.numel() == 0:
+        return rows.new_zeros(rows.shape[0], right.shape[2])
+    if _has_kernel(rows, right.shape[1], right.shape[2]):
+        return torch.nn.functional.grouped_mm(rows.contiguous(), _dense(right), offs=_offsets(counts))
+    out = rows.new_empty(rows.shape[0], right.shape[2])
+    for expert, start, stop in _runs(counts, rows):
+        torch.mm(rows[start:stop], right[expert], out=out[start:stop])
+    return out
+
+
+@_grouped_linear.register_fake
+def _(rows, weight, counts, transposed=False):
+    _check_grouped(rows, weight, counts, transposed)
+    return rows.new_empty(rows.shape[0], weight.shape[2] if transposed else weight.shape[1])
+
+
+@torch.library.custom_op("tedfx::grouped_outer", mutates_args=())
+def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    """left[M,A], right[M,B] -> [E,A,B]: per expert, left^T right over its rows; zeros for an expert without rows.
+
+    The gradient of grouped_linear by its weight; the two ops are closed under differentiation.
+    """
+    experts, a, b = counts.shape[0], left.shape[1], right.shape[1]
+    if left.shape[0] == 0 or a * b == 0:
+        return left.new_zeros(experts, a, b)
+    if _has_kernel(left, a, b):
+        left, right = left.contiguous(), right.contiguous()
+        out = torch.nn.functional.grouped_mm(left.mT, right, offs=_offsets(counts))
+        # The kernel leaves the matrix of an expert without rows unwritten.
+        return torch.where((counts > 0).view(-1, 1, 1), out, 0)
+    out = left.new_zeros(experts, a, b)
+    for expert, start, stop in _runs(counts, left):
+        torch.mm(left[start:stop].mT, right[start:stop], out=out[expert])
+    return out
+
+
+@_grouped_outer.register_fake
+def _(left, right, counts):
+    return left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
+
+
+def _linear_setup(ctx, inputs, output):
+    rows, weight, counts, ctx.transposed = inputs
+    ctx.save_for_backward(rows, weight, counts)
+
+
+def _linear_backward(ctx, grad):
+    rows, weight, counts = ctx.saved_tensors
+    grad_rows = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_rows = grouped_linear(grad, weight, counts, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        left, right = (rows, grad) if ctx.transposed else (grad, rows)
+        grad_weight = _grouped_outer(left, right, counts)
+    return grad_rows, grad_weight, None, None
+
+
+def _outer_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _outer_backward(ctx, grad):
+    left, right, counts = ctx.saved_tensors
+    return grouped_linear(right, grad, counts, False), grouped_linear(left, grad, counts, True), None
+
+
+_grouped_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+_grouped_outer.register_autograd(_outer_backward, setup_context=_outer_setup)
+
+
+def _check_grouped(rows, weight, counts, transposed):
+    inner = weight.shape[1 if transposed else 2] if weight.dim() == 3 else None
+    if rows.dim() != 2 or weight.dim() != 3 or counts.dim() != 1 or rows.shape[1] != inner:
+        form = "[E,I,O]" if transposed else "[E,O,I]"
+        raise ValueError(
+            f"grouped_linear: rows {tuple(rows.shape)}, weight {tuple(weight.shape)}, counts {tuple(counts.shape)} "
+            f"are not [M,I], {form}, [E]"
+        )
+    if weight.shape[0] != counts.shape[0]:
+        raise ValueError(f"grouped_linear: {weight.shape[0]} matrices for {counts.shape[0]} experts")
+    if rows.dtype != weight.dtype:
+        raise ValueError(f"grouped_linear: rows are {rows.dtype}, weight is {weight.dtype}")
+
+
+def _has_kernel(x: Tensor, *widths: int) -> bool:
+    """grouped_mm takes bfloat16 on CUDA, rows of a multiple of 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+
+
+def _dense(right: Tensor) -> Tensor:
+    """The kernel reads each expert's matrix row-major or column-major; anything else is copied."""
+    return right if right.is_contiguous() or right.mT.is_contiguous() else right.contiguous()
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return counts.cumsum(0).to(torch.int32)
+
+
+def _runs(counts: Tensor, rows: Tensor):
+    """(expert, start, stop) of every expert that has rows."""
+    stop = 0
+    for expert, count in enumerate(counts.tolist()):
+        start, stop = stop, stop + count
+        if count:
+            yield expert, start, stop
+    if stop != rows.shape[0]:
+        raise ValueError(f"counts sum to {stop}, there are {rows.shape[0]} rows")
+
+
+# ---- expert_rows --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tedfx::expert_rows", mutates_args=())
+def _expert_rows(param: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+    if param.dim() < 1 or param.shape[0] != counts.shape[0]:
+        raise ValueError(f"expert_rows: param {tuple(param.shape)} has no entry for each of {counts.shape[0]} experts")
+    index = torch.arange(counts.shape[0], device=counts.device)
+    return param.index_select(0, index.repeat_interleave(counts, output_size=rows.shape[0]))
+
+
+@_expert_rows.register_fake
+def _(param, counts, rows):
+    return param.new_empty(rows.shape[0], *param.shape[1:])
+
+
+def _expert_rows_setup(ctx, inputs, output):
+    ctx.shape = inputs[0].shape
+    ctx.save_for_backward(inputs[1])
+
+
+def _expert_rows_backward(ctx, grad):
+    (counts,) = ctx.saved_tensors
+    flat = grad.reshape(grad.shape[0], math.prod(ctx.shape[1:]))
+    # A sum over each expert's rows is a product with ones: a matmul, so no atomics, and it accumulates like one.
+    # Eight columns of ones where the kernel wants a multiple of eight.
+    ones = flat.new_ones(flat.shape[0], 8 if flat.is_cuda else 1)
+    return _grouped_outer(ones, flat, counts)[:, 0].reshape(ctx.shape), None, None
+
+
+_expert_rows.register_autograd(_expert_rows_backward, setup_context=_expert_rows_setup)
+
+# ---- combine ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tedfx::combine", mutates_args=())
+def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    if rows.dim() != 2 or weights.dim() != 2 or order.shape != rows.shape[:1]:
+        raise ValueError(
+            f"combine: rows {tuple(rows.shape)}, order {tuple(order.shape)}, weights {tuple(weights.shape)} "
+            "are not [M,H], [M], [N,K]"
+        )
+    tokens, top_k = weights.shape
+    placed = unsort(rows, order, tokens * top_k).view(tokens, top_k, rows.shape[1])
+    return (placed * weights.unsqueeze(-1)).sum(1)
+
+
+@_combine.register_fake
+def _(rows, order, weights):
+    return rows.new_empty(weights.shape[0], rows.shape[1], dtype=torch.promote_types(rows.dtype, weights.dtype))
+
+
+@torch.library.custom_op("tedfx::combine_backward", mutates_args=())
+def _combine_grads(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """grad[N,H] -> gradients of rows[M,H] and of weights[N,K]; zero for the weight of an assignment not listed."""
+    tokens, top_k = weights.shape
+    by_row = grad.index_select(0, order // top_k)
+    scale = weights.reshape(-1).index_select(0, order)
+    grad_rows = (by_row * scale.unsqueeze(1)).to(rows.dtype)
+    dots = (by_row * rows).sum(1)
+    grad_weights = dots.new_zeros(tokens * top_k).index_copy_(0, order, dots)
+    return grad_rows, grad_weights.view(tokens, top_k).to(weights.dtype)
+
+
+@_combine_grads.register_fake
+def _(grad, rows, order, weights):
+    return torch.empty_like(rows, memory_format=torch.contiguous_format), torch.empty_like(
+        weights, memory_format=torch.contiguous_format
+    )
+
+
+def _combine_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward(ctx, grad):
+    grad_rows, grad_weights = _combine_grads(grad, *ctx.saved_tensors)
+    return grad_rows, None, grad_weights
+
+
+_combine.register_autograd(_combine_backward, setup_context=_combine_setup)

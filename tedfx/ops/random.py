@@ -1,0 +1,101 @@
+"""Random draws that are a function of (seed, site, global element index), and of nothing else.
+
+A generator's stream depends on how many numbers each rank drew before. Here every element hashes its own position in
+the global tensor: ranks that hold the same element draw the same number, ranks that hold different ones draw
+independent numbers, and the whole is the one a single device draws, on any mesh. Recomputation draws it again.
+
+`factors` says where the local tensor lies in the global one: per dim, a tuple of factors `(local_size, axes)`, major
+first. A factor's global index is coordinate(axes) * local_size + local index, its global size local_size * size(axes);
+the dim's index composes its factors in mixed radix with the global sizes. `(((4, ("dp",)),), ((2, ()), (3, ("tp",))))`
+is a local [4, 6] of which dim 0 is sharded over dp, and dim 1 is gate|up with each half sharded over tp.
+"""
+
+import torch
+from torch import Tensor
+
+from tedfx.ops import context
+
+Factors = tuple[tuple[tuple[int, tuple[str, ...]], ...], ...]
+
+# Bits of a draw: as many as the dtype's significand holds, so that no draw rounds up to 1.
+_BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+
+
+def uniform(
+    factors: Factors, seed: Tensor, site: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    """The local piece of a global tensor of draws from [0, 1), one dim per entry of `factors`.
+
+    `seed`: 0-dim int64 tensor, equal on all ranks; new values do not recompile. `site`: which of the model's draws.
+    ValueError for a dtype without draws.
+    """
+    if dtype not in _BITS:
+        raise ValueError(f"uniform draws {', '.join(map(str, _BITS))}, not {dtype}")
+    bits = _BITS[dtype]
+    hashed = _hash(global_index(factors, device or seed.device), seed, site)
+    return _shift_right(hashed, 64 - bits).to(dtype) * 2.0**-bits
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> Tensor:
+    """x with each element kept with probability 1 - p and scaled by 1 / (1 - p), else zero.
+
+    Element i of the global tensor is kept iff hash(seed, site, i) / 2**24 >= p. ValueError for p outside [0, 1] or
+    factors that do not multiply to x's shape.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability {p} is not in [0, 1]")
+    if len(factors) != x.dim():
+        raise ValueError(f"dropout: factors for {len(factors)} dims of a tensor of shape {tuple(x.shape)}")
+    for dim, parts in enumerate(factors):
+        size = 1
+        for local, _ in parts:
+            size = size * local
+        if size != x.shape[dim]:
+            raise ValueError(f"dropout: factors {parts} do not multiply to dim {dim} of shape {tuple(x.shape)}")
+    keep = uniform(factors, seed, site, torch.float32, x.device) >= p
+    return torch.where(keep, x * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), 0)
+
+
+def global_index(factors: Factors, device: torch.device) -> Tensor:
+    """The row-major index of every local element in the global tensor, int64, of the local shape."""
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    shape = []
+    for parts in factors:
+        size = 1
+        for local, axes in parts:
+            span = context.span(axes)
+            place = torch.arange(local, device=device, dtype=torch.int64) + span.index * local
+            index = index.unsqueeze(-1) * (local * span.size) + place
+            size = size * local
+        shape.append(size)
+    return index.reshape(shape)
+
+
+# ---- splitmix64 in wrapping int64 arithmetic ----------------------------------------------------------------------
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+_SITE = 0x632BE59BD9B4E019
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
+
+
+def _hash(index: Tensor, seed: Tensor, site: int) -> Tensor:
+    """64 random bits per element. The key is mixed before the index enters, so that neighbouring seeds and sites are
+    as far apart as any; the index steps by the odd golden constant, so no two elements of a site collide."""
+    key = _mix(_mix(seed + _GOLDEN) + _signed((site + 1) * _SITE & (1 << 64) - 1))
+    return _mix(_mix(index * _GOLDEN + key))
+
+
+def _mix(z: Tensor) -> Tensor:
+    for shift, factor in _MIX:
+        z = (z ^ _shift_right(z, shift)) * factor
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical: int64 shifts drag the sign along."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

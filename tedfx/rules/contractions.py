@@ -1,0 +1,185 @@
+"""Ops that sum over factors: products, reductions, embedding, attention, cross-entropy."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tedfx.errors import TraceError
+from tedfx.factors import as_size
+from tedfx.rules.base import Annotator, Relation, argument, is_tensor, op_name, operands, positions, rule, whole_everywhere
+
+EACH = (frozenset({0}), frozenset({1}))
+ONE = (frozenset({0}),)
+
+
+@rule("aten.linear")
+def linear(node: fx.Node, ctx: Annotator) -> Relation:
+    """``(.., i), (o, i) -> (.., o)``. A bias makes it affine: see ``placing.split_bias``."""
+    x, w = node.args[:2]
+    bias = argument(node, 2, "bias")
+    rank = len(ctx.dims(x))
+    contracted = ctx.match((x, rank - 1), (w, 1))
+    if bias is not None:
+        ctx.match((w, 0), (bias, 0))
+    return Relation(out=ctx.dims(x)[:-1] + [ctx.dims(w)[0]], contracted=contracted, linear=EACH if bias is None else ())
+
+
+@rule("aten.matmul", "aten.bmm", "aten.mm")
+def matmul(node: fx.Node, ctx: Annotator) -> Relation:
+    a, b = node.args[:2]
+    ra, rb = len(ctx.dims(a)), len(ctx.dims(b))
+    contracted = ctx.match((a, ra - 1), (b, max(rb - 2, 0)))
+    lead = max(ra, rb) - 2
+    out = []
+    for d in range(max(lead, 0)):
+        places = [(n, d - lead + r - 2) for n, r in ((a, ra), (b, rb)) if d - lead + r - 2 >= 0]
+        out.append(ctx.match(*places))
+    if ra > 1:
+        out.append(ctx.dims(a)[ra - 2])
+    if rb > 1:
+        out.append(ctx.dims(b)[rb - 1])
+    return Relation(out=out, contracted=contracted, linear=EACH)
+
+
+@rule("aten.einsum")
+def einsum(node: fx.Node, ctx: Annotator) -> Relation:
+    equation, tensors = node.args[0].replace(" ", ""), operands(node)
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    if "." in equation or not right or any(len(set(t)) != len(t) for t in terms):
+        return whole_everywhere(node, ctx)
+    dims = {}
+    for letter in dict.fromkeys("".join(terms)):
+        dims[letter] = ctx.match(*[(t, term.index(letter)) for t, term in zip(tensors, terms) if letter in term])
+    contracted = tuple(f for letter, dim in dims.items() if letter not in right for f in dim)
+    groups = tuple(frozenset({i}) for i in range(len(tensors)))
+    return Relation(out=[dims[letter] for letter in right], contracted=contracted, linear=groups)
+
+
+def _reduced(node: fx.Node, rank: int) -> list[int]:
+    dims = argument(node, 1, "dim")
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(rank))
+    return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _keep(node: fx.Node) -> bool:
+    return bool(argument(node, 2, "keepdim", False))
+
+
+@rule("aten.sum", "aten.mean")
+def reduce_linear(node: fx.Node, ctx: Annotator) -> Relation:
+    """Sums contract; a mean over a sharded factor becomes a sum over the global count when it is lowered."""
+    dims = ctx.dims(operands(node)[0])
+    gone = _reduced(node, len(dims)) if dims else []
+    out = [() if d in gone else dim for d, dim in enumerate(dims) if _keep(node) or d not in gone]
+    return Relation(out=out, contracted=tuple(f for d in gone for f in dims[d]), linear=ONE)
+
+
+@rule("aten.amax", "aten.amin", "aten.prod", "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp", "aten.var", "aten.std",
+      "aten.linalg_vector_norm", "aten.norm", "aten.count_nonzero", "aten.var_mean")
+def reduce_whole(node: fx.Node, ctx: Annotator) -> Relation:
+    """Reductions that are not sums need their dims whole (partial maxima are a later rewrite)."""
+    dims, name = ctx.dims(operands(node)[0]), op_name(node)
+    if name in ("aten.linalg_vector_norm", "aten.norm", "aten.var", "aten.std", "aten.var_mean"):
+        value = node.meta["val"]
+        several = isinstance(value, (tuple, list))
+        shape = [as_size(s) for s in (value[0] if several else value).shape]
+        listed = argument(node, 2 if name.endswith("norm") else 1, "dim")
+        gone = list(range(len(dims))) if listed in (None, []) else [d % len(dims) for d in ([listed] if isinstance(listed, int) else listed)]
+        keep = len(shape) == len(dims) and bool(shape)
+    else:
+        several, gone, keep = False, _reduced(node, len(dims)) if dims else [], _keep(node)
+    out = [() if d in gone else dim for d, dim in enumerate(dims) if keep or d not in gone]
+    whole = {0: tuple(f for d in gone for f in dims[d])}
+    return Relation(out=[out] * 2 if several else out, whole=whole, several=several)
+
+
+@rule("aten.max", "aten.min", "aten.median", "aten.mode")
+def max_dim(node: fx.Node, ctx: Annotator) -> Relation:
+    tensors = operands(node)
+    if len(tensors) == 2:
+        from tedfx.rules.pointwise import broadcast
+
+        return Relation(out=broadcast(node, ctx))
+    dims = ctx.dims(tensors[0])
+    several = isinstance(node.meta["val"], (tuple, list))
+    gone = _reduced(node, len(dims)) if len(node.args) > 1 else list(range(len(dims)))
+    out = [() if d in gone else dim for d, dim in enumerate(dims) if _keep(node) or d not in gone]
+    whole = {0: tuple(f for d in gone for f in dims[d])}
+    return Relation(out=[out, out] if several else out, whole=whole, several=several)
+
+
+@rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten.cumsum", "aten.cumprod", "aten.argsort", "aten.logcumsumexp")
+def along_dim(node: fx.Node, ctx: Annotator) -> Relation:
+    dims = ctx.dims(operands(node)[0])
+    if not dims:
+        return Relation(out=[])
+    d = argument(node, 1, "dim", -1) % len(dims)
+    return Relation(out=dims, whole={0: dims[d]}, linear=ONE if op_name(node) == "aten.cumsum" else ())
+
+
+@rule("aten.layer_norm", "aten.rms_norm")
+def norm(node: fx.Node, ctx: Annotator) -> Relation:
+    x, count = node.args[0], len(node.args[1])
+    dims = ctx.dims(x)
+    for param in operands(node)[1:]:
+        for d in range(count):
+            ctx.match((x, len(dims) - count + d), (param, d))
+    dims = ctx.dims(x)
+    normed = tuple(f for d in dims[len(dims) - count :] for f in d)
+    return Relation(out=dims, whole={i: normed for i in range(len(operands(node)))})
+
+
+@rule("aten.topk", "aten.sort")
+def topk(node: fx.Node, ctx: Annotator) -> Relation:
+    dims, name = ctx.dims(operands(node)[0]), op_name(node)
+    d = argument(node, 2 if name == "aten.topk" else 1, "dim", -1) % len(dims)
+    size = as_size(node.meta["val"][0].shape[d])
+    new = () if size == 1 else ctx.dim_of(size, "k") if name == "aten.topk" else ctx.fresh(dims[d])
+    out = dims[:d] + [new] + dims[d + 1 :]
+    return Relation(out=[out, out], whole={0: dims[d]}, created=new, several=True)
+
+
+@rule("aten.embedding")
+def embedding(node: fx.Node, ctx: Annotator) -> Relation:
+    """``(V, h), (..) -> (.., h)``: contracts the vocabulary; a vocabulary shard looks its own rows up and gives a partial sum."""
+    weight, ids = node.args[:2]
+    vocabulary, hidden = ctx.dims(weight)
+    return Relation(out=ctx.dims(ids) + [hidden], contracted=vocabulary, linear=ONE)
+
+
+@rule("aten.cross_entropy_loss")
+def cross_entropy(node: fx.Node, ctx: Annotator) -> Relation:
+    """Rows form only (``reduction='none'``; ``passes/split_losses.py`` makes it so): ``(n, V), (n) -> (n)``."""
+    logits, labels = node.args[:2]
+    if argument(node, 3, "reduction", 1) != 0 or len(ctx.dims(logits)) != 2 or len(ctx.dims(labels)) != 1:
+        return whole_everywhere(node, ctx)
+    rows = ctx.match((logits, 0), (labels, 0))
+    vocabulary = ctx.dims(logits)[1]
+    plain = argument(node, 2, "weight") is None and not argument(node, 5, "label_smoothing", 0.0)
+    if plain:
+        return Relation(out=[rows], absorbed=vocabulary)
+    whole = {0: vocabulary}
+    if argument(node, 2, "weight") is not None:
+        whole[2] = ctx.dims(argument(node, 2, "weight"))[0]
+    return Relation(out=[rows], whole=whole)
+
+
+@rule("aten.scaled_dot_product_attention")
+def attention(node: fx.Node, ctx: Annotator) -> Relation:
+    """``(.., s, d), (.., r, d), (.., r, e) -> (.., s, e)``: batch and heads pass; sequences and the head dim are whole."""
+    q, k, v = node.args[:3]
+    mask = argument(node, 3, "attn_mask")
+    if argument(node, 7, "enable_gqa", False) and ctx.dims(q)[-3] != ctx.dims(k)[-3]:
+        raise TraceError(f"{node}: enable_gqa is expanded before typing (passes/split_losses.py)")
+    rank = len(ctx.dims(q))
+    for d in range(rank - 2):
+        ctx.match((q, d), (k, d), (v, d), *([(mask, d - rank + len(ctx.dims(mask)))] if mask is not None and d - rank + len(ctx.dims(mask)) >= 0 else []))
+    ctx.match((k, rank - 2), (v, rank - 2))
+    ctx.match((q, rank - 1), (k, rank - 1))
+    qd, kd, vd = ctx.dims(q), ctx.dims(k), ctx.dims(v)
+    whole = {0: qd[-2] + qd[-1], 1: kd[-2] + kd[-1], 2: vd[-2]}
+    if mask is not None:
+        whole[3] = tuple(f for d in ctx.dims(mask)[-2:] for f in d)
+    return Relation(out=qd[:-1] + [vd[-1]], whole=whole, linear=(frozenset({2}),))

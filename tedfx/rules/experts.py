@@ -1,0 +1,52 @@
+"""The canonical MoE ops. ``rows`` is a ragged factor; ``experts`` ties the counts to the stacked weights.
+
+Their types have rules of their own (`tedfx/placing.py`): rows that vary on an expert axis meet weights that are split over it.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tedfx.factors import Factor, as_size
+from tedfx.rules.base import Annotator, Relation, argument, operands, rule
+
+ONE = (frozenset({0}),)
+
+
+@rule("tedfx.dispatch")
+def dispatch(node: fx.Node, ctx: Annotator) -> Relation:
+    """``(n, h), (n, k) -> rows (r, h), counts (E), order (r)``."""
+    x, ids = node.args[:2]
+    ctx.match((x, 0), (ids, 0))
+    rows = Factor(as_size(node.meta["val"][0].shape[0]), "rows", ragged=True)
+    experts = Factor(int(node.args[2]), "experts")
+    hidden = ctx.dims(x)[1]
+    out = [[(rows,), hidden], [(experts,)], [(rows,)]]
+    return Relation(out=out, whole={1: ctx.dims(ids)[1]}, linear=ONE, created=(rows, experts), several=True, kind="dispatch")
+
+
+@rule("tedfx.grouped_linear")
+def grouped_linear(node: fx.Node, ctx: Annotator) -> Relation:
+    """``(r, i), (E, o, i), (E) -> (r, o)``."""
+    rows, weight, counts = node.args[:3]
+    transposed = argument(node, 3, "transposed", False)
+    o, i = (2, 1) if transposed else (1, 2)
+    ctx.match((counts, 0), (weight, 0))
+    contracted = ctx.match((rows, 1), (weight, i))
+    return Relation(out=[ctx.dims(rows)[0], ctx.dims(weight)[o]], contracted=contracted, linear=(frozenset({0}), frozenset({1})), kind="grouped")
+
+
+@rule("tedfx.expert_rows")
+def expert_rows(node: fx.Node, ctx: Annotator) -> Relation:
+    """``(E, ..), (E), (r, ..) -> (r, ..)``; the third operand gives the number of rows only."""
+    param, counts, rows = node.args[:3]
+    ctx.match((counts, 0), (param, 0))
+    return Relation(out=[ctx.dims(rows)[0]] + ctx.dims(param)[1:], linear=ONE, kind="expert_rows")
+
+
+@rule("tedfx.combine")
+def combine(node: fx.Node, ctx: Annotator) -> Relation:
+    """``(r, h), (r), (n, k) -> (n, h)``."""
+    rows, order, weights = node.args[:3]
+    out = [ctx.dims(weights)[0], ctx.dims(rows)[1]]
+    return Relation(out=out, whole={2: ctx.dims(weights)[1]}, linear=(frozenset({0}), frozenset({2})), kind="combine")

@@ -1,0 +1,686 @@
+"""From a module to one global graph.
+
+`trace` exports the unmodified model (`torch.export`, non-strict, composite operators kept whole) with two size symbols, batch
+and sequence, and returns a plain `fx.GraphModule` whose placeholders are parameters, buffers, constants and tensor inputs, in
+that order. No mesh is in sight, and nothing is allocated: while the model is traced its parameters are fake, on the device
+that will run it.
+
+Steps:
+1. Bind the example inputs to the names of `forward`, give every tensor its own object and the two sizes their Dims.
+2. Swap parameters and buffers for fakes, let the frontends prepare the model, export, and put everything back.
+3. A size that the model fixes or bounds is exported again so, and written down in `Trace.static`.
+4. Flatten: inline no-grad regions, drop assertions and dead code, keep one placeholder per tied weight.
+
+Terms: a *path* is where an input sits in the call, ("input_ids",) or ("images", 0); FQN is a name in `model.state_dict()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.export.graph_signature import InputKind, OutputKind
+
+from tedfx.errors import CaptureError, TraceError, user_line
+from tedfx.passes.base import emit, evaluate
+
+__all__ = ["Trace", "check_capture", "infer_inputs", "trace"]
+
+aten = torch.ops.aten
+
+# Operators that only assert: they shape no value.
+_ASSERTIONS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+@dataclasses.dataclass
+class Trace:
+    """The global graph of a model, and how its placeholders and outputs relate to the model and to a call.
+
+    graph_module      placeholders: parameters, buffers, constants, tensor inputs; outputs: new values of
+                      `mutated_buffers`, then the flattened outputs of the model.
+    parameters        placeholder -> FQN; a tied weight is one placeholder.
+    tied              FQN -> the FQN that stands for it.
+    buffers           placeholder -> FQN.
+    constants         placeholder -> tensor that the model's code made while it was traced.
+    inputs            placeholder -> path in the call, in the order of the placeholders.
+    in_spec, out_spec pytree specs of ((args), {kwargs}) and of the model's outputs.
+    mutated_buffers   FQNs of buffers that the model changes (filled by the `functionalize` pass).
+    sizes             "batch" and "sequence" -> size symbol, those that the model leaves free.
+    static            one line for every size that the model fixes or bounds.
+    values            path -> value of inputs that are not tensors; a call must pass the same.
+    """
+
+    graph_module: fx.GraphModule
+    parameters: dict[str, str]
+    tied: dict[str, str]
+    buffers: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    inputs: dict[str, tuple]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    training: bool
+    signature: inspect.Signature
+    sizes: dict[str, sympy.Symbol]
+    bounds: dict[sympy.Symbol, tuple[int, int | None]]
+    static: list[str]
+    notes: list[str]
+    values: dict[tuple, Any]
+    device: torch.device
+    mutated_buffers: list[str] = dataclasses.field(default_factory=list)
+    captured: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
+        return self.sizes
+
+    def flatten(self, args: tuple = (), kwargs: dict[str, Any] | None = None) -> list[torch.Tensor]:
+        """The tensors of a call, in the order of the input placeholders; a call unlike the traced one is refused."""
+        given = dict(_leaves_with_path(_bind(self.signature, args, kwargs or {})))
+        given = {path: value for path, value in given.items() if value is not None}
+        for path, value in self.values.items():
+            if value is not None and (path not in given or given.pop(path) != value):
+                raise TraceError(f"traced with {_show(path)}={value!r}: trace again for another value")
+        wanted = set(self.inputs.values())
+        for path in given.keys() - wanted:
+            raise TraceError(f"traced without {_show(path)}: trace again with it")
+        for path in wanted - given.keys():
+            raise TraceError(f"traced with {_show(path)}: the call has none")
+        self._check_sizes(given)
+        return [given[path] for path in self.inputs.values()]
+
+    def _check_sizes(self, given: dict[tuple, torch.Tensor]) -> None:
+        found: dict[sympy.Symbol, int] = {}
+        placeholders = {n.name: n for n in self.graph_module.graph.find_nodes(op="placeholder")}
+        for name, path in self.inputs.items():
+            fake, real = placeholders[name].meta["val"], given[path]
+            if fake.dim() != real.dim():
+                raise TraceError(f"{_show(path)} was traced with {fake.dim()} dims and has {real.dim()}")
+            for dim, (size, actual) in enumerate(zip(fake.shape, real.shape)):
+                expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+                if expr.is_Symbol:
+                    expected = found.setdefault(expr, actual)
+                    low, high = self.bounds.get(expr, (1, None))
+                    if actual < low or (high is not None and actual > high):
+                        raise TraceError(f"dim {dim} of {_show(path)} is {actual}; the model was traced for {low} to {high}")
+                elif expr.free_symbols:
+                    continue
+                else:
+                    expected = int(expr)
+                if expected != actual:
+                    raise TraceError(f"dim {dim} of {_show(path)} is {actual}; expected {expected}")
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """The model's own output from the graph's outputs (new values of mutated buffers are dropped)."""
+        return pytree.tree_unflatten(list(outputs)[len(self.mutated_buffers) :], self.out_spec)
+
+    def state(self, model: nn.Module) -> list[torch.Tensor]:
+        """The model's tensors for the leading placeholders: parameters, buffers, constants."""
+        tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+        return [
+            self.constants[name] if name in self.constants else tensors[self.parameters.get(name) or self.buffers[name]]
+            for name in (n.name for n in self.graph_module.graph.find_nodes(op="placeholder"))
+            if name not in self.inputs
+        ]
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on one device with the model's own tensors. Buffers that it mutates are left alone."""
+        return self.unflatten(self.graph_module(*self.state(model), *self.flatten(args, kwargs)))
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------------
+
+
+def infer_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Example inputs of a model that reads token ids: `input_ids`, and `labels` where `forward` accepts them."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        raise TraceError(
+            f"{type(model).__name__}.forward({', '.join(parameters)}) takes no input_ids, so its inputs cannot be "
+            "guessed: pass example inputs, as in trace(model, kwargs={'x': torch.randn(6, 10, 64)})"
+        )
+    ids = torch.zeros(6, 10, dtype=torch.int64)
+    return {name: ids.clone() for name in ("input_ids", "labels") if name in parameters}
+
+
+def _bind(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call by keyword. Positional arguments beyond the named ones are refused."""
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TraceError(f"the inputs do not fit the model's forward: {error}") from None
+    call = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            call.update(value)
+        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise TraceError(f"argument '{name}' of forward has no keyword: wrap the model in one whose inputs have names")
+        else:
+            call[name] = value
+    return call
+
+
+def _leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
+    leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    return [(tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path), x) for path, x in leaves]
+
+
+def _show(path: tuple) -> str:
+    return str(path[0]) + "".join(f"[{p!r}]" for p in path[1:])
+
+
+def _plan_sizes(call: dict[str, Any], taken: set[int], static: list[str]) -> tuple[dict[str, tuple[int, int]], Any]:
+    """Which dims of which inputs are batch and sequence, and the sizes to trace with.
+
+    Returns {"batch": (given, traced), ...} and, per leaf, {dim: "batch" or "sequence"}. The first tensor's dim 0 is the batch,
+    its dim 1 the sequence; others share them by position and size. The given sizes are kept unless they coincide with each
+    other or with a size of a parameter; then the smallest free multiples are used, which keeps divisibility.
+    """
+    tensors = [x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor)]
+    if not tensors:
+        raise TraceError("no input is a tensor: pass example inputs, as in trace(model, kwargs={'x': torch.randn(6, 10, 64)})")
+    given = dict(zip(("batch", "sequence"), tensors[0].shape))
+    for name in [n for n, size in given.items() if size == 1]:
+        static.append(f"{name} = 1: the example input has size 1 there; trace with more to leave it free")
+        del given[name]
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, size in given.items():
+        used = taken | {t for _, t in sizes.values()}
+        traced = next(size * k for k in itertools.count(1) if size * k not in used and size * k > 1)
+        sizes[name] = (size, traced)
+
+    def dims(x: Any) -> dict[int, str] | None:
+        if not isinstance(x, torch.Tensor):
+            return None
+        found = {}
+        batch, sequence = given.get("batch"), given.get("sequence")
+        if x.dim() and x.shape[0] == batch:
+            found[0] = "batch"
+        elif x.dim() == 1 and x.shape[0] == sequence:
+            found[0] = "sequence"
+        if x.dim() > 1 and x.shape[1] == sequence:
+            found[1] = "sequence"
+        if x.dim() == 4 and x.shape[1] == 1:  # an attention mask: (batch, 1, queries, keys)
+            found.update({d: "sequence" for d in (2, 3) if x.shape[d] == sequence})
+        return found
+
+    return sizes, pytree.tree_map(dims, call)
+
+
+# --- the model while it is traced ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _fake_state(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
+    """Parameters and buffers swapped for fakes on `device`; a tied tensor stays tied."""
+    fakes: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in fakes:
+            with mode:
+                new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            fakes[id(tensor)] = new
+        return fakes[id(tensor)]
+
+    saved = []
+    try:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        saved.append((table, name, tensor))
+                        table[name] = fake(tensor)
+        yield
+    finally:
+        for table, name, tensor in saved:
+            table[name] = tensor
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """FQN -> the first FQN of the same tensor."""
+    first: dict[int, str] = {}
+    named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(t), name) for name, t in named if first.setdefault(id(t), name) != name}
+
+
+def trace(
+    model: nn.Module,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    frontends: Sequence[Any] | None = None,
+) -> Trace:
+    """Trace `model` as it stands (its training flag, its dtypes) into one graph. See the module's docstring.
+
+    Only shapes and dtypes of the example inputs matter; without any, `infer_inputs` makes them. `device` is where the graph
+    will run, by default the device of the parameters; a model on the meta device needs none to exist.
+    """
+    if frontends is None:
+        from tedfx.frontends import default_frontends
+
+        frontends = default_frontends()
+    if not args and not kwargs:
+        kwargs = infer_inputs(model)
+    state = [*model.parameters(), *model.buffers()]
+    if device is None:
+        device = next((t.device for t in state if t.device.type != "meta"), torch.get_default_device())
+    device = torch.device(device)
+
+    signature = inspect.signature(model.forward)
+    call = _bind(signature, tuple(args), dict(kwargs or {}))
+    static: list[str] = []
+    notes: list[str] = []
+    taken = {size for t in model.parameters() for size in t.shape}
+    sizes, roles = _plan_sizes(call, taken, static)
+    used = [f for f in frontends if f.applies(model)]
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def example(x: Any, dims: dict[int, str] | None, plan: dict[str, int]) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        shape = [plan.get(dims.get(d), size) for d, size in enumerate(x.shape)]
+        with mode:  # a new object each: export merges inputs that are one object
+            return torch.empty(shape, dtype=x.dtype, device=device).requires_grad_(x.requires_grad)
+
+    def shapes(x: Any, dims: dict[int, str] | None, free: dict[str, Any]) -> Any:
+        return {d: free[n] for d, n in dims.items() if n in free} or None if isinstance(x, torch.Tensor) else None
+
+    leaves, spec = pytree.tree_flatten(call)
+    leaf_roles = _aligned(leaves, roles)
+    free: dict[str, Any] = {name: torch.export.Dim(name) for name in sizes}
+    traced = {name: size for name, (_, size) in sizes.items()}
+    with contextlib.ExitStack() as stack:
+        for frontend in used:
+            stack.enter_context(frontend.prepare(model, notes))
+        captured = [name for f in used for name in f.captured(model)]
+        stack.enter_context(_fake_state(model, mode, device))
+        for attempt in itertools.count():
+            plan = {n: traced[n] if n in free else sizes[n][0] for n in sizes}
+            examples = spec.unflatten([example(x, r, plan) for x, r in zip(leaves, leaf_roles)])
+            dynamic = spec.unflatten([shapes(x, r, free) for x, r in zip(leaves, leaf_roles)])
+            try:
+                exported = torch.export.export(model, (), examples, dynamic_shapes=dynamic, strict=False)
+                break
+            except Exception as error:
+                fixes = _suggested(str(error), free)
+                if not fixes or attempt == 4:
+                    raise _trace_error(error) from error
+                for name, fix in fixes.items():
+                    if isinstance(fix, int):
+                        static.append(f"{name} = {sizes[name][0]}: the model fixes this size")
+                        del free[name]
+                    else:
+                        static.append(f"{name}: the model only accepts {fix}")
+                        free[name] = fix
+
+    return _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured)
+
+
+def _aligned(leaves: list[Any], roles: Any) -> list[dict[int, str] | None]:
+    """The role dicts of `roles`, one per leaf (they were made by a map over the same tree)."""
+    found = pytree.tree_leaves(roles, is_leaf=lambda r: r is None or (isinstance(r, dict) and all(isinstance(k, int) for k in r)))
+    assert len(found) == len(leaves)
+    return found
+
+
+def _suggested(message: str, free: dict[str, Any]) -> dict[str, Any]:
+    """What export proposes for our Dims: an int (fixed) or another Dim (bounded, divisible)."""
+    if "Suggested fixes:" not in message:
+        return {}
+    lines = []
+    for line in message.split("Suggested fixes:", 1)[1].strip("\n").splitlines():
+        if not re.match(r"\s+\w+ = ", line):
+            break
+        lines.append(line)
+    if not lines:
+        return {}
+    order = list(free)
+    refined = refine_dynamic_shapes_from_suggested_fixes(
+        "Suggested fixes:\n" + "\n".join(lines), {name: {0: free[name]} for name in order}
+    )
+    return {n: refined[n][0] for n in order if refined[n][0] is not free[n] and repr(refined[n][0]) != repr(free[n])}
+
+
+def _trace_error(error: Exception) -> TraceError:
+    text = str(error).strip()
+    cause = text.splitlines()[0] if text else type(error).__name__
+    where = user_line(error)
+    if "data-dependent" in text or type(error).__name__ == "GuardOnDataDependentSymNode":
+        fix = "make the computation independent of tensor values there, or of the number of matching elements"
+    elif "Constraints violated" in text:
+        fix = "pass example inputs with sizes that this line accepts"
+    else:
+        fix = "make this line traceable by torch.export, or take it out of forward"
+    return TraceError(f"cannot trace: {type(error).__name__}: {cause} | at {where} | {fix}")
+
+
+# --- the exported program, made flat ----------------------------------------------------------------------------------------
+
+
+def _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured) -> Trace:
+    graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
+    graph = graph_module.graph
+    inline_regions(graph_module)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.erase_node(node)
+
+    placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    tied = _tied(model)
+    parameters, buffers, constants, user = {}, {}, {}, []
+    owner: dict[str, fx.Node] = {}
+    for spec in exported.graph_signature.input_specs:
+        name = spec.arg.name
+        node = placeholders[name]
+        if spec.kind is InputKind.USER_INPUT:
+            user.append(node)
+            continue
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            fqn = tied.get(spec.target, spec.target)
+            if fqn in owner:
+                node.replace_all_uses_with(owner[fqn])
+                graph.erase_node(node)
+                continue
+            owner[fqn] = node
+            (parameters if spec.kind is InputKind.PARAMETER else buffers)[name] = fqn
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = exported.constants[spec.target]
+        else:
+            raise TraceError(f"input {name} is a {spec.kind.name.lower()}: only tensors can enter the graph")
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise TraceError(f"output {spec.arg.name} is a {spec.kind.name.lower()}, which tedfx does not expect")
+
+    inputs, values = {}, {}
+    roles_of = {}
+    for node, (path, value), roles in zip(user, _leaves_with_path(call), leaf_roles, strict=True):
+        if isinstance(value, torch.Tensor):
+            inputs[node.name] = path
+            roles_of[node] = roles
+        else:
+            values[path] = value
+            graph.erase_node(node)
+
+    graph.eliminate_dead_code()
+    for name in [n for n, p in placeholders.items() if n in buffers or n in constants]:
+        if not placeholders[name].users:  # an unread buffer needs no placeholder
+            buffers.pop(name, None)
+            constants.pop(name, None)
+            graph.erase_node(placeholders[name])
+    graph_module.delete_all_unused_submodules()
+    graph.lint()
+    graph_module.recompile()
+
+    symbols, bounds = {}, {}
+    for node, roles in roles_of.items():
+        for dim, size_name in roles.items():
+            size = node.meta["val"].shape[dim]
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                symbols[size_name] = size.node.expr
+    for name, symbol in symbols.items():
+        dim = free.get(name)
+        low, high = getattr(dim, "min", None), getattr(dim, "max", None)
+        bounds[symbol] = (low if isinstance(low, int) and low > 2 else 1, high if isinstance(high, int) and high < 2**62 else None)
+
+    return Trace(
+        graph_module=graph_module,
+        parameters=parameters,
+        tied=tied,
+        buffers=buffers,
+        constants=constants,
+        inputs=inputs,
+        in_spec=exported.call_spec.in_spec,
+        out_spec=exported.call_spec.out_spec,
+        training=model.training,
+        signature=signature,
+        sizes=symbols,
+        bounds=bounds,
+        static=static,
+        notes=notes,
+        values=values,
+        device=device,
+        captured=captured,
+    )
+
+
+def inline_regions(graph_module: fx.GraphModule) -> None:
+    """Inline no-grad and autocast regions.
+
+    A value computed in a no-grad region is detached where it leaves the region (or enters a region inside it that has
+    gradients on), so gradients stay exact. An autocast region that is disabled is plain code; an enabled one is refused.
+    """
+    hop = torch.ops.higher_order
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is hop.wrap_with_set_grad_enabled:
+            enabled, body, *operands = node.args
+            _inline(graph_module, node, body, operands, enabled)
+        elif node.target is hop.wrap_with_autocast:
+            device_type, dtype, enabled, _, body, *operands = node.args
+            if enabled:
+                raise TraceError(
+                    f"autocast to {dtype} on {device_type} | at {_first_line(graph_module, body)} | cast the model (model.to({dtype})) "
+                    "instead of tracing it under autocast"
+                )
+            _inline(graph_module, node, body, operands, True)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise TraceError(f"{node.target} is a region of code that tedfx cannot look into | at {user_line(node)} | write it as plain code")
+    graph_module.graph.eliminate_dead_code()
+
+
+def _first_line(graph_module: fx.GraphModule, body: fx.Node) -> str:
+    nodes = graph_module.get_submodule(body.target).graph.nodes
+    return next((user_line(n) for n in nodes if n.op == "call_function"), "an unknown line")
+
+
+def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands: list[Any], gradient: bool) -> None:
+    region = graph_module.get_submodule(body.target)
+    inline_regions(region)
+    if not gradient:
+        _check_no_grad_writes(region, operands)
+    graph = graph_module.graph
+    values: dict[fx.Node, Any] = {}
+    feed = iter(operands)
+    with graph.inserting_before(call):
+        for node in region.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(feed)
+            elif node.op == "output":
+                outputs = fx.map_arg(node.args[0], lambda n: values[n])
+            else:
+                if node.op == "get_attr":
+                    raise TraceError(f"a constant inside a no-grad region | at {_first_line(graph_module, body)} | make it a buffer")
+                new = graph.node_copy(node, lambda n: values[n])
+                if not gradient and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+                    raise TraceError(f"enable_grad inside no_grad | at {user_line(node)} | take it out")
+                # Fake values anew, so that they share storage with the operands as the real ones would.
+                new.meta["val"] = evaluate(new.target, new.args, new.kwargs)
+                values[node] = new
+        own = {v for n, v in values.items() if n.op != "placeholder"}
+        if not gradient:
+            outputs = fx.map_arg(outputs, lambda n: _detached(graph, n) if n in own else n)
+    single = not isinstance(outputs, (tuple, list))
+    for user in list(call.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph.erase_node(user)
+    if single and call.users:
+        call.replace_all_uses_with(outputs)
+    graph.erase_node(call)
+
+
+def _check_no_grad_writes(region: fx.GraphModule, operands: list[Any]) -> None:
+    """A no-grad write into a value that carries gradients changes the value and not its gradient: no graph says that."""
+    storages = {}
+    for placeholder, operand in zip(region.graph.find_nodes(op="placeholder"), operands):
+        val = placeholder.meta.get("val")
+        if isinstance(val, torch.Tensor) and isinstance(operand, fx.Node) and _carries_gradient(operand):
+            storages[val.untyped_storage()._cdata] = operand
+    for node in region.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node):
+            val = node.args[0].meta.get("val")
+            if isinstance(val, torch.Tensor) and val.untyped_storage()._cdata in storages:
+                raise TraceError(
+                    f"{node.target} under no_grad changes a value that carries gradients | at {user_line(node)} | make a new tensor"
+                )
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    todo, seen = [node], set()
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        val = n.meta.get("val")
+        if n.op == "placeholder" and isinstance(val, torch.Tensor) and val.requires_grad:
+            return True
+        cut = n.target in (aten.detach.default, torch.ops.higher_order.wrap_with_set_grad_enabled)
+        if not cut and not (isinstance(val, torch.Tensor) and not val.is_floating_point()):
+            todo.extend(n.all_input_nodes)
+    return False
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
+        return node
+    return emit(graph, aten.detach.default, (node,), like=node)
+
+
+# --- is the captured graph the model? ----------------------------------------------------------------------------------------
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+def check_capture(
+    model: nn.Module, captured: Trace, args: tuple = (), kwargs: dict[str, Any] | None = None, *, frontends: Sequence[Any] | None = None
+) -> float:
+    """Run the captured graph against the model in its authors' form, same dtype, and return the largest relative difference.
+
+    Without inputs, random ones are made: integers below the smallest embedding's size, normal floats. A difference beyond
+    rounding raises `CaptureError` with the first captured module that differs.
+    """
+    if frontends is None:
+        from tedfx.frontends import default_frontends
+
+        frontends = default_frontends()
+    if not args and not kwargs:
+        kwargs = _random_inputs(model, captured)
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out))
+        for name in captured.captured
+    ]
+    saved = {name: b.clone() for name, b in model.named_buffers()}
+    try:
+        with contextlib.ExitStack() as stack, torch.no_grad(), torch.random.fork_rng():
+            for frontend in frontends:
+                if frontend.applies(model):
+                    stack.enter_context(frontend.reference(model))
+            torch.manual_seed(0)
+            expected = pytree.tree_leaves(model(*args, **(kwargs or {})))
+            for name, b in model.named_buffers():
+                b.copy_(saved[name])
+            torch.manual_seed(0)
+            actual = pytree.tree_leaves(captured(model, *args, **(kwargs or {})))
+            worst = max((_difference(a, e) / _tolerance(e) for a, e in zip(actual, expected)), default=0.0)
+            if not worst <= 1.0 or len(actual) != len(expected):
+                torch.manual_seed(0)
+                name, error = _first_difference(model, captured, seen, args, kwargs or {})
+                raise CaptureError(
+                    f"the captured graph does not compute what the model does: {name} differs by {error:.1e} relative "
+                    f"to its size ({worst:.1e} of the tolerance at the outputs)"
+                )
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(saved[name])
+    return max((_difference(a, e) for a, e in zip(actual, expected)), default=0.0)
+
+
+def _difference(actual: Any, expected: Any) -> float:
+    if not isinstance(expected, torch.Tensor):
+        return 0.0 if actual == expected else float("inf")
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    a, e = actual.double(), expected.double()
+    if torch.equal(a, e):
+        return 0.0
+    return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _tolerance(expected: Any) -> float:
+    return _TOLERANCE.get(expected.dtype, 1e-10) if isinstance(expected, torch.Tensor) else 1.0
+
+
+def _random_inputs(model: nn.Module, captured: Trace) -> dict[str, Any]:
+    vocabulary = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
+    small = {symbol: size for symbol, size in zip(captured.sizes.values(), (3, 7))}
+    placeholders = {n.name: n for n in captured.graph_module.graph.find_nodes(op="placeholder")}
+    generator = torch.Generator().manual_seed(0)
+    call: dict[str, Any] = {path[0]: value for path, value in captured.values.items() if len(path) == 1}
+    for name, path in captured.inputs.items():
+        if len(path) != 1:
+            raise CaptureError(f"input {_show(path)} is nested: pass example inputs to check the capture with")
+        fake = placeholders[name].meta["val"]
+        shape = [int(s.node.expr.subs(small)) if isinstance(s, torch.SymInt) else s for s in fake.shape]
+        if fake.is_floating_point():
+            value = torch.randn(shape, generator=generator).to(fake.dtype)
+        else:
+            value = torch.randint(0, vocabulary, shape, generator=generator).to(fake.dtype)
+        call[path[0]] = value.to(captured.device)
+    return call
+
+
+def _first_difference(model, captured: Trace, seen: dict[str, torch.Tensor], args, kwargs) -> tuple[str, float]:
+    """The first captured module whose output in the graph is not what the model's own was."""
+    last: dict[fx.Node, str] = {}
+    for name in captured.captured:
+        nodes = [n for n in captured.graph_module.graph.nodes if name in _module_names(n) and "val" in n.meta]
+        if nodes:
+            last[nodes[-1]] = name
+    found: list[tuple[str, float]] = []
+
+    class Watch(fx.Interpreter):
+        def run_node(self, node):
+            value = super().run_node(node)
+            if node in last and last[node] in seen and isinstance(seen[last[node]], torch.Tensor):
+                error = _difference(value.reshape(seen[last[node]].shape) if value.numel() == seen[last[node]].numel() else value, seen[last[node]])
+                if error > _tolerance(value):
+                    found.append((last[node], error))
+            return value
+
+    Watch(captured.graph_module).run(*captured.state(model), *captured.flatten(args, kwargs))
+    return found[0] if found else ("a part outside the captured modules", float("nan"))
+
+
+def _module_names(node: fx.Node) -> list[str]:
+    return [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
