@@ -12,6 +12,7 @@ verifier, and records what happened. A program is valid between any two passes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -22,9 +23,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from tedfx.errors import ContractError
+from tedfx.errors import ContractError, TedfxError
 
-__all__ = ["Pass", "PassRecord", "PassResult", "check_contracts", "emit", "evaluate", "run_pipeline"]
+__all__ = ["Pass", "PassRecord", "PassResult", "check_contracts", "emit", "evaluate", "fake_mode", "run_pipeline"]
 
 
 @dataclasses.dataclass
@@ -120,19 +121,26 @@ def _print(program: Any, title: str) -> None:
 # --- helpers for writing passes ------------------------------------------------------------------------------------------
 
 
-def evaluate(target: Callable, args: tuple, kwargs: dict) -> Any:
-    """The fake value of `target(*args, **kwargs)`, nodes standing for their `meta['val']`."""
+def fake_mode(graph: fx.Graph) -> Any:
+    """The mode that the graph's fake values belong to."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return contextlib.nullcontext()
+
+
+def evaluate(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict) -> Any:
+    """The fake value of `target(*args, **kwargs)`, nodes standing for their `meta['val']`. No size may become fixed by it."""
     args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta.get("val"))
-    mode = next((v.fake_mode for v in _leaves((args, kwargs)) if hasattr(v, "fake_mode")), None)
-    with torch.no_grad():
-        if mode is None:
-            return target(*args, **kwargs)
-        with mode:
-            return target(*args, **kwargs)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
+    mode = fake_mode(graph)
+    env = getattr(mode, "shape_env", None)
+    fixed = len(env.replacements) if env is not None else 0
+    with torch.no_grad(), mode:
+        value = target(*args, **kwargs)
+    if env is not None and len(env.replacements) > fixed:
+        raise TedfxError(f"{target} ties sizes of the graph to each other or to numbers: {env.replacements}")
+    return value
 
 
 def emit(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict | None = None, *, like: fx.Node) -> fx.Node:
@@ -142,5 +150,5 @@ def emit(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict | None = N
     for key in ("stack_trace", "nn_module_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
-    node.meta["val"] = evaluate(target, args, kwargs)
+    node.meta["val"] = evaluate(graph, target, args, kwargs)
     return node

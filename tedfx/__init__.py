@@ -1,0 +1,10 @@
+"""tedfx: a compiler over torch.fx for hybrid tensor x expert x data parallel mixture-of-experts training."""
+
+from tedfx._version import __version__
+from tedfx.api import parallelize
+from tedfx.compiler import default_passes
+from tedfx.errors import CaptureError, ConfigError, ContractError, TedfxError, TraceError, TypeCheckError
+
+__all__ = [
+    "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__", "default_passes", "parallelize",
+]

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Sequence
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
+from tedfx.errors import ConfigError
 from tedfx.factors import Factor, as_size, dim_size, leaves
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, run_pipeline
@@ -66,6 +68,7 @@ class Compilation:
     size_sources: dict = field(default_factory=dict)
     history: list = field(default_factory=list)
     outputs: tuple[str, ...] | None = None
+    output_names: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         """Work on a copy: one trace serves any number of meshes."""
@@ -75,8 +78,32 @@ class Compilation:
         old = next(iter(source.graph.find_nodes(op="output")))
         new = graph.output(result)
         new.meta.update(old.meta)
+        self.output_names = self._name_outputs()
+        new.args = (tuple(self._keep(new.args[0])),)
+        graph.eliminate_dead_code()
         self.graph_module = fx.GraphModule(source, graph)
         self.trace = replace(self.trace, graph_module=self.graph_module, mutated_buffers=list(self.trace.mutated_buffers))
+
+    def _name_outputs(self) -> list[str]:
+        """A name per leaf of the model's output: ``loss``, ``logits``, ``router_logits[0]``."""
+        spec = self.trace.out_spec
+        tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+        names = [""] * spec.num_leaves
+        for path, index in pytree.tree_flatten_with_path(tree)[0]:
+            keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path]
+            names[index] = "".join(f"[{k!r}]" if i else str(k) for i, k in enumerate(keys)) or "output"
+        return names
+
+    def _keep(self, values):
+        """Outputs that were not asked for become None, and what only they need is dropped."""
+        if self.outputs is None:
+            return values
+        base = [n.split("[")[0] for n in self.output_names]
+        for name in self.outputs:
+            if name not in base:
+                raise ConfigError(f"outputs={self.outputs!r}: the model's outputs are {', '.join(dict.fromkeys(base))}")
+        lead = len(values) - len(base)
+        return [v if i < lead or base[i - lead] in self.outputs else None for i, v in enumerate(values)]
 
     # what passes on the global graph read and extend
     parameters = property(lambda self: self.trace.parameters)

@@ -137,8 +137,8 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
     # 2. partial sums
     partial = frozenset(i for i, t in enumerate(types) if t == P)
     if partial:
-        for group in relation.linear:
-            if partial <= group and _may_pass(nodes, types, diff, dims, group, partial, plan, relation, reduced):
+        for group in relation.linear if not any(reduced(i) for i in partial) else ():
+            if partial <= group and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
                 targets = []
                 for j in range(len(nodes)):
                     if j in group:
@@ -159,15 +159,13 @@ def _twice(dims, factor) -> bool:
     return sum(leaf is factor for d in dims for leaf in leaves(d)) > 1
 
 
-def _may_pass(nodes, types, diff, dims, group, partial, plan, relation, reduced) -> bool:
+def _may_pass(nodes, types, diff, dims, group, partial, plan, relation) -> bool:
     """Whether a partial sum goes on through a linear op rather than being reduced before it."""
     if len(group) == 1:
         (position,) = group
         if sum(n is nodes[position] for n in nodes) > 1:  # x * x is not linear in x
             return False
         return sum(plan.elements(o) for o in _outs(relation)) <= plan.elements(dims[position])
-    if any(reduced(i) for i in partial):
-        return False
     largest = max(plan.elements(dims[i]) for i in partial)
     for j in group - partial:
         if isinstance(types[j], Shard):

@@ -518,7 +518,7 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
                 if not gradient and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
                     raise TraceError(f"enable_grad inside no_grad | at {user_line(node)} | take it out")
                 # Fake values anew, so that they share storage with the operands as the real ones would.
-                new.meta["val"] = evaluate(new.target, new.args, new.kwargs)
+                new.meta["val"] = evaluate(graph, new.target, new.args, new.kwargs)
                 values[node] = new
         own = {v for n, v in values.items() if n.op != "placeholder"}
         if not gradient:

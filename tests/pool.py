@@ -28,6 +28,8 @@ import pytest
 DEFAULT_TIMEOUT = float(os.environ.get("TEDFX_TEST_TIMEOUT", 120))
 # After one rank failed, how long the others may take to finish before they are killed.
 GRACE = 1.0
+# Imported once, before the ranks are forked. torch._dynamo is what the first custom op imports by itself.
+PRELOAD = ["torch", "torch.distributed.tensor", "torch._dynamo", "tedfx.ops.moe", "tests.pool"]
 
 _start = multiprocessing.get_context("forkserver")
 
@@ -105,7 +107,7 @@ def pool(world: int) -> RankPool:
     """The session's pool of that many ranks."""
     if world not in _POOLS:
         if not _POOLS:
-            _start.set_forkserver_preload(["torch", "torch.distributed._functional_collectives", "torch.distributed.tensor"])
+            _start.set_forkserver_preload(PRELOAD)
             atexit.register(close_all)
         _POOLS[world] = RankPool(world)
     return _POOLS[world]

@@ -87,7 +87,7 @@ class _NotEmpty(TorchFunctionMode):
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], T) else None
         known = self.known.get(id(first)) if first is not None else None
-        whole = function in (T.__iter__, T.tolist, T.__len__) or (function in (T.unbind, torch.unbind) and len(args) + len(kwargs) == 1)
+        whole = function in (T.__iter__, T.tolist, T.__len__) or (function in (T.unbind, torch.unbind) and (*args[1:], *kwargs.values(), 0)[0] == 0)
         if whole and first is not None and first.dim() and _symbols(first.shape[0]) & self.rows:
             if function is T.__len__ and self._asked():
                 return 1  # any positive number: the test only compares it with 0

@@ -43,8 +43,8 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """logits_local[N,V/size], labels[N] -> nll[N], equal on all ranks of `axes`; zero where the label is ignored.
 
-    What torch's cross_entropy(reduction="none") gives for the whole logits, in their dtype (like torch, half
-    precision is summed in float32). The cotangent of nll is replicated; backward has no communication. A label
+    What torch's cross_entropy(reduction="none") gives for the whole logits, in their dtype; half precision
+    is computed in float32 and rounded once at the end (torch rounds its log-softmax on the way too). The cotangent of nll is replicated; backward has no communication. A label
     outside [0, V) other than ignore_index trips a device-side assertion; ValueError for shapes that do not fit.
     """
     if logits_local.dim() != 2 or labels.shape != logits_local.shape[:1]:

@@ -131,6 +131,17 @@ def norm(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=dims, whole={i: normed for i in range(len(operands(node)))})
 
 
+@rule("aten.histc")
+def histogram(node: fx.Node, ctx: Annotator) -> Relation:
+    """Counts in fixed bins add up over shards; bins taken from the data's own range need it whole."""
+    x = operands(node)[0]
+    everything = tuple(f for d in ctx.dims(x) for f in d)
+    bins = ctx.dim_of(node.meta["val"].shape[0], "bins")
+    low, high = argument(node, 2, "min", 0), argument(node, 3, "max", 0)
+    fixed = low != high
+    return Relation(out=[bins], contracted=everything if fixed else (), whole={} if fixed else {0: everything}, created=bins)
+
+
 @rule("aten.topk", "aten.sort")
 def topk(node: fx.Node, ctx: Annotator) -> Relation:
     dims, name = ctx.dims(operands(node)[0]), op_name(node)

@@ -1,0 +1,236 @@
+"""`parallelize`: from a user's model and a mesh to the module that this rank runs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Mapping, Sequence
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from tedfx.compiler import Compilation, compile_trace
+from tedfx.errors import ConfigError, TedfxError
+from tedfx.frontends import default_frontends
+from tedfx.layouts import layouts_of
+from tedfx.module import ParallelModule, Program
+from tedfx.passes.base import Pass
+from tedfx.roles import MeshShape, Roles
+from tedfx.signature import bind
+from tedfx.trace import Trace, infer_inputs, trace
+
+
+def parallelize(
+    model: nn.Module,
+    mesh,
+    *,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    roles: Mapping[str, Sequence[str]] | None = None,
+    passes: Sequence[Pass] | None = None,
+    compile: bool = False,
+    outputs: Sequence[str] | None = None,
+    check_inputs: bool = True,
+    check_timeout: float = 60.0,
+    traces: Sequence[Trace] = (),
+) -> ParallelModule:
+    """The module that this rank runs: the single-device function of the global batch, on ``mesh``. Collective over the mesh.
+
+    model           an unmodified single-device module; it is left as it was found, and its storage is not shared. Rank 0's parameters and buffers count.
+    mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
+    example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
+    roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
+    passes          replaces ``tedfx.default_passes()``.
+    compile         run the local graph through ``torch.compile(fullgraph=True)``.
+    outputs         names of the outputs to keep, e.g. ``("loss",)``: the others become None, and what only they need is never computed.
+    check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
+    traces          traces made before (``tedfx.trace.trace``), used for the signatures they fit.
+
+    Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is not understood).
+    """
+    shape = MeshShape.of(mesh)
+    resolved = Roles.resolve(shape, roles)
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ConfigError("the model's parameters are on the meta device: there are no weights to distribute; materialise it on rank 0 first (model.to_empty, then init)")
+    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces))
+    call = _example(model, example_inputs)
+    first = builder.compile(call, model.training)
+    layouts = layouts_of(model, first, builder.frozen)
+
+    state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    persistent = set(model.state_dict().keys())
+    buffers = dict(model.named_buffers())
+    pm = ParallelModule(
+        layouts,
+        lambda name: state[name].detach(),
+        buffers,
+        mesh,
+        builder.program,
+        resolved.batch,
+        axis_groups=_groups(first, shape),
+        input_names=[n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD],
+        compile=compile,
+        var_keyword=any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()),
+        number_inputs=builder.number_inputs,
+        non_persistent=[name for name in buffers if name not in persistent],
+        check_inputs=check_inputs,
+        check_timeout=check_timeout,
+    )
+    builder.attach(pm, layouts)
+    pm.training = model.training
+    pm.roles = resolved
+    return pm
+
+
+def _example(model: nn.Module, given) -> dict[str, Any]:
+    if given is None:
+        return infer_inputs(model)
+    names = [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if isinstance(given, Mapping):
+        return bind((), given, names)
+    if isinstance(given, (tuple, list)):
+        return bind(given, {}, names)
+    raise ConfigError(f"example_inputs is a {type(given).__name__}; pass a dict of keyword arguments or a tuple of positional ones")
+
+
+class _Builder:
+    """Compiles a program per call signature; keeps what `parallelize` was told."""
+
+    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces):
+        self.model, self.roles, self.device = model, roles, torch.device(device)
+        self.passes, self.outputs, self.traces = passes, outputs, traces
+        self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        self.done: dict = {}
+        self.number_inputs = frozenset(n for f in default_frontends() if f.applies(model) for n in getattr(f, "number_inputs", ()))
+        self.module: ParallelModule | None = None
+        self.layouts: dict = {}
+
+    def attach(self, module: ParallelModule, layouts) -> None:
+        self.module, self.layouts = module, {layout.name: layout for layout in layouts}
+
+    def compile(self, call: Mapping[str, Any], training: bool) -> Compilation:
+        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training)
+        if key not in self.done:
+            traced = next((t for t in self.traces if _fits(t, call, training)), None)
+            if traced is None:
+                was = self.model.training
+                try:
+                    if was != training:
+                        self.model.train(training)
+                    traced = trace(self.model, kwargs=_roomy(call), device=self.device)
+                finally:
+                    if was != training:
+                        self.model.train(was)
+            trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
+            self.done[key] = compile_trace(Compilation(traced, self.roles, trainable, outputs=tuple(self.outputs) if self.outputs else None), self.passes)
+        return self.done[key]
+
+    def program(self, signature, flat: dict, training: bool) -> Program:
+        """What `ParallelModule` asks for at the first call of a signature."""
+        compilation = self.compile(_unflatten(flat), training)
+        trace_, graph = compilation.trace, compilation.graph_module.graph
+        placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
+        stacked = getattr(trace_, "stacked", {})
+        names = {p: trace_.parameters.get(p) or stack_name(stacked[p]) for p in placeholders if p in trace_.parameters or p in stacked}
+        if self.module is not None:
+            for layout in layouts_of(self.model, compilation, self.frozen):
+                mine = self.layouts.get(layout.name)
+                if mine is not None and layout.name in names.values() and (mine.shards, mine.reduce_axes, mine.view) != (layout.shards, layout.reduce_axes, layout.view):
+                    raise TedfxError(f"parameter {layout.name} is placed as {mine.shards} but this call ({signature}) wants {layout.shards}: pass this call as example_inputs")
+            self.module.context.ensure_groups(_groups(compilation, self.roles.mesh))
+        parameters = [names[p] for p in placeholders if p in names]
+        return Program(
+            compilation.graph_module,
+            parameters,
+            [trace_.buffers[p] for p in placeholders if p in trace_.buffers],
+            [trace_.constants[p].to(self.device) for p in placeholders if p in trace_.constants],
+            [trace_.inputs[p] for p in placeholders if p in trace_.inputs],
+            trace_.out_spec,
+            mutated_buffers=list(trace_.mutated_buffers),
+            uses_seed=compilation.uses_seed,
+            output_names=compilation.output_names,
+            history=compilation.history,
+            compilation=compilation,
+        )
+
+
+def stack_name(sources: Sequence[str]) -> str:
+    """``experts.0.w1.weight, experts.1.w1.weight, ..`` -> ``experts.*.w1.weight`` with ``*`` written ``stacked``."""
+    first, last = sources[0].split("."), sources[-1].split(".")
+    return ".".join(a if a == b else "stacked" for a, b in zip(first, last))
+
+
+def _leaves(call):
+    return [(tuple(str(k) for k in path), leaf) for path, leaf in pytree.tree_flatten_with_path(dict(call))[0] if leaf is not None]
+
+
+def _kind(leaf) -> str:
+    return f"{leaf.dtype}[{leaf.dim()}]" if isinstance(leaf, torch.Tensor) else repr(leaf)
+
+
+def _fits(traced: Trace, call, training: bool) -> bool:
+    if traced.training != training:
+        return False
+    mine = {path: leaf for path, leaf in _unpath(call)}
+    tensors = {path for path, leaf in mine.items() if isinstance(leaf, torch.Tensor)}
+    if tensors != set(traced.inputs.values()):
+        return False
+    values = {path: leaf for path, leaf in mine.items() if not isinstance(leaf, torch.Tensor)}
+    if {k: v for k, v in traced.values.items() if v is not None} != values:
+        return False
+    nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
+    return all(nodes[p].meta["val"].dtype == mine[path].dtype and nodes[p].meta["val"].dim() == mine[path].dim() for p, path in traced.inputs.items())
+
+
+def _unpath(call):
+    from tedfx.signature import flatten
+
+    return flatten(call).items()
+
+
+def _unflatten(flat: Mapping[tuple, Any]) -> dict[str, Any]:
+    """A call from its leaves by path (dicts and lists)."""
+    root: dict = {}
+    for path, leaf in flat.items():
+        place = root
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = leaf
+
+    def finish(tree):
+        if not isinstance(tree, dict):
+            return tree
+        tree = {k: finish(v) for k, v in tree.items()}
+        return [tree[i] for i in range(len(tree))] if tree and all(isinstance(k, int) for k in tree) else tree
+
+    return finish(root)
+
+
+def _roomy(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The example with a batch of at least 2: a size of 1 would be taken for a constant."""
+    first = next((leaf for _, leaf in _leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    if first is None or first.shape[0] != 1:
+        return dict(call)
+    grow = lambda x: x.expand(2, *x.shape[1:]).clone() if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[0] == 1 else x
+    return pytree.tree_map(grow, dict(call))
+
+
+def _groups(compilation: Compilation, mesh: MeshShape) -> list[tuple[str, ...]]:
+    """All axes tuples that the local graph communicates over."""
+    found: dict = {}
+
+    def visit(arg):
+        if isinstance(arg, (tuple, list)):
+            if len(arg) > 1 and all(isinstance(a, str) and a in mesh.names for a in arg):
+                found[tuple(arg)] = None
+            else:
+                for item in arg:
+                    visit(item)
+
+    for node in compilation.graph_module.graph.nodes:
+        visit(node.args)
+        for value in node.kwargs.values():
+            visit((value,) if not isinstance(value, (tuple, list)) else [value])
+    wide = mesh.wide(compilation.roles.batch)
+    if len(wide) > 1:
+        found[wide] = None
+    return list(found)

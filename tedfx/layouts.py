@@ -1,0 +1,67 @@
+"""Parameter layouts from a compiled graph: where the types of the placeholders say each parameter lies."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import nn
+
+from tedfx.factors import leaves
+from tedfx.parameters import ParameterLayout
+from tedfx.types import R, Shard
+
+
+def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[ParameterLayout]:
+    """One layout per parameter of the model, in the model's order; stacks of experts once.
+
+    A dim is viewed as (outer, rest) where a factor that tensor axes may shard is not its first, on every mesh alike, so that a checkpoint's names do
+    not depend on the mesh. Parameters that the graph does not use are replicated.
+    """
+    from tedfx.api import stack_name
+
+    trace = compilation.trace
+    stacked = getattr(trace, "stacked", {})
+    nodes = {n.name: n for n in compilation.graph_module.graph.find_nodes(op="placeholder")}
+    aliases: dict[str, list[str]] = {}
+    for name, canonical in trace.tied.items():
+        aliases.setdefault(canonical, []).append(name)
+    shardable = {f.root() for f in compilation.shardable}
+    placeholder_of = {name: p for p, name in trace.parameters.items() if p in nodes}
+    stack_of = {name: p for p, names in stacked.items() if p in nodes for name in names}
+    done, out = set(), []
+    batch = compilation.roles.mesh.wide(compilation.roles.batch)
+    for name, parameter in model.named_parameters():
+        placeholder = stack_of.get(name) or placeholder_of.get(name)
+        if placeholder is None:
+            out.append(ParameterLayout(name, tuple(parameter.shape), reduce_axes=batch, requires_grad=parameter.requires_grad, aliases=tuple(aliases.get(name, ()))))
+            continue
+        if placeholder in done:
+            continue
+        done.add(placeholder)
+        node = nodes[placeholder]
+        sources = tuple(stacked.get(placeholder, ()))
+        view, where = [], {}
+        for d, dim in enumerate(node.meta["dims"]):
+            parts = leaves(dim)
+            cut = next((k for k, f in enumerate(parts) if f in shardable or any(isinstance(p, Shard) and p.factor.root() is f for p in node.meta["type"].values())), 0)
+            outer, rest = prod(f.size for f in parts[:cut]), prod(f.size for f in parts[cut:])
+            if cut and outer > 1:
+                view.append(outer)
+            for axis, placement in node.meta["type"].items():
+                if isinstance(placement, Shard) and placement.factor.root() in parts:
+                    assert parts.index(placement.factor.root()) == cut, (name, parts, placement)
+                    where[axis] = len(view)
+            view.append(rest)
+        out.append(
+            ParameterLayout(
+                stack_name(sources) if sources else name,
+                tuple(int(s) for s in node.meta["val"].shape),
+                tuple(view),
+                tuple(where.items()),
+                tuple(a for a, p in node.meta["type"].items() if p == R),
+                parameter.requires_grad,
+                sources,
+                tuple(aliases.get(name, ())),
+            )
+        )
+    return out

@@ -1,0 +1,279 @@
+"""ParallelModule: what one rank holds of a model and runs of it.
+
+Parameters are DTensors under the user's own names, in a skeleton of empty modules that mirrors the user's. A call is
+bound to the names of the model's forward, checked against the other ranks', and run by the program of its signature;
+programs are compiled at first use and share the parameters. What leaves autograd goes through the gradient boundary
+(`tedfx/gradients.py`): gradients are those of the global loss, summed once per step.
+
+Randomness: the ranks share one stream of seeds, from rank 0's `torch.initial_seed()` when the module is made, advanced
+once per forward in training; `rng_state` reads and sets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from tedfx.checks import CallCheck, Meeting
+from tedfx.errors import ConfigError, TedfxError
+from tedfx.gradients import BUCKET_BYTES, GradientBoundary
+from tedfx.ops.context import RankContext, use
+from tedfx.parameters import ParameterLayout, Placed, materialize
+from tedfx.signature import Path, Signature, bind, flatten, show
+from tedfx.state import StateAccess, broadcast_from_first
+
+EXPORT = "to export: model.load_state_dict(pm.gather_parameters(buffers=True)), then use the plain model"
+
+
+@dataclass
+class Program:
+    """What one call signature compiles to. The text of the graph is the same on every rank.
+
+    graph_module     placeholders: `parameters` (local tensors, user's dims), `buffers`, `constants`, the tensors of the
+                     call at `input_keys`, then the seed (0-dim int64) if `uses_seed`. Outputs: the new values of
+                     `mutated_buffers`, then the leaves of `out_spec`.
+    parameters       layout names.
+    buffers          the user's names.
+    constants        tensors, on the mesh's device.
+    input_keys       path of each tensor input in the call, as in `tedfx.signature`: ("input_ids",).
+    out_spec         pytree spec of the model's output.
+    output_names     a name per leaf of `out_spec`, for reports.
+    history          a result per pass.
+    compilation      whatever the compiler wants to keep for reports.
+    """
+
+    graph_module: fx.GraphModule
+    parameters: list[str]
+    buffers: list[str]
+    constants: list[Tensor]
+    input_keys: list[Path]
+    out_spec: pytree.TreeSpec
+    mutated_buffers: list[str] = field(default_factory=list)
+    uses_seed: bool = False
+    output_names: list[str] = field(default_factory=list)
+    history: list[Any] = field(default_factory=list)
+    compilation: Any = None
+
+    def use_order(self) -> list[str]:
+        """Parameters in the order in which the graph first uses them; backward finishes them in about the reverse."""
+        position = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
+        placeholders = self.graph_module.graph.find_nodes(op="placeholder")[: len(self.parameters)]
+        first = [min((position[user] for user in node.users), default=len(position)) for node in placeholders]
+        return [name for _, name in sorted(zip(first, self.parameters), key=lambda pair: pair[0])]
+
+
+class ParallelModule(StateAccess, nn.Module):
+    """One rank's module. Made by `tedfx.parallelize`; collective over the job to construct.
+
+    layouts: one per parameter (or stack of them), the same on every rank.
+    source: the user's name -> full tensor. Called on the mesh's first rank only, once per tensor (per source of a stack).
+    buffers: the user's names -> tensor; values of the first rank are taken.
+    compile_program: `(signature, flat, training) -> Program`; `flat` maps paths to the leaves of this rank's call.
+    batch_axes: axes over which tokens differ. axis_groups: tuples of axes whose process groups the programs use.
+    input_names: the names of the model's forward, in order; var_keyword: whether it takes others as well.
+    number_inputs: names whose python numbers are data, not constants: they enter as 0-dim tensors.
+    non_persistent: buffers that are no part of the state dict.
+    check_inputs: compare each call between ranks; check_timeout: seconds to wait for a rank that does not come.
+    """
+
+    def __init__(
+        self,
+        layouts: Iterable[ParameterLayout],
+        source: Callable[[str], Tensor],
+        buffers: Mapping[str, Tensor],
+        device_mesh,
+        compile_program: Callable[[Signature, dict[Path, Any], bool], Program],
+        batch_axes: Sequence[str],
+        axis_groups: Iterable[tuple[str, ...]] = (),
+        input_names: Sequence[str] = (),
+        compile: bool = False,
+        *,
+        var_keyword: bool = True,
+        number_inputs: Iterable[str] = (),
+        non_persistent: Iterable[str] = (),
+        check_inputs: bool = True,
+        check_timeout: float = 60.0,
+        bucket_bytes: int = BUCKET_BYTES,
+    ):
+        super().__init__()
+        layouts = list(layouts)
+        # Step 1: groups, and agreement on what is about to be built.
+        self._mesh, self._batch_axes, self._device = device_mesh, tuple(batch_axes), _device(device_mesh)
+        meeting = Meeting(device_mesh, check_timeout)
+        shapes = [(layout, tuple(buffers)) for layout in layouts]
+        meeting.agree(repr(shapes) + repr(device_mesh.mesh.tolist()), "the model", "Every rank must parallelize the same model on the same mesh")
+        self._context = RankContext(device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)])
+
+        # Step 2: parameters and buffers of the first rank, one at a time.
+        placed = {layout.name: Placed(layout, device_mesh) for layout in layouts}
+        if len(placed) != len(layouts):
+            raise ConfigError("two parameter layouts have the same name")
+        self._init_state(placed, set(non_persistent))
+        group = None if device_mesh.size() == 1 else self._context.group(tuple(device_mesh.mesh_dim_names))
+        for name, each in placed.items():
+            parameter = materialize(each, lambda n: broadcast_from_first(n, source, meeting, group, self._device))
+            for user_name in dict.fromkeys((name, *each.layout.aliases)):
+                self._place(user_name, parameter)
+        for name in buffers:
+            tensor = broadcast_from_first(name, lambda n: buffers[n], meeting, group, self._device)
+            self._place(name, nn.Buffer(tensor.clone(), persistent=name not in self._non_persistent))
+
+        # Step 3: what a call needs.
+        seed = meeting.exchange([torch.initial_seed() & (2**62 - 1)], "parallelize")
+        self._rng_state = (seed[meeting.ranks[0]][0], 0)
+        self._boundary = GradientBoundary(placed, self._parameter, bucket_bytes)
+        self._compile_program, self._compile = compile_program, compile
+        self._input_names, self._var_keyword = tuple(input_names), var_keyword
+        self._number_inputs, self._check_inputs = frozenset(number_inputs), check_inputs
+        self._check = CallCheck(meeting, self._batch_axes)
+        self._programs: dict[Signature, Program] = {}
+        self._runners: dict[Signature, Callable] = {}
+        self._order: dict[Signature, list[str]] = {}
+        self._last: Signature | None = None
+
+    # ---- a call --------------------------------------------------------------------------------------------------
+
+    def forward(self, *args, **kwargs):
+        """The model's forward on this rank's share of the global batch; the model's own output class."""
+        flat = self._inputs(args, kwargs)
+        grad = torch.is_grad_enabled()
+        signature = Signature.of(flat, self.training, grad)
+        tensors = {show(path): leaf for path, leaf in flat.items() if isinstance(leaf, Tensor)}
+        if self._check_inputs:
+            self._check(str(signature), tensors)
+        program = self._program(signature, flat)
+        if grad:
+            self._boundary.begin(self._order[signature])
+        operands = [
+            *self._boundary.leaves(program.parameters),
+            *(self.get_buffer(name) for name in program.buffers),
+            *program.constants,
+            *(flat[path] for path in program.input_keys),
+        ]
+        if program.uses_seed:
+            operands.append(torch.tensor(self._seed(), dtype=torch.int64, device=self._device))
+        with use(self._context):
+            outputs = list(self._runners[signature](*operands))
+        if self.training:
+            self._rng_state = (self._rng_state[0], self._rng_state[1] + 1)
+        with torch.no_grad():
+            for name, value in zip(program.mutated_buffers, outputs):
+                self.get_buffer(name).copy_(value)
+        return pytree.tree_unflatten(outputs[len(program.mutated_buffers) :], program.out_spec)
+
+    def _inputs(self, args, kwargs) -> dict[Path, Any]:
+        call = bind(args, kwargs, self._input_names, self._var_keyword)
+        if call.pop("use_cache", False):
+            raise TedfxError(f"use_cache=True: key-value caches are not supported by a ParallelModule; {EXPORT}")
+        if "past_key_values" in call:
+            raise TedfxError(f"past_key_values: key-value caches are not supported by a ParallelModule; {EXPORT}")
+        for name in self._number_inputs & call.keys():
+            if isinstance(call[name], (int, float)) and not isinstance(call[name], bool):
+                call[name] = torch.tensor(call[name], device=self._device)
+        flat = flatten(call)
+        for path, leaf in flat.items():
+            if isinstance(leaf, Tensor) and leaf.device != self._device:
+                raise TedfxError(f"{show(path)} is on {leaf.device}, this rank's module on {self._device}: move it there first")
+        return flat
+
+    def _program(self, signature: Signature, flat: dict[Path, Any]) -> Program:
+        if signature not in self._programs:
+            program = self._compile_program(signature, flat, self.training)
+            unknown = [name for name in program.parameters if name not in self._placed]
+            if unknown:
+                raise TedfxError(f"the program uses parameters without a layout: {', '.join(unknown[:5])}")
+            runner = program.graph_module
+            if self._compile:
+                compiled = torch.compile(program.graph_module, fullgraph=True)
+
+                def runner(*operands):
+                    # counts of routed rows are host integers: symbols of the compiled graph, not constants
+                    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+                        return compiled(*operands)
+
+            self._programs[signature], self._runners[signature] = program, runner
+            self._order[signature] = program.use_order()
+        self._last = signature
+        return self._programs[signature]
+
+    def _seed(self) -> int:
+        base, step = self._rng_state
+        return (base * 0x9E3779B97F4A7C15 + step) & (2**63 - 1)
+
+    def no_sync(self):
+        """`with pm.no_sync(): loss.backward()` accumulates without communication; see `tedfx/gradients.py`."""
+        return self._boundary.no_sync()
+
+    @property
+    def batch_coordinate(self) -> tuple[int, int]:
+        """(index, count) of this rank's share of the global batch, over the batch axes, first axis major."""
+        return self._context.coordinate(self._batch_axes), self._context.size(self._batch_axes)
+
+    @property
+    def rng_state(self) -> tuple[int, int]:
+        """(base seed, forwards in training so far): equal on all ranks; save and set it to resume a run."""
+        return self._rng_state
+
+    @rng_state.setter
+    def rng_state(self, state: tuple[int, int]) -> None:
+        self._rng_state = (int(state[0]), int(state[1]))
+
+    device_mesh = property(lambda self: self._mesh, doc="The user's mesh.")
+    device = property(lambda self: self._device, doc="Where this rank's parameters are and its inputs must be.")
+    context = property(lambda self: self._context, doc="The RankContext that programs run in.")
+    layouts = property(lambda self: [p.layout for p in self._placed.values()], doc="A ParameterLayout per parameter.")
+    programs = property(lambda self: dict(self._programs), doc="{Signature: Program}, in order of first use.")
+
+    # ---- looking at it -------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The local graph of the last signature."""
+        return self._last_program().graph_module
+
+    @property
+    def graphs(self) -> dict[Signature, fx.GraphModule]:
+        return {signature: program.graph_module for signature, program in self._programs.items()}
+
+    @property
+    def history(self) -> list[Any]:
+        """A result per pass, of the last signature."""
+        return self._last_program().history
+
+    @property
+    def reductions(self):
+        """What the last synced backward summed: a `tedfx.gradients.Reduction` per bucket, in order of launch."""
+        return self._boundary.reductions
+
+    def _last_program(self) -> Program:
+        if self._last is None:
+            raise TedfxError("nothing is compiled yet: call the module once")
+        return self._programs[self._last]
+
+    def explain(self, **options):
+        """The local graph as a table: see `tedfx.report`."""
+        from tedfx.report import explain
+
+        return explain(self, **options)
+
+    def __repr__(self) -> str:
+        return str(self.explain())
+
+    def __getattr__(self, name: str):
+        if name == "generate":
+            raise AttributeError(f"generate() needs a key-value cache, which a ParallelModule has not; {EXPORT}")
+        return super().__getattr__(name)
+
+
+def _device(mesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+__all__ = ["ParallelModule", "Program"]

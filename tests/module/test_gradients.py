@@ -1,0 +1,269 @@
+"""The gradient boundary: accumulation, what is reduced and when, parameters that only some ranks use."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from tedfx.gradients import GradientBoundary
+from tedfx.parameters import ParameterLayout, Placed, materialize
+from tests.module import toy
+from tests.module.toy import F, H
+from tests.module.test_module import named_grads
+from tests.pool import context
+
+
+def expected_grads(*steps):
+    model = toy.Mlp()
+    for step in steps:
+        model(*toy.data(step))["loss"].backward()
+    return named_grads(model)
+
+
+def backward(pm, step):
+    pm(*toy.shard(pm, *toy.data(step)))["loss"].backward()
+
+
+class CountReductions:
+    """Calls of dist.all_reduce outside the graph, presence counts apart."""
+
+    def __enter__(self):
+        self.real, self.sums, self.counts = dist.all_reduce, 0, 0
+        dist.all_reduce = self
+        return self
+
+    def __call__(self, tensor, *args, **kwargs):
+        if tensor.dtype == torch.int32:
+            self.counts += 1
+        else:
+            self.sums += 1
+        return self.real(tensor, *args, **kwargs)
+
+    def __exit__(self, *_):
+        dist.all_reduce = self.real
+
+
+def accumulate(order):
+    """`order`: S a synced and n an unsynced backward, z zero_grad(), 0 zero_grad(set_to_none=False)."""
+    pm = toy.parallel(context((2, 2), ("dp", "tp")).device_mesh)
+    since, step, sums = [], 0, 0
+    with CountReductions() as counter:
+        for word in order:
+            if word in "z0":
+                pm.zero_grad(set_to_none=word == "z")
+                since = []
+                continue
+            if word == "n":
+                with pm.no_sync():
+                    backward(pm, step)
+            else:
+                backward(pm, step)
+                sums += 1
+            since.append(step)
+            step += 1
+        assert (counter.sums, counter.counts) == (sums, sums), (counter.sums, counter.counts, sums)
+    grads = pm.gather_gradients()
+    expected = expected_grads(*since)
+    for name in set(grads) - set(expected):  # after zero_grad(set_to_none=False) alone
+        assert float(grads.pop(name).abs().max()) == 0
+    assert toy.worst(grads, expected) < 1e-12
+    if order[-1] == "S":
+        for parameter in pm.parameters():
+            assert parameter.grad is None or parameter.grad.placements == parameter.placements
+            assert parameter.grad is None or isinstance(parameter.grad, DTensor)
+
+
+@pytest.mark.parametrize("order", ["SSS", "nnS", "nSnS", "Snn", "SnS", "nzS", "SzS", "n0S", "S0S", "Sn0nS", "S0", "nn", "nnSznnS"])
+def test_accumulation(ranks, order):
+    """Whatever was synchronised when, `.grad` is the gradient since zero_grad(), each backward reduced once."""
+    ranks(4).run(accumulate, order)
+
+
+def micro_batches():
+    """Three micro-batches under no_sync, each loss divided by three, are one large batch."""
+    pm = toy.parallel(context((2, 2), ("dp", "tp")).device_mesh)
+    x, labels = toy.shard(pm, *toy.data(0, rows=12))
+    for i, (a, b) in enumerate(zip(x.chunk(3), labels.chunk(3))):
+        loss = pm(a, b)["loss"] / 3
+        if i < 2:
+            with pm.no_sync():
+                loss.backward()
+        else:
+            loss.backward()
+    model = toy.Mlp()
+    model(*toy.data(0, rows=12))["loss"].backward()
+    assert toy.worst(pm.gather_gradients(), named_grads(model)) < 1e-12
+    norm = torch.nn.utils.clip_grad_norm_(pm.parameters(), 1e9).full_tensor()
+    assert abs(norm - torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)) < 1e-12
+
+
+def test_micro_batches_equal_one_large_batch(ranks):
+    ranks(4).run(micro_batches)
+
+
+def twice():
+    pm = toy.parallel(context((2,), ("dp",)).device_mesh)
+    loss = pm(*toy.shard(pm, *toy.data(0)))["loss"]
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert toy.worst(pm.gather_gradients(), {n: 2 * g for n, g in expected_grads(0).items()}) < 1e-12
+    # two forwards, one backward
+    pm.zero_grad()
+    (pm(*toy.shard(pm, *toy.data(0)))["loss"] + pm(*toy.shard(pm, *toy.data(1)))["loss"]).backward()
+    assert toy.worst(pm.gather_gradients(), expected_grads(0, 1)) < 1e-12
+
+
+def test_backward_twice(ranks):
+    ranks(2).run(twice)
+
+
+def buckets(size):
+    """Small buckets: one collective each, in reverse order of use, and all but the last overlap backward."""
+    pm = toy.parallel(context((2, 2), ("dp", "tp")).device_mesh, bucket_bytes=size)
+    with CountReductions() as counter:
+        backward(pm, 0)
+    assert counter.sums == len(pm.reductions) and counter.counts == 1
+    assert toy.worst(pm.gather_gradients(), expected_grads(0)) < 1e-12
+    return [(r.axes, r.names, r.overlapped) for r in pm.reductions]
+
+
+def test_buckets(ranks):
+    every = ranks(4).run(buckets, 1)
+    assert every == [every[0]] * 4
+    assert [names for _, names, _ in every[0]] == [("head",), ("scales.*.weight",), ("mlp.bias",), ("mlp.down",), ("mlp.gate_up",)]
+    assert all(axes == ("dp",) and overlapped for axes, _, overlapped in every[0])
+    assert len(ranks(4).run(buckets, 25 * 2**20)[0]) == 1
+    assert [len(names) for _, names, _ in ranks(4).run(buckets, 8 * F * H)[0]] == [4, 1]
+
+
+def some_unused():
+    """A loss on one rank's outputs only, and a parameter (`head`) that one of the two programs does not know."""
+    rank = dist.get_rank()
+    pm = toy.parallel(context((2,), ("dp",)).device_mesh, bucket_bytes=1)
+    model = toy.Mlp()
+    x, labels = toy.data(0)
+    mine, labels_mine = toy.shard(pm, x, labels)
+    # Step 1: a program without `head`: its gradient stays None everywhere
+    pm(mine)["y"].sum().backward()
+    model(x)["y"].sum().backward()
+    assert dict(pm.named_parameters())["head"].grad is None
+    assert toy.worst(pm.gather_gradients(), named_grads(model)) < 1e-12
+    # Step 2: both programs have run; again without `head`, now that its bucket exists
+    pm(mine, labels_mine)["loss"].backward()
+    model(x, labels)["loss"].backward()
+    head = dict(pm.named_parameters())["head"].grad.to_local().clone()
+    pm(mine)["y"].sum().backward()
+    model(x)["y"].sum().backward()
+    assert torch.equal(dict(pm.named_parameters())["head"].grad.to_local(), head)
+    assert toy.worst(pm.gather_gradients(), named_grads(model)) < 1e-12
+    pm.zero_grad()
+    pm(mine)["y"].sum().backward()
+    assert dict(pm.named_parameters())["head"].grad is None
+    # Step 3: each rank leaves other parameters out
+    boundary, pm = pm._boundary, None
+    names = ["mlp.gate_up", "mlp.down", "head"]
+    for unsynced in (False, True):
+        for name in names:
+            boundary.parameter(name).grad = None
+        boundary.begin(names)
+        first, second, head = boundary.leaves(names)
+        boundary.synced = not unsynced
+        ((first.sum() if rank == 0 else second.sum() * 3)).backward()
+        boundary.synced = True
+        if unsynced:  # rank 0 has an unsynced gradient where rank 1 has None, and the reverse
+            (head.sum() * (rank + 1)).backward()
+            assert (boundary.parameter("head").grad.to_local() == 3).all()
+        else:
+            assert boundary.parameter("head").grad is None
+        assert (boundary.parameter("mlp.gate_up").grad.to_local() == 1).all()
+        assert (boundary.parameter("mlp.down").grad.to_local() == 3).all()
+        # and on top of what is there, one of them unsynced on one rank only
+        boundary.synced = not unsynced
+        ((first.sum() if rank == 0 else second.sum())).backward()
+        if unsynced:
+            boundary.synced = True
+            (head.sum() * (rank + 1)).backward()
+            assert (boundary.parameter("head").grad.to_local() == 6).all()
+        assert (boundary.parameter("mlp.gate_up").grad.to_local() == 2).all()
+        assert (boundary.parameter("mlp.down").grad.to_local() == 4).all()
+
+
+def test_parameters_that_some_ranks_leave_out(ranks):
+    ranks(2).run(some_unused)
+
+
+def broken():
+    """A backward that raises leaves nothing behind."""
+    pm = toy.parallel(context((2,), ("dp",)).device_mesh, bucket_bytes=1)
+    out = pm(*toy.shard(pm, *toy.data(0)))
+    x = out["y"].detach().requires_grad_()
+
+    class Raise(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ArithmeticError("no")
+
+    leaves = pm._boundary.leaves(["mlp.gate_up", "head"])
+    with pytest.raises(ArithmeticError):
+        (Raise.apply(leaves[0] * 2).sum() + leaves[1].sum() + x.sum()).backward()
+    assert pm._boundary._tasks
+    backward(pm, 0)
+    assert toy.worst(pm.gather_gradients(), expected_grads(0)) < 1e-12
+
+
+def test_backward_that_raises(ranks):
+    ranks(2).run(broken)
+
+
+def shared_storage():
+    """Autograd gives views of one cotangent to two leaves: each parameter gets a gradient of its own."""
+    mesh = context((2,), ("dp",)).device_mesh
+    layouts = [ParameterLayout("a", (2, 3), None, (), ()), ParameterLayout("b", (3, 2), None, (), ())]
+    values = {n: torch.ones(s, dtype=torch.float64) for n, s in (("a", (2, 3)), ("b", (3, 2)))}
+    placed = {layout.name: Placed(layout, mesh) for layout in layouts}
+    parameters = {n: materialize(p, lambda name: values[name].clone()) for n, p in placed.items()}
+    boundary = GradientBoundary(placed, parameters.__getitem__)
+    boundary.begin(parameters)
+    a, b = boundary.leaves(parameters)
+    (a.view(-1) + b.view(-1)).pow(2).sum().backward()
+    for parameter in parameters.values():
+        parameter.grad.mul_(0.5)
+    assert all((p.grad.to_local() == 2).all() for p in parameters.values())
+
+
+def test_gradients_do_not_share_storage(ranks):
+    ranks(2).run(shared_storage)
+
+
+def pointers():
+    """Leaves follow the parameter: loads, in-place updates, replaced storage, frozen and thawed."""
+    pm = toy.parallel(context((2,), ("dp",)).device_mesh)
+    parameters = dict(pm.named_parameters())
+    assert not parameters["frozen"].requires_grad
+    leaf = pm._boundary.leaves(["mlp.down"])[0]
+    assert leaf is pm._boundary.leaves(["mlp.down"])[0]
+    assert leaf.data_ptr() == parameters["mlp.down"].to_local().data_ptr()
+    pm._apply(lambda tensor: tensor.clone())
+    assert parameters["mlp.down"] is dict(pm.named_parameters())["mlp.down"]
+    other = pm._boundary.leaves(["mlp.down"])[0]
+    assert other is not leaf and other.data_ptr() == parameters["mlp.down"].to_local().data_ptr()
+    backward(pm, 0)
+    assert toy.worst(pm.gather_gradients(), expected_grads(0)) < 1e-12
+    pm.zero_grad()
+    parameters["mlp.down"].requires_grad_(False)
+    parameters["frozen"].requires_grad_(True)
+    backward(pm, 0)
+    assert parameters["mlp.down"].grad is None
+    model = toy.Mlp()
+    model.frozen.requires_grad_(True)
+    model.mlp.down.requires_grad_(False)
+    model(*toy.data(0))["loss"].backward()
+    assert toy.worst(pm.gather_gradients(), named_grads(model)) < 1e-12
+
+
+def test_leaves_follow_the_parameters(ranks):
+    ranks(2).run(pointers)
