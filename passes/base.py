@@ -103,17 +103,18 @@ def run_pipeline(
         start = time.perf_counter()
         result = p(program)
         program.graph_module.graph.lint()
-        program.graph_module.recompile()
         if verify is not None:
             verify(program, p)
         record = PassRecord(p.name, str(p), time.perf_counter() - start, result)
         history.append(record)
         if show:
             _print(program, f"after {record}")
+    program.graph_module.recompile()  # once: generating code after every pass is quadratic work for nothing
     return history
 
 
 def _print(program: Any, title: str) -> None:
+    program.graph_module.recompile()
     text = program.graph_module.print_readable(print_output=False)
     print(f"===== {title}\n{text}", file=sys.stderr, flush=True)
 

@@ -1,7 +1,248 @@
+"""The plain loop over experts becomes dispatch, one body on all rows, combine.
+
+    for e, expert in enumerate(self.experts):                            ids [N, K]: which experts a token goes to
+        token, slot = torch.where(ids == e)                              a search for the tokens of e
+        out.index_add_(0, token, expert(x[token]) * w[token, slot, None])  a step: what e adds to the running sum
+
+in the graph: E chained steps, each with a copy of the expert's body. Nothing is known of the model; the loop may be written over a ModuleList, a
+ParameterList or slices of stacked parameters, with masks from `==` or one_hot, `nonzero`, boolean indices, `out[token] += ..`, or with no search at
+all (every expert on every token, times a gate that is zero where the token did not choose it: an expert's contribution to
+such a token is exactly zero as long as what it computes there is finite, so it need not be computed).
+
+Algorithm:
+1. `facts` (capture_routing.py): which nodes are about the tokens of which expert of which routing.
+2. One walk over the graph: the set of experts that each node depends on, until it is all of them.
+3. A step (index_add, index_put, add) with which the set becomes complete ends a chain. Follow it back through the accumulators: each step
+   must add one expert's value, every expert of the routing exactly once; the first accumulator is whatever it is (zeros are dropped).
+4. The E values are walked in lock-step (capture_bodies.py), which checks that they are one body with different parameters, and emits it once,
+   on the rows of `dispatch`. `combine` takes the place of the last step.
+5. The loop is erased. A search for an expert's tokens that is still used is a loop that was not understood: refused. So is an answer given
+   while tracing ("an expert has tokens", tedfx/frontends/loops.py) in a function from which no loop was captured.
+
+Zero rows: `dispatch` gives an expert without tokens no rows, grouped operators take zero rows, `combine` adds nothing for it. That is
+what makes the answer "yes" to every emptiness test sound, and the test is not in the graph any more.
+
+Parameters: E parameters of the experts become one placeholder of shape (E, ...), recorded in `trace.stacked`.
+"""
+
+from __future__ import annotations
+
+import re
 from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from tedfx.errors import CaptureError, user_line
 from tedfx.passes.base import Pass, PassResult
+from tedfx.passes.capture_bodies import Bodies
+from tedfx.passes.capture_chains import Step, chain_of, dependence, is_zero
+from tedfx.passes.capture_masks import facts
+from tedfx.passes.capture_routing import Fact, Routing, name_of, shape_of
+from tedfx.passes.capture_rules import refuse
+from tedfx.passes.capture_uncaptured import find_uncaptured
+
+__all__ = ["CaptureLoops", "find_uncaptured"]
+
+aten = torch.ops.aten
+_NOTE = re.compile(r"assumed that an expert has tokens: (.+):\d+ in (\S+)$")
+_FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
+
+
 @dataclass(frozen=True)
 class CaptureLoops(Pass):
-    """placeholder until the loop frontend lands"""
-    def __call__(self, program): return PassResult()
-def find_uncaptured(graph): return []
+    """See the module's docstring."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"functional"})
+    provides: ClassVar[frozenset[str]] = frozenset({"loops captured"})
+
+    def __call__(self, program: Any) -> PassResult:
+        graph, trace = program.graph_module.graph, getattr(program, "trace", program)
+        result = PassResult()
+        known = facts(graph)
+        depends, ends = dependence(graph, known)
+        stacks = _Stacks(trace, getattr(program, "trainable", None))
+        done: set[Routing] = set()
+        for routing, end in ends:
+            chain, base = chain_of(end, routing, depends)
+            if chain is None:
+                continue
+            _capture(graph, routing, chain, base, known, stacks)
+            done.add(routing)
+            result.matches += 1
+            result.notes.append(f"loop over {routing.experts} experts at {user_line(end)}")
+        frames = {f for node, found in depends.items() if done & found.keys() for f in _FRAME.findall(node.meta.get("stack_trace") or "")}
+        _erase(graph, depends)
+        stacks.finish()
+        _check_rest(graph, known, depends)
+        _check_answers(trace, frames)
+        result.changes = result.matches
+        return result
+
+
+# --- the canonical form -------------------------------------------------------------------------------------------------------
+
+
+def _capture(graph: fx.Graph, routing: Routing, chain: list[Step], base: fx.Node | None, known: dict, stacks: _Stacks) -> None:
+    """Emit dispatch, body and combine before the chain's last step and put them in its place."""
+    gathered = chain[0].index is not None
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    end = max((step.node for step in chain), key=order.__getitem__)
+    bodies = Bodies(graph, routing, known, stacks.stack, gathered)
+    with graph.inserting_before(end):
+        if gathered:
+            _check_places(bodies, routing, chain, end)
+        value = bodies.lift(tuple(step.value for step in chain))
+        if value.kind not in ("rows", "weighted") or value.right != 1:
+            raise refuse("what an expert adds is not a row of features per token", chain[0].value, "add expert(x[token]) * w[token, slot, None]")
+        if not gathered and value.kind != "weighted":
+            raise refuse("every expert runs on every token, and nothing makes its result zero where it was not chosen", chain[0].value,
+                         "multiply it by a gate made from the router's choice: (w * (ids == e)).sum(-1, keepdim=True)")  # fmt: skip
+        rows = value.node
+        if rows.meta["val"].dim() != 2:
+            rows = bodies.emit(aten.reshape.default, (rows, [-1, shape_of(rows)[-1]]), {}, end)
+        weights = bodies.weights(value.of if value.kind == "weighted" else None, end)
+        out = bodies.emit(torch.ops.tedfx.combine.default, (rows, bodies.sorted, weights), {}, end)
+        if out.meta["val"].dtype != end.meta["val"].dtype:
+            out = bodies.emit(aten.to.dtype, (out, end.meta["val"].dtype), {}, end)
+        if end.meta["val"].dim() > 2:
+            like = bodies.x if bodies.x.meta["val"].dim() == end.meta["val"].dim() else base
+            if like is None:
+                raise refuse("tokens that were flattened and are summed unflattened", end, "start the sum from zeros_like(x)")
+            like = like.args[0] if name_of(like) == "zeros_like" else like
+            sizes = [bodies.emit(aten.sym_size.int, (like, d), {}, end) for d in range(end.meta["val"].dim() - 1)]
+            out = bodies.emit(aten.reshape.default, (out, [*sizes, shape_of(end)[-1]]), {}, end)
+        if base is not None and not is_zero(base):
+            out = bodies.emit(aten.add.Tensor, (base, out), {}, end)
+        if shape_of(out) != shape_of(end):
+            raise refuse(f"a sum of shape {shape_of(end)} over experts that add {shape_of(out)}", end, "add rows of tokens to rows of tokens")
+    end.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
+
+
+def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.Node) -> None:
+    """Every step adds at its own expert's tokens, and none twice where the step overwrites."""
+    for indices in ([step.index for step in chain], [tuple(step.read.args[1]) for step in chain if step.read is not None]):
+        if not indices:
+            continue
+        if len(indices) != len(chain) or any([i is None for i in index] != [i is None for i in indices[0]] for index in indices):
+            raise refuse("experts add in different ways", end, "give all experts the same code")
+        where = [bodies.lift(nodes) if nodes[0] is not None else None for nodes in zip(*indices)]
+        if any(value is not None and value.kind != "index" for value in where):
+            raise refuse("an expert adds at other places than its tokens", chain[0].node, "add to out[token] what was computed from x[token]")
+        labels, at = bodies.indexed_dims(where, chain[0].node)
+        sizes = [bodies.size(label) for label in bodies.columns(where)]
+        if "k" in labels or at or shape_of(end)[: len(sizes)] != sizes:
+            raise refuse("an expert adds at other places than its tokens", chain[0].node, "add to out[token] what was computed from x[token]")
+        reduced = all(value.of.reduced for value in where if value is not None)
+        if not all(step.adds for step in chain) and not (routing.unique or reduced):
+            raise refuse("out[token] = .. loses a token that names an expert twice", chain[0].node, "use index_add_")
+
+
+class _Stacks:
+    """Parameters of the experts, stacked: one placeholder for E."""
+
+    def __init__(self, trace: Any, trainable: set[str] | None):
+        self.trace, self.trainable = trace, trainable
+        # One trace serves any number of meshes: its own tables stay as they are.
+        trace.parameters, trace.stacked = dict(trace.parameters), dict(trace.stacked)
+        self.made: dict[tuple[fx.Node, ...], fx.Node] = {}
+        self.owner: dict[fx.Node, tuple[fx.Node, ...]] = {}
+
+    def stack(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
+        if nodes in self.made:
+            return self.made[nodes]
+        names = [self.trace.parameters.get(node.name) for node in nodes]
+        if None in names:
+            raise CaptureError(
+                f"cannot capture the loop over experts: experts read {', '.join(n.name for n in nodes)}, which are not all parameters | at "
+                f"{user_line(next(iter(nodes[0].users)))} | make what differs between experts a parameter of each"
+            )
+        for node, name in zip(nodes, names):
+            if self.owner.setdefault(node, nodes) is not nodes or nodes.count(node) > 1:
+                raise refuse(f"{name} belongs to several experts, or to several parts of one", next(iter(node.users)), "give every expert its own parameters")
+        values = [node.meta["val"] for node in nodes]
+        if any((v.shape, v.dtype, v.requires_grad) != (values[0].shape, values[0].dtype, values[0].requires_grad) for v in values[1:]):
+            raise refuse(f"{names[0]} and its like in other experts differ in shape, dtype or requires_grad", next(iter(nodes[0].users)), "make them alike")
+        graph = self.trace.graph_module.graph
+        with graph.inserting_before(nodes[0]):
+            new = graph.placeholder("p_" + re.sub(r"\W", "_", _common(names)))
+        with values[0].fake_mode:
+            value = torch.empty((len(nodes), *values[0].shape), dtype=values[0].dtype, device=values[0].device)
+        new.meta["val"] = nn.Parameter(value, requires_grad=values[0].requires_grad) if isinstance(values[0], nn.Parameter) else value
+        self.made[nodes] = new
+        if self.trainable is not None and any(node.name in self.trainable for node in nodes):
+            if not all(node.name in self.trainable for node in nodes):
+                raise refuse(f"{names[0]} is frozen in some experts and trained in others", next(iter(nodes[0].users)), "freeze all or none")
+            self.trainable.add(new.name)
+        self.trace.stacked[new.name] = names
+        return new
+
+    def finish(self) -> None:
+        graph = self.trace.graph_module.graph
+        for node, nodes in self.owner.items():
+            if node.users:
+                user = next(iter(node.users))
+                raise refuse(f"{self.trace.parameters[node.name]} is also used outside the loop over experts", user, "use it inside only")
+            del self.trace.parameters[node.name]
+            graph.erase_node(node)
+
+
+def _common(names: list[str]) -> str:
+    """layers.0.experts.{0,1,..}.w1.weight -> layers.0.experts.stacked.w1.weight"""
+    parts = [name.split(".") for name in names]
+    return ".".join(column[0] if len(set(column)) == 1 else "stacked" for column in zip(*parts))
+
+
+# --- afterwards ---------------------------------------------------------------------------------------------------------------
+
+
+def _erase(graph: fx.Graph, depends: dict) -> None:
+    """What only the captured loops used. Draws (dropout) and assertions in them go too."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and (node in depends or not node.is_impure()):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _check_rest(graph: fx.Graph, known: dict, depends: dict) -> None:
+    """No expert's tokens are searched for any more."""
+    loose: dict[fx.Node, set] = {}
+    for node in graph.nodes:
+        name = name_of(node)
+        masks = [m for m in node.args[1] if isinstance(m, fx.Node) and m.meta["val"].dtype == torch.bool] if name in ("index", "index_put") else []
+        if name in ("nonzero", "nonzero_numpy", "argwhere") or (name == "where" and len(node.args) == 1):
+            masks = [node.args[0]]
+        for mask in masks:
+            if mask in known and known[mask].expert is not None:
+                routing = known[mask].routing
+                named = {f.expert for f in known.values() if f.routing is routing and f.expert is not None}
+                missing = sorted(set(range(routing.experts)) - named)
+                what = f"of {routing.experts} experts, {missing} are never run" if missing else (
+                    f"the tokens of expert {known[mask].expert} do not end in one sum over all experts")  # fmt: skip
+                raise refuse(what, node, "add every expert once to one running sum: out.index_add_(0, token, expert(x[token]) * w[token, slot, None])")
+            ids = _compared(mask)
+            if ids is not None:
+                loose.setdefault(ids, set()).add(node)
+    for ids, searches in loose.items():
+        if len(searches) > 1:
+            what = f"nothing proves that the expert ids lie in 0..E-1 (they come from {ids.target})"
+            raise refuse(what, next(iter(searches)), "take them from a topk, argmax or sort over the experts' scores")
+
+
+def _compared(mask: fx.Node) -> fx.Node | None:
+    """x of `x == 3`, through any()."""
+    while name_of(mask) in ("any", "to", "view", "reshape"):
+        mask = mask.args[0]
+    return mask.args[0] if name_of(mask) == "eq" and isinstance(mask.args[1], int) else None
+
+
+def _check_answers(trace: Any, frames: set[tuple[str, str]]) -> None:
+    """Every emptiness test that was answered while tracing stands in a function from which a loop was captured."""
+    for note in trace.notes:
+        found = _NOTE.match(note)
+        if found and (found[1], found[2]) not in frames:
+            raise CaptureError(
+                f"{note}, but no loop over experts was captured there | write the loop as out.index_add_(0, token, expert(x[token]) * "
+                "w[token, slot, None]) over all experts, or drop the test"
+            )

@@ -10,8 +10,7 @@ A batched value stands for E values, one per expert. It is one of
 The rules keep the model's operator and its line, and hold for every expert because no rule lets one row reach another: element by element,
 along dims that are not the rows', and layouts that keep the rows together. Anything else is refused by name.
 
-A linear whose weight is stacked is a `grouped_linear`; a stacked value that meets rows element by element goes through `expert_rows`; a
-norm with stacked weights is the norm without, then the weights.
+A stacked value that meets rows element by element goes through `expert_rows`. Matrix products and norms are in capture_contractions.py.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from tedfx.errors import CaptureError, user_line
 from tedfx.factors import as_size
-from tedfx.passes.capture_routing import argument, name_of
+from tedfx.passes.capture_routing import argument, name_of, product
 
-__all__ = ["Batched", "apply_rule", "refuse"]
+__all__ = ["Batched", "aligned", "apply_rule", "is_pointwise", "is_value", "refuse", "unknown"]
 
 aten = torch.ops.aten
 
@@ -49,6 +49,10 @@ class Batched:
         return len(self.shape) - self.right - self.span
 
 
+def is_value(x: Any) -> bool:
+    return isinstance(x, Batched)
+
+
 def refuse(what: str, node: fx.Node, fix: str) -> CaptureError:
     return CaptureError(f"cannot capture the loop over experts: {what} | at {user_line(node)} | {fix}")
 
@@ -66,36 +70,37 @@ def is_pointwise(node: fx.Node) -> bool:
 
 def apply_rule(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
     """The batched value of `like`, whose operands are rows, stacked or shared; `batch` emits and knows the rows."""
+    from tedfx.passes.capture_contractions import linear, norm  # which need `aligned`
+
     name = name_of(like)
     if is_pointwise(like):
         return _pointwise(batch, like, args, kwargs)
     if name in ("linear", "matmul", "mm", "addmm"):
-        return _linear(batch, like, name, args)
+        return linear(batch, like, name, args)
     if name in ("layer_norm", "rms_norm"):
-        return _norm(batch, like, name, args, kwargs)
+        return norm(batch, like, name, args, kwargs)
     if name in _VIEWS:
         return _view(batch, like, args[0])
     if name in ("cat", "stack"):
         return _cat(batch, like, name, args, kwargs)
     first = args[0] if args and isinstance(args[0], Batched) else None
-    others = [a for a in fx.node.map_aggregate((args[1:], kwargs), lambda a: a) and _leaves((args[1:], kwargs)) if isinstance(a, Batched)]
-    if first is None or any(o.kind in ("rows", "stacked") for o in others):
-        raise _unknown(like)
+    if first is None or any(isinstance(a, Batched) and a.kind != "shared" for a in _leaves((args[1:], kwargs))):
+        raise unknown(like)
     if name == "getitem":
         return replace(first, node=batch.emit(like.target, (first.node, args[1]), {}, like), like=like)
     if name in _ALONG | _OVER | {"select", "unbind", "unsqueeze"}:
         return _along(batch, like, name, first)
     if name in ("permute", "transpose", "t"):
         return _permute(batch, like, name, first)
-    raise _unknown(like)
+    raise unknown(like)
 
 
-def _unknown(like: fx.Node) -> CaptureError:
+def unknown(like: fx.Node) -> CaptureError:
     return refuse(f"{like.target} in an expert's body may mix the rows of one expert with another's", like, "use operators that work on each row alone")
 
 
 def _leaves(tree) -> list:
-    return torch.utils._pytree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, Batched))
+    return pytree.tree_leaves(tree, is_leaf=is_value)
 
 
 def _lead(values: list[Batched], like: fx.Node) -> Batched:
@@ -114,16 +119,16 @@ def _pointwise(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
     lead = _lead(values, like)
 
     def operand(value):
-        return _aligned(batch, like, value, lead) if isinstance(value, Batched) else value
+        return aligned(batch, like, value, lead) if isinstance(value, Batched) else value
 
-    new_args, new_kwargs = (torch.utils._pytree.tree_map(operand, x, is_leaf=lambda v: isinstance(v, Batched)) for x in (args, kwargs))
+    new_args, new_kwargs = (pytree.tree_map(operand, x, is_leaf=is_value) for x in (args, kwargs))
     node = batch.emit(like.target, new_args, new_kwargs, like)
     if lead.kind == "stacked":
         return Batched("stacked", node, like, right=like.meta["val"].dim())
     return Batched("rows", node, like, lead.right, lead.span)
 
 
-def _aligned(batch, like: fx.Node, value: Batched, lead: Batched) -> fx.Node:
+def aligned(batch, like: fx.Node, value: Batched, lead: Batched) -> fx.Node:
     """`value` so that it broadcasts (from the right) against the batched `lead`."""
     if not isinstance(value.like.meta["val"], torch.Tensor):
         return value.node
@@ -149,57 +154,6 @@ def _aligned(batch, like: fx.Node, value: Batched, lead: Batched) -> fx.Node:
     if inner != shape:
         node = batch.emit(aten.reshape.default, (node, [batch.experts, *inner]), {}, like)
     return batch.expert_rows(node, lead, like)
-
-
-# --- contractions -------------------------------------------------------------------------------------------------------------
-
-
-def _linear(batch, like: fx.Node, name: str, args: tuple) -> Batched:
-    bias, rows, weight = None, *args[:2]
-    if name == "linear":
-        bias = args[2] if len(args) > 2 else None
-    elif name == "addmm":
-        bias, rows, weight = args[:3]
-        if like.kwargs:
-            raise _unknown(like)
-    if weight.kind == "rows" or rows.kind == "stacked":
-        raise _unknown(like)
-    if rows.kind == "shared":
-        rows = batch.tokens(rows, like)
-    if rows.right != 1:
-        raise refuse("a matrix product over the rows", like, "keep the rows in a dim of their own")
-    if weight.kind == "shared":
-        given = (rows.node, weight.node)
-        node = batch.emit(aten.linear.default if name == "linear" else aten.matmul.default, given, {}, like)
-    else:
-        if rows.node.meta["val"].dim() != 2 or weight.right != 2:
-            raise refuse("a matrix product of an expert that is not (rows, features) by (features, features)", like, "reshape to rows first")
-        base = batch.transposes.get(weight.node)
-        transposed = (name != "linear") == (base is None)
-        node = batch.emit(torch.ops.tedfx.grouped_linear.default, (rows.node, weight.node if base is None else base, batch.counts, transposed), {}, like)
-    out = Batched("rows", node, like, 1, rows.span)
-    if bias is not None:
-        node = batch.emit(aten.add.Tensor, (node, _aligned(batch, like, bias, out)), {}, like)
-    return replace(out, node=node)
-
-
-def _norm(batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
-    def operand(name, default=None):
-        for position, spec in enumerate(like.target._schema.arguments):
-            if spec.name == name:
-                return args[position] if position < len(args) else kwargs.get(name, spec.default_value)
-        return default
-
-    source, shape = operand("input"), operand("normalized_shape")
-    if source.kind != "rows" or len(shape) > source.right:
-        raise refuse(f"{name} over the rows", like, "normalise the features of each row")
-    weight, bias, eps = operand("weight"), operand("bias"), operand("eps")
-    given = (source.node, shape, None, None, eps) if name == "layer_norm" else (source.node, shape, None, eps)
-    out = Batched("rows", batch.emit(like.target, given, {}, like), like, source.right, source.span)
-    for target, value in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
-        if value is not None:
-            out = replace(out, node=batch.emit(target, (out.node, _aligned(batch, like, value, out)), {}, like))
-    return out
 
 
 # --- dims ---------------------------------------------------------------------------------------------------------------------
@@ -243,19 +197,13 @@ def _view(batch, like: fx.Node, value: Batched) -> Batched:
         node = batch.emit(aten.reshape.default, (value.node, [batch.experts, *out]), {}, like)
         return Batched("stacked", node, like, right=len(out))
 
-    def product(sizes):
-        result = 1
-        for size in sizes:
-            result = as_size(result * size)
-        return result
-
     left, rows = product(shape[: value.start]), product(shape[value.start : value.start + value.span])
     for start in range(len(out)):
         for stop in range(start + 1, len(out) + 1):
             if product(out[:start]) == left and product(out[start:stop]) == rows:
                 sizes = [*out[:start], -1, *out[stop:]]
                 if all(isinstance(size, int) for size in sizes):
-                    node = batch.emit(aten.reshape.default, (value.node, sizes), {}, like)
+                    node = value.node if out == shape else batch.emit(aten.reshape.default, (value.node, sizes), {}, like)
                     return Batched("rows", node, like, len(out) - stop, stop - start)
     raise refuse(f"{like.target} mixes rows with features", like, "keep the rows in a dim of their own")
 
@@ -287,7 +235,7 @@ def _cat(batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
     values = [v for v in args[0]]
     lead = _lead(values, like)
     if any((v.kind, v.right, v.span) != (lead.kind, lead.right, lead.span) for v in values):
-        raise _unknown(like)
+        raise unknown(like)
     given = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     dim = _move(lead, given, like, int(name == "stack"))
     node = batch.emit(like.target, ([v.node for v in values], dim), {}, like)

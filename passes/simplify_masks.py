@@ -38,6 +38,7 @@ _CREATE = {
     aten.full.default, aten.ones.default, aten.zeros.default, aten.new_ones.default, aten.new_zeros.default,
     aten.new_full.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default,
 }  # fmt: skip
+_POINTWISE = {aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar}  # untagged
 _SAME = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.clone.default, aten.contiguous.default, aten.alias.default,
          aten.detach.default, aten.lift_fresh_copy.default, aten._to_copy.default}  # fmt: skip
 
@@ -299,7 +300,7 @@ class _Run:
             return self._operand(node.args[0]).expand(shape)
         if target is aten.unsqueeze.default and node.args[1] % val.dim() < val.dim() - 2:
             return self.square(node.args[0]).unsqueeze(node.args[1] % val.dim())
-        if torch.Tag.pointwise in target.tags or target in _SAME:
+        if torch.Tag.pointwise in target.tags or target in _SAME or target in _POINTWISE:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._operand)
             return target(*args, **_on_cpu(kwargs))
         raise _Unproven(f"{target} combines its rows")

@@ -44,7 +44,7 @@ class Meeting:
         self.mesh, self.timeout, self._calls = mesh, timeout, 0
         self.alone = len(self.ranks) == 1 or dist.get_backend() == "fake"
         if not self.alone:
-            key = (id(dist.group.WORLD), tuple(self.ranks))
+            key = (dist.group.WORLD, tuple(self.ranks))
             if key not in _GROUPS:
                 _GROUPS[key] = dist.new_group(
                     self.ranks, backend="gloo", timeout=datetime.timedelta(days=1), group_desc="tedfx_checks"

@@ -11,7 +11,9 @@ all unifications and refinements. Sizes are ints, or sympy expressions in the si
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from typing import Callable, Iterable, Sequence
 
 import sympy
@@ -87,9 +89,13 @@ def leaves(dim: Iterable[Factor]) -> tuple[Factor, ...]:
 
 def dim_size(dim: Iterable[Factor]):
     """Global size of a dim."""
-    return as_size(sympy.prod([factor.size for factor in dim])) if dim else 1
+    sizes = [factor.size for factor in dim]
+    if len(sizes) == 1:
+        return sizes[0]
+    return math.prod(sizes) if all(isinstance(s, int) for s in sizes) else as_size(sympy.prod(sizes))
 
 
+@functools.cache
 def _divides(small, big) -> bool:
     """Whether ``big / small`` is a whole number for all values of the symbols."""
     if isinstance(small, int) and isinstance(big, int):
@@ -99,6 +105,7 @@ def _divides(small, big) -> bool:
     return denominator == 1
 
 
+@functools.cache
 def _quotient(big, small):
     return as_size(sympy.cancel(sympy.sympify(big) / sympy.sympify(small)))
 

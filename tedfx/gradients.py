@@ -84,6 +84,7 @@ class GradientBoundary:
         for axes in self._groups:
             if axes:
                 self._groups[axes] = _new_group(next(iter(placed.values())).mesh, axes)
+        self._dtypes = {name: parameter(name).dtype for name in placed}
         self._leaves: dict[str, tuple[tuple, Tensor]] = {}
         self._active: dict[str, None] = {}  # every parameter that a program used with gradients; ordered
         self._plan_key, self._buckets = None, []
@@ -103,8 +104,13 @@ class GradientBoundary:
         local = parameter.to_local()
         key = (local.data_ptr(), local.dtype, local.device, local.shape, parameter.requires_grad)
         if name not in self._leaves or self._leaves[name][0] != key:
+            if local.dtype != self._dtypes[name]:
+                raise TedfxError(
+                    f"parameter {name} has become {local.dtype}, the programs are for {self._dtypes[name]}: "
+                    "convert the model before parallelize"
+                )
             if not local.is_contiguous():
-                raise TedfxError(f"parameter {name}: its local tensor is no longer contiguous; load values with load_state_dict or copy_")
+                raise TedfxError(f"parameter {name}: its local tensor is not contiguous any more; load values with load_state_dict or copy_")
             leaf = local.view(self.placed[name].local_shape).detach()
             if parameter.requires_grad:
                 leaf.requires_grad_()
@@ -297,7 +303,7 @@ def _new_group(mesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
     kept = [dim for dim in range(mesh.mesh.dim()) if dim not in picked]
     size = torch.Size(mesh.mesh.shape[dim] for dim in picked).numel()
     rows = sorted(sorted(row) for row in mesh.mesh.permute(kept + picked).reshape(-1, size).tolist())
-    key = (id(dist.group.WORLD), tuple(map(tuple, rows)))
+    key = (dist.group.WORLD, tuple(map(tuple, rows)))
     if key not in _GROUPS:
         for row in rows:
             group = dist.new_group(row, group_desc="tedfx_gradients_" + "_".join(axes))

@@ -76,6 +76,7 @@ class ParallelModule(StateAccess, nn.Module):
     compile_program: `(signature, flat, training) -> Program`; `flat` maps paths to the leaves of this rank's call.
     batch_axes: axes over which tokens differ. axis_groups: tuples of axes whose process groups the programs use.
     input_names: the names of the model's forward, in order; var_keyword: whether it takes others as well.
+    compile: run programs through torch.compile(fullgraph=True); a mapping adds options, e.g. {"mode": "max-autotune"}.
     number_inputs: names whose python numbers are data, not constants: they enter as 0-dim tensors.
     non_persistent: buffers that are no part of the state dict.
     check_inputs: compare each call between ranks; check_timeout: seconds to wait for a rank that does not come.
@@ -91,7 +92,7 @@ class ParallelModule(StateAccess, nn.Module):
         batch_axes: Sequence[str],
         axis_groups: Iterable[tuple[str, ...]] = (),
         input_names: Sequence[str] = (),
-        compile: bool = False,
+        compile: bool | Mapping[str, Any] = False,
         *,
         var_keyword: bool = True,
         number_inputs: Iterable[str] = (),
@@ -189,7 +190,8 @@ class ParallelModule(StateAccess, nn.Module):
                 raise TedfxError(f"the program uses parameters without a layout: {', '.join(unknown[:5])}")
             runner = program.graph_module
             if self._compile:
-                compiled = torch.compile(program.graph_module, fullgraph=True)
+                options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
+                compiled = torch.compile(program.graph_module, fullgraph=True, **options)
 
                 def runner(*operands):
                     # counts of routed rows are host integers: symbols of the compiled graph, not constants

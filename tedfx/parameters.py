@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from tedfx import _torch
 from tedfx.errors import ConfigError
 from tedfx.pieces import PiecedTensor
 
@@ -70,7 +71,7 @@ class Placed:
     """A layout on a mesh: shapes and intervals on this rank. `mesh` is a DeviceMesh with named axes."""
 
     def __init__(self, layout: ParameterLayout, mesh):
-        self.layout, self.mesh = layout, mesh
+        self.layout, self.mesh, self._specs = layout, mesh, {}
         names, sizes = mesh.mesh_dim_names, tuple(mesh.mesh.shape)
         size, coordinate = dict(zip(names, sizes)), dict(zip(names, mesh.get_coordinate()))
         self._check_axes(names, size)
@@ -135,10 +136,13 @@ class Placed:
 
     def dtensor(self, local: Tensor, placements=None) -> DTensor:
         """`local` (any shape of this rank's piece) as the held DTensor."""
-        shape, stride = torch.Size(self.held), _strides(self.held)
-        return DTensor.from_local(
-            local.view(self.local_held), self.mesh, placements or self.placements, run_check=False, shape=shape, stride=stride
-        )
+        placements, local = placements or self.placements, local.view(self.local_held)
+        key = (placements, local.dtype, local.device)
+        if key not in self._specs:  # from_local costs some 100 us, and a step makes a DTensor per gradient
+            shape, stride = torch.Size(self.held), _strides(self.held)
+            first = DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+            self._specs[key] = _torch.spec_of(first)
+        return _torch.dtensor_of(local, self._specs[key])
 
     @cached_property
     def chunks(self) -> dict[str, list[tuple[tuple[int, ...], tuple[slice, ...]]]]:

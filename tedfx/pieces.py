@@ -30,6 +30,16 @@ _PIECEWISE = {
 }  # fmt: skip
 
 
+class _Place:
+    """Mesh and axes. One object, shared by copies: a mesh stands for process groups and is not copied with a tensor."""
+
+    def __init__(self, mesh, shard_axes):
+        self.mesh, self.shard_axes = mesh, tuple(shard_axes)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class PiecedTensor(Tensor):
     """`pieces`: (offsets, tensor) boxes of a tensor of `shape` that this rank holds; none is a rank without a share.
 
@@ -40,8 +50,11 @@ class PiecedTensor(Tensor):
     def __new__(cls, shape, pieces, mesh, shard_axes, dtype, device):
         self = _torch.make_wrapper(cls, torch.Size(shape), dtype=dtype, device=device)
         self.pieces: list[tuple[tuple[int, ...], Tensor]] = [(tuple(offsets), piece) for offsets, piece in pieces]
-        self.mesh, self.shard_axes = mesh, tuple(shard_axes)
+        self.place = _Place(mesh, shard_axes)
         return self
+
+    mesh = property(lambda self: self.place.mesh)
+    shard_axes = property(lambda self: self.place.shard_axes)
 
     def full_tensor(self) -> Tensor:
         """The user's whole tensor, on every rank. A collective over the mesh."""
@@ -77,6 +90,9 @@ class PiecedTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is _aten.new_empty.default:  # asynchronous checkpointing: an empty shell, its attributes are copied after
+            self, size = args[:2]
+            return PiecedTensor(size, [], self.mesh, self.shard_axes, kwargs.get("dtype") or self.dtype, kwargs.get("device") or self.device)
         if func not in _PIECEWISE:
             raise NotImplementedError(f"{func} on a tensor held in pieces; use .full_tensor()")
         self = args[0]

@@ -20,7 +20,7 @@ from typing import Sequence
 import torch
 from torch import fx
 
-from tedfx.factors import Factor, dim_size, leaves
+from tedfx.factors import Factor, leaves
 from tedfx.roles import Roles
 from tedfx.rules import Relation, operands
 from tedfx.types import I, P, R, Shard
@@ -33,6 +33,7 @@ class Plan:
     roles: Roles
     factors: dict = field(default_factory=dict)  # axis -> list of factors
     hints: dict = field(default_factory=dict)  # size symbol -> example value
+    numbers: dict = field(default_factory=dict, repr=False)  # size -> its value under the hints
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -60,8 +61,13 @@ class Plan:
         """Number of elements, symbols replaced by their hints."""
         total = 1
         for dim in dims:
-            size = dim_size(leaves(dim))
-            total *= size if isinstance(size, int) else float(size.subs(self.hints))
+            for leaf in leaves(dim):
+                size = leaf.size
+                if not isinstance(size, int):
+                    if size not in self.numbers:
+                        self.numbers[size] = float(size.subs(self.hints))
+                    size = self.numbers[size]
+                total *= size
         return total
 
 

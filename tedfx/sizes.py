@@ -27,6 +27,8 @@ class Sizes:
         self.degrees: dict = {}  # symbol -> degree by which inputs of that size are split
         self.sources: dict = {}  # symbol -> (placeholder, dim)
         self.nodes: dict = {}
+        self.locals: dict = {}  # (global size, degree) -> local size
+        self.products: dict = {}
         self.last = None
         for node in self.graph.nodes:
             if node.op != "placeholder":
@@ -41,18 +43,26 @@ class Sizes:
     def whole(self, expr):
         """A global size in terms of local symbols."""
         expr = as_size(expr)
-        return expr if isinstance(expr, int) else as_size(expr.subs({s: s * d for s, d in self.degrees.items()}, simultaneous=True))
+        if isinstance(expr, int) or all(self.degrees.get(s, 1) == 1 for s in expr.free_symbols):
+            return expr
+        return as_size(expr.subs({s: s * d for s, d in self.degrees.items()}, simultaneous=True))
 
     def factor(self, factor: Factor, type_) -> "int | sympy.Expr":
         """Local size of a factor in a value of this type."""
-        total, degree = self.whole(factor.size), self.mesh.size(sharding_axes(type_, factor))
-        if isinstance(total, int):
-            assert total % degree == 0, (factor, degree)
-            return total // degree
-        return as_size(total / degree)
+        key = (factor.size, self.mesh.size(sharding_axes(type_, factor)))
+        if key not in self.locals:
+            total, degree = self.whole(key[0]), key[1]
+            assert not isinstance(total, int) or total % degree == 0, (factor, degree)
+            self.locals[key] = total // degree if isinstance(total, int) else as_size(total / degree)
+        return self.locals[key]
 
     def dim(self, dim, type_) -> "int | sympy.Expr":
-        return as_size(reduce(operator.mul, (self.factor(f, type_) for f in leaves(dim)), sympy.Integer(1)))
+        sizes = tuple(self.factor(f, type_) for f in leaves(dim))
+        if len(sizes) == 1:
+            return sizes[0]
+        if sizes not in self.products:
+            self.products[sizes] = as_size(reduce(operator.mul, sizes, sympy.Integer(1)))
+        return self.products[sizes]
 
     def shape(self, node: fx.Node) -> list:
         """Local shape of a node, as expressions."""

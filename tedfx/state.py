@@ -94,7 +94,7 @@ class StateAccess:
         """
         full = {}
         for name, placed in self._placed.items():
-            full.update(placed.gather(self._parameter(name)))
+            full.update((k, v.clone()) for k, v in placed.gather(self._parameter(name)).items())
         if buffers:
             full.update((name, self.get_buffer(name).clone()) for name in self._buffer_names(persistent=True))
         return full
@@ -108,7 +108,7 @@ class StateAccess:
         full = {}
         for name, placed in self._placed.items():
             if self._parameter(name).grad is not None:
-                full.update(placed.gather(self._parameter(name).grad))
+                full.update((k, v.clone()) for k, v in placed.gather(self._parameter(name).grad).items())
         return full
 
     # ---- in ------------------------------------------------------------------------------------------------------

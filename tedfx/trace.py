@@ -59,6 +59,7 @@ class Trace:
                       `mutated_buffers`, then the flattened outputs of the model.
     parameters        placeholder -> FQN; a tied weight is one placeholder.
     tied              FQN -> the FQN that stands for it.
+    stacked           placeholder -> FQNs of the parameters that it stacks along a new dim 0 (filled by `capture_loops`).
     buffers           placeholder -> FQN.
     constants         placeholder -> tensor that the model's code made while it was traced.
     inputs            placeholder -> path in the call, in the order of the placeholders.
@@ -87,6 +88,7 @@ class Trace:
     device: torch.device
     mutated_buffers: list[str] = dataclasses.field(default_factory=list)
     captured: list[str] = dataclasses.field(default_factory=list)
+    stacked: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
@@ -136,7 +138,9 @@ class Trace:
         """The model's tensors for the leading placeholders: parameters, buffers, constants."""
         tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
         return [
-            self.constants[name] if name in self.constants else tensors[self.parameters.get(name) or self.buffers[name]]
+            self.constants[name] if name in self.constants
+            else torch.stack([tensors[fqn] for fqn in self.stacked[name]]) if name in self.stacked
+            else tensors[self.parameters.get(name) or self.buffers[name]]
             for name in (n.name for n in self.graph_module.graph.find_nodes(op="placeholder"))
             if name not in self.inputs
         ]
@@ -324,6 +328,8 @@ def trace(
             try:
                 exported = torch.export.export(model, (), examples, dynamic_shapes=dynamic, strict=False)
                 break
+            except TraceError:  # a frontend's own, with the line
+                raise
             except Exception as error:
                 fixes = _suggested(str(error), free)
                 if not fixes or attempt == 4:

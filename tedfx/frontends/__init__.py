@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 
 from tedfx.frontends.huggingface import HuggingFace
+from tedfx.frontends.loops import ExpertLoops
 
-__all__ = ["Frontend", "HuggingFace", "default_frontends"]
+__all__ = ["ExpertLoops", "Frontend", "HuggingFace", "default_frontends"]
 
 
 class Frontend(Protocol):
@@ -33,4 +34,4 @@ class Frontend(Protocol):
 
 
 def default_frontends() -> tuple[Frontend, ...]:
-    return (HuggingFace(),)
+    return (HuggingFace(), ExpertLoops())

@@ -1,10 +1,13 @@
 """The gradient boundary: accumulation, what is reduced and when, parameters that only some ranks use."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tedfx.errors import TedfxError
 from tedfx.gradients import GradientBoundary
 from tedfx.parameters import ParameterLayout, Placed, materialize
 from tests.module import toy
@@ -267,3 +270,49 @@ def pointers():
 
 def test_leaves_follow_the_parameters(ranks):
     ranks(2).run(pointers)
+
+
+def several_groups():
+    """Experts over ep reduce over dp, the rest over both; nothing reduces where an axis has one rank."""
+    rank = dist.get_rank()
+    mesh = context((2, 2, 1), ("dp", "ep", "tp")).device_mesh
+    layouts = [
+        ParameterLayout("experts", (4, 3), None, {"ep": 0, "tp": 1}, ("dp",)),
+        ParameterLayout("router", (3,), None, (), ("dp", "ep", "tp")),
+        ParameterLayout("whole", (3,), None, {"tp": 0}, ()),
+        ParameterLayout("half", (3,), None, (), ("ep",)),
+    ]
+    placed = {layout.name: Placed(layout, mesh) for layout in layouts}
+    values = {layout.name: torch.ones(layout.shape, dtype=torch.float64) for layout in layouts}
+    parameters = {n: materialize(p, lambda name: values[name].clone()) for n, p in placed.items()}
+    boundary = GradientBoundary(placed, parameters.__getitem__)
+    for unsynced in (1, 0):
+        boundary.begin(parameters)
+        with boundary.no_sync() if unsynced else contextlib.nullcontext():
+            sum(leaf.sum() for leaf in boundary.leaves(parameters)).mul(10**rank).backward()
+    local = {name: parameter.grad.to_local() / 2 for name, parameter in parameters.items()}
+    same = {0: 101, 1: 1010, 2: 101, 3: 1010}[rank]
+    assert (local["experts"] == same).all() and local["experts"].shape == (2, 3)
+    assert (local["router"] == 1111).all()
+    assert (local["whole"] == 10**rank).all()
+    assert (local["half"] == (11 if rank < 2 else 1100)).all()
+    return [(r.axes, r.names) for r in boundary.reductions]
+
+
+def test_groups_of_experts_and_others(ranks):
+    for found in ranks(4).run(several_groups):
+        assert found == [(("ep",), ("half",)), (("dp", "ep"), ("router",)), (("dp",), ("experts",))]
+
+
+def converted():
+    pm = toy.parallel(context((2,), ("dp",)).device_mesh)
+    x, labels = toy.shard(pm, *toy.data(0))
+    pm.float()
+    with pytest.raises(TedfxError, match="has become torch.float32, the programs are for torch.float64: convert the model before"):
+        pm(x, labels)
+    pm.double()
+    pm(x, labels)["loss"].backward()
+
+
+def test_parameters_keep_their_dtype(ranks):
+    ranks(2).run(converted)

@@ -6,7 +6,7 @@ import torch
 from tests.module import toy
 from tests.pool import context
 
-MESHES = [((2,), ("dp",)), ((2,), ("tp",)), ((2, 2), ("dp", "tp")), ((2, 2), ("tp", "dp")), ((2, 1), ("dp", "tp"))]
+MESHES = [((2,), ("dp",)), ((2,), ("tp",)), ((2, 2), ("dp", "tp")), ((2, 2), ("tp", "dp")), ((2, 1), ("dp", "tp")), ((1,), ("dp",))]
 
 
 def reference(steps=1, seed=0, fused=None, max_norm=0.5):

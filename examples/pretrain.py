@@ -1,0 +1,349 @@
+"""Pretrain an unmodified Hugging Face MoE, byte by byte, on source text that every Python has.
+
+    torchrun --standalone --nproc-per-node 4 examples/pretrain.py                        # ep=2, tp=2 on this machine
+    torchrun --standalone --nproc-per-node 8 examples/pretrain.py --mesh dp=2,ep=2,tp=2
+    torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh dp=2,tp=2 --roles expert=tp
+    torchrun --standalone --nproc-per-node 4 examples/pretrain.py --model-type qwen3_moe --set num_hidden_layers=4
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/pretrain.py --mesh dp=4,ep=2,tp=2
+
+The text is the `.py` files of the standard library, shuffled by file; the first of them are held out. The ranks run on
+CUDA when this machine has a GPU for each of them, else on the CPU. Written to --out: log.jsonl and loss.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import sysconfig
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tedfx
+from tedfx.errors import ConfigError, TedfxError
+from tedfx.roles import MeshShape, Roles
+
+BYTES = 256
+TOLERANCE = 1e-4  # of the check of the first step, in float32
+
+# The default sizes, for every model type whose config knows the name.
+SMALL = dict(
+    vocab_size=BYTES, hidden_size=192, intermediate_size=512, moe_intermediate_size=512, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=48, max_position_embeddings=4096,
+    num_local_experts=8, num_experts=8, n_routed_experts=8, num_experts_per_tok=2,
+    shared_expert_intermediate_size=512, n_group=4, topk_group=2, first_k_dense_replace=1, q_lora_rank=96, kv_lora_rank=64,
+    qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=48,
+    initializer_range=0.05, output_router_logits=True, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    about, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py", description=about, epilog="examples:\n" + rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model-type", default="mixtral", metavar="TYPE",
+                       help="a causal language model of transformers, by its model type: mixtral, qwen3_moe, olmoe, gpt_oss, llama, .. (default: mixtral)")
+    group.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                       help="sizes and switches of its config, e.g. --set hidden_size=256 num_hidden_layers=4 output_router_logits=False")
+
+    group = parser.add_argument_group("parallelism")
+    group.add_argument("--mesh", default="ep=2,tp=2", metavar="AXIS=SIZE,..",
+                       help="axes of the device mesh, outermost first, out of dp, ep and tp; sizes multiply to the number of ranks (default: ep=2,tp=2)")
+    group.add_argument("--roles", nargs="+", action="extend", default=[], metavar="ROLE=AXIS,..",
+                       help="which axes do what, where it is not the default; expert=tp splits experts over the tensor axis (PPMoE), "
+                            "expert=ep,tp folds both, expert_tensor= leaves each expert whole")
+    group.add_argument("--compile", action="store_true", help="run the local graph through torch.compile (inductor)")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, default=200, metavar="N", help="optimizer steps (default: 200)")
+    group.add_argument("--sequence-length", type=int, default=128, metavar="N", help="bytes per sequence (default: 128)")
+    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences per step over all ranks (default: 16)")
+    group.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate of AdamW: linear warm-up, then cosine to a tenth (default: 2e-3)")
+    group.add_argument("--warmup", type=int, default=20, metavar="N", help="steps of warm-up (default: 20)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the split of the files and the batches (default: 0)")
+
+    group = parser.add_argument_group("looking")
+    group.add_argument("--eval-every", type=int, default=50, metavar="N", help="steps between validations; there is one at the end too (default: 50)")
+    group.add_argument("--eval-sequences", type=int, default=256, metavar="N", help="held-out sequences per validation, rounded up to whole batches (default: 256)")
+    group.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
+                       help=f"compare loss and gradients of the first step with the plain model on one device; exit 1 where they differ by more than {TOLERANCE:g}")
+    group.add_argument("--out", type=Path, default=Path("out/pretrain"), metavar="DIR", help="where log.jsonl and loss.png go (default: out/pretrain)")
+    args = parser.parse_args(argv)
+    for name in ("steps", "sequence_length", "batch_size", "eval_every", "eval_sequences"):
+        if getattr(args, name) < (2 if name == "sequence_length" else 1):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+    return args
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def read_corpus(seed: int, held_out: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training, validation) bytes of the standard library's source, split by file.
+
+    Left out: tests, installed packages, and `encodings` (tables that a program wrote).
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
+    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    random.Random(seed).shuffle(files)
+    texts = [(root / name).read_bytes() for name in files]
+    size, first, held = held_out * sum(map(len, texts)), 0, 0
+    while held < size:
+        held, first = held + len(texts[first]), first + 1
+    pieces = b"".join(texts[first:]), b"".join(texts[:first])
+    return tuple(torch.frombuffer(bytearray(piece), dtype=torch.uint8) for piece in pieces)
+
+
+def bigram(training: torch.Tensor, validation: torch.Tensor) -> tuple[float, float]:
+    """Nats per byte: the entropy of a byte given the one before it, and that table's (smoothed) cross-entropy on held-out text."""
+    pairs = training[:-1].long() * BYTES + training[1:].long()
+    counts = torch.bincount(pairs, minlength=BYTES * BYTES).view(BYTES, BYTES).double()
+    joint = counts / counts.sum()
+    given = (counts / counts.sum(1, keepdim=True)).clamp(min=1e-300).log().nan_to_num()
+    smooth = ((counts + 0.1) / (counts.sum(1, keepdim=True) + 0.1 * BYTES)).log()
+    return -(joint * given).sum().item(), -smooth[validation[:-1].long(), validation[1:].long()].mean().item()
+
+
+def windows(text: torch.Tensor, starts: torch.Tensor, length: int, device) -> torch.Tensor:
+    return torch.stack([text[i : i + length] for i in starts.tolist()]).long().to(device)
+
+
+# ---- set-up --------------------------------------------------------------------------------------------------------
+
+
+def make_model(model_type: str, settings: list[str]) -> torch.nn.Module:
+    """The library's own class with random weights: `SMALL` where the config knows the name, then the user's settings."""
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ConfigError(f"--model-type {model_type}: transformers has no such model type; e.g. mixtral, qwen3_moe, gpt_oss") from None
+    chosen = {key: value for key, value in SMALL.items() if hasattr(known, key)}
+    if hasattr(known, "qk_rope_head_dim"):  # latent attention: the part that rotates is the head, and heads share nothing
+        chosen.update(head_dim=SMALL["qk_rope_head_dim"], num_key_value_heads=SMALL["num_attention_heads"])
+    for word in settings:
+        key, equals, text = word.partition("=")
+        if not equals or not hasattr(known, key):
+            raise ConfigError(f"--set {word}: expected KEY=VALUE with a key of the {model_type} config")
+        try:
+            chosen[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            chosen[key] = text
+    if chosen.get("vocab_size") != BYTES:
+        raise ConfigError(f"vocab_size={chosen.get('vocab_size')}: the text is bytes, so the vocabulary is {BYTES}")
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **chosen))
+
+
+def make_mesh(args: argparse.Namespace):
+    """(device mesh, roles), every mistake found before the first collective."""
+    if "RANK" not in os.environ:
+        raise ConfigError("run this with torchrun: torchrun --standalone --nproc-per-node 4 examples/pretrain.py (--help lists the options)")
+    shape, world, local = MeshShape.of(args.mesh), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if shape.world != world:
+        raise ConfigError(f"--mesh {args.mesh} is {shape.world} ranks, torchrun started {world}: change --mesh or --nproc-per-node")
+    given = {}
+    for word in args.roles:
+        role, equals, axes = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--roles {word}: expected ROLE=AXIS,.. such as expert=tp")
+        given[role] = tuple(axis for axis in axes.split(",") if axis)
+    roles = Roles.resolve(shape, given)
+    shares = shape.size(roles.batch)
+    if args.batch_size % shares:
+        fits = [n for n in (args.batch_size // shares * shares, (args.batch_size // shares + 1) * shares) if n]
+        raise ConfigError(
+            f"--batch-size {args.batch_size} does not split over the {shares} ranks of the batch axes ({', '.join(roles.batch)}): "
+            f"use {' or '.join(map(str, fits))}"
+        )
+    kind = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "cpu"
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    return init_device_mesh(kind, shape.sizes, mesh_dim_names=shape.names), given
+
+
+# ---- the check against the single device -----------------------------------------------------------------------------
+
+
+def check_first_step(model, loss: torch.Tensor, gradients: dict[str, torch.Tensor], batch: torch.Tensor) -> bool:
+    """Run the plain model on the whole global batch, on this one device, and print how far the parallel step is from it."""
+    model.to(batch.device).zero_grad()
+    wanted_loss = model(input_ids=batch, labels=batch).loss
+    wanted_loss.backward()
+    wanted = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    norm = lambda tensors: math.sqrt(sum(t.double().pow(2).sum().item() for t in tensors))
+    total = norm(wanted.values())
+    found = norm(gradients[name] for name in wanted)
+    apart = {name: norm([gradients[name].double() - g]) / max(norm([g]), 1e-6 * total) for name, g in wanted.items()}
+    worst = max(apart, key=apart.get)
+    rows = [
+        ("loss", wanted_loss.item(), loss.item(), abs(loss.item() / wanted_loss.item() - 1)),
+        ("gradient norm", total, found, abs(found / total - 1)),
+    ]
+    print(f"First step against the single device (float32, tolerance {TOLERANCE:g}):")
+    for what, one, many, difference in rows:
+        print(f"  {what:14} {one:<12.7g} {many:<12.7g} relative difference {difference:.1e}")
+    print(f"  worst parameter gradient {worst}: relative difference {apart[worst]:.1e}", flush=True)
+    return all(difference <= TOLERANCE for *_, difference in rows)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace) -> None:
+    # Step 1: mesh, data, model.
+    mesh, roles = make_mesh(args)
+    rank, device = dist.get_rank(), mesh.device_type
+    say = print if rank == 0 else (lambda *a, **k: None)
+    training, validation = read_corpus(args.seed)
+    digests = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(training.numpy().tobytes()).hexdigest())
+    if len(set(digests)) > 1:
+        raise ConfigError("the hosts have different standard libraries, so different text: use the same Python on all of them")
+    if len(validation) <= args.sequence_length:
+        raise ConfigError(f"--sequence-length {args.sequence_length} is longer than the held-out text, {len(validation)} bytes")
+    torch.manual_seed(args.seed)
+    model = make_model(args.model_type, args.set).train()
+    weights = sum(p.numel() for p in model.parameters())
+    say(f"{type(model).__name__}, {weights / 1e6:.1f} million parameters, on {args.mesh} ({device}); "
+        f"{len(training) / 1e6:.1f} MB of text, {len(validation) / 1e6:.2f} MB held out")  # fmt: skip
+
+    # Step 2: the module of this rank. From here on it is an ordinary training loop.
+    start = time.perf_counter()
+    pm = tedfx.parallelize(model, mesh, roles=roles, compile=args.compile)
+    say(f"parallelize: {time.perf_counter() - start:.1f} s", flush=True)
+    index, count = pm.batch_coordinate
+    mine = slice(index * args.batch_size // count, (index + 1) * args.batch_size // count)
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    decay = lambda step: 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(1, args.warmup)) * decay(step))
+    draw = torch.Generator().manual_seed(args.seed)
+    held_starts = torch.linspace(0, len(validation) - args.sequence_length, -(-args.eval_sequences // args.batch_size) * args.batch_size).long()
+
+    @torch.no_grad()
+    def validate() -> float:
+        """Nats per byte on held-out text. Each rank sums over its own rows; replicas add the same to both sums."""
+        pm.eval()
+        sums = torch.zeros(2, dtype=torch.float64 if device == "cpu" else torch.float32, device=device)
+        for starts in held_starts.split(args.batch_size):
+            ids = windows(validation, starts[mine], args.sequence_length, device)
+            logits = pm(input_ids=ids).logits[:, :-1]
+            sums[0] += F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+            sums[1] += ids[:, 1:].numel()
+        pm.train()
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
+
+    if rank == 0:
+        entropy, held_entropy = bigram(training, validation)
+        args.out.mkdir(parents=True, exist_ok=True)
+        log = open(args.out / "log.jsonl", "w")
+        record = lambda **fields: print(json.dumps(fields), file=log, flush=True)
+        record(model=type(model).__name__, parameters=weights, mesh=args.mesh, device=device, world=dist.get_world_size(),
+               torch=torch.__version__, bigram_entropy=entropy, bigram_held_out=held_entropy,
+               **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "mesh"})  # fmt: skip
+    else:
+        record = lambda **fields: None
+
+    # Step 3: train.
+    bar = tqdm(total=args.steps, disable=rank != 0, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
+    losses, validations, speed = [], [], 0.0
+    for step in range(args.steps):
+        began = time.perf_counter()
+        starts = torch.randint(len(training) - args.sequence_length, (args.batch_size,), generator=draw)
+        ids = windows(training, starts[mine], args.sequence_length, device)
+        loss = pm(input_ids=ids, labels=ids).loss  # of the global batch, on every rank
+        loss.backward()
+        if step == 0:
+            bar.clear()
+            say(pm.explain(), flush=True)
+            if args.check:
+                gradients = pm.gather_gradients()
+                fine = [rank != 0 or check_first_step(model, loss, gradients, windows(training, starts, args.sequence_length, device))]
+                dist.broadcast_object_list(fine)
+                if not fine[0]:
+                    raise SystemExit("pretrain: the first step is not the single device's (above)" if rank == 0 else 1)
+            del model
+        norm = torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
+        rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+        losses.append(loss.item())
+        norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
+        if not math.isfinite(losses[-1]):
+            raise ConfigError(f"the loss is {losses[-1]} at step {step + 1}: a lower --lr may help")
+        seconds = time.perf_counter() - began
+        if step:  # the first step traces, compiles and checks
+            now = args.batch_size * args.sequence_length / seconds
+            speed = 0.9 * speed + 0.1 * now if speed else now
+        record(step=step + 1, loss=losses[-1], gradient_norm=norm, learning_rate=rate, seconds=seconds)
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            validations.append((step + 1, validate()))
+            record(step=step + 1, validation_loss=validations[-1][1])
+        shown = dict(loss=f"{losses[-1]:.3f}", tokens_per_second=f"{speed:.0f}")
+        if validations:
+            shown["validation"] = f"{validations[-1][1]:.3f}"
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+    bar.close()
+
+    # Step 4: what came of it.
+    if rank == 0:
+        final = validations[-1][1]
+        record(validation_loss=final, bigram_entropy=entropy, bigram_held_out=held_entropy, tokens_per_second=speed)
+        log.close()
+        plot(args.out / "loss.png", losses, validations, entropy, f"{args.model_type} on {args.mesh}")
+        print(f"training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {args.steps} steps, {speed:.0f} tokens/s over all ranks")
+        print(f"validation loss {final:.3f} nats/byte; bigrams: entropy {entropy:.3f} (training text), cross-entropy {held_entropy:.3f} (held-out text)")
+        print(f"wrote {args.out / 'log.jsonl'} and {args.out / 'loss.png'}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def plot(path: Path, losses: list[float], validations: list[tuple[int, float]], entropy: float, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses, color="#9db4d0", linewidth=1, label="training (with the model's router loss)")
+    axes.plot(*zip(*validations), color="#1f4e8c", marker="o", markersize=4, label="validation")
+    axes.axhline(entropy, color="#888888", linestyle="--", linewidth=1, label=f"bigram entropy, {entropy:.2f}")
+    axes.set(xlabel="step", ylabel="nats per byte", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        main(arguments)
+    except TedfxError as error:
+        # All ranks find the same mistake; one of them says it, before torchrun ends the others.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"pretrain: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)
+        sys.exit(1)
