@@ -16,6 +16,7 @@ import argparse
 import ast
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -212,6 +213,8 @@ def main(args: argparse.Namespace) -> None:
     # Step 1: mesh, data, model.
     mesh, roles = make_mesh(args)
     rank, device = dist.get_rank(), mesh.device_type
+    # clip_grad_norm_ sums one number over each mesh axis in turn; DTensor would say on every rank that it could be one sum.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     say = print if rank == 0 else (lambda *a, **k: None)
     training, validation = read_corpus(args.seed)
     digests = [None] * dist.get_world_size()
@@ -274,7 +277,8 @@ def main(args: argparse.Namespace) -> None:
         loss.backward()
         if step == 0:
             bar.clear()
-            say(pm.explain(), flush=True)
+            if rank == 0:
+                print(pm.explain(), flush=True)
             if args.check:
                 gradients = pm.gather_gradients()
                 fine = [rank != 0 or check_first_step(model, loss, gradients, windows(training, starts, args.sequence_length, device))]

@@ -32,15 +32,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from tedfx.errors import CaptureError, user_line
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.capture_bodies import Bodies
 from tedfx.passes.capture_chains import Step, chain_of, dependence, is_zero
 from tedfx.passes.capture_masks import facts
-from tedfx.passes.capture_routing import Fact, Routing, name_of, shape_of
+from tedfx.passes.capture_routing import Routing, name_of, shape_of
 from tedfx.passes.capture_rules import refuse
+from tedfx.passes.capture_stacks import Stacks
 from tedfx.passes.capture_uncaptured import find_uncaptured
 
 __all__ = ["CaptureLoops", "find_uncaptured"]
@@ -62,7 +63,7 @@ class CaptureLoops(Pass):
         result = PassResult()
         known = facts(graph)
         depends, ends = dependence(graph, known)
-        stacks = _Stacks(trace, getattr(program, "trainable", None))
+        stacks = Stacks(trace, getattr(program, "trainable", None))
         done: set[Routing] = set()
         for routing, end in ends:
             chain, base = chain_of(end, routing, depends)
@@ -84,7 +85,7 @@ class CaptureLoops(Pass):
 # --- the canonical form -------------------------------------------------------------------------------------------------------
 
 
-def _capture(graph: fx.Graph, routing: Routing, chain: list[Step], base: fx.Node | None, known: dict, stacks: _Stacks) -> None:
+def _capture(graph: fx.Graph, routing: Routing, chain: list[Step], base: fx.Node | None, known: dict, stacks: Stacks) -> None:
     """Emit dispatch, body and combine before the chain's last step and put them in its place."""
     gathered = chain[0].index is not None
     order = {node: position for position, node in enumerate(graph.nodes)}
@@ -139,61 +140,6 @@ def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.N
             raise refuse("out[token] = .. loses a token that names an expert twice", chain[0].node, "use index_add_")
 
 
-class _Stacks:
-    """Parameters of the experts, stacked: one placeholder for E."""
-
-    def __init__(self, trace: Any, trainable: set[str] | None):
-        self.trace, self.trainable = trace, trainable
-        # One trace serves any number of meshes: its own tables stay as they are.
-        trace.parameters, trace.stacked = dict(trace.parameters), dict(trace.stacked)
-        self.made: dict[tuple[fx.Node, ...], fx.Node] = {}
-        self.owner: dict[fx.Node, tuple[fx.Node, ...]] = {}
-
-    def stack(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
-        if nodes in self.made:
-            return self.made[nodes]
-        names = [self.trace.parameters.get(node.name) for node in nodes]
-        if None in names:
-            raise CaptureError(
-                f"cannot capture the loop over experts: experts read {', '.join(n.name for n in nodes)}, which are not all parameters | at "
-                f"{user_line(next(iter(nodes[0].users)))} | make what differs between experts a parameter of each"
-            )
-        for node, name in zip(nodes, names):
-            if self.owner.setdefault(node, nodes) is not nodes or nodes.count(node) > 1:
-                raise refuse(f"{name} belongs to several experts, or to several parts of one", next(iter(node.users)), "give every expert its own parameters")
-        values = [node.meta["val"] for node in nodes]
-        if any((v.shape, v.dtype, v.requires_grad) != (values[0].shape, values[0].dtype, values[0].requires_grad) for v in values[1:]):
-            raise refuse(f"{names[0]} and its like in other experts differ in shape, dtype or requires_grad", next(iter(nodes[0].users)), "make them alike")
-        graph = self.trace.graph_module.graph
-        with graph.inserting_before(nodes[0]):
-            new = graph.placeholder("p_" + re.sub(r"\W", "_", _common(names)))
-        with values[0].fake_mode:
-            value = torch.empty((len(nodes), *values[0].shape), dtype=values[0].dtype, device=values[0].device)
-        new.meta["val"] = nn.Parameter(value, requires_grad=values[0].requires_grad) if isinstance(values[0], nn.Parameter) else value
-        self.made[nodes] = new
-        if self.trainable is not None and any(node.name in self.trainable for node in nodes):
-            if not all(node.name in self.trainable for node in nodes):
-                raise refuse(f"{names[0]} is frozen in some experts and trained in others", next(iter(nodes[0].users)), "freeze all or none")
-            self.trainable.add(new.name)
-        self.trace.stacked[new.name] = names
-        return new
-
-    def finish(self) -> None:
-        graph = self.trace.graph_module.graph
-        for node, nodes in self.owner.items():
-            if node.users:
-                user = next(iter(node.users))
-                raise refuse(f"{self.trace.parameters[node.name]} is also used outside the loop over experts", user, "use it inside only")
-            del self.trace.parameters[node.name]
-            graph.erase_node(node)
-
-
-def _common(names: list[str]) -> str:
-    """layers.0.experts.{0,1,..}.w1.weight -> layers.0.experts.stacked.w1.weight"""
-    parts = [name.split(".") for name in names]
-    return ".".join(column[0] if len(set(column)) == 1 else "stacked" for column in zip(*parts))
-
-
 # --- afterwards ---------------------------------------------------------------------------------------------------------------
 
 
@@ -207,27 +153,37 @@ def _erase(graph: fx.Graph, depends: dict) -> None:
 
 def _check_rest(graph: fx.Graph, known: dict, depends: dict) -> None:
     """No expert's tokens are searched for any more."""
-    loose: dict[fx.Node, set] = {}
+    searched: dict[Routing, dict[int, fx.Node]] = {}
+    loose: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
-        name = name_of(node)
-        masks = [m for m in node.args[1] if isinstance(m, fx.Node) and m.meta["val"].dtype == torch.bool] if name in ("index", "index_put") else []
-        if name in ("nonzero", "nonzero_numpy", "argwhere") or (name == "where" and len(node.args) == 1):
-            masks = [node.args[0]]
-        for mask in masks:
-            if mask in known and known[mask].expert is not None:
-                routing = known[mask].routing
-                named = {f.expert for f in known.values() if f.routing is routing and f.expert is not None}
-                missing = sorted(set(range(routing.experts)) - named)
-                what = f"of {routing.experts} experts, {missing} are never run" if missing else (
-                    f"the tokens of expert {known[mask].expert} do not end in one sum over all experts")  # fmt: skip
-                raise refuse(what, node, "add every expert once to one running sum: out.index_add_(0, token, expert(x[token]) * w[token, slot, None])")
+        for mask in _masks(node):
+            for routing, experts in depends.get(mask, {}).items():
+                searched.setdefault(routing, {}).update(dict.fromkeys(experts, node))
             ids = _compared(mask)
-            if ids is not None:
+            if ids is not None and mask not in depends:
                 loose.setdefault(ids, set()).add(node)
-    for ids, searches in loose.items():
-        if len(searches) > 1:
+    for routing, nodes in searched.items():
+        if len(nodes) < 2:
+            continue
+        named = {fact.expert for fact in known.values() if fact.routing is routing and fact.expert is not None}
+        missing = sorted(set(range(routing.experts)) - named)
+        expert, node = next(iter(nodes.items()))
+        what = f"of {routing.experts} experts, {missing} are never run" if missing else f"the tokens of expert {expert} do not end in one sum over all experts"
+        raise refuse(what, node, "add every expert once to one running sum: out.index_add_(0, token, expert(x[token]) * w[token, slot, None])")
+    for ids, nodes in loose.items():
+        if len(nodes) > 1:
             what = f"nothing proves that the expert ids lie in 0..E-1 (they come from {ids.target})"
-            raise refuse(what, next(iter(searches)), "take them from a topk, argmax or sort over the experts' scores")
+            raise refuse(what, next(iter(nodes)), "take them from a topk, argmax or sort over the experts' scores")
+
+
+def _masks(node: fx.Node) -> list[fx.Node]:
+    """The masks that a node searches."""
+    name = name_of(node)
+    if name in ("nonzero", "nonzero_numpy", "argwhere", "masked_select") or (name == "where" and len(node.args) == 1):
+        return [node.args[-1] if name == "masked_select" else node.args[0]]
+    if name in ("index", "index_put"):
+        return [m for m in node.args[1] if isinstance(m, fx.Node) and m.meta["val"].dtype == torch.bool]
+    return []
 
 
 def _compared(mask: fx.Node) -> fx.Node | None:

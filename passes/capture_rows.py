@@ -19,8 +19,8 @@ from torch import fx
 
 from tedfx.factors import as_size
 from tedfx.passes.base import emit
-from tedfx.passes.capture_routing import Fact, Routing, name_of, product, shape_of
-from tedfx.passes.capture_rules import Batched, apply_rule, is_value, refuse
+from tedfx.passes.capture_routing import Routing, name_of, product, shape_of
+from tedfx.passes.capture_rules import Batched, apply_rule, is_pointwise, is_value, refuse
 
 __all__ = ["Rows", "Weight"]
 

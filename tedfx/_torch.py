@@ -33,11 +33,14 @@ def group_name(group: dist.ProcessGroup) -> str:
 
 
 def check(condition, message: str) -> None:
-    """State a fact about sizes: a ValueError in eager mode, a hint to the symbolic shapes while tracing.
+    """State a fact about sizes: a ValueError when it fails in eager mode, a hint to the symbolic shapes while tracing.
 
     Public replacement: `torch._check` under a public name.
     """
-    torch._check_with(ValueError, condition, lambda: message)
+    if torch.compiler.is_compiling():
+        torch._check(condition)  # the plainest form: the dynamo of torch 2.11 traces no message that is a closure
+    elif not condition:
+        raise ValueError(message)
 
 
 # ---- state and gradients (tedfx/gradients.py, tedfx/checks.py, tedfx/pieces.py) ----------------------------------

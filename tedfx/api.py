@@ -31,7 +31,7 @@ def parallelize(
     outputs: Sequence[str] | None = None,
     check_inputs: bool = True,
     check_timeout: float = 60.0,
-    traces: Sequence[Trace] = (),
+    traces: Sequence[Trace | Compilation] = (),
 ) -> ParallelModule:
     """The module that this rank runs: the single-device function of the global batch, on ``mesh``. Collective over the mesh.
 
@@ -43,7 +43,7 @@ def parallelize(
     compile         run the local graph through ``torch.compile(fullgraph=True)``.
     outputs         names of the outputs to keep, e.g. ``("loss",)``: the others become None, and what only they need is never computed.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
-    traces          traces made before (``tedfx.trace.trace``), used for the signatures they fit.
+    traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
 
     Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is not understood).
     """
@@ -110,7 +110,12 @@ class _Builder:
     def compile(self, call: Mapping[str, Any], training: bool) -> Compilation:
         key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training)
         if key not in self.done:
-            traced = next((t for t in self.traces if _fits(t, call, training)), None)
+            outputs = tuple(self.outputs) if self.outputs else None
+            for ready in self.traces:
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs) == (self.roles, outputs) and _fits(ready.trace, call, training):
+                    self.done[key] = ready
+                    return ready
+            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training)), None)
             if traced is None:
                 was = self.model.training
                 try:
@@ -121,7 +126,7 @@ class _Builder:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            self.done[key] = compile_trace(Compilation(traced, self.roles, trainable, outputs=tuple(self.outputs) if self.outputs else None), self.passes)
+            self.done[key] = compile_trace(Compilation(traced, self.roles, trainable, outputs=outputs), self.passes)
         return self.done[key]
 
     def program(self, signature, flat: dict, training: bool) -> Program:

@@ -15,6 +15,7 @@ from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, run_pipeline
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
 from tedfx.passes.check_types import check_types
+from tedfx.passes.expand_attention import ExpandAttention
 from tedfx.passes.functionalize import Functionalize
 from tedfx.passes.localize import Localize
 from tedfx.passes.lower_collectives import LowerCollectives
@@ -35,6 +36,7 @@ def default_passes() -> list[Pass]:
         Functionalize(),
         SimplifyMasks(),
         CaptureLoops(),
+        ExpandAttention(),
         SplitLosses(),
         Annotate(),
         ShardExperts(),

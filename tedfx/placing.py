@@ -83,6 +83,16 @@ def roots(factors) -> set:
     return {f.root() for f in leaves(factors)}
 
 
+_EMPTY: frozenset = frozenset()
+
+
+def _carried(node: fx.Node) -> frozenset:
+    """The factors of a value; kept with it, since factors do not change once types are asked for."""
+    if "carried" not in node.meta:
+        node.meta["carried"] = frozenset(roots(f for d in node.meta["dims"] for f in d))
+    return node.meta["carried"]
+
+
 def differentiable(node: fx.Node) -> bool:
     return node.meta.get("differentiable", False)
 
@@ -105,8 +115,8 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
     nodes = operands(node)
     diff = [differentiable(n) for n in nodes]
     dims = [n.meta["dims"] for n in nodes]
-    whole = [roots(relation.whole.get(i, ())) for i in range(len(nodes))]
-    carried = [roots(f for d in ds for f in d) for ds in dims]
+    whole = [_EMPTY if i not in relation.whole else roots(relation.whole[i]) for i in range(len(nodes))]
+    carried = [_carried(n) for n in nodes]
     outs = [roots(f for d in ds for f in d) for ds in _outs(relation)]
 
     # 1. a sharded factor

@@ -183,7 +183,7 @@ def attention(node: fx.Node, ctx: Annotator) -> Relation:
     q, k, v = node.args[:3]
     mask = argument(node, 3, "attn_mask")
     if argument(node, 7, "enable_gqa", False) and ctx.dims(q)[-3] != ctx.dims(k)[-3]:
-        raise TraceError(f"{node}: enable_gqa is expanded before typing (passes/split_losses.py)")
+        raise TraceError(f"{node}: enable_gqa is expanded before typing (passes/expand_attention.py)")
     rank = len(ctx.dims(q))
     for d in range(rank - 2):
         ctx.match((q, d), (k, d), (v, d), *([(mask, d - rank + len(ctx.dims(mask)))] if mask is not None and d - rank + len(ctx.dims(mask)) >= 0 else []))

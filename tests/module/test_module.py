@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.module import toy
 from tests.pool import context
@@ -30,7 +31,7 @@ def named_grads(model):
 def train(shape, names, options):
     mesh = context(shape, names).device_mesh
     log = []
-    pm = toy.parallel(mesh, seed=0 if torch.distributed.get_rank() == 0 else 7, log=log)
+    pm = toy.parallel(mesh, seed=0 if dist.get_rank() == 0 else 7, log=log)
     opt = torch.optim.AdamW([p for p in pm.parameters() if p.requires_grad], lr=0.05, **options)
     expected = toy.Mlp()
     expected(*toy.data(0))["loss"].backward()

@@ -132,10 +132,11 @@ def data(step=0, rows=8):
 
 def shard(pm, *tensors):
     index, count = pm.batch_coordinate
-    return [t.chunk(count)[index].contiguous() for t in tensors]
+    return [t.chunk(count)[index].contiguous().to(pm.device) for t in tensors]
 
 
 def difference(a, b) -> float:
+    a, b = a.cpu(), b.cpu()
     return float((a - b).norm() / max(float(b.norm()), 1e-12))
 
 

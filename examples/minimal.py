@@ -1,0 +1,57 @@
+"""A mixture of experts in plain PyTorch, trained under expert x tensor parallelism.
+
+    torchrun --standalone --nproc-per-node 4 examples/minimal.py
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import tedfx
+
+
+class Experts(nn.Module):
+    def __init__(self, width, hidden, count, top_k):
+        super().__init__()
+        self.top_k, self.router = top_k, nn.Linear(width, count, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(count))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(self.top_k, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
+class Model(nn.Module):
+    def __init__(self, vocabulary=256, width=64):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
+        self.norm, self.moe = nn.LayerNorm(width), Experts(width, hidden=128, count=8, top_k=2)
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        x = x + self.moe(self.norm(x).flatten(0, 1)).view_as(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))  # "cuda" on GPUs
+torch.manual_seed(0)
+pm = tedfx.parallelize(Model(), mesh)  # this rank's module; rank 0's weights count
+optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
+index, count = pm.batch_coordinate  # which share of the global batch is this rank's
+
+for step in range(30):
+    ids = torch.randint(256, (16, 33), generator=torch.Generator().manual_seed(step)).sort().values  # the global batch
+    mine = ids.chunk(count)[index]
+    loss = pm(input_ids=mine[:, :-1], labels=mine[:, 1:])  # the loss of the global batch, on every rank
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 10 == 9 and mesh.get_rank() == 0:
+        print(f"step {step + 1}: loss {loss.item():.4f}")
+
+torch.distributed.destroy_process_group()

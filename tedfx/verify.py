@@ -1,0 +1,324 @@
+"""Proof as a product: the unmodified model on a single device and its ranks on a mesh, in one go, side by side.
+
+`verify(model_factory, mesh)` makes the model, trains it for a few AdamW steps with clipping on the whole global batch on one
+device (the library's eager experts), trains `parallelize`'s module on local ranks, and compares loss, gradient norm, every
+parameter's gradient and every parameter after the steps; replicas must agree bit by bit. On the command line:
+`tedfx verify mixtral --mesh dp=2,ep=2,tp=2`.
+
+An error is the norm of the difference over the larger of the reference's norm and 1e-6 of the total norm. `TOLERANCES` says what
+is asked of each dtype; in bfloat16 one rounding is 4e-3 and near-ties may route elsewhere, so that is a check of scale alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from tedfx import verify_ranks
+from tedfx._version import __version__
+from tedfx.errors import ConfigError, TedfxError
+from tedfx.roles import MeshShape, Roles, parse_mesh
+from tedfx.trace import trace
+from tedfx.verify_models import VERIFIED, factory, parse_settings
+from tedfx.verify_run import Outcome, Recipe, check_batch, errors, make_batch, prepare, relative, train_rank, train_reference, unequal_replicas
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    loss: float
+    norm: float
+    gradients: float
+    parameters: float
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(1e-6, 1e-5, 1e-5, 1e-5),
+    torch.float32: Tolerance(1e-5, 1e-4, 1e-4, 1e-3),
+    torch.bfloat16: Tolerance(2e-2, 5e-2, 3e-1, 5e-2),
+    torch.float16: Tolerance(5e-3, 2e-2, 1e-1, 2e-2),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `reference` and `value` are for reading; `error` is what is judged."""
+
+    quantity: str
+    reference: str
+    value: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class ParameterError:
+    name: str
+    shape: tuple[int, ...]
+    gradient: float
+    parameter: float
+
+
+@dataclass
+class VerifyResult:
+    """`ok` is the verdict; `rows` the comparisons; `parameters` all of them, worst gradient first. `str()` is the table."""
+
+    title: str
+    rows: list[Row]
+    parameters: list[ParameterError]
+    notes: list[str] = field(default_factory=list)
+    shown: int = 5
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def __getitem__(self, quantity: str) -> Row:
+        return next(row for row in self.rows if row.quantity.startswith(quantity))
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        rows = [[r.quantity, r.reference, r.value, f"{r.error:.1e}", f"{r.tolerance:.0e}", "ok" if r.ok else "FAIL"] for r in self.rows]
+        worst = [[p.name, "x".join(map(str, p.shape)), f"{p.gradient:.1e}", f"{p.parameter:.1e}"] for p in self.parameters[: self.shown]]
+        return "\n".join(
+            [
+                self.title,
+                "",
+                tabulate(rows, ["", "single device", "this mesh", "error", "allowed", ""], disable_numparse=True),
+                "",
+                tabulate(worst, ["worst parameters", "shape", "gradient", "parameter"], disable_numparse=True),
+                "",
+                *self.notes,
+                "verified" if self.ok else "NOT VERIFIED: " + ", ".join(r.quantity for r in self.rows if not r.ok),
+            ]
+        )
+
+
+def verify(
+    model_factory: Callable[[], nn.Module],
+    mesh_shape: Mapping[str, int] | str,
+    *,
+    roles: Mapping[str, Sequence[str]] | None = None,
+    dtype: torch.dtype = torch.float64,
+    steps: int = 3,
+    batch: int | Mapping[str, Any] | None = None,
+    sequence: int = 12,
+    compile: bool = False,
+    device: str | None = None,
+    backend: str | None = None,
+    passes: Sequence | None = None,
+    seed: int = 0,
+    timeout: float = 300.0,
+    tolerance: Tolerance | None = None,
+    before: Callable[[int], None] | None = None,
+) -> VerifyResult:
+    """Compare `parallelize(model_factory(), mesh)` with the model on one device, on ranks that this call starts and ends.
+
+    model_factory  makes the single-device model; called with `seed` set. Dropout must be 0: the two draw differently.
+    mesh_shape     axis name -> size, or "dp=2,ep=2,tp=2".
+    batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments.
+                   Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
+    device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
+    before         called in each rank first, with its number: a place to break something and see it found.
+
+    Raises ConfigError and its kin for what cannot be run, RankFailure (one line, naming the rank) for what did not end.
+    """
+    start = time.perf_counter()
+    shape = MeshShape.of(mesh_shape)
+    resolved = Roles.resolve(shape, roles)
+    recipe = Recipe(steps=steps, dtype=dtype, seed=seed)
+    tolerance = tolerance or TOLERANCES.get(dtype)
+    if tolerance is None or steps < 1:
+        raise ConfigError(f"verify: dtype is one of {', '.join(str(d).removeprefix('torch.') for d in TOLERANCES)} and steps at least 1")
+    device, backend = _place(shape.world, device, backend)
+    fork = device == "cpu" and verify_ranks.can_fork()
+    if fork and compile:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the ranks are the parallelism
+
+    model = recipe.make(model_factory)
+    _check_dropout(model)
+    if batch is None:
+        batch = max(8, 2 * shape.size(resolved.batch))
+    if isinstance(batch, int):
+        batch = make_batch(model, batch, sequence, seed)
+    check_batch(batch, resolved)
+
+    options = dict(roles=roles, passes=passes, compile=compile, example_inputs=_example(batch))
+    if fork:
+        prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]
+        given = model
+    else:
+        prepared, given = [], model_factory
+        _check_picklable(model_factory)
+    ranks = verify_ranks.jobs(train_rank, (given, batch, recipe, shape, options, prepared, before), shape.world, device, backend, timeout)
+    single = verify_ranks.Job("the single device", _reference, (given, batch, recipe, device))
+    reference, *outcomes = verify_ranks.run([single, *ranks], fork, timeout)
+
+    name = getattr(model_factory, "model_type", None) or getattr(model_factory, "path", None) or type(model).__name__
+    with_roles = "".join(f" {role}={'+'.join(axes) if not isinstance(axes, str) else axes}" for role, axes in (roles or {}).items())
+    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}, {shape.world} ranks on {device} ({backend})"
+    result = compare(title, reference, outcomes, tolerance, steps)
+    result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
+    return result
+
+
+def compare(title: str, reference: Outcome, outcomes: Sequence[Outcome], tolerance: Tolerance, steps: int) -> VerifyResult:
+    """The verdict on the ranks' outcomes, given the single device's."""
+    first = outcomes[0]
+    losses = first.losses if first.global_loss else [sum(values) for values in zip(*{o.batch_index: o.losses for o in outcomes}.values())]
+    gradients = errors(first.gradients, reference.gradients)
+    parameters = errors(first.parameters, reference.parameters)
+    shapes = {**reference.gradients, **reference.parameters}
+    table = [ParameterError(n, tuple(shapes[n].shape) if n in shapes else (), gradients.get(n, 0.0), parameters[n]) for n in reference.parameters]
+    worst_gradient, worst_parameter = (max(found, key=found.get, default="") for found in (gradients, parameters))
+    different = unequal_replicas(outcomes)
+    rows = [
+        Row("loss", f"{reference.losses[0]:.10g}", f"{losses[0]:.10g}", relative(losses[0], reference.losses[0]), tolerance.loss),
+        Row("gradient norm", f"{reference.norm:.10g}", f"{first.norm:.10g}", relative(first.norm, reference.norm), tolerance.norm),
+        Row("gradients, worst", "", worst_gradient, gradients.get(worst_gradient, float("inf")), tolerance.gradients),
+        Row(f"parameters after {steps} AdamW step{'s' if steps > 1 else ''}, worst", "", worst_parameter, parameters.get(worst_parameter, float("inf")), tolerance.parameters),
+        Row("replicas, bit by bit", "", f"{len(different)} differ: {different[0]}" if different else "all equal", float(len(different)), 0.0),
+    ]
+    # Tied names are on the mesh alone; any other name there that the model lacks would be a bug.
+    return VerifyResult(title, rows, sorted(table, key=lambda p: (-p.gradient, -p.parameter)))
+
+
+def _reference(rank_model, batch, recipe: Recipe, device: str) -> Outcome:
+    model = rank_model if isinstance(rank_model, nn.Module) else recipe.make(rank_model)
+    return train_reference(model, batch, recipe, device)
+
+
+def _example(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if value is not None}
+
+
+def _place(world: int, device: str | None, backend: str | None) -> tuple[str, str]:
+    gpus = torch.cuda.device_count()
+    if device is None:
+        device = "cuda" if gpus >= world or (gpus and backend == "nccl") else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"verify runs on cpu or cuda, not {device!r}")
+    if device == "cuda" and not gpus:
+        raise ConfigError("device cuda: there is no GPU here; leave it out to run on the CPU")
+    backend = backend or ("nccl" if device == "cuda" else "gloo")
+    if backend == "nccl" and (device != "cuda" or gpus < world):
+        raise ConfigError(f"backend nccl needs a GPU per rank: {gpus} here, {world} ranks; use --backend gloo, whose ranks may share one")
+    return device, backend
+
+
+def _check_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        p = getattr(module, "p", None) if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "attention_dropout", None)
+        if isinstance(p, (int, float)) and p > 0:
+            raise ConfigError(f"{name} has dropout {p}: a single device draws other masks than a mesh; verify with dropout 0")
+
+
+def _check_picklable(function) -> None:
+    import pickle
+
+    try:
+        pickle.dumps(function)
+    except Exception as error:  # noqa: BLE001  whatever pickle raises
+        raise ConfigError(
+            f"the model factory cannot be sent to new processes ({error}); pass a top-level function, or call verify on the CPU in a process that never ran backward"
+        ) from None
+
+
+def versions() -> str:
+    import platform
+
+    words = [f"tedfx {__version__}", f"torch {torch.__version__}"]
+    try:
+        import transformers
+
+        words.append(f"transformers {transformers.__version__}")
+    except ImportError:
+        pass
+    return ", ".join([*words, f"Python {platform.python_version()}"])
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", nargs="?", help="a Hugging Face model type, made tiny (mixtral, qwen3_moe, ...), or package.module:factory")
+    parser.add_argument("--mesh", required=True, help="axis sizes, major first: dp=2,ep=2,tp=2; one local process per rank")
+    parser.add_argument("--roles", default="", help="roles that differ from the default: expert=tp, or expert=ep+tp,batch=dp")
+    parser.add_argument("--dtype", default="float64", choices=[str(d).removeprefix("torch.") for d in TOLERANCES], help="default: float64")
+    parser.add_argument("--steps", type=int, default=3, help="AdamW steps (default: 3)")
+    parser.add_argument("--batch", type=int, help="rows of the global batch (default: 8, or 2 per batch rank)")
+    parser.add_argument("--sequence", type=int, default=12, help="tokens per row (default: 12)")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a config field of the model (or an argument of the factory); repeatable")
+    parser.add_argument("--compile", action="store_true", help="run the ranks' graphs through torch.compile")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU per rank")
+    parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl on cuda, else gloo (whose ranks may share a GPU)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a rank is given up (default: 300)")
+    parser.add_argument("--all-models", action="store_true", help=f"instead of one model: {', '.join(VERIFIED)}")
+    parser.add_argument("--traceback", action="store_true", help="where a rank fails, print its traceback as well")
+
+
+def parse_roles(text: str) -> dict[str, tuple[str, ...]]:
+    """`"expert=ep+tp,batch=dp"` to a dict of tuples."""
+    roles = {}
+    for word in filter(None, text.split(",")):
+        role, equals, axes = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--roles {text}: expected role=axis or role=axis+axis, got {word!r}")
+        roles[role.strip()] = tuple(a.strip() for a in axes.split("+") if a.strip())
+    return roles
+
+
+def run(args) -> int:
+    """The command `tedfx verify`: 0 where everything is within its tolerance, else 1."""
+    import sys
+
+    warnings.filterwarnings("ignore")
+    names = VERIFIED if args.all_models else [args.model]
+    failed = []
+    for name in names:
+        try:
+            if name is None or (args.all_models and args.model):
+                raise ConfigError("name one model, or pass --all-models")
+            result = verify(
+                factory(name, parse_settings(args.set)),
+                parse_mesh(args.mesh),
+                roles=parse_roles(args.roles) or None,
+                dtype=getattr(torch, args.dtype),
+                steps=args.steps,
+                batch=args.batch,
+                sequence=args.sequence,
+                compile=args.compile,
+                device=args.device,
+                backend=args.backend,
+                seed=args.seed,
+                timeout=args.timeout,
+            )
+        except TedfxError as error:
+            failed.append(name)
+            if args.traceback and getattr(error, "trace", ""):
+                print(error.trace, file=sys.stderr)
+            print(f"tedfx verify{f' {name}' if name else ''}: {error}", file=sys.stderr, flush=True)
+            continue
+        print(result, "", sep="\n", flush=True)
+        if not result.ok:
+            failed.append(name)
+    if len(names) > 1:
+        print(f"{len(names) - len(failed)} of {len(names)} verified" + (f"; not: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+# `tedfx.verify` is this function for who writes `tedfx.verify(...)`; the command line finds its two entries on it as well.
+verify.add_arguments, verify.run = add_arguments, run

@@ -1,0 +1,280 @@
+"""What a verification runs, on the single device and on a rank, and how the two are compared.
+
+Both train the same weights on the same global batch: `steps` AdamW steps with clipping. Kept of it: the losses, the gradients and
+the norm (as `clip_grad_norm_` returns it) of the first step, the parameters after the last, and on each rank a digest of
+every piece of state it holds, by which replicas are compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tedfx.errors import ConfigError
+from tedfx.roles import MeshShape, Roles
+
+IGNORED = -100  # a label that does not count
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: the same on the single device and on every rank."""
+
+    steps: int = 3
+    learning_rate: float = 1e-3
+    max_norm: float = 1.0
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def make(self, factory: Callable[[], nn.Module]) -> nn.Module:
+        torch.manual_seed(self.seed)
+        model = factory()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module")
+        return model.to(self.dtype).train()
+
+
+@dataclass
+class Outcome:
+    """What a run is judged by. On ranks other than the first, gradients and parameters are left out."""
+
+    losses: list[float]
+    norm: float
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    digests: dict[tuple, str] = field(default_factory=dict)
+    global_loss: bool = True
+    batch_index: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+# ---- the global batch ----------------------------------------------------------------------------------------------
+
+
+def make_batch(model: nn.Module, size: int, sequence: int, seed: int) -> dict[str, Tensor]:
+    """Random token ids, and labels of which the first half of the rows keeps about 70% and the second half one in all.
+
+    So over two batch ranks one has a single valid label, and over four or more some have none.
+    """
+    inputs = inspect.signature(model.forward).parameters
+    if "input_ids" not in inputs:
+        raise ConfigError(f"{type(model).__name__}.forward takes no input_ids: pass batch={{name: tensor}}, the global batch")
+    generator = torch.Generator().manual_seed(seed + 1)
+    ids = torch.randint(0, _vocabulary(model), (size, sequence), generator=generator)
+    if "labels" not in inputs:
+        return {"input_ids": ids}
+    labels = torch.where(torch.rand(size, sequence, generator=generator) < 0.3, IGNORED, ids)
+    if size > 1:
+        half = (size + 1) // 2
+        labels[half:] = IGNORED
+        labels[half, sequence // 2] = ids[half, sequence // 2]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _vocabulary(model: nn.Module) -> int:
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        return model.get_input_embeddings().num_embeddings
+    return min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
+
+
+def split_batch(batch: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
+    """The share of batch coordinate `index` of `count`: rows of dim 0; scalars are global and stay."""
+    cut = lambda x: x.chunk(count)[index] if isinstance(x, Tensor) and x.dim() else x  # noqa: E731
+    return pytree.tree_map(cut, dict(batch))
+
+
+def check_batch(batch: Mapping[str, Any], roles: Roles) -> None:
+    mesh, axes = roles.mesh, roles.mesh.wide(roles.batch)
+    count = mesh.size(roles.batch)
+    rows = {x.shape[0] for x in pytree.tree_leaves(dict(batch)) if isinstance(x, Tensor) and x.dim()}
+    for size in sorted(rows):
+        if size % count:
+            over = ", ".join(f"{a}={mesh.size((a,))}" for a in axes)
+            raise ConfigError(f"a batch of {size} cannot be split over the batch axes {over} ({count} ranks): use a multiple of {count}, such as {-(-size // count) * count}")
+
+
+def objective(output: Any) -> tuple[Tensor, bool]:
+    """(loss, whether it is that of the global batch). Without a loss: the sum of squares of the first output, rank by rank."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    first = next((x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()), None)
+    if loss is None and first is not None and first.dim() == 0:
+        loss = first
+    if loss is not None:
+        return loss, True
+    if first is None:
+        raise ConfigError(f"the model's output ({type(output).__name__}) has neither a loss nor another float tensor to make one of")
+    return first.square().sum(), False
+
+
+# ---- the two runs --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_authored(model: nn.Module):
+    """The model in its authors' own form (Hugging Face: eager experts), as every frontend that knows it says."""
+    from tedfx.frontends import default_frontends
+
+    with contextlib.ExitStack() as stack:
+        for frontend in default_frontends():
+            if frontend.applies(model):
+                stack.enter_context(frontend.reference(model))
+        yield
+
+
+def train_reference(model: nn.Module, batch: Mapping[str, Any], recipe: Recipe, device: str = "cpu") -> Outcome:
+    """The unmodified model on the whole global batch."""
+    start = time.perf_counter()
+    model.to(device)
+    batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(batch))
+    with as_authored(model):
+        outcome = _train(model, batch, recipe, lambda: {n: p.grad.detach().cpu().clone() for n, p in model.named_parameters() if p.grad is not None})
+    outcome.parameters = {n: p.detach().cpu() for n, p in model.named_parameters()}
+    outcome.seconds = {"run": time.perf_counter() - start}
+    return outcome
+
+
+def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict]) -> Outcome:
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=recipe.learning_rate)
+    losses, outcome = [], None
+    for step in range(recipe.steps):
+        optimizer.zero_grad()
+        loss, is_global = objective(module(**batch))
+        loss.backward()
+        first = gradients() if step == 0 else None
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if step == 0:
+            outcome = Outcome(losses, float(norm.full_tensor() if isinstance(norm, DTensor) else norm), first, global_loss=is_global)
+    return outcome
+
+
+def train_rank(rank, model, batch: Mapping[str, Any], recipe: Recipe, shape: MeshShape, options: Mapping[str, Any], prepared=(), before=None) -> Outcome:
+    """One rank's part. `model`: the module, or what makes it. `options` are those of `parallelize`.
+
+    `prepared`: what the parent already compiled. `before`: called first with the rank's number.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import tedfx
+
+    if before is not None:
+        before(rank.index)
+    if not isinstance(model, nn.Module):
+        model = recipe.make(model)
+    mesh = init_device_mesh(rank.device, shape.sizes, mesh_dim_names=shape.names)
+    start = time.perf_counter()
+    with _prepared(prepared):
+        pm = tedfx.parallelize(model, mesh, check_timeout=rank.timeout / 2, traces=[c.trace_given for c in prepared], **options)
+        built = time.perf_counter()
+        index, count = pm.batch_coordinate
+        local = split_batch(batch, index, count)
+        local = pytree.tree_map(lambda x: x.to(pm.device) if isinstance(x, Tensor) else x, local)
+        outcome = _train(pm, local, recipe, lambda: _on_first(rank, pm.gather_gradients()))
+    outcome.parameters = _on_first(rank, pm.gather_parameters())
+    outcome.batch_index = index
+    outcome.digests = digests(pm)
+    if outcome.global_loss:
+        outcome.digests.update({(f"loss of step {i + 1}", ()): value.hex() for i, value in enumerate(outcome.losses)})
+    outcome.digests[("gradient norm", ())] = outcome.norm.hex()
+    outcome.seconds = {"build": built - start, "run": time.perf_counter() - built}
+    return outcome
+
+
+def _on_first(rank, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.cpu() for name, t in tensors.items()} if rank.index == 0 else {}
+
+
+def digests(module: nn.Module) -> dict[tuple, str]:
+    """{(name, coordinates on the axes that shard it): digest of the bits} of this rank's parameters and buffers."""
+    found = {}
+    for name, p in module.named_parameters():
+        coordinate = p.device_mesh.get_coordinate()
+        where = tuple((axis, coordinate[i]) for i, axis in enumerate(p.device_mesh.mesh_dim_names) if p.placements[i].is_shard())
+        found[name, where] = _digest(p.detach().to_local())
+    found.update(((name, ()), _digest(b.detach())) for name, b in module.named_buffers())
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    bits = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(bits.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+# ---- compile once, fork the ranks ----------------------------------------------------------------------------------
+
+
+def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
+    """The compilation that every rank would make, made once: the graph is the same on all of them."""
+    from tedfx.compiler import Compilation, compile_trace
+
+    trainable = {placeholder for placeholder, name in trace.parameters.items() if model.get_parameter(name).requires_grad}
+    outputs = options.get("outputs")
+    done = compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None), options.get("passes"))
+    done.trace_given = trace
+    return done
+
+
+@contextlib.contextmanager
+def _prepared(compilations: Sequence):
+    """`parallelize` takes these where it would compile the same trace for the same mesh."""
+    from tedfx import api
+
+    make = api.compile_trace
+
+    def find(compilation, passes=None):
+        for done in compilations:
+            if done.trace_given.inputs == compilation.trace.inputs and done.trace.training == compilation.trace.training and done.roles == compilation.roles and done.outputs == compilation.outputs:
+                return done
+        return make(compilation, passes)
+
+    api.compile_trace = find
+    try:
+        yield
+    finally:
+        api.compile_trace = make
+
+
+# ---- comparing -----------------------------------------------------------------------------------------------------
+
+
+def relative(actual: float, expected: float) -> float:
+    error = abs(actual - expected) / max(abs(expected), 1e-30)
+    return error if error == error else float("inf")
+
+
+def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Per name: norm of the difference over the larger of the reference's norm and 1e-6 of the total norm.
+
+    A tensor that one side lacks counts as zero there.
+    """
+    norms = {name: e.double().norm() for name, e in expected.items()}
+    total = float(torch.stack(list(norms.values())).norm()) if norms else 0.0
+    found = {}
+    for name in {**expected, **actual}:
+        a, e = actual.get(name), expected.get(name)
+        difference = (a.double() if e is None else e.double() if a is None else a.double() - e.double()).norm()
+        error = float(difference / max(float(norms.get(name, 0.0)), 1e-6 * total, 1e-300))
+        found[name] = error if error == error else float("inf")
+    return found
+
+
+def unequal_replicas(outcomes: Sequence[Outcome]) -> list[str]:
+    """Names of state that two ranks hold the same piece of with different bits."""
+    first: dict[tuple, str] = {}
+    different = {}
+    for outcome in outcomes:
+        for key, digest in outcome.digests.items():
+            if first.setdefault(key, digest) != digest:
+                different[key[0]] = None
+    return list(different)
