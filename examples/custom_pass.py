@@ -27,7 +27,7 @@ COLLECTIVES = (ops.all_reduce, ops.all_gather, ops.reduce_scatter, ops.all_to_al
 @dataclass(frozen=True)
 class NameCollectives(Pass):
     """1. The layer of a collective is the first number in the path of the module that its node comes from.
-    2. Its node is renamed to `{prefix}{layer}_{collective}`; a profiler and the printed graph then show where it belongs.
+    2. Its node is renamed to `{prefix}{layer}_{collective}_{number in the layer}`: the printed graph shows where it belongs.
     """
 
     prefix: str = "layer"
@@ -43,8 +43,8 @@ class NameCollectives(Pass):
             paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
             numbers = re.findall(r"\d+", paths[-1]) if paths else []
             place = f"{self.prefix}{numbers[0]}" if numbers else "outside"
-            node._rename(f"{place}_{node.target.__name__}")
             counts[place] += 1
+            node.name = f"{place}_{node.target.__name__}_{counts[place]}"
             result.changes += 1
         result.notes = [f"{place}: {count} collectives in forward" for place, count in sorted(counts.items())]
         return result

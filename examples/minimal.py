@@ -4,48 +4,39 @@
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import tedfx
 
 
-class Experts(nn.Module):
-    def __init__(self, width, hidden, count, top_k):
+class MoE(nn.Module):
+    def __init__(self, vocabulary=256, width=64, hidden=128, experts=8):
         super().__init__()
-        self.top_k, self.router = top_k, nn.Linear(width, count, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(count))
+        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(experts))
 
-    def forward(self, x):
-        weights, ids = self.router(x).softmax(-1).topk(self.top_k, -1)
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids).flatten(0, 1)
+        weights, ids = self.router(x).softmax(-1).topk(2, -1)
         out = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(ids == e)
             out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
-        return out
-
-
-class Model(nn.Module):
-    def __init__(self, vocabulary=256, width=64):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
-        self.norm, self.moe = nn.LayerNorm(width), Experts(width, hidden=128, count=8, top_k=2)
-
-    def forward(self, input_ids, labels):
-        x = self.embed(input_ids)
-        x = x + self.moe(self.norm(x).flatten(0, 1)).view_as(x)
-        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+        return F.cross_entropy(self.head(x + out), labels.flatten())
 
 
 mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))  # "cuda" on GPUs
 torch.manual_seed(0)
-pm = tedfx.parallelize(Model(), mesh)  # this rank's module; rank 0's weights count
+pm = tedfx.parallelize(MoE(), mesh)  # this rank's module; the weights are rank 0's
 optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
 index, count = pm.batch_coordinate  # which share of the global batch is this rank's
 
 for step in range(30):
-    ids = torch.randint(256, (16, 33), generator=torch.Generator().manual_seed(step)).sort().values  # the global batch
-    mine = ids.chunk(count)[index]
+    text = torch.randint(256, (16, 65), generator=torch.Generator().manual_seed(step)).sort().values  # the global batch
+    mine = text.chunk(count)[index]
     loss = pm(input_ids=mine[:, :-1], labels=mine[:, 1:])  # the loss of the global batch, on every rank
     loss.backward()
     torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
