@@ -278,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
         if step == 0:
             bar.clear()
             if rank == 0:
-                print(pm.explain(), flush=True)
+                print(pm.explain(batch=mine.stop - mine.start, sequence=args.sequence_length), flush=True)
             if args.check:
                 gradients = pm.gather_gradients()
                 fine = [rank != 0 or check_first_step(model, loss, gradients, windows(training, starts, args.sequence_length, device))]

@@ -47,8 +47,8 @@ from tedfx.passes.capture_uncaptured import find_uncaptured
 __all__ = ["CaptureLoops", "find_uncaptured"]
 
 aten = torch.ops.aten
-_NOTE = re.compile(r"assumed that an expert has tokens: (.+):\d+ in (\S+)$")
-_FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
+_NOTE = re.compile(r"assumed that an expert has tokens: .+ \(in (.+):(\d+)-(\d+)\)$")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,10 @@ def _compared(mask: fx.Node) -> fx.Node | None:
 
 
 def _check_answers(trace: Any, frames: set[tuple[str, str]]) -> None:
-    """Every emptiness test that was answered while tracing stands in a function from which a loop was captured."""
+    """Every emptiness test that was answered while tracing stands in a `forward` from which a loop was captured."""
     for note in trace.notes:
         found = _NOTE.match(note)
-        if found and (found[1], found[2]) not in frames:
+        if found and not any(file == found[1] and int(found[2]) <= int(line) <= int(found[3]) for file, line in frames):
             raise CaptureError(
                 f"{note}, but no loop over experts was captured there | write the loop as out.index_add_(0, token, expert(x[token]) * "
                 "w[token, slot, None]) over all experts, or drop the test"

@@ -65,7 +65,8 @@ class SimplifyMasks(Pass):
             kind = "causal" if band.window is None else f"a window of {band.window}"
             uses = _use(mask, band)
             result.changes += uses
-            result.notes.append(f"{mask.name}: {kind}, {uses} uses simplified")
+            if uses:
+                result.notes.append(f"{mask.name}: {kind}, {uses} uses simplified")
         graph.eliminate_dead_code()
         program.graph_module.recompile()
         return result

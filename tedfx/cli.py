@@ -110,7 +110,7 @@ def _explain(options) -> int:
         nonlocal clock
         stages[name], clock = time.perf_counter() - clock, time.perf_counter()
 
-    roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles))
+    roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
     model, inputs, title = make_model(options)
     done("make the model")
     traced = trace(model, kwargs=inputs)
@@ -136,14 +136,18 @@ def _explain(options) -> int:
 
 
 def parse_roles(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """["expert=ep,tp"] to a dict."""
-    roles = {}
-    for word in words:
-        role, equals, axes = word.partition("=")
-        if not equals:
-            raise ConfigError(f"--roles {word!r}: expected role=axis,axis such as expert=tp")
-        roles[role.strip()] = tuple(a.strip() for a in axes.split(",") if a.strip())
-    return roles
+    """["expert=ep,tp"] or ["expert=ep+tp,batch=dp"] to a dict."""
+    roles: dict[str, list[str]] = {}
+    role = None
+    for part in ",".join(words).split(","):
+        name, equals, axes = part.partition("=")
+        if equals:
+            role = name.strip()
+            roles[role] = []
+        elif role is None:
+            raise ConfigError(f"--roles {' '.join(words)!r}: expected role=axis,axis such as expert=tp")
+        roles[role] += [a.strip() for a in (axes if equals else part).split("+") if a.strip()]
+    return {name: tuple(axes) for name, axes in roles.items()}
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

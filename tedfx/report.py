@@ -8,6 +8,7 @@ A conversion belongs to the layer that makes its operand, and to the layer aroun
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,12 +121,12 @@ class Explanation:
             hidden = 0
             for row in self._rows(segment):
                 if everything or (layer and row.typed) or row.collective:
-                    listed.append([row.name, row.op, row.line, row.shape, row.type, row.collective])
+                    listed.append([row.label, row.line, row.shape, row.type, row.collective])
                 else:
                     hidden += row.typed
             if hidden and not layer:
                 listed.append([f"({hidden} nodes that do not communicate)"])
-        return _tabulate(listed, ["node", "op", "line", "local shape", "type", "collective, bytes"], [18, 14, 18, 28, 24, 40])
+        return _tabulate(listed, ["node", "line", "local shape", "type", "collective, bytes"], [30, 18, 28, 24, 40])
 
     def _rows(self, segment: "Segment") -> list["Row"]:
         found = []
@@ -141,7 +142,7 @@ class Explanation:
                     "" if shape is None else "[" + ", ".join(str(s) for s in shape) + "]",
                     format_type(node.meta.get("type"), node.meta.get("dims")),
                     _describe([(i, self._number(i.payload)) for i in items]),
-                    shape is not None,
+                    shape is not None or (node.op == "call_function" and "nn_module_stack" in node.meta and node.target is not operator.getitem),
                 )
             )
         return found
@@ -292,7 +293,12 @@ class Row:
     shape: str
     type: str
     collective: str
-    typed: bool
+    typed: bool  # a tensor or an op that makes some; not the arithmetic of sizes
+
+    @property
+    def label(self) -> str:
+        """The name, and the op where the name does not say it."""
+        return self.name if self.op in ("", self.name) or self.name.startswith(self.op + "_") else f"{self.name} ({self.op})"
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------------------
@@ -416,23 +422,24 @@ def graph_before_after(compilation, before=None, *, layer: str = "", batch: int 
         names = {symbol: report.sizes.names.get(symbol, symbol) for symbol in before.sizes.values()}
         listed = []
         for segment in _segments(before, None, fold=False):
-            if segment.path != path:
-                continue
-            short = {n: _trim(before.parameters[n.name], path) for n in segment.parameters}
-            for n in segment.nodes:
-                value = n.meta.get("val")
-                if isinstance(value, torch.Tensor):
-                    shape = [str(s.node.expr.xreplace(names)) if isinstance(s, torch.SymInt) else str(s) for s in value.shape]
-                    listed.append([n.name, _call(n, short), _line(n), f"[{', '.join(shape)}]"])
-        parts.append(f"{path}, the single-device graph (global shapes)\n" + _tabulate(listed, ["node", "call", "line", "shape"], [18, 40, 18, 30]))
+            if segment.path == path:
+                short = {n: _trim(before.parameters[n.name], path) for n in segment.parameters}
+                for n in segment.nodes:
+                    value = n.meta.get("val")
+                    if isinstance(value, torch.Tensor):
+                        shape = [str(s.node.expr.xreplace(names)) if isinstance(s, torch.SymInt) else str(s) for s in value.shape]
+                        listed.append([_call(n, short), _line(n), f"[{', '.join(shape)}]"])
+                    elif isinstance(value, (tuple, list)):
+                        listed.append([_call(n, short), _line(n), ""])
+        parts.append(f"{path}, the single-device graph (global shapes)\n" + _tabulate(listed, ["node", "line", "shape"], [60, 18, 28]))
     listed = []
     for segment in chosen:
         short = {n: report._state_name(n, path) for n in segment.parameters}
         for row, n in zip(report._rows(segment)[len(segment.parameters) :], segment.nodes):
             if row.typed or row.collective:
-                listed.append([row.name, _call(n, short), row.shape, row.type, row.collective])
+                listed.append([_call(n, short), row.shape, row.type, row.collective])
     mesh = compilation.roles.mesh
-    parts.append(f"{path}, the graph of one rank of {mesh} (local shapes)\n" + _tabulate(listed, ["node", "call", "local shape", "type", "collective, bytes"], [18, 30, 28, 24, 40]))
+    parts.append(f"{path}, the graph of one rank of {mesh} (local shapes)\n" + _tabulate(listed, ["node", "local shape", "type", "collective, bytes"], [48, 28, 24, 40]))
     return "\n\n".join(parts)
 
 
@@ -441,8 +448,16 @@ def _trim(name: str, path: str) -> str:
 
 
 def _call(node: fx.Node, short: Mapping[fx.Node, str]) -> str:
-    operands = [short.get(i, i.name) for i in node.all_input_nodes if isinstance(i.meta.get("val"), torch.Tensor) or i.meta.get("local_shape") is not None]
-    return f"{_op(node)}({', '.join(operands)})"
+    """`linear_4 = linear(view_3, mlp.gate.weight)`."""
+    if node.target is operator.getitem:
+        return f"{node.name} = {node.args[0].name}[{node.args[1]}]"
+    operands = [short.get(i, i.name) for i in node.all_input_nodes if not isinstance(i.meta.get("val"), (torch.SymInt, torch.SymFloat)) and not _is_size(i)]
+    return f"{node.name} = {_op(node)}({', '.join(operands)})"
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Arithmetic that the compiler added."""
+    return node.op == "call_function" and "nn_module_stack" not in node.meta and "dims" not in node.meta
 
 
 # ---- a ParallelModule --------------------------------------------------------------------------------------------------------
@@ -534,7 +549,7 @@ def _signature(compilation) -> str:
 def _op(node: fx.Node) -> str:
     target = node.target
     if node.op == "placeholder":
-        return "(held)"
+        return ""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[1]
     return getattr(target, "__name__", str(target))

@@ -291,6 +291,8 @@ def trace(
     if device is None:
         device = next((t.device for t in state if t.device.type != "meta"), torch.get_default_device())
     device = torch.device(device)
+    if device.type not in ("cpu", "meta") and not torch.get_device_module(device).is_available():
+        raise TraceError(f"device {device} is not available here: pass device='cpu' to trace without it")
 
     signature = inspect.signature(model.forward)
     call = _bind(signature, tuple(args), dict(kwargs or {}))
@@ -332,7 +334,11 @@ def trace(
                 raise
             except Exception as error:
                 fixes = _suggested(str(error), free)
-                if not fixes or attempt == 4:
+                if attempt == 6:
+                    raise _trace_error(error) from error
+                if not fixes and any(traced[n] != sizes[n][0] for n in sizes):
+                    traced = {n: size for n, (size, _) in sizes.items()}  # our sizes do not suit the model: the given ones
+                elif not fixes:
                     raise _trace_error(error) from error
                 for name, fix in fixes.items():
                     if isinstance(fix, int):
@@ -353,21 +359,20 @@ def _aligned(leaves: list[Any], roles: Any) -> list[dict[int, str] | None]:
 
 
 def _suggested(message: str, free: dict[str, Any]) -> dict[str, Any]:
-    """What export proposes for our Dims: an int (fixed) or another Dim (bounded, divisible)."""
-    if "Suggested fixes:" not in message:
-        return {}
+    """What to do about a violated constraint on our Dims: an int (fixed) or another Dim (bounded, divisible)."""
     lines = []
-    for line in message.split("Suggested fixes:", 1)[1].strip("\n").splitlines():
+    for line in message.partition("Suggested fixes:")[2].strip("\n").splitlines():
         if not re.match(r"\s+\w+ = ", line):
             break
         lines.append(line)
-    if not lines:
-        return {}
-    order = list(free)
-    refined = refine_dynamic_shapes_from_suggested_fixes(
-        "Suggested fixes:\n" + "\n".join(lines), {name: {0: free[name]} for name in order}
-    )
-    return {n: refined[n][0] for n in order if refined[n][0] is not free[n] and repr(refined[n][0]) != repr(free[n])}
+    if lines:
+        shapes = {name: {0: dim} for name, dim in free.items()}
+        refined = refine_dynamic_shapes_from_suggested_fixes("Suggested fixes:\n" + "\n".join(lines), shapes)
+        return {n: refined[n][0] for n in free if repr(refined[n][0]) != repr(free[n])}
+    # A test on a small size (`s - 1 != 1`) comes without a suggestion: ask for more than such tests look at, then fix the size.
+    violated = re.search(r"Constraints violated \(([^)]*)\)", message)
+    names = [n for n in (violated.group(1).split(", ") if violated else []) if n in free]
+    return {n: torch.export.Dim(n, min=4) if getattr(free[n], "min", 0) in (0, None) else 0 for n in names}
 
 
 def _trace_error(error: Exception) -> TraceError:

@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from tedfx import verify_ranks
 from tedfx._version import __version__
-from tedfx.errors import ConfigError, TedfxError
-from tedfx.roles import MeshShape, Roles, parse_mesh
+from tedfx.errors import ConfigError
+from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
-from tedfx.verify_models import VERIFIED, factory, parse_settings
 from tedfx.verify_run import Outcome, Recipe, check_batch, errors, make_batch, prepare, relative, train_rank, train_reference, unequal_replicas
 
 
@@ -128,7 +125,8 @@ def verify(
 
     model_factory  makes the single-device model; called with `seed` set. Dropout must be 0: the two draw differently.
     mesh_shape     axis name -> size, or "dp=2,ep=2,tp=2".
-    batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments.
+    batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments; a
+                   factory that returns (model, inputs) gives it as well.
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
     before         called in each rank first, with its number: a place to break something and see it found.
@@ -147,10 +145,10 @@ def verify(
     if fork and compile:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the ranks are the parallelism
 
-    model = recipe.make(model_factory)
+    model, inputs = recipe.make(model_factory)
     _check_dropout(model)
     if batch is None:
-        batch = max(8, 2 * shape.size(resolved.batch))
+        batch = inputs or max(8, 2 * shape.size(resolved.batch))
     if isinstance(batch, int):
         batch = make_batch(model, batch, sequence, seed)
     check_batch(batch, resolved)
@@ -196,7 +194,7 @@ def compare(title: str, reference: Outcome, outcomes: Sequence[Outcome], toleran
 
 
 def _reference(rank_model, batch, recipe: Recipe, device: str) -> Outcome:
-    model = rank_model if isinstance(rank_model, nn.Module) else recipe.make(rank_model)
+    model = rank_model if isinstance(rank_model, nn.Module) else recipe.make(rank_model)[0]
     return train_reference(model, batch, recipe, device)
 
 
@@ -249,76 +247,9 @@ def versions() -> str:
     return ", ".join([*words, f"Python {platform.python_version()}"])
 
 
-# ---- command line --------------------------------------------------------------------------------------------------
+# `tedfx.verify` is this function for who writes `tedfx.verify(...)`; the command line's entries are found on it as well.
+from tedfx.verify_cli import add_arguments, run, verify_main  # noqa: E402
 
-
-def add_arguments(parser) -> None:
-    parser.add_argument("model", nargs="?", help="a Hugging Face model type, made tiny (mixtral, qwen3_moe, ...), or package.module:factory")
-    parser.add_argument("--mesh", required=True, help="axis sizes, major first: dp=2,ep=2,tp=2; one local process per rank")
-    parser.add_argument("--roles", default="", help="roles that differ from the default: expert=tp, or expert=ep+tp,batch=dp")
-    parser.add_argument("--dtype", default="float64", choices=[str(d).removeprefix("torch.") for d in TOLERANCES], help="default: float64")
-    parser.add_argument("--steps", type=int, default=3, help="AdamW steps (default: 3)")
-    parser.add_argument("--batch", type=int, help="rows of the global batch (default: 8, or 2 per batch rank)")
-    parser.add_argument("--sequence", type=int, default=12, help="tokens per row (default: 12)")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a config field of the model (or an argument of the factory); repeatable")
-    parser.add_argument("--compile", action="store_true", help="run the ranks' graphs through torch.compile")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU per rank")
-    parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl on cuda, else gloo (whose ranks may share a GPU)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a rank is given up (default: 300)")
-    parser.add_argument("--all-models", action="store_true", help=f"instead of one model: {', '.join(VERIFIED)}")
-    parser.add_argument("--traceback", action="store_true", help="where a rank fails, print its traceback as well")
-
-
-def parse_roles(text: str) -> dict[str, tuple[str, ...]]:
-    """`"expert=ep+tp,batch=dp"` to a dict of tuples."""
-    roles = {}
-    for word in filter(None, text.split(",")):
-        role, equals, axes = word.partition("=")
-        if not equals:
-            raise ConfigError(f"--roles {text}: expected role=axis or role=axis+axis, got {word!r}")
-        roles[role.strip()] = tuple(a.strip() for a in axes.split("+") if a.strip())
-    return roles
-
-
-def run(args) -> int:
-    """The command `tedfx verify`: 0 where everything is within its tolerance, else 1."""
-    import sys
-
-    warnings.filterwarnings("ignore")
-    names = VERIFIED if args.all_models else [args.model]
-    failed = []
-    for name in names:
-        try:
-            if name is None or (args.all_models and args.model):
-                raise ConfigError("name one model, or pass --all-models")
-            result = verify(
-                factory(name, parse_settings(args.set)),
-                parse_mesh(args.mesh),
-                roles=parse_roles(args.roles) or None,
-                dtype=getattr(torch, args.dtype),
-                steps=args.steps,
-                batch=args.batch,
-                sequence=args.sequence,
-                compile=args.compile,
-                device=args.device,
-                backend=args.backend,
-                seed=args.seed,
-                timeout=args.timeout,
-            )
-        except TedfxError as error:
-            failed.append(name)
-            if args.traceback and getattr(error, "trace", ""):
-                print(error.trace, file=sys.stderr)
-            print(f"tedfx verify{f' {name}' if name else ''}: {error}", file=sys.stderr, flush=True)
-            continue
-        print(result, "", sep="\n", flush=True)
-        if not result.ok:
-            failed.append(name)
-    if len(names) > 1:
-        print(f"{len(names) - len(failed)} of {len(names)} verified" + (f"; not: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
-
-
-# `tedfx.verify` is this function for who writes `tedfx.verify(...)`; the command line finds its two entries on it as well.
 verify.add_arguments, verify.run = add_arguments, run
+
+__all__ = ["TOLERANCES", "ParameterError", "Row", "Tolerance", "VerifyResult", "add_arguments", "compare", "run", "verify", "verify_main", "versions"]

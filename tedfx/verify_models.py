@@ -6,7 +6,6 @@ processes make it anew, with the same seed and hence the same weights.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
 import os
@@ -103,7 +102,15 @@ class ByType:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
                 raise ConfigError(f"--set {key}: {type(default).__name__} has no such field" + (f"; did you mean {near[0]}?" if near else ""))
-        return type(default)(**{**small, **self.overrides})
+        try:
+            return type(default)(**_merge(small, self.overrides))
+        except Exception as error:  # noqa: BLE001  whatever a config class says to a value
+            raise ConfigError(f"{self.model_type} with {dict(self.overrides)}: {type(error).__name__}: {error}") from None
+
+
+def _merge(small: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    nested = lambda key: isinstance(small.get(key), Mapping) and isinstance(overrides[key], Mapping)  # noqa: E731
+    return {**small, **{key: _merge(small[key], value) if nested(key) else value for key, value in overrides.items()}}
 
 
 def _default_config(model_type: str):
@@ -142,16 +149,3 @@ def factory(text: str, overrides: Mapping[str, Any] | None = None) -> Callable[[
     """From what stands on the command line: a model type, or `package.module:function`."""
     return (ByPath if ":" in text else ByType)(text, dict(overrides or {}))
 
-
-def parse_settings(words) -> dict[str, Any]:
-    """`["hidden_size=64", "hidden_act=silu"]` to a dict; values are python literals where they can be."""
-    settings = {}
-    for word in words or ():
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {word}: expected key=value")
-        try:
-            settings[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key.strip()] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-    return settings

@@ -40,6 +40,9 @@ class RankFailure(TedfxError):
         super().__init__(line)
         self.trace, self.kind = trace, kind
 
+    def __reduce__(self):
+        return RankFailure, (str(self), self.trace, self.kind)
+
 
 @dataclass(frozen=True)
 class Job:

@@ -36,12 +36,14 @@ class Recipe:
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
-    def make(self, factory: Callable[[], nn.Module]) -> nn.Module:
+    def make(self, factory: Callable[[], Any]) -> tuple[nn.Module, dict[str, Any] | None]:
+        """(the model, the global batch if the factory gives one)."""
         torch.manual_seed(self.seed)
-        model = factory()
+        made = factory()
+        model, batch = made if isinstance(made, tuple) else (made, None)
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module")
-        return model.to(self.dtype).train()
+            raise ConfigError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module (or a tuple of one and a dict of inputs)")
+        return model.to(self.dtype).train(), batch
 
 
 @dataclass
@@ -68,7 +70,7 @@ def make_batch(model: nn.Module, size: int, sequence: int, seed: int) -> dict[st
     """
     inputs = inspect.signature(model.forward).parameters
     if "input_ids" not in inputs:
-        raise ConfigError(f"{type(model).__name__}.forward takes no input_ids: pass batch={{name: tensor}}, the global batch")
+        raise ConfigError(f"{type(model).__name__}.forward takes no input_ids: pass batch={{name: tensor}}, or let the factory return (model, inputs): the global batch")
     generator = torch.Generator().manual_seed(seed + 1)
     ids = torch.randint(0, _vocabulary(model), (size, sequence), generator=generator)
     if "labels" not in inputs:
@@ -164,18 +166,12 @@ def train_rank(rank, model, batch: Mapping[str, Any], recipe: Recipe, shape: Mes
 
     `prepared`: what the parent already compiled. `before`: called first with the rank's number.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    import tedfx
-
     if before is not None:
         before(rank.index)
     if not isinstance(model, nn.Module):
-        model = recipe.make(model)
-    mesh = init_device_mesh(rank.device, shape.sizes, mesh_dim_names=shape.names)
+        model, _ = recipe.make(model)
     start = time.perf_counter()
-    with _prepared(prepared):
-        pm = tedfx.parallelize(model, mesh, check_timeout=rank.timeout / 2, traces=[c.trace_given for c in prepared], **options)
+    with on_mesh(rank, model, shape, options, prepared) as pm:
         built = time.perf_counter()
         index, count = pm.batch_coordinate
         local = split_batch(batch, index, count)
@@ -209,6 +205,18 @@ def digests(module: nn.Module) -> dict[tuple, str]:
 def _digest(tensor: Tensor) -> str:
     bits = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.blake2b(bits.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Mapping[str, Any], prepared=()):
+    """This rank's ParallelModule on a new mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from tedfx.api import parallelize
+
+    mesh = init_device_mesh(rank.device, shape.sizes, mesh_dim_names=shape.names)
+    with _prepared(prepared):
+        yield parallelize(model, mesh, **{"check_timeout": rank.timeout / 2, "traces": [c.trace_given for c in prepared], **options})
 
 
 # ---- compile once, fork the ranks ----------------------------------------------------------------------------------

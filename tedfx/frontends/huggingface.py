@@ -55,7 +55,7 @@ def experts_forward(
     rows = ops.grouped_linear(rows, self.down_proj, counts, transposed)
     if self.has_bias:
         rows = rows + ops.expert_rows(self.down_proj_bias, counts, rows)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # releases before 5.19 have no such classes
         rows = self.post_expert_norm(rows)
 
     return ops.combine(rows, order, top_k_weights).to(hidden_states.dtype)

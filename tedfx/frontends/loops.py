@@ -142,7 +142,10 @@ class _NotEmpty(TorchFunctionMode):
         tests = _tests(question) if question is not None else []
         for test, asked in tests:
             _check_neutral(test, asked, _here())
-        note = f"{NOTE}: {_here()} in {frame.f_code.co_name}"
+        while frame.f_back is not None and frame.f_code.co_name != "forward":  # the frames that the graph's nodes remember
+            frame = frame.f_back
+        lines = [line for _, _, line in frame.f_code.co_lines() if line is not None]
+        note = f"{NOTE}: {_here()} (in {frame.f_code.co_filename}:{min(lines)}-{max(lines)})"
         if tests and note not in self.notes:
             self.notes.append(note)
         return bool(tests)

@@ -129,7 +129,7 @@ def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str) -> Tens
         holder = {rank: index for index, rank in enumerate(span.order)}
         pieces = torch.stack([pieces[holder[rank]] for rank in range(span.size)])
     # One leading dim of size * n rows: the collective cuts dim 0 and knows no other.
-    flat = pieces.reshape(-1)
+    flat = pieces.reshape(-1).contiguous()  # of an expanded tensor even reshape(-1) is a view
     summed = _torch.raw_wait(_torch.raw_reduce_scatter(flat, "sum", span.size, span.name))
     return summed.view(*shape[:dim], local, *shape[dim + 1 :])
 

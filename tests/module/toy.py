@@ -136,7 +136,7 @@ def shard(pm, *tensors):
 
 
 def difference(a, b) -> float:
-    a, b = a.cpu(), b.cpu()
+    a, b = a.detach().cpu(), b.detach().cpu()
     return float((a - b).norm() / max(float(b.norm()), 1e-12))
 
 

@@ -36,8 +36,8 @@ def main():
         module.context = _context
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder, src=0)
-    jobs = [(test_module.train, shape, names, options) for shape, names in [((2,), ("dp",)), ((2,), ("tp",)), ((1, 2), ("dp", "tp")), ((2, 1), ("dp", "tp"))]
-            for options in ({}, {"fused": True}, {"foreach": False})]  # fmt: skip
+    meshes = [((2,), ("dp",)), ((2,), ("tp",)), ((1, 2), ("dp", "tp")), ((2, 1), ("dp", "tp"))]
+    jobs = [(test_module.train, *mesh, options) for mesh in meshes for options in ({}, {"fused": True}, {"foreach": False})]
     jobs += [(test_gradients.accumulate, order) for order in ("SSS", "nnS", "Snn", "Sn0nS", "nnSznnS")]
     jobs += [(f,) for f in (test_gradients.micro_batches, test_gradients.twice, test_gradients.some_unused)]
     jobs += [(f,) for f in (test_gradients.broken, test_gradients.pointers, test_gradients.converted, test_checks.signatures)]

@@ -143,7 +143,6 @@ def test_queries_after_a_prefix_are_not_causal():
     def longer_keys(q, k, v, attn_mask):
         return attend(q[:, :, 1:], k, v, attn_mask=attn_mask[..., 1:, :])
 
-    t, _ = simplified(tril, longer_keys) if False else (None, None)
     model = Attention(tril, longer_keys)
     t = trace(model, kwargs={"x": torch.randn(6, 10, 8)})
     run_pipeline(t, [Functionalize(), SimplifyMasks()])

@@ -1,0 +1,170 @@
+"""A case: which model, on which mesh, on which data. What runs in the nursery makes, traces and compiles each thing once.
+
+`verified(case)` is the whole comparison of `tedfx verify`. `on_ranks(case, body, ...)` runs a top-level function `body(pm, batch,
+rank, *args)` on every rank, `on_single(case, body, ...)` one on the plain model; both in processes forked for the purpose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tedfx import verify_ranks
+from tedfx.roles import MeshShape, Roles
+from tedfx.trace import trace
+from tedfx.verify import TOLERANCES, VerifyResult, compare
+from tedfx.verify_run import Recipe, as_authored, make_batch, on_mesh, prepare, train_rank, train_reference
+from tests.parity import data, variants
+from tests.parity.nursery import nursery
+
+RANK_TIMEOUT = 150.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """model: a name in tests.models or tests.models_plain. change: name in `variants`, applied to the model.
+    batch: name in `data`. calls: which signatures the ranks will make, the first being the example."""
+
+    model: str
+    mesh: str
+    roles: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    overrides: tuple[tuple[str, Any], ...] = ()
+    change: str = ""
+    batch: str = "uneven_labels"
+    dtype: str = "float64"
+    steps: int = 3
+    compile: bool = False
+    outputs: tuple[str, ...] | None = None
+    calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
+
+    def __str__(self) -> str:
+        words = [self.model, self.mesh.replace(",", "x").replace("=", "")]
+        words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
+        words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
+        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * self.compile
+        return "-".join(words)
+
+
+def case(model: str, mesh: str, **kwargs) -> Case:
+    """Dicts for `roles` and `overrides`."""
+    roles = tuple((r, (a,) if isinstance(a, str) else tuple(a)) for r, a in kwargs.pop("roles", {}).items())
+    return Case(model, mesh, roles, tuple(kwargs.pop("overrides", {}).items()), **kwargs)
+
+
+# ---- called by tests -----------------------------------------------------------------------------------------------
+
+
+def verified(case: Case, before: Callable | None = None) -> VerifyResult:
+    return nursery().call(_verified, case, before)
+
+
+def on_ranks(case: Case, body: Callable, *args) -> list:
+    return nursery().call(_on_ranks, case, body, args)
+
+
+def on_single(case: Case, body: Callable, *args):
+    return nursery().call(_on_single, case, body, args)
+
+
+# ---- in the nursery ------------------------------------------------------------------------------------------------
+
+_KEPT: dict[tuple, Any] = {}
+
+
+def _once(key: tuple, make: Callable):
+    if key not in _KEPT:
+        _KEPT[key] = make()
+    return _KEPT[key]
+
+
+def _model(case: Case):
+    from tests import models, models_plain
+
+    def make():
+        torch.manual_seed(0)
+        model = {**models_plain.PLAIN, **models.MODELS}[case.model](**dict(case.overrides))
+        model = model.to(getattr(torch, case.dtype)).train()
+        if case.change:
+            getattr(variants, case.change)(model)
+        return model
+
+    return _once(("model", case.model, case.overrides, case.change, case.dtype), make)
+
+
+def _batch(case: Case) -> dict[str, torch.Tensor]:
+    return getattr(data, case.batch)(_model(case))
+
+
+def _compiled(case: Case) -> list:
+    """A compilation per signature, for all ranks."""
+    model, batch = _model(case), make_batch(_model(case), 4, 8, 0)
+    roles = Roles.resolve(MeshShape.of(case.mesh), dict(case.roles))
+
+    def traced(training: bool, names: tuple[str, ...]):
+        model.train(training)
+        try:
+            return trace(model, kwargs={name: batch[name] for name in names})
+        finally:
+            model.train(True)
+
+    made = []
+    for training, names in case.calls:
+        key = (case.model, case.overrides, case.change, case.dtype, training, names)
+        one = _once(("trace", *key), lambda: traced(training, names))  # noqa: B023
+        options = {"outputs": case.outputs}
+        made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs), lambda: prepare(model, one, roles, options)))  # noqa: B023
+    return made
+
+
+def _options(case: Case) -> dict[str, Any]:
+    batch = make_batch(_model(case), 4, 8, 0)
+    return dict(
+        roles=dict(case.roles) or None, compile=case.compile, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
+    )
+
+
+def _recipe(case: Case) -> Recipe:
+    return Recipe(steps=case.steps, dtype=getattr(torch, case.dtype))
+
+
+def _fork(case: Case, function: Callable, arguments: tuple, single: list = ()) -> list:
+    world = MeshShape.of(case.mesh).world
+    work = verify_ranks.jobs(function, arguments, world, "cpu", "gloo", RANK_TIMEOUT)
+    return verify_ranks.run([*single, *work], True, RANK_TIMEOUT)
+
+
+def _verified(case: Case, before: Callable | None) -> VerifyResult:
+    start = time.perf_counter()
+    model, batch, recipe, shape = _model(case), _batch(case), _recipe(case), MeshShape.of(case.mesh)
+    options, prepared = _options(case), _compiled(case)
+    made = time.perf_counter()
+    key = ("reference", case.model, case.overrides, case.change, case.dtype, case.batch, case.steps)
+    single = [] if key in _KEPT else [verify_ranks.Job("the single device", train_reference, (model, batch, recipe))]
+    outcomes = _fork(case, train_rank, (model, batch, recipe, shape, options, prepared, before), single)
+    reference = _once(key, lambda: outcomes.pop(0))
+    result = compare(str(case), reference, outcomes, TOLERANCES[recipe.dtype], recipe.steps)
+    result.notes.append(f"trace and compile {made - start:.1f} s, ranks {time.perf_counter() - made:.1f} s")
+    return result
+
+
+def _on_ranks(case: Case, body: Callable, args: tuple) -> list:
+    arguments = (_model(case), _batch(case), MeshShape.of(case.mesh), _options(case), _compiled(case), body, args)
+    return _fork(case, _rank, arguments)
+
+
+def _rank(rank, model, batch, shape, options, prepared, body, args):
+    with on_mesh(rank, model, shape, options, prepared) as pm:
+        return body(pm, batch, rank, *args)
+
+
+def _on_single(case: Case, body: Callable, args: tuple):
+    return verify_ranks.run([verify_ranks.Job("the single device", _single, (_model(case), _batch(case), body, args))], True, RANK_TIMEOUT)[0]
+
+
+def _single(model, batch, body, args):
+    with as_authored(model):
+        return body(model, batch, *args)

@@ -1,0 +1,82 @@
+"""What a step of a tiny model communicates on gloo, beside what its compilation predicts.
+
+Run as a program (`python -m tests.report.counting FILE`): it traces and compiles once, forks four ranks that run every case in turn, and
+pickles their answers into FILE. A process of its own, because a process that ever ran backward cannot fork ranks.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections import Counter
+
+import torch
+
+import tedfx
+from tedfx import verify_ranks
+from tedfx.compiler import Compilation, compile_trace
+from tedfx.cost import ALL_TO_ALL, COUNTED, Cost
+from tedfx.roles import MeshShape, Roles
+from tedfx.trace import trace
+from tests.models import MODELS
+
+BATCH, SEQUENCE, WORLD = 2, 6, 4
+CASES = [
+    ("mixtral", 1, "ep=2,tp=2", None),
+    ("mixtral", 1, "dp=2,tp=2", {"expert": ("tp",)}),
+    ("mixtral", 1, "ep=2,tp=2", {"expert": ("ep", "tp")}),
+    ("mixtral", 1, "dp=1,ep=4", None),
+    ("deepseek_v3", 2, "ep=2,tp=2", None),
+]
+
+
+def prepare():
+    """[(model, compilation)], one per case; a model is traced once."""
+    models, traces, made = {}, {}, []
+    for name, layers, mesh, roles in CASES:
+        if name not in models:
+            models[name] = MODELS[name](num_hidden_layers=layers)
+            traces[name] = trace(models[name])
+        shape = MeshShape.of(mesh)
+        made.append((models[name], compile_trace(Compilation(traces[name], Roles.resolve(shape, roles), set(traces[name].parameters)))))
+    return made
+
+
+def count(rank, prepared):
+    """This rank's answer for every case."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    answers = []
+    for (_, _, mesh, roles), (model, compilation) in zip(CASES, prepared):
+        shape = MeshShape.of(mesh)
+        device_mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=shape.names)
+        pm = tedfx.parallelize(model, device_mesh, roles=roles, traces=[compilation])
+        fresh = str(pm)
+        index, ranks = pm.batch_coordinate
+        ids = torch.arange(BATCH * ranks * SEQUENCE).view(BATCH * ranks, SEQUENCE) * 7 % 61
+        mine = ids[index * BATCH : (index + 1) * BATCH]
+        with tedfx.ops.count_collectives() as log:
+            pm(input_ids=mine, labels=mine).loss.backward()
+
+        cost, values = Cost(compilation), {"batch": BATCH, "sequence": SEQUENCE}
+        number = lambda item: cost.number(item.payload, values)  # noqa: E731
+        answers.append(
+            {
+                "predicted": Counter((i.phase, i.op, i.axes, -1 if i.ragged else number(i)) for i in cost.items if i.phase != "boundary"),
+                "ran": Counter((c.phase, COUNTED[c.op], c.axes, -1 if c.op == "all_to_all" else c.bytes) for c in log),
+                "predicted_buckets": Counter((i.axes, number(i)) for i in cost.items if i.node == "(gradients)"),
+                "ran_buckets": Counter((r.axes, r.bytes) for r in pm.reductions),
+                "predicted_rows": sum(number(i) for i in cost.items if i.op == ALL_TO_ALL),
+                "ran_rows": sum(c.bytes for c in log if c.op == "all_to_all"),
+                "fresh": fresh,
+                "text": str(pm),
+                "json": pm.explain(batch=BATCH, sequence=SEQUENCE).to_json(),
+            }
+        )
+    return answers
+
+
+if __name__ == "__main__":
+    answers = verify_ranks.run(verify_ranks.jobs(count, (prepare(),), WORLD, "cpu", "gloo", 200.0), True, 200.0)
+    with open(sys.argv[1], "wb") as file:
+        pickle.dump(answers, file)
