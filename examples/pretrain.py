@@ -72,7 +72,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--compile", action="store_true", help="run the local graph through torch.compile (inductor)")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=200, metavar="N", help="optimizer steps (default: 200)")
+    group.add_argument("--steps", type=int, default=150, metavar="N", help="optimizer steps (default: 150)")
     group.add_argument("--sequence-length", type=int, default=128, metavar="N", help="bytes per sequence (default: 128)")
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences per step over all ranks (default: 16)")
     group.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate of AdamW: linear warm-up, then cosine to a tenth (default: 2e-3)")

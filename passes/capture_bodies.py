@@ -71,6 +71,8 @@ class Bodies(Rows):
             if value.kind == "rows" and value.start <= args[1] % len(value.shape) < value.start + value.span:
                 return Batched("count", None, first)
             return Batched("shared", first, first)
+        if name == "unsqueeze" and "picked" in kinds:
+            return self._unsqueezed(first, args[0])
         if "picked" in kinds:
             args, kwargs = pytree.tree_map(self._stacked, (args, kwargs), is_leaf=is_value)
         if kinds & {"weight", "weighted"}:
@@ -125,6 +127,12 @@ class Bodies(Rows):
             whole = source.node.args[0]
             return Batched("picked", whole, first, of=argument(source.node, "dim") % len(shape_of(whole)))
         raise refuse(f"{first.target} computes with the expert's number", first, "use it to pick the expert's parameters and tokens only")
+
+    def _unsqueezed(self, first: fx.Node, value: Batched) -> Batched:
+        """`probs[:, e].unsqueeze(1)` is still a slice: of `probs.unsqueeze(2)`."""
+        dim = argument(first, "dim") % len(shape_of(first))
+        node = self.emit(aten.unsqueeze.default, (value.node, dim + int(dim >= value.of)), {}, first)
+        return Batched("picked", node, first, of=value.of + int(dim < value.of))
 
     def _stacked(self, value: Any) -> Any:
         """A picked value with its expert dim in front."""

@@ -25,7 +25,7 @@ def dependence(graph: fx.Graph, known: dict[fx.Node, Fact]) -> tuple[dict, list[
     """node -> {routing: experts it depends on}, as long as those are not all that the graph names; and the steps that make them all."""
     named: dict[Routing, set[int]] = {}
     for fact in known.values():
-        if fact.expert is not None:
+        if fact.expert is not None and 0 <= fact.expert < fact.routing.experts:
             named.setdefault(fact.routing, set()).add(fact.expert)
     depends: dict[fx.Node, dict[Routing, frozenset[int]]] = {}
     ends = []
@@ -35,7 +35,7 @@ def dependence(graph: fx.Graph, known: dict[fx.Node, Fact]) -> tuple[dict, list[
             for routing, experts in depends.get(source, {}).items():
                 found[routing] = found.get(routing, frozenset()) | experts
         fact = known.get(node)
-        if fact is not None and fact.expert is not None:
+        if fact is not None and fact.expert in named.get(fact.routing, ()):
             found[fact.routing] = found.get(fact.routing, frozenset()) | {fact.expert}
         for routing in [r for r, experts in found.items() if experts == named[r] and len(experts) > 1]:
             if node.op == "call_function" and _step(node, routing, depends) is not None:
@@ -55,7 +55,8 @@ class Step:
     value: fx.Node
     index: tuple | None = None
     read: fx.Node | None = None
-    adds: bool = True  # False: overwrites, so that a position must not come twice
+    once: bool = False  # what is placed at a position twice is lost
+    overwrites: bool = False  # what was there is lost too
 
 
 def _step(node: fx.Node, routing: Routing, depends: dict) -> Step | None:
@@ -70,14 +71,14 @@ def _step(node: fx.Node, routing: Routing, depends: dict) -> Step | None:
         return Step(node, node.args[0], node.args[3], (*[None] * dim, node.args[2]))
     if name in ("index_put", "index_copy"):
         if name == "index_copy":
-            return Step(node, node.args[0], node.args[3], (*[None] * (node.args[1] % node.meta["val"].dim()), node.args[2]), adds=False)
+            return Step(node, node.args[0], node.args[3], (*[None] * (node.args[1] % node.meta["val"].dim()), node.args[2]), once=True, overwrites=True)
         base, index, value = node.args[:3]
         if argument(node, "accumulate"):
             return Step(node, base, value, tuple(index))
         for read, added in ((0, 1), (1, 0)):
             if name_of(value) == "add" and argument(value, "alpha") == 1 and name_of(value.args[read]) == "index" and value.args[read].args[0] is base:
-                return Step(node, base, value.args[added], tuple(index), value.args[read], adds=False)
-        return Step(node, base, value, tuple(index), adds=False)
+                return Step(node, base, value.args[added], tuple(index), value.args[read], once=True)
+        return Step(node, base, value, tuple(index), once=True, overwrites=True)
     if name == "add" and len(node.args) == 2 and argument(node, "alpha") == 1 and len(shape_of(node)) > 1:
         base, value = node.args
         if len(experts(value)) != 1 and len(experts(base)) == 1:
@@ -87,8 +88,8 @@ def _step(node: fx.Node, routing: Routing, depends: dict) -> Step | None:
     return None
 
 
-def chain_of(end: fx.Node, routing: Routing, depends: dict) -> tuple[list[Step] | None, fx.Node | None]:
-    """The steps that lead to `end`, last first, and what they start from; (None, None) where `end` sums something else."""
+def chain_of(end: fx.Node, routing: Routing, depends: dict) -> tuple[list[Step], fx.Node | None]:
+    """The steps that lead to `end`, in the order of the experts, and what they start from (None: nothing)."""
 
     def experts(node) -> frozenset[int]:
         return depends.get(node, {}).get(routing, frozenset()) if isinstance(node, fx.Node) else frozenset()
@@ -113,7 +114,7 @@ def chain_of(end: fx.Node, routing: Routing, depends: dict) -> tuple[list[Step] 
             what = f"experts {names} reach the sum over experts in one value"
             raise refuse(what, node, "add each expert's result to one running sum")
     chain = [_inner(step, routing, depends) for step in chain]
-    if len(chain) > 1 and any((s.index is None) != (chain[0].index is None) for s in chain):
+    if len({(s.index is None, s.once, s.overwrites, s.read is None) for s in chain}) > 1:
         raise refuse("experts add in different ways", end, "give all experts the same code")
     numbers: list[int] = []
     for step in chain:
@@ -131,6 +132,10 @@ def chain_of(end: fx.Node, routing: Routing, depends: dict) -> tuple[list[Step] 
         others = set(step.node.users) - {later.node, later.read}
         if step.base is not None and others:
             raise refuse("the sum over experts is read between two of them", next(iter(others)), "use it when it is complete")
+    if chain[0].overwrites:
+        if routing.choices > 1:
+            raise refuse("out[token] = .. keeps only the last expert of a token", end, "add: out[token] += ..")
+        node = None  # a token has one expert, so nothing of the first sum is left
     return sorted(chain, key=lambda s: min(experts(s.value))), node
 
 
@@ -139,7 +144,7 @@ def _inner(step: Step, routing: Routing, depends: dict) -> Step:
     if step.index is None and name_of(step.value) in ("index_add", "index_put", "index_copy"):
         inner = _step(step.value, routing, depends)
         if inner is not None and inner.read is None and is_zero(inner.base):
-            return Step(step.node, step.base, inner.value, inner.index, None, inner.adds)
+            return Step(step.node, step.base, inner.value, inner.index, None, inner.once)
     return step
 
 

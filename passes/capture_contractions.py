@@ -55,6 +55,8 @@ def norm(batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
         return default
 
     source, shape = operand("input"), operand("normalized_shape")
+    if source.kind == "shared":
+        source = batch.tokens(source, like)
     if source.kind != "rows" or len(shape) > source.right:
         raise refuse(f"{name} over the rows", like, "normalise the features of each row")
     weight, bias, eps = operand("weight"), operand("bias"), operand("eps")

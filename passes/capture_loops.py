@@ -67,16 +67,14 @@ class CaptureLoops(Pass):
         done: set[Routing] = set()
         for routing, end in ends:
             chain, base = chain_of(end, routing, depends)
-            if chain is None:
-                continue
-            _capture(graph, routing, chain, base, known, stacks)
+            _capture(graph, routing, end, chain, base, known, stacks)
             done.add(routing)
             result.matches += 1
             result.notes.append(f"loop over {routing.experts} experts at {user_line(end)}")
         frames = {f for node, found in depends.items() if done & found.keys() for f in _FRAME.findall(node.meta.get("stack_trace") or "")}
         _erase(graph, depends)
         stacks.finish()
-        _check_rest(graph, known, depends)
+        _check_rest(graph, known, depends, done)
         _check_answers(trace, frames)
         result.changes = result.matches
         return result
@@ -85,11 +83,9 @@ class CaptureLoops(Pass):
 # --- the canonical form -------------------------------------------------------------------------------------------------------
 
 
-def _capture(graph: fx.Graph, routing: Routing, chain: list[Step], base: fx.Node | None, known: dict, stacks: Stacks) -> None:
+def _capture(graph: fx.Graph, routing: Routing, end: fx.Node, chain: list[Step], base: fx.Node | None, known: dict, stacks: Stacks) -> None:
     """Emit dispatch, body and combine before the chain's last step and put them in its place."""
     gathered = chain[0].index is not None
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    end = max((step.node for step in chain), key=order.__getitem__)
     bodies = Bodies(graph, routing, known, stacks.stack, gathered)
     with graph.inserting_before(end):
         if gathered:
@@ -136,7 +132,7 @@ def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.N
         if "k" in labels or at or shape_of(end)[: len(sizes)] != sizes:
             raise refuse("an expert adds at other places than its tokens", chain[0].node, "add to out[token] what was computed from x[token]")
         reduced = all(value.of.reduced for value in where if value is not None)
-        if not all(step.adds for step in chain) and not (routing.unique or reduced):
+        if chain[0].once and not (routing.unique or reduced):
             raise refuse("out[token] = .. loses a token that names an expert twice", chain[0].node, "use index_add_")
 
 
@@ -151,7 +147,7 @@ def _erase(graph: fx.Graph, depends: dict) -> None:
     graph.eliminate_dead_code()
 
 
-def _check_rest(graph: fx.Graph, known: dict, depends: dict) -> None:
+def _check_rest(graph: fx.Graph, known: dict, depends: dict, done: set[Routing]) -> None:
     """No expert's tokens are searched for any more."""
     searched: dict[Routing, dict[int, fx.Node]] = {}
     loose: dict[fx.Node, set[fx.Node]] = {}
@@ -163,8 +159,8 @@ def _check_rest(graph: fx.Graph, known: dict, depends: dict) -> None:
             if ids is not None and mask not in depends:
                 loose.setdefault(ids, set()).add(node)
     for routing, nodes in searched.items():
-        if len(nodes) < 2:
-            continue
+        if len(nodes) < 2 and routing not in done:
+            continue  # one search by itself is no loop
         named = {fact.expert for fact in known.values() if fact.routing is routing and fact.expert is not None}
         missing = sorted(set(range(routing.experts)) - named)
         expert, node = next(iter(nodes.items()))

@@ -57,7 +57,8 @@ def refuse(what: str, node: fx.Node, fix: str) -> CaptureError:
     return CaptureError(f"cannot capture the loop over experts: {what} | at {user_line(node)} | {fix}")
 
 
-_POINTWISE = {"dropout", "to", "_to_copy", "contiguous", "detach", "alias", "clone", "type_as", "hardswish", "log_sigmoid", "alpha_dropout", "lift_fresh_copy"}
+_POINTWISE = {"dropout", "to", "_to_copy", "contiguous", "detach", "alias", "clone", "type_as", "hardswish", "log_sigmoid", "alpha_dropout", "lift_fresh_copy",
+              "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli"}  # fmt: skip
 _ALONG = {"softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk", "glu", "slice", "narrow", "chunk", "split",
           "split_with_sizes", "tensor_split", "flip"}  # fmt: skip
 _OVER = {"sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "var", "std", "logsumexp", "prod", "linalg_vector_norm", "norm"}

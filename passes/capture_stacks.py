@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from tedfx.passes.capture_rules import refuse
 
@@ -45,8 +45,8 @@ class Stacks:
         with graph.inserting_before(nodes[0]):
             new = graph.placeholder("p_" + re.sub(r"\W", "_", _common(names)))
         with values[0].fake_mode:
-            value = torch.empty((len(nodes), *values[0].shape), dtype=values[0].dtype, device=values[0].device)
-        new.meta["val"] = nn.Parameter(value, requires_grad=values[0].requires_grad) if isinstance(values[0], nn.Parameter) else value
+            like = {"dtype": values[0].dtype, "device": values[0].device, "requires_grad": values[0].requires_grad}
+            new.meta["val"] = torch.empty((len(nodes), *values[0].shape), **like)
         self.made[nodes] = new
         if self.trainable is not None and any(node.name in self.trainable for node in nodes):
             if not all(node.name in self.trainable for node in nodes):

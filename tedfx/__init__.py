@@ -4,7 +4,8 @@ from tedfx._version import __version__
 from tedfx.api import parallelize
 from tedfx.compiler import default_passes
 from tedfx.errors import CaptureError, ConfigError, ContractError, TedfxError, TraceError, TypeCheckError
+from tedfx.verify import verify
 
 __all__ = [
-    "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__", "default_passes", "parallelize",
+    "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__", "default_passes", "parallelize", "verify",
 ]

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["verify"]:
+        if argv[:1] == ["verify"]:  # its module brings process machinery that the others do not need
             from tedfx.verify import verify_main
 
             return verify_main(argv[1:])
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--outputs", metavar="NAMES", help="keep only these outputs, e.g. loss (then the full logits never exist)")
     shown.add_argument("--all", action="store_true", help="every node, not only layers and what communicates")
     shown.add_argument("--no-fold", action="store_true", help="do not fold identical layers into one")
-    shown.add_argument("--before", action="store_true", help="instead: one MoE layer's graph before and after")
+    shown.add_argument("--before", nargs="?", const="", metavar="PATH", help="instead: the graph of one MoE layer, or of the module at PATH (model.layers.0.mlp), before and after")
     shown.add_argument("--timings", action="store_true", help="add the time of every stage and pass")
     shown.add_argument("--format", choices=("text", "json"), default="text")
     explain.set_defaults(run=_explain)
@@ -119,8 +119,8 @@ def _explain(options) -> int:
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
     outputs = tuple(options.outputs.split(",")) if options.outputs else None
     compilation = compile_trace(Compilation(traced, roles, trainable, outputs=outputs))
-    if options.before:
-        print(graph_before_after(compilation, traced, batch=options.batch, sequence=options.sequence))
+    if options.before is not None:
+        print(graph_before_after(compilation, traced, layer=options.before, batch=options.batch, sequence=options.sequence))
         return 0
     told = explain(
         compilation, rows="all" if options.all else "layers", batch=options.batch, sequence=options.sequence, fold=not options.no_fold,
@@ -203,7 +203,7 @@ def _from_factory(spec: str, arguments: dict[str, Any]):
         with torch.device("meta"):
             made = factory(**arguments)
     except Exception as error:
-        raise ConfigError(f"{spec}({', '.join(f'{k}={v!r}' for k, v in arguments.items())}) raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{spec}({', '.join(f'{k}={v!r}' for k, v in arguments.items())}) raised {type(error).__name__}: {_brief(error)}") from error
     if not isinstance(made[0] if isinstance(made, tuple) else made, torch.nn.Module):
         raise ConfigError(f"{spec} returned a {type(made).__name__}, not a torch.nn.Module (or a tuple of one and a dict of example inputs)")
     return made
@@ -233,7 +233,12 @@ def _from_library(model_type: str, overrides: dict[str, Any], dtype: str):
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=kind)
     except Exception as error:
-        raise ConfigError(f"{model_type} with {overrides or 'its default config'}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{model_type} with {overrides or 'its default config'}: {type(error).__name__}: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 240 else text[:238] + ".."
 
 
 def _check_overrides(config, overrides: dict[str, Any], where: str) -> None:

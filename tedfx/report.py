@@ -111,7 +111,8 @@ class Explanation:
         return "\n".join(_wrap(line) for line in lines)
 
     def _table(self) -> str:
-        everything, out, listed = self.options["rows"] == "all", [], []
+        everything = self.options["rows"] == "all" or not any(s.path for s in self.segments)
+        listed: list[list[str]] = []
         for segment in self.segments:
             if segment.like is not None:
                 continue
@@ -120,7 +121,7 @@ class Explanation:
                 listed.append([_banner(segment)])
             hidden = 0
             for row in self._rows(segment):
-                if everything or (layer and row.typed) or row.collective:
+                if everything or ((layer or row.held) and row.typed) or row.collective:
                     listed.append([row.label, row.line, row.shape, row.type, row.collective])
                 else:
                     hidden += row.typed
@@ -143,20 +144,13 @@ class Explanation:
                     format_type(node.meta.get("type"), node.meta.get("dims")),
                     _describe([(i, self._number(i.payload)) for i in items]),
                     shape is not None or (node.op == "call_function" and "nn_module_stack" in node.meta and node.target is not operator.getitem),
+                    node.op == "placeholder",
                 )
             )
         return found
 
-    def _state_name(self, node: fx.Node, path: str) -> str:
-        trace = self.compilation.trace
-        name = trace.parameters.get(node.name) or trace.buffers.get(node.name)
-        if name is None and node.name in trace.stacked:
-            from tedfx.api import stack_name
-
-            name = stack_name(trace.stacked[node.name])
-        if name is None:
-            return node.name
-        return name.removeprefix(path + ".") if path else name
+    def _state_name(self, node: fx.Node, path: str = "") -> str:
+        return _state_name(self.compilation.trace, node, path)
 
     def _totals(self) -> str:
         listed = []
@@ -211,7 +205,7 @@ class Explanation:
         nodes = [n for axes in order for n in groups[axes]]
         whole: dict[tuple, dict] = {}
         for node in groups.get((), ()):
-            name, shape = _star(self._state_name(node, "")), [int(s) for s in node.meta["val"].shape]
+            name, shape = _star(self._state_name(node)), [int(s) for s in node.meta["val"].shape]
             entry = whole.setdefault((name, tuple(shape)), {"name": name, "shape": shape, "count": 0})
             entry["count"] += 1
         largest = sorted(whole.values(), key=lambda w: -prod(w["shape"]) * w["count"])
@@ -239,7 +233,7 @@ class Explanation:
             shape = self.sizes.shape(n)
             return {
                 "name": n.name,
-                "state": self._state_name(n, "") if n.op == "placeholder" else None,
+                "state": self._state_name(n) if n.op == "placeholder" else None,
                 "op": _op(n),
                 "line": user_line(n) if n.meta.get("stack_trace") else None,
                 "module": _path(n),
@@ -294,6 +288,7 @@ class Row:
     type: str
     collective: str
     typed: bool  # a tensor or an op that makes some; not the arithmetic of sizes
+    held: bool  # a parameter, buffer or input
 
     @property
     def label(self) -> str:
@@ -353,7 +348,7 @@ def _segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[
         segments[-1].nodes.append(node)
     owned: set[fx.Node] = set()
     known: dict[Any, Segment] = {}
-    names = getattr(compilation, "parameter_names", None) or set(getattr(compilation, "parameters", ()))
+    names = set(compilation.parameters) | set(compilation.buffers) | set(getattr(compilation, "trace", compilation).stacked)
     for segment in segments:
         if segment.path:
             used = dict.fromkeys(i for n in segment.nodes for i in n.all_input_nodes if i.op == "placeholder" and i.name in names)
@@ -404,7 +399,8 @@ def _shape_and_type(node: fx.Node, sizes: LocalSizes | None) -> tuple:
 def graph_before_after(compilation, before=None, *, layer: str = "", batch: int | None = None, sequence: int | None = None) -> str:
     """One layer's global graph (from the trace `before` the passes) and its local graph, one after the other.
 
-    layer: a module path such as "model.layers.0"; if not given, the first layer that routes tokens to experts, else the first.
+    layer: a module path, "model.layers.0" or a part of one such as "model.layers.0.mlp"; if not given, the first layer that routes
+    tokens to experts, else the first.
     """
     from tedfx import ops
 
@@ -414,37 +410,35 @@ def graph_before_after(compilation, before=None, *, layer: str = "", batch: int 
         return "no part of the model has an indexed module path, so there is no layer to show"
     routing = [s for s in candidates if any(n.target is ops.route for n in s.nodes)]
     path = layer or (routing or candidates)[0].path
-    chosen = [s for s in candidates if s.path == path]
-    if not chosen:
-        return f"no layer {path!r}; layers: {', '.join(dict.fromkeys(s.path for s in candidates))}"
+    chosen = [(s, n, row) for s in candidates if s.path == _layer_of(path) for n, row in zip([*s.parameters, *s.nodes], report._rows(s))]
+    inside: set[fx.Node] = set()
+    for _, n, _ in chosen:
+        if _below(_path(n), path) or ("conversion" in n.meta and n.args[0] in inside):
+            inside.add(n)
+    if not inside:
+        layers = list(dict.fromkeys(s.path for s in candidates))
+        return f"nothing in the graph belongs to {path!r}; layers: {', '.join(layers[:8])}" + (", .." if len(layers) > 8 else "")
     parts = []
     if before is not None:
         names = {symbol: report.sizes.names.get(symbol, symbol) for symbol in before.sizes.values()}
         listed = []
         for segment in _segments(before, None, fold=False):
-            if segment.path == path:
-                short = {n: _trim(before.parameters[n.name], path) for n in segment.parameters}
-                for n in segment.nodes:
-                    value = n.meta.get("val")
-                    if isinstance(value, torch.Tensor):
-                        shape = [str(s.node.expr.xreplace(names)) if isinstance(s, torch.SymInt) else str(s) for s in value.shape]
-                        listed.append([_call(n, short), _line(n), f"[{', '.join(shape)}]"])
-                    elif isinstance(value, (tuple, list)):
-                        listed.append([_call(n, short), _line(n), ""])
+            short = {n: _state_name(before, n, path) for n in segment.parameters}
+            for n in segment.nodes if segment.path == _layer_of(path) else ():
+                value = n.meta.get("val")
+                if _below(_path(n), path) and isinstance(value, (torch.Tensor, tuple, list)):
+                    shape = [str(s.node.expr.xreplace(names)) if isinstance(s, torch.SymInt) else str(s) for s in getattr(value, "shape", ())]
+                    listed.append([_call(n, short), _line(n), f"[{', '.join(shape)}]" if isinstance(value, torch.Tensor) else ""])
         parts.append(f"{path}, the single-device graph (global shapes)\n" + _tabulate(listed, ["node", "line", "shape"], [60, 18, 28]))
-    listed = []
-    for segment in chosen:
-        short = {n: report._state_name(n, path) for n in segment.parameters}
-        for row, n in zip(report._rows(segment)[len(segment.parameters) :], segment.nodes):
-            if row.typed or row.collective:
-                listed.append([_call(n, short), row.shape, row.type, row.collective])
+    short = {n: report._state_name(n, path) for s, _, _ in chosen for n in s.parameters}
+    listed = [[_call(n, short), row.shape, row.type, row.collective] for _, n, row in chosen if n in inside and (row.typed or row.collective)]
     mesh = compilation.roles.mesh
     parts.append(f"{path}, the graph of one rank of {mesh} (local shapes)\n" + _tabulate(listed, ["node", "local shape", "type", "collective, bytes"], [48, 28, 24, 40]))
     return "\n\n".join(parts)
 
 
-def _trim(name: str, path: str) -> str:
-    return name.removeprefix(path + ".")
+def _below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root + ".")
 
 
 def _call(node: fx.Node, short: Mapping[fx.Node, str]) -> str:
@@ -553,6 +547,16 @@ def _op(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[1]
     return getattr(target, "__name__", str(target))
+
+
+def _state_name(trace, node: fx.Node, path: str = "") -> str:
+    """The user's name of a parameter or buffer, without `path`; other nodes' own."""
+    name = trace.parameters.get(node.name) or trace.buffers.get(node.name)
+    if name is None and node.name in trace.stacked:
+        from tedfx.api import stack_name
+
+        name = stack_name(trace.stacked[node.name])
+    return node.name if name is None else name.removeprefix(path + ".")
 
 
 _LINES: dict[str, str] = {}

@@ -184,7 +184,7 @@ def _choice(name: str, argument: str, value: str) -> None:
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span):
-        return sum_over(x, span, "forward")
+        return _torch.result(sum_over(x, span, "forward"))
 
     @staticmethod
     def backward(ctx, grad):
@@ -195,7 +195,7 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span):
         ctx.span = span
-        return x.view_as(x)
+        return _torch.result(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -206,7 +206,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span, dim, outer, to):
         ctx.span, ctx.dim, ctx.outer, ctx.to = span, dim, outer, to
-        return gather_pieces(x, span, dim, outer, "forward")
+        return _torch.result(gather_pieces(x, span, dim, outer, "forward"))
 
     @staticmethod
     def backward(ctx, grad):
@@ -219,7 +219,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span, dim, outer):
         ctx.span, ctx.dim, ctx.outer = span, dim, outer
-        return scatter_sum(x, span, dim, outer, "forward")
+        return _torch.result(scatter_sum(x, span, dim, outer, "forward"))
 
     @staticmethod
     def backward(ctx, grad):
@@ -230,7 +230,7 @@ class _Shard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span, dim, outer, source):
         ctx.span, ctx.dim, ctx.outer, ctx.source = span, dim, outer, source
-        return keep_piece(x, span, dim, outer)
+        return _torch.result(keep_piece(x, span, dim, outer))
 
     @staticmethod
     def backward(ctx, grad):
@@ -243,7 +243,7 @@ class _Partial(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span, source):
         ctx.span, ctx.source = span, source
-        return keep_on_first(x, span)
+        return _torch.result(keep_on_first(x, span))
 
     @staticmethod
     def backward(ctx, grad):

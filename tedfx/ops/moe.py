@@ -175,7 +175,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, span, *splits):
         ctx.span, ctx.recv, ctx.send = span, list(splits[: span.size]), list(splits[span.size :])
-        return _exchange(rows, span, ctx.recv, ctx.send, "forward")
+        return _torch.result(_exchange(rows, span, ctx.recv, ctx.send, "forward"))
 
     @staticmethod
     def backward(ctx, grad):
@@ -199,7 +199,7 @@ class _Unindex(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, index):
         ctx.save_for_backward(index)
-        return torch.empty_like(rows).index_copy_(0, index, rows)
+        return _torch.result(torch.empty_like(rows).index_copy_(0, index, rows))
 
     @staticmethod
     def backward(ctx, grad):

@@ -74,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
             packed = sum_over(packed, span, "forward")
         total, at_label = packed.unbind(0)
         ctx.save_for_backward(logits, top, total, shifted, mine, kept)
-        return torch.where(kept, total.log() - at_label, 0).to(logits.dtype)
+        return _torch.result(torch.where(kept, total.log() - at_label, 0).to(logits.dtype))
 
     @staticmethod
     def backward(ctx, grad):

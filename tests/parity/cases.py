@@ -17,7 +17,7 @@ from tedfx import verify_ranks
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tedfx.verify import TOLERANCES, VerifyResult, compare
-from tedfx.verify_run import Recipe, as_authored, make_batch, on_mesh, prepare, train_rank, train_reference
+from tedfx.verify_run import Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
 
@@ -88,8 +88,8 @@ def _model(case: Case):
         torch.manual_seed(0)
         model = {**models_plain.PLAIN, **models.MODELS}[case.model](**dict(case.overrides))
         model = model.to(getattr(torch, case.dtype)).train()
-        if case.change:
-            getattr(variants, case.change)(model)
+        for change in filter(None, case.change.split("+")):
+            getattr(variants, change)(model)
         return model
 
     return _once(("model", case.model, case.overrides, case.change, case.dtype), make)
@@ -101,7 +101,7 @@ def _batch(case: Case) -> dict[str, torch.Tensor]:
 
 def _compiled(case: Case) -> list:
     """A compilation per signature, for all ranks."""
-    model, batch = _model(case), make_batch(_model(case), 4, 8, 0)
+    model, batch = _model(case), data.counted(_model(case))
     roles = Roles.resolve(MeshShape.of(case.mesh), dict(case.roles))
 
     def traced(training: bool, names: tuple[str, ...]):
@@ -121,7 +121,7 @@ def _compiled(case: Case) -> list:
 
 
 def _options(case: Case) -> dict[str, Any]:
-    batch = make_batch(_model(case), 4, 8, 0)
+    batch = data.counted(_model(case))
     return dict(
         roles=dict(case.roles) or None, compile=case.compile, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
     )
@@ -157,6 +157,7 @@ def _on_ranks(case: Case, body: Callable, args: tuple) -> list:
 
 
 def _rank(rank, model, batch, shape, options, prepared, body, args):
+    torch.manual_seed(0)
     with on_mesh(rank, model, shape, options, prepared) as pm:
         return body(pm, batch, rank, *args)
 

@@ -25,13 +25,19 @@ def no_labels_in_second_half(model):
 def one_token(model):
     """Every position holds the same token: all go to the same top-k experts, all others have none, and on ep a rank may have no rows."""
     batch = make_batch(model, 8, 12, 0)
-    batch["input_ids"] = torch.full_like(batch["input_ids"], 7)
+    batch["input_ids"] = torch.full_like(batch["input_ids"], 63)
     return batch
 
 
 def one_token_in_second_half(model):
     """The second half of the rows, a rank's whole share over two batch ranks, holds one token; the first is random."""
     batch = make_batch(model, 8, 12, 0)
-    batch["input_ids"][4:] = 7
+    batch["input_ids"][4:] = 63
     batch["labels"][4:] = torch.where(torch.arange(12) % 3 == 0, 5, -100)
     return batch
+
+
+def counted(model):
+    """With the number of labels to divide by: the global count, as a trainer that accumulates passes it."""
+    batch = make_batch(model, 8, 12, 0)
+    return {**batch, "num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}

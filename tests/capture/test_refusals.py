@@ -1,0 +1,423 @@
+"""What looks like a loop over experts and is not one is refused, in one line that names the cause and the model's line."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tedfx.errors import CaptureError, TraceError
+from tests.capture.test_models import capture, check, tokens
+
+E = 4
+
+
+class Block(nn.Module):
+    """`mixture(self, x, probs, w, ids)` makes it a mixture of four linears."""
+
+    def __init__(self, mixture, **modules):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(32, E)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(E))
+        self.mixture = mixture
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        x = x.reshape(-1, 32)
+        probs = self.router(x).softmax(-1)
+        w, ids = probs.topk(2, dim=-1)
+        y = self.mixture(self, x, probs, w, ids)
+        return {"y": y, "loss": y.square().sum()}
+
+
+def loop(ids, numbers=range(E)):
+    for e in numbers:
+        yield e, *torch.where(ids == e)
+
+
+def missing(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids, range(E - 1)):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out
+
+
+def missing_masked(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e in (0, 1, 3):
+        out = out + m.experts[e](x) * (w * (ids == e)).sum(-1, keepdim=True)
+    return out
+
+
+def repeated(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids, (0, 1, 1, 2, 3)):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out
+
+
+def repeated_last(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids, (0, 1, 2, 3, 3)):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out
+
+
+def other_expert(m, x, probs, w, ids):
+    """One expert runs on the tokens of another."""
+    out = torch.zeros_like(x)
+    found = [torch.where(ids == e) for e in range(E)]
+    for e in range(E):
+        token, slot = found[e]
+        rows = x[found[3 - e if e in (1, 2) else e][0]]
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None] + rows.sum() * 0)
+    return out
+
+
+def crossed(m, x, probs, w, ids):
+    sums = [torch.zeros_like(x), torch.zeros_like(x)]
+    for e, token, slot in loop(ids):
+        sums[e % 2] = sums[e % 2].index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return sums[0] + sums[1]
+
+
+def structure(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        y = m.experts[e](x[token])
+        y = y.relu() if e == 2 else y.sigmoid()
+        out.index_add_(0, token, y * w[token, slot, None])
+    return out
+
+
+def constants(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None] * (2.0 if e == 1 else 1.0))
+    return out
+
+
+def number(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token] + e) * w[token, slot, None])
+    return out
+
+
+def sequential(m, x, probs, w, ids):
+    """Each expert reads what the ones before it added."""
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out = out.index_add(0, token, m.experts[e](x[token] + out[token]) * w[token, slot, None])
+    return out
+
+
+def read_between(m, x, probs, w, ids):
+    out, trail = torch.zeros_like(x), 0.0
+    for e, token, slot in loop(ids):
+        out = out.index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
+        trail = trail + out.mean()
+    return out + trail
+
+
+def mixes_rows(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        y = m.experts[e](x[token])
+        out.index_add_(0, token, (y - y.mean(0)) * w[token, slot, None])
+    return out
+
+
+def softmax_of_rows(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token]).softmax(0) * w[token, slot, None])
+    return out
+
+
+def attention(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        y = m.experts[e](x[token])
+        out.index_add_(0, token, (y @ y.t()) @ y * w[token, slot, None])
+    return out
+
+
+def counts(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None] / token.shape[0])
+    return out
+
+
+def capacity(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        token, slot = token[:3], slot[:3]
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out
+
+
+def overwrites(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out[token] = m.experts[e](x[token]) * w[token, slot, None]
+    return out
+
+
+def unmasked(m, x, probs, w, ids):
+    """The weights are not zero where the expert was not chosen."""
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out = out + m.experts[e](x) * (probs[:, e, None] + 0 * (ids == e).sum(-1, keepdim=True))
+    return out
+
+
+def nonlinear_weight(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, torch.tanh(m.experts[e](x[token]) * w[token, slot, None]))
+    return out
+
+
+def unproven(m, x, probs, w, ids):
+    ids = (probs * 7).long()[:, :2]
+    return missing(m, x, probs, w, ids)
+
+
+def wider_router(m, x, probs, w, ids):
+    """The router can choose a fifth expert, which does not exist."""
+    w, ids = F.pad(probs, (0, 1)).topk(2, dim=-1)
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out
+
+
+def twice_the_same(m, x, probs, w, ids):
+    """Drawn with replacement, a token may name an expert twice, and is found once."""
+    ids = torch.multinomial(probs, 2, replacement=True)
+    out = torch.zeros_like(x)
+    for e in range(E):
+        mask = (ids == e).any(-1)
+        out[mask] += m.experts[e](x[mask]) * probs[mask, e, None]
+    return out
+
+
+def shared_weight(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[min(e, 2)](x[token]) * w[token, slot, None])
+    return out
+
+
+def outside(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out + m.experts[1].weight.mean()
+
+
+def two_inputs(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, (m.experts[e](x[token]) + probs.sum(-1, keepdim=True).expand(-1, 32)[token]) * w[token, slot, None])
+    return out
+
+
+def half_weighted(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None] + x[token])
+    return out
+
+
+CASES = [
+    (missing, r"\[3\] are never added"),
+    (missing_masked, r"\[2\] are never added"),
+    (repeated, "expert 1 is added 2 times"),
+    (repeated_last, "also used outside the loop|tokens of expert 3"),
+    (other_expert, r"depends on experts \[1, 2\]"),
+    (crossed, "do not end in one sum|reach the sum"),
+    (structure, "experts differ: aten.sigmoid.default in one, aten.relu.default in another"),
+    (constants, "different constants"),
+    (number, "computes with the expert's number|different constants"),
+    (sequential, "depends on experts"),
+    (read_between, "read between two of them"),
+    (mixes_rows, "along the rows"),
+    (softmax_of_rows, "along the rows"),
+    (attention, "may mix the rows"),
+    (counts, "how many tokens it has"),
+    (capacity, "computes with the numbers of an expert's tokens"),
+    (overwrites, "keeps only the last expert"),
+    (unmasked, "nothing makes its result zero|not captured|parameter is as long|cannot capture"),
+    (nonlinear_weight, "carry their routing weight"),
+    (unproven, "nothing proves that the expert ids lie in"),
+    (wider_router, r"\[4\] are never added"),
+    (twice_the_same, "may name an expert twice|token that names an expert twice"),
+    (shared_weight, "belongs to several experts"),
+    (outside, "also used outside the loop"),
+    (two_inputs, "reads two values of a token"),
+    (half_weighted, "carry their routing weight"),
+]
+
+
+@pytest.mark.parametrize("mixture, message", CASES, ids=[c[0].__name__ for c in CASES])
+def test_near_misses(mixture, message):
+    with pytest.raises(CaptureError, match=message) as error:
+        capture(Block(mixture), x=torch.zeros(3, 6, 32))
+    assert "test_refusals.py:" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_order_is_right():
+    """A sum does not mind the order of its terms; the parameters are stacked by the number of the expert."""
+
+    def backwards(m, x, probs, w, ids):
+        out = torch.zeros_like(x)
+        for e, token, slot in loop(ids, (2, 0, 3, 1)):
+            out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
+        return out
+
+    model = Block(backwards).double()
+    traced, _ = capture(model)
+    assert traced.stacked["p_experts_stacked_weight"] == [f"experts.{e}.weight" for e in range(E)]
+    check(model, traced, x=tokens())
+
+
+def test_switch_may_overwrite():
+    """With one expert per token, `out[token] = ..` into anything is a sum."""
+
+    def switch(m, x, probs, w, ids):
+        weight, choice = probs.max(-1)
+        out = torch.empty_like(x)
+        for e in range(E):
+            mask = choice == e
+            out[mask] = m.experts[e](x[mask]) * weight[mask, None]
+        return out
+
+    model = Block(switch).double()
+    traced, result = capture(model)
+    assert result.matches == 1
+    check(model, traced, x=tokens())
+
+
+def test_frozen_in_part():
+    model = Block(lambda m, x, probs, w, ids: sum(m.experts[e](x) * (w * (ids == e)).sum(-1, keepdim=True) for e in range(E)))
+    model.experts[2].weight.requires_grad_(False)
+    with pytest.raises(CaptureError, match="differ in shape, dtype or requires_grad"):
+        capture(model)
+
+
+# --- refused while tracing ----------------------------------------------------------------------------------------------------
+
+
+def hit_experts(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    mask = F.one_hot(ids, E).permute(2, 1, 0)
+    for e in mask.sum((-1, -2)).nonzero():
+        slot, token = torch.where(mask[e[0]])
+        out.index_add_(0, token, m.experts[0](x[token]) * w[token, slot, None])
+    return out
+
+
+def length_of_rows(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None] / len(token))
+    return out
+
+
+def something_for_nothing(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        if token.numel() == 0:
+            out = out + 0.1
+            continue
+        out = out.index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out
+
+
+def otherwise(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        if (ids == e).any():
+            out = out.index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
+        else:
+            out = out - 1
+    return out
+
+
+def mixed_test(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        if token.numel() == 0 or e == 2:
+            continue
+        out = out.index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out
+
+
+@pytest.mark.parametrize(
+    "mixture, message",
+    [
+        (hit_experts, "loop over all the experts instead of those that were hit"),
+        (length_of_rows, "len\\(\\) of rows whose number is data"),
+        (something_for_nothing, "an expert without tokens does something of its own \\(out = out \\+ 0.1\\)"),
+        (otherwise, "an expert without tokens does something of its own \\(out = out - 1\\)"),
+        (mixed_test, "a test for tokens mixed with others"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_refused_while_tracing(mixture, message):
+    with pytest.raises(TraceError, match=message) as error:
+        capture(Block(mixture), x=torch.zeros(3, 6, 32))
+    assert "test_refusals.py:" in str(error.value)
+
+
+def test_an_answer_that_belongs_to_no_loop():
+    def first_only(m, x, probs, w, ids):
+        token, slot = torch.where(ids == 0)
+        if token.numel() == 0:
+            pass
+        return x.index_add(0, token, m.experts[0](x[token]) * w[token, slot, None])
+
+    with pytest.raises(CaptureError, match="no loop over experts was captured there"):
+        capture(Block(first_only), x=torch.zeros(3, 6, 32))
+
+
+def named(m, x, probs, w, ids):
+    """Tests that are understood: by a name, by item(), by counts, negated."""
+    out = torch.zeros_like(x)
+    load = torch.bincount(ids.flatten(), minlength=E)
+    for e, token, slot in loop(ids):
+        n = token.shape[0]
+        if not n > 0:
+            continue
+        hits = ids == e
+        if hits.sum().item() == 0 or False:
+            continue
+        out = out.index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out + 0 * load.sum()
+
+
+def counted(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    load = torch.bincount(ids.flatten(), minlength=E)
+    for e, token, slot in loop(ids):
+        count = (ids == e).sum().item()
+        if count == 0:
+            continue
+        if load[e] > 0:
+            if not torch.any(ids == e):
+                continue
+            out = out.index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out
+
+
+def test_tests_that_are_understood():
+    with pytest.raises(TraceError, match="mixed with others"):
+        capture(Block(named), x=torch.zeros(3, 6, 32))
+    model = Block(counted).double()
+    traced, result = capture(model)
+    assert result.matches == 1
+    check(model, traced, x=tokens())
