@@ -117,7 +117,7 @@ class Rows:
         elif name == "index_select" and args[0].kind != "index":
             source, where = args[0], [None] * (args[1] % len(args[0].shape)) + [args[2]]
         else:
-            raise refuse(f"{first.target} computes with the numbers of an expert's tokens", first, "use them to gather and to add rows only")
+            raise refuse(f"{first.target} computes with which tokens are an expert's", first, "use that to gather, to weigh and to add rows only")
         labels, at = self.indexed_dims(where, first)
         shape = shape_of(source.node) if source.kind == "picked" else source.shape
         if source.kind not in ("shared", "picked", "weight"):

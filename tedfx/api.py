@@ -16,7 +16,7 @@ from tedfx.layouts import layouts_of
 from tedfx.module import ParallelModule, Program
 from tedfx.passes.base import Pass
 from tedfx.roles import MeshShape, Roles
-from tedfx.signature import bind
+from tedfx.signature import Signature, bind, flatten
 from tedfx.trace import Trace, infer_inputs, trace
 
 
@@ -78,6 +78,8 @@ def parallelize(
     builder.attach(pm, layouts)
     pm.training = model.training
     pm.roles = resolved
+    flat = flatten(call)
+    pm._program(Signature.of(flat, model.training, True), flat)  # so that there is a graph to look at before the first call
     return pm
 
 
@@ -175,7 +177,7 @@ def _kind(leaf) -> str:
 def _fits(traced: Trace, call, training: bool) -> bool:
     if traced.training != training:
         return False
-    mine = {path: leaf for path, leaf in _unpath(call)}
+    mine = flatten(call)
     tensors = {path for path, leaf in mine.items() if isinstance(leaf, torch.Tensor)}
     if tensors != set(traced.inputs.values()):
         return False
@@ -184,12 +186,6 @@ def _fits(traced: Trace, call, training: bool) -> bool:
         return False
     nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
     return all(nodes[p].meta["val"].dtype == mine[path].dtype and nodes[p].meta["val"].dim() == mine[path].dim() for p, path in traced.inputs.items())
-
-
-def _unpath(call):
-    from tedfx.signature import flatten
-
-    return flatten(call).items()
 
 
 def _unflatten(flat: Mapping[tuple, Any]) -> dict[str, Any]:

@@ -37,10 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["verify"]:  # its module brings process machinery that the others do not need
-            from tedfx.verify import verify_main
-
-            return verify_main(argv[1:])
+        if argv[:1] == ["verify"]:
+            return _verify(argv[1:])
         options = _parser().parse_args(argv)
         return options.run(options)
     except SystemExit as stop:  # argparse
@@ -256,6 +254,16 @@ def _check_overrides(config, overrides: dict[str, Any], where: str) -> None:
                 raise ConfigError(f"--set {key}={value}: expected a value like {default!r}, which is its default")
 
 
+# ---- tedfx verify ------------------------------------------------------------------------------------------------------------
+
+
+def _verify(argv: Sequence[str]) -> int:
+    module = importlib.import_module("tedfx.verify")  # only now: it brings process machinery that nothing else needs
+    parser = argparse.ArgumentParser(prog="tedfx verify", description=(module.__doc__ or "").strip().split("\n\n")[0])
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(argv))
+
+
 # ---- tedfx passes ------------------------------------------------------------------------------------------------------------
 
 
@@ -267,13 +275,21 @@ def _passes(options) -> int:
     for i, p in enumerate(default_passes(), 1):
         fields = ", ".join(f"{f.name}={getattr(p, f.name)!r}" for f in dataclasses.fields(p))
         contract = [f"{word} {', '.join(sorted(props))}" for word, props in (("requires", p.requires), ("provides", p.provides), ("conflicts with", p.conflicts)) if props]
-        first = (type(p).__doc__ or "").strip().split("\n\n")[0]
+        first = _summary(type(p))
         print(f"{i:>2}  {p.name}" + (f"   options: {fields}" if fields else ""))
         for line in textwrap.wrap(" ".join(first.split()), 110):
             print(f"      {line}")
         if contract:
             print(f"      ({'; '.join(contract)})")
     return 0
+
+
+def _summary(kind: type) -> str:
+    """The first sentence of a pass's docstring, or of its module's where it refers to that."""
+    text = (kind.__doc__ or "").strip()
+    if text.startswith("See the module"):
+        text = (sys.modules[kind.__module__].__doc__ or "").strip()
+    return text.split("\n\n")[0].replace(" (see the module's docstring)", "").rstrip(":")
 
 
 if __name__ == "__main__":

@@ -133,10 +133,12 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
     ]
     if usable:
         chosen = max(usable, key=lambda c: (c[0], -c[1].uid))[1]
-        targets = []
+        targets, summed = [], roots(relation.contracted)
         for j in range(len(nodes)):
             if chosen in carried[j]:
                 targets.append(Shard(chosen))
+            elif chosen in summed and any(j in g and any(chosen in carried[k] for k in g) for g in relation.linear):
+                targets.append(P)  # added to the sum: once, not once per rank
             elif diff[j]:
                 targets.append(R)
             else:

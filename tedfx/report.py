@@ -2,7 +2,8 @@
 
 The table lists the local graph, layer by layer. A **layer** is a run of nodes below the same indexed module path (`model.layers.3`); layers
 whose paths differ only in the index and whose nodes are the same (ops, how they are connected, shapes, types, lines) are shown once, with a count.
-A conversion belongs to the layer that makes its operand, and to the layer around it where it stands in the middle of one.
+A reduction or a gathering belongs to the layer that makes its operand, other conversions to the layer that asks for them; in the middle
+of a layer, all belong to it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import fx
 from tedfx._version import __version__
 from tedfx.cost import Cost, LocalSizes, format_bytes, format_formula, parameter_nodes
 from tedfx.errors import user_line
-from tedfx.types import Shard, format_type
+from tedfx.types import I, R, Shard, format_type
 
 SCHEMA = 1
 WIDTH = 160
@@ -83,7 +84,7 @@ class Explanation:
     # ---- text ------------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        parts = [self._head(), self._table(), self._totals(), self._passes(), self._notes()]
+        parts = [self._head(), self._table(), self.communication(), self._passes(), self._notes()]
         return "\n\n".join(p for p in parts if p)
 
     __repr__ = __str__
@@ -152,7 +153,8 @@ class Explanation:
     def _state_name(self, node: fx.Node, path: str = "") -> str:
         return _state_name(self.compilation.trace, node, path)
 
-    def _totals(self) -> str:
+    def communication(self) -> str:
+        """The table of collectives: by phase and axes, formulas and numbers."""
         listed = []
         for t in self.cost.totals():
             payload, wire = self._number(t.payload), self._number(t.wire)
@@ -338,7 +340,7 @@ def _segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[
         around = (layer[i - 1] if i else "", layer[i + 1] if i + 1 < len(nodes) else "")
         if around[0] == around[1] and ("conversion" in node.meta or not _path(node)):
             layer[i] = around[0]
-        elif "conversion" in node.meta and node.args[0] in where:
+        elif "conversion" in node.meta and node.meta["conversion"][1] not in (R, I) and node.args[0] in where:
             layer[i] = where[node.args[0]]
         where[node] = layer[i]
     segments: list[Segment] = []
@@ -346,18 +348,23 @@ def _segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[
         if not segments or segments[-1].path != path:
             segments.append(Segment(path, []))
         segments[-1].nodes.append(node)
+    runs: dict[fx.Node, set[int]] = {}  # the segments that use a value
+    for i, segment in enumerate(segments):
+        for node in segment.nodes:
+            for source in node.all_input_nodes:
+                runs.setdefault(source, set()).add(i)
+    shared = {node for node, users in runs.items() if len(users) > 1}
     owned: set[fx.Node] = set()
     known: dict[Any, Segment] = {}
     names = set(compilation.parameters) | set(compilation.buffers) | set(getattr(compilation, "trace", compilation).stacked)
     for segment in segments:
         if segment.path:
             used = dict.fromkeys(i for n in segment.nodes for i in n.all_input_nodes if i.op == "placeholder" and i.name in names)
-            segment.parameters = [p for p in used if p not in owned]
+            segment.parameters = [p for p in used if p not in shared]
             owned.update(segment.parameters)
         segment.members = [segment.path]
         if segment.path and fold:
-            key = _fingerprint(segment, sizes)
-            first = known.setdefault(key, segment)
+            first = known.setdefault(_fingerprint(segment, sizes, shared), segment)
             if first is not segment:
                 segment.like = first
                 first.members.append(segment.path)
@@ -365,13 +372,14 @@ def _segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[
     return [Segment("", free, members=[""]), *segments] if free else segments
 
 
-def _fingerprint(segment: Segment, sizes: LocalSizes | None) -> tuple:
-    """Equal for segments that differ in nothing but the index of their path."""
+def _fingerprint(segment: Segment, sizes: LocalSizes | None, shared: set[fx.Node]) -> tuple:
+    """Equal for segments that differ in nothing but the index of their path. A value from outside that several segments use (a mask) is
+    itself; of others (what the layer before made) shape and type count."""
     number = {node: i for i, node in enumerate([*segment.parameters, *segment.nodes])}
 
     def reference(arg):
         if isinstance(arg, fx.Node):
-            return number[arg] if arg in number else ("outside", _shape_and_type(arg, sizes))
+            return number[arg] if arg in number else ("outside", arg.name if arg in shared and not _layer_of(_path(arg)) else _shape_and_type(arg, sizes))
         if isinstance(arg, (list, tuple)):
             return tuple(reference(a) for a in arg)
         return repr(arg) if isinstance(arg, (slice, float)) else arg

@@ -323,6 +323,7 @@ def trace(
             stack.enter_context(frontend.prepare(model, notes))
         captured = [name for f in used for name in f.captured(model)]
         stack.enter_context(_fake_state(model, mode, device))
+        stack.enter_context(_named_forward(model, list(call)))
         for attempt in itertools.count():
             plan = {n: traced[n] if n in free else sizes[n][0] for n in sizes}
             examples = spec.unflatten([example(x, r, plan) for x, r in zip(leaves, leaf_roles)])
@@ -349,6 +350,28 @@ def trace(
                         free[name] = fix
 
     return _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured)
+
+
+@contextlib.contextmanager
+def _named_forward(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """`forward` with exactly these parameters, where some of them go through its `**kwargs`: export does not match the dynamic shapes of those."""
+    forward, own = model.forward, "forward" in vars(model)
+    if set(names) <= set(inspect.signature(forward).parameters):
+        yield
+        return
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    named.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+    model.forward = named
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = forward
+        else:
+            del model.forward
 
 
 def _aligned(leaves: list[Any], roles: Any) -> list[dict[int, str] | None]:

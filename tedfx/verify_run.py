@@ -192,12 +192,14 @@ def _on_first(rank, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def digests(module: nn.Module) -> dict[tuple, str]:
-    """{(name, coordinates on the axes that shard it): digest of the bits} of this rank's parameters and buffers."""
+    """{(name, coordinates on the axes that shard it): digest of the bits} of this rank's parameters, gradients and buffers."""
     found = {}
     for name, p in module.named_parameters():
         coordinate = p.device_mesh.get_coordinate()
         where = tuple((axis, coordinate[i]) for i, axis in enumerate(p.device_mesh.mesh_dim_names) if p.placements[i].is_shard())
         found[name, where] = _digest(p.detach().to_local())
+        if p.grad is not None:
+            found[f"gradient of {name}", where] = _digest(p.grad.to_local())
     found.update(((name, ()), _digest(b.detach())) for name, b in module.named_buffers())
     return found
 

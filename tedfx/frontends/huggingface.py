@@ -65,6 +65,8 @@ class HuggingFace:
     """Frontend for transformers models."""
 
     name = "huggingface"
+    # Python numbers that are data: they change from step to step, so they enter the graph as 0-dim tensors.
+    number_inputs = ("num_items_in_batch",)
 
     def applies(self, model: nn.Module) -> bool:
         # A model of the library cannot exist unless the library is loaded.

@@ -50,7 +50,8 @@ _MACHINERY = re.compile(r"/(torch|tedfx)/|<(frozen|string|eval)")
 _SIZES = {T.numel, T.nelement, T.size, T.shape.__get__, torch.numel}
 _ANY = {torch.any, T.any}
 _COUNTS = {torch.sum, T.sum, torch.count_nonzero, T.count_nonzero, torch.bincount, T.bincount}
-_COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")}
+# What is known of a count that is positive, compared with a number.
+_POSITIVE = {("eq", 0): False, ("ne", 0): True, ("gt", 0): True, ("ge", 0): True, ("lt", 0): False, ("le", 0): False, ("ge", 1): True, ("lt", 1): False}
 _AST_COMPARE = {"Eq": operator.eq, "NotEq": operator.ne, "Gt": operator.gt, "GtE": operator.ge, "Lt": operator.lt, "LtE": operator.le}
 
 
@@ -130,8 +131,8 @@ class _NotEmpty(TorchFunctionMode):
             return
         elif name in ("to", "long", "int", "cpu", "detach"):
             self.known[id(out)] = (out, known[1])
-        elif name in _COMPARE and len(args) == 2 and not isinstance(args[1], T) and args[1] == 0 and known[1] is None:
-            self.known[id(out)] = (out, _COMPARE[name](1, 0))
+        elif known[1] is None and len(args) == 2 and isinstance(args[1], int) and (name, args[1]) in _POSITIVE:
+            self.known[id(out)] = (out, _POSITIVE[name, args[1]])
         elif name in ("logical_not", "invert", "bitwise_not") and known[1] is not None:
             self.known[id(out)] = (out, not known[1])
 
@@ -244,6 +245,7 @@ def _truth(test: ast.expr, asked: list[ast.expr], count: int) -> bool | None:
 
 def _value(side: ast.expr, asked: list[ast.expr], count: int) -> int | None:
     """`count`, for an expression that is only about the tokens (`x.shape[0]`, `mask.sum().item()`, `(mask == 1).any()`)."""
-    if isinstance(side, (ast.BoolOp, ast.BinOp)) or not any(node is a for node in ast.walk(side) for a in asked):
+    if isinstance(side, (ast.BoolOp, ast.BinOp)):
         return None
-    return count
+    about = any(node is a for node in ast.walk(side) for a in asked) or any(node is side for a in asked for node in ast.walk(a))
+    return count if about else None

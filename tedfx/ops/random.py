@@ -32,7 +32,7 @@ def uniform(
     if dtype not in _BITS:
         raise ValueError(f"uniform draws {', '.join(map(str, _BITS))}, not {dtype}")
     bits = _BITS[dtype]
-    hashed = _hash(global_index(factors, device or seed.device), seed, site)
+    hashed = _hash(factors, seed.to(device or seed.device), site)
     return _shift_right(hashed, 64 - bits).to(dtype) * 2.0**-bits
 
 
@@ -56,21 +56,6 @@ def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> T
     return torch.where(keep, x * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), 0)
 
 
-def global_index(factors: Factors, device: torch.device) -> Tensor:
-    """The row-major index of every local element in the global tensor, int64, of the local shape."""
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    shape = []
-    for parts in factors:
-        size = 1
-        for local, axes in parts:
-            span = context.span(axes)
-            place = torch.arange(local, device=device, dtype=torch.int64) + span.index * local
-            index = index.unsqueeze(-1) * (local * span.size) + place
-            size = size * local
-        shape.append(size)
-    return index.reshape(shape)
-
-
 # ---- splitmix64 in wrapping int64 arithmetic ----------------------------------------------------------------------
 
 
@@ -83,11 +68,24 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
 
 
-def _hash(index: Tensor, seed: Tensor, site: int) -> Tensor:
-    """64 random bits per element. The key is mixed before the index enters, so that neighbouring seeds and sites are
-    as far apart as any; the index steps by the odd golden constant, so no two elements of a site collide."""
+def _hash(factors: Factors, seed: Tensor, site: int) -> Tensor:
+    """64 random bits per local element, a function of (seed, site, row-major index in the global tensor).
+
+    The index is composed on top of the key, key * (global number of elements) + index, and not apart from it: an
+    index that is affine in the loop variables would be computed by inductor in 32 bits. The product may drop high bits
+    of the key (a power of two of elements shifts them out), so the key is added again between the two mixes.
+    """
     key = _mix(_mix(seed + _GOLDEN) + _signed((site + 1) * _SITE & (1 << 64) - 1))
-    return _mix(_mix(index * _GOLDEN + key))
+    counter, shape = key, []
+    for parts in factors:
+        size = 1
+        for local, axes in parts:
+            span = context.span(axes)
+            place = torch.arange(local, device=seed.device, dtype=torch.int64) + span.index * local
+            counter = counter.unsqueeze(-1) * (local * span.size) + place
+            size = size * local
+        shape.append(size)
+    return _mix(_mix(counter.reshape(shape)) + key)
 
 
 def _mix(z: Tensor) -> Tensor:

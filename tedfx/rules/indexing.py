@@ -57,23 +57,41 @@ def gather(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
 def scatter(node: fx.Node, ctx: Annotator) -> Relation:
-    """``scatter(x, d, index, src)``: rows outside d pass where index and source cover them."""
+    """``scatter(x, d, index, src)``: rows outside d pass where index and source cover them. ``scatter_add`` sums what is scattered, so it contracts the dim d of
+    index and source; other reductions need it whole."""
     x, d, idx = node.args[:3]
     rank = len(ctx.dims(x))
     d = d % rank
     source = node.args[3] if len(node.args) > 3 and is_tensor(node.args[3]) else None
     others = [idx] + ([source] if source is not None else [])
+    adds = source is not None and op_name(node) == "aten.scatter_add"
     whole: dict = {0: ()}
+    contracted: tuple = ()
     for i in range(rank):
         sizes = {as_size(t.meta["val"].shape[i]) for t in [x] + others}
         if i != d and len(sizes) == 1:
             ctx.match((x, i), *[(t, i) for t in others])
+        elif i == d and adds and as_size(idx.meta["val"].shape[d]) == as_size(source.meta["val"].shape[d]):
+            whole[0] += ctx.dims(x)[d]
+            contracted = ctx.match((idx, d), (source, d))
         else:
             whole[0] += ctx.dims(x)[i]
             for p, t in enumerate(others, 1):
                 whole[p] = whole.get(p, ()) + ctx.dims(t)[i]
-    linear = (frozenset({0, 2}),) if source is not None and op_name(node) == "aten.scatter_add" else ()
-    return Relation(out=ctx.dims(x), whole=whole, linear=linear)
+    return Relation(out=ctx.dims(x), whole=whole, contracted=contracted, linear=(frozenset({0, 2}),) if adds else ())
+
+
+@rule("aten.index_add")
+def index_add(node: fx.Node, ctx: Annotator) -> Relation:
+    """``index_add(x, d, index (n), src (.., n, ..))``: sums over n; the dim d of x is whole."""
+    x, d, idx, source = node.args[:4]
+    rank = len(ctx.dims(x))
+    d = d % rank
+    for i in range(rank):
+        if i != d:
+            ctx.match((x, i), (source, i))
+    contracted = ctx.match((idx, 0), (source, d)) if ctx.dims(idx) else ()
+    return Relation(out=ctx.dims(x), whole={0: ctx.dims(x)[d]}, contracted=contracted, linear=(frozenset({0, 2}),))
 
 
 @rule("aten.one_hot")

@@ -7,7 +7,7 @@ import operator
 from torch import fx
 
 from tedfx.factors import Factor, as_size, dim_size, refine_dim, regroup, unify
-from tedfx.rules.base import Annotator, Relation, argument, operands, rule
+from tedfx.rules.base import Annotator, Relation, argument, operands, rule, whole_everywhere
 
 ONE = (frozenset({0}),)
 
@@ -186,8 +186,12 @@ def repeat(node: fx.Node, ctx: Annotator) -> Relation:
     created: list = []
     if node.target._schema.name == "aten::repeat_interleave":
         n, d = node.args[1], argument(node, 2, "dim")
-        d = _wrap(d, len(dims))
+        if not isinstance(n, int) or len(operands(node)) > 1:
+            return whole_everywhere(node, ctx)
         new = (Factor(n, "repeat"),) if n != 1 else ()
+        if d is None:  # of the flattened value
+            return Relation(out=[tuple(f for dim in dims for f in dim) + new], linear=ONE, created=new)
+        d = _wrap(d, len(dims))
         return Relation(out=dims[:d] + [dims[d] + new] + dims[d + 1 :], linear=ONE, created=new)
     counts = list(node.args[1])
     dims = [()] * (len(counts) - len(dims)) + dims

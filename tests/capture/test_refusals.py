@@ -154,7 +154,7 @@ def counts(m, x, probs, w, ids):
 def capacity(m, x, probs, w, ids):
     out = torch.zeros_like(x)
     for e, token, slot in loop(ids):
-        token, slot = token[:3], slot[:3]
+        token, slot = token[: x.shape[0] // 2], slot[: x.shape[0] // 2]
         out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
     return out
 
@@ -237,25 +237,25 @@ CASES = [
     (missing, r"\[3\] are never added"),
     (missing_masked, r"\[2\] are never added"),
     (repeated, "expert 1 is added 2 times"),
-    (repeated_last, "also used outside the loop|tokens of expert 3"),
+    (repeated_last, "also used outside the loop"),
     (other_expert, r"depends on experts \[1, 2\]"),
-    (crossed, "do not end in one sum|reach the sum"),
+    (crossed, "do not end in one sum over all experts"),
     (structure, "experts differ: aten.sigmoid.default in one, aten.relu.default in another"),
     (constants, "different constants"),
-    (number, "computes with the expert's number|different constants"),
+    (number, "computes with the expert's number"),
     (sequential, "depends on experts"),
     (read_between, "read between two of them"),
     (mixes_rows, "along the rows"),
     (softmax_of_rows, "along the rows"),
     (attention, "may mix the rows"),
     (counts, "how many tokens it has"),
-    (capacity, "computes with the numbers of an expert's tokens"),
+    (capacity, "computes with which tokens are an expert's"),
     (overwrites, "keeps only the last expert"),
-    (unmasked, "nothing makes its result zero|not captured|parameter is as long|cannot capture"),
+    (unmasked, "computes with which tokens are"),
     (nonlinear_weight, "carry their routing weight"),
     (unproven, "nothing proves that the expert ids lie in"),
     (wider_router, r"\[4\] are never added"),
-    (twice_the_same, "may name an expert twice|token that names an expert twice"),
+    (twice_the_same, "may name an expert twice"),
     (shared_weight, "belongs to several experts"),
     (outside, "also used outside the loop"),
     (two_inputs, "reads two values of a token"),
@@ -299,6 +299,21 @@ def test_switch_may_overwrite():
     model = Block(switch).double()
     traced, result = capture(model)
     assert result.matches == 1
+    check(model, traced, x=tokens())
+
+
+def test_a_soft_mixture_is_left_alone():
+    """Without a choice there is nothing to dispatch; the graph is exact as it is."""
+
+    def soft(m, x, probs, w, ids):
+        out = torch.zeros_like(x)
+        for e in range(E):
+            out = out + m.experts[e](x) * probs[:, e, None]
+        return out
+
+    model = Block(soft).double()
+    traced, result = capture(model)
+    assert result.matches == 0 and not traced.stacked
     check(model, traced, x=tokens())
 
 
@@ -410,6 +425,8 @@ def counted(m, x, probs, w, ids):
         if load[e] > 0:
             if not torch.any(ids == e):
                 continue
+            if (ids == e).sum() < 1:
+                pass
             out = out.index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
     return out
 

@@ -76,6 +76,18 @@ def test_draws_and_cross_entropy_agree_with_the_cpu():
     torch.testing.assert_close(vocab.vocab_parallel_cross_entropy(logits.cuda(), labels.cuda(), ()).cpu(), on_cpu)
 
 
+def test_compiled_draws_are_the_eager_ones():
+    factors = (((640, ()),), ((33, ()),))
+
+    def draw(seed):
+        return random.uniform(factors, seed, 7)
+
+    compiled = torch.compile(draw, fullgraph=True)
+    for seed in (0, -1, -(2**63), 2**63 - 1, 123456789):
+        seed = torch.tensor(seed, device="cuda")
+        assert torch.equal(compiled(seed), draw(seed))
+
+
 def test_compiled_layer():
     compiled = torch.compile(whole, fullgraph=True, dynamic=True)
     for seed in (0, 1):

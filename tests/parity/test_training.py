@@ -220,11 +220,9 @@ def with_dropout(pm, batch, rank):
     return float(out.loss), grads, again, float(pm(**local).loss)
 
 
-@pytest.mark.parametrize(
-    "model, overrides",
-    [("llama", {"attention_dropout": 0.3}), ("mixtral", {"attention_dropout": 0.3}), ("plain_test", {"dropout": 0.3})],
-)
-def test_dropout_draws_do_not_depend_on_the_mesh(model, overrides):
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_dropout_draws_do_not_depend_on_the_mesh(model):
+    overrides = {"attention_dropout": 0.3}
     meshes = ["tp=1", "tp=2", "dp=2"] + ["ep=2"] * (model != "llama")
     loss, grads, again, replay = on_ranks(case(model, meshes[0], overrides=overrides), with_dropout)[0]
     assert relative(again, loss) > 1e-4, "the second forward has to draw anew"

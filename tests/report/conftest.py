@@ -8,17 +8,16 @@ from tedfx.compiler import Compilation, compile_trace
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tests.models import MODELS
-from tests.pool import ranks  # noqa: F401  the session's rank processes
 
 
 @functools.cache
-def traced(name, **options):
-    return trace(MODELS[name](**options))
+def traced(name, layers):
+    return trace(MODELS[name](num_hidden_layers=layers))
 
 
 @functools.cache
-def compiled(name, mesh, layers=2):
-    each = traced(name) if layers == 2 else traced(name, num_hidden_layers=layers)
+def compiled(name, mesh, layers=3):
+    each = traced(name, layers)
     return compile_trace(Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)))
 
 

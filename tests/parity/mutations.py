@@ -1,0 +1,148 @@
+"""Ways to break the gradients, each a small plausible mistake. A mutation runs in every rank before its module is made."""
+
+import dataclasses
+import functools
+
+import torch
+
+from tedfx import gradients
+from tedfx.ops import context, convert, experts, moe, vocab
+
+
+def all_reduce_adjoint_sums(rank):
+    """The classic: the adjoint of an all-reduce taken for another all-reduce; exactly `size` times too much."""
+
+    def backward(ctx, grad):
+        return grad * 2, None
+
+    convert._AllReduce.backward = staticmethod(backward)
+
+
+def sum_gradient_forgets(rank):
+    """The adjoint of I -> R without its all-reduce: every rank keeps its own part."""
+    convert._SumGradient.backward = staticmethod(lambda ctx, grad: (grad, None))
+
+
+def sum_gradient_averages(rank):
+    before = convert._SumGradient.backward
+    convert._SumGradient.backward = staticmethod(lambda ctx, grad: (before(ctx, grad)[0] / ctx.span.size, None))
+
+
+def _scaled_reduction(factor, axes=None):
+    before = gradients.GradientBoundary._launch
+
+    def launch(self, overlapped):
+        before(self, overlapped)
+        bucket, flat, have, work = self._flying[-1]
+        if axes in (None, bucket.axes):
+            work.wait()
+            flat.mul_(factor(bucket))
+
+    gradients.GradientBoundary._launch = launch
+
+
+def boundary_averages(rank):
+    """Data-parallel habit: the sum over the batch ranks divided by their number."""
+    _scaled_reduction(lambda bucket: 0.5)
+
+
+def boundary_skips(rank):
+    """Nothing is summed over the batch axes."""
+    from tedfx import parameters
+
+    before = parameters.Placed.__init__
+
+    def init(self, layout, mesh):
+        before(self, dataclasses.replace(layout, reduce_axes=()), mesh)
+
+    parameters.Placed.__init__ = init
+
+
+def boundary_skips_experts(rank):
+    """Experts are not summed over dp: what remains when a parameter is in the wrong group."""
+    from tedfx import parameters
+
+    before = parameters.Placed.__init__
+
+    def init(self, layout, mesh):
+        before(self, dataclasses.replace(layout, reduce_axes=()) if "experts" in layout.name else layout, mesh)
+
+    parameters.Placed.__init__ = init
+
+
+def groups_swapped(rank):
+    """tp collectives run over dp and the other way round. The mesh has both, of one size."""
+    before = context.RankContext.ensure_groups
+
+    def ensure(self, groups):
+        before(self, groups)
+        if ("dp",) in self._spans and ("tp",) in self._spans and not hasattr(self, "swapped"):
+            self.swapped = True
+            dp, tp = self._spans["dp",], self._spans["tp",]
+            self._spans["dp",], self._spans["tp",] = dataclasses.replace(dp, name=tp.name), dataclasses.replace(tp, name=dp.name)
+
+    context.RankContext.ensure_groups = ensure
+
+
+def label_count_is_local(rank):
+    """The mean is over this rank's valid labels, not over all: a scalar without a gradient is not summed."""
+    before = convert._AllReduce.forward
+
+    def forward(ctx, x, span):
+        return x.clone() if x.dim() == 0 and not ctx.needs_input_grad[0] else before(ctx, x, span)
+
+    convert._AllReduce.forward = staticmethod(forward)
+
+
+def exchange_forgets_a_row(rank):
+    """The adjoint of the all-to-all loses the first row."""
+    before = moe._AllToAll.backward
+
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[:1] = 0
+        return before(ctx, grad)
+
+    moe._AllToAll.backward = staticmethod(backward)
+
+
+def unsorted_adjoint(rank):
+    """Rows come back from the experts in the order they were sorted to, not that they were sent in."""
+    moe._Index.backward = staticmethod(lambda ctx, grad: (grad.index_select(0, ctx.saved_tensors[0]), None))
+
+
+def router_gets_no_gradient(rank):
+    """The weights of `combine` are taken for constants: routers learn from the auxiliary loss alone."""
+    before = experts._combine_grads
+
+    def grads(grad, rows, order, weights):
+        rows_grad, weights_grad = before(grad, rows, order, weights)
+        return rows_grad, torch.zeros_like(weights_grad)
+
+    experts._combine_grads = grads
+
+
+def cross_entropy_local_softmax(rank):
+    """The softmax of the backward is normalised over this rank's part of the vocabulary."""
+    before = vocab._CrossEntropy.forward
+
+    def forward(ctx, logits, labels, span, ignore_index):
+        out = before(ctx, logits, labels, span, ignore_index)
+        saved = list(ctx.to_save)
+        saved[2] = (logits.to(saved[1].dtype) - saved[1].unsqueeze(1)).exp().sum(1)
+        ctx.save_for_backward(*saved)
+        return out
+
+    vocab._CrossEntropy.forward = staticmethod(forward)
+
+
+def last_bit_on_one_rank(rank):
+    """A rank rounds differently: no tolerance on values can see it."""
+    if rank == 1:
+        before = convert._SumGradient.backward
+        convert._SumGradient.backward = staticmethod(lambda ctx, grad: (before(ctx, grad)[0] * (1 + 1e-12), None))
+
+
+def nothing(rank):
+    """The control: a patch that changes nothing."""
+    convert._SumGradient.backward = staticmethod(functools.partial(convert._SumGradient.backward))

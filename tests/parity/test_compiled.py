@@ -1,0 +1,64 @@
+"""compile=True: the same numbers, and a count of compilations. Routing never recompiles; a first change of sizes does once."""
+
+import pytest
+import torch
+
+from tedfx.verify_run import errors, make_batch, relative, split_batch
+from tests.parity.cases import case, on_ranks, on_single
+
+# (rows, sequence, seed): other tokens and so other counts; then other sizes; then sizes never seen
+BATCHES = [(8, 12, 0), (8, 12, 5), (8, 12, 9), (4, 12, 1), (4, 9, 2), (8, 17, 3), (12, 5, 4)]
+
+
+class Vocabulary(torch.nn.Module):
+    def forward(self, input_ids, labels=None): ...
+
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(64, 1)
+
+
+def batches():
+    return [make_batch(Vocabulary(), *sizes) for sizes in BATCHES]
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def single(model, batch):
+    found = []
+    for each in batches():
+        model.zero_grad()
+        loss = model(**each).loss
+        loss.backward()
+        found.append((float(loss), gradients(model)))
+    return found
+
+
+def compiled(pm, batch, rank):
+    from torch._dynamo.utils import counters
+
+    found = []
+    for each in batches():
+        pm.zero_grad()
+        loss = pm(**split_batch(each, *pm.batch_coordinate)).loss
+        loss.backward()
+        found.append((float(loss.detach()), pm.gather_gradients(), counters["stats"]["unique_graphs"]))
+    return found, sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_compiled_matches_and_counts_its_compilations(dtype):
+    this = case("mixtral", "ep=2,tp=2", overrides={"num_hidden_layers": 1}, compile=True, outputs=("loss",), dtype=dtype)
+    loose = 1e-4 if dtype == "float32" else 1e-5
+    expected = on_single(this, single)
+    for results, breaks in on_ranks(this, compiled):
+        for sizes, (loss, grads), (got_loss, got_grads, _) in zip(BATCHES, expected, results):
+            assert relative(got_loss, loss) < (1e-5 if dtype == "float32" else 1e-6), sizes
+            found = errors(got_grads, grads)
+            assert max(found.values()) < loose, (sizes, max(found, key=found.get))
+        counts = [count for *_, count in results]
+        assert breaks == 0
+        assert counts[0] == counts[1] == counts[2] == 1, "changing routing counts recompiles"
+        assert counts[3] <= 2 and counts[-1] == counts[4] <= 3, f"one more for a first change of batch, one of sequence, then none: {counts}"
+        assert counts[-1] <= 2, f"a first change of sizes compiles once more and then no further: {counts}"

@@ -1,0 +1,48 @@
+"""A change that breaks a gradient's scale, a group or an adjoint turns verification red. Each mutation is made in the ranks alone."""
+
+import pytest
+
+from tests.parity import mutations
+from tests.parity.cases import case, verified
+
+TP = case("llama", "tp=2", steps=1)
+DP = case("mixtral", "dp=2", steps=1)
+EP = case("mixtral", "ep=2", steps=1)
+EP_TP = case("mixtral", "ep=2,tp=2", steps=1)
+DP_TP = case("llama", "dp=2,tp=2", steps=1)
+DP_EP = case("qwen2_moe", "dp=2,ep=2", steps=1)
+
+# mutation -> (case, rows that must fail)
+MUTATIONS = [
+    (mutations.all_reduce_adjoint_sums, TP, ("gradients",)),
+    (mutations.sum_gradient_forgets, TP, ("gradients",)),
+    (mutations.sum_gradient_averages, TP, ("gradients",)),
+    (mutations.boundary_averages, DP, ("gradients", "gradient norm")),
+    (mutations.boundary_skips, DP, ("gradients", "replicas")),
+    (mutations.boundary_skips_experts, DP_EP, ("gradients", "replicas")),
+    (mutations.groups_swapped, DP_TP, ("loss", "gradients")),
+    (mutations.label_count_is_local, DP, ("loss", "gradients")),
+    (mutations.exchange_forgets_a_row, EP, ("gradients",)),
+    (mutations.unsorted_adjoint, EP, ("gradients",)),
+    (mutations.router_gets_no_gradient, EP, ("gradients",)),
+    (mutations.cross_entropy_local_softmax, TP, ("gradients",)),
+]
+
+
+@pytest.mark.parametrize("mutation, on, red", MUTATIONS, ids=[m.__name__ for m, *_ in MUTATIONS])
+def test_turns_verification_red(mutation, on, red):
+    result = verified(on, mutation)
+    assert not result.ok
+    for quantity in red:
+        assert not result[quantity].ok, f"{quantity} is still within its tolerance\n{result}"
+
+
+@pytest.mark.parametrize("on", [TP, EP_TP], ids=str)
+def test_without_a_mutation_the_same_cases_are_green(on):
+    assert verified(on, mutations.nothing).ok
+
+
+def test_a_last_bit_is_seen_by_the_replicas_alone():
+    result = verified(TP, mutations.last_bit_on_one_rank)
+    assert not result["replicas"].ok
+    assert all(row.ok for row in result.rows if not row.quantity.startswith("replicas"))

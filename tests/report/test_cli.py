@@ -1,0 +1,122 @@
+"""The command line, in process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import tedfx
+from tedfx.cli import main, parse_overrides, parse_roles
+from tedfx.errors import ConfigError
+
+TOY = "tests.report.toy:make"
+TINY = "hidden_size=32 intermediate_size=48 vocab_size=64 num_attention_heads=4 num_key_value_heads=2 num_local_experts=4".split()
+
+
+def run(capsys, *argv):
+    status = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_explain_a_model_type(capsys):
+    status, out, err = run(capsys, "explain", "mixtral", "--mesh", "dp=4,ep=4,tp=2", "--layers", 2, "--set", *TINY, "--batch", 2, "--sequence", 8, "--timings")
+    assert status == 0, err
+    assert out.startswith("MixtralForCausalLM on mesh dp=4,ep=4,tp=2 (32 ranks)")
+    assert "aux_loss" in out and "-- model.layers.0  x2: layers 0-1" in out and "all_to_all_single ep" in out
+    assert "trace" in out and "passes together" in out and "peak memory" in out
+
+
+def test_explain_a_factory(capsys):
+    status, out, _ = run(capsys, "explain", TOY, "--mesh", "dp=2,tp=2", "--set", "layers=3", "width=8")
+    assert status == 0 and out.startswith("Stack on mesh dp=2,tp=2") and "-- blocks.0  x3" in out and "[batch, sequence, 8]" in out
+    status, out, _ = run(capsys, "explain", "tests.report.toy:flat", "--mesh", "dp=2", "--eval")
+    assert status == 0 and "forward(x: float32[3]) eval" in out
+
+
+def test_json(capsys):
+    status, out, _ = run(capsys, "explain", TOY, "--mesh", "dp=2,tp=2", "--format", "json", "--outputs", "loss")
+    data = json.loads(out)
+    assert status == 0 and data["mesh"] == {"dp": 2, "tp": 2} and data["stages"]["trace"] > 0
+    # without the logits nothing gathers them
+    assert not any(t["collective"] == "all_gather_into_tensor" for t in data["totals"])
+    status, out, _ = run(capsys, "explain", TOY, "--mesh", "dp=2,tp=2", "--format", "json", "--no-fold")
+    assert [s["count"] for s in json.loads(out)["layers"] if s["path"]] == [1] * 4
+
+
+def test_before(capsys):
+    status, out, _ = run(capsys, "explain", TOY, "--mesh", "tp=2", "--before", "blocks.1")
+    assert status == 0 and "blocks.1, the single-device graph" in out and "blocks.1, the graph of one rank of tp=2" in out
+    assert "linear(sum_gradient_1, up.weight" in out
+
+
+def test_passes(capsys):
+    status, out, _ = run(capsys, "passes")
+    assert status == 0
+    assert [line.split()[1] for line in out.splitlines() if line[:2].strip().isdigit()] == [p.name for p in tedfx.default_passes()]
+    assert "Give every value a type" in out and "requires tensor_plan; provides types" in out
+
+
+def test_version_and_help(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert status == 0 and out.strip() == f"tedfx {tedfx.__version__}"
+    status, out, _ = run(capsys, "--help")
+    assert status == 0 and all(f"\n    {word}" in out for word in ("explain", "passes", "verify"))
+    status, out, _ = run(capsys, "explain", "--help")
+    assert status == 0 and "tedfx explain mixtral --mesh dp=4,ep=8,tp=4" in out
+    assert run(capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "argv,says",
+    [
+        (["mixtrol", "--mesh", "dp=2"], "'mixtrol' is not a model type of transformers, nor package.module:factory; did you mean mixtral"),
+        (["mixtral", "--mesh", "dp=two"], "expected axis=size pairs"),
+        (["mixtral", "--mesh", "dp=2,pp=2"], "not built yet"),
+        (["mixtral", "--mesh", "zz=2"], "mesh axis 'zz' has no role"),
+        (["mixtral", "--mesh", "dp=2", "--roles", "expert=tp"], "names axis 'tp', but the mesh has axes ('dp',)"),
+        (["mixtral", "--mesh", "dp=2", "--roles", "experts=dp"], "unknown role 'experts'"),
+        (["mixtral", "--mesh", "dp=2", "--roles", "tp"], "expected role=axis,axis"),
+        (["mixtral", "--mesh", "dp=2", "--set", "hidden_size"], "expected key=value"),
+        (["mixtral", "--mesh", "dp=2", "--set", "hiddensize=8"], "no such entry; did you mean hidden_size"),
+        (["mixtral", "--mesh", "dp=2", "--set", "hidden_size=wide"], "--set hidden_size=wide: expected a value like 4096"),
+        (["mixtral", "--mesh", "dp=2", "--set", "hidden_size=8.5"], "--set hidden_size=8.5: expected a value like 4096"),
+        (["mixtral", "--mesh", "dp=2", "--dtype", "int8"], "no floating dtype"),
+        (["mixtral", "--mesh", "dp=2"] + ["--set", "hidden_act=nosuch", "num_hidden_layers=1"], "mixtral with {"),
+        (["tests.report.nowhere:make", "--mesh", "dp=2"], "No module named 'tests.report.nowhere'"),
+        (["tests.report.toy:nothing", "--mesh", "dp=2"], "has no attribute 'nothing'"),
+        (["tests.report.toy:fails", "--mesh", "dp=2"], "raised RuntimeError: no such thing"),
+        (["tests.report.toy:a_string", "--mesh", "dp=2"], "returned a str, not a torch.nn.Module"),
+        ([TOY, "--mesh", "ep=2"], "no MoE layer was found"),
+        ([TOY, "--mesh", "dp=2", "--outputs", "losses"], "the model's outputs are loss, logits"),
+        ([TOY, "--mesh", "dp=2", "--set", "depth=3"], "unexpected keyword argument 'depth'"),
+    ],
+)
+def test_refused(capsys, argv, says):
+    status, out, err = run(capsys, "explain", *argv)
+    assert status == 2 and out == ""
+    assert says in err and err.startswith("tedfx: ") and err.count("\n") == 1
+
+
+def test_arguments():
+    assert parse_roles(["expert=ep,tp"]) == {"expert": ("ep", "tp")}
+    assert parse_roles(["expert=ep+tp,batch=dp"]) == parse_roles(["expert=ep,tp", "batch=dp"]) == {"expert": ("ep", "tp"), "batch": ("dp",)}
+    assert parse_roles(["expert_tensor="]) == {"expert_tensor": ()}
+    assert parse_overrides(["a=1", "b.c=true", "b.d=[1, 2]", "e=silu", "f=1e-3", "g=None"]) == {"a": 1, "b": {"c": True, "d": [1, 2]}, "e": "silu", "f": 1e-3, "g": None}
+    with pytest.raises(ConfigError, match="has a value already"):
+        parse_overrides(["a=1", "a.b=2"])
+    with pytest.raises(ConfigError, match="'silu'"):
+        parse_overrides(["silu"])
+
+
+def test_verify_is_handed_on(monkeypatch):
+    """`tedfx verify` is the module's own parser and run."""
+    import sys
+    import types
+
+    fake = types.ModuleType("tedfx.verify", "Compare.")
+    fake.add_arguments = lambda parser: parser.add_argument("model")
+    fake.run = lambda options: 1 if options.model == "bad" else 0
+    monkeypatch.setitem(sys.modules, "tedfx.verify", fake)
+    assert (main(["verify", "good"]), main(["verify", "bad"]), main(["verify"])) == (0, 1, 2)
