@@ -135,7 +135,8 @@ def make_model(model_type: str, settings: list[str]) -> torch.nn.Module:
         known = AutoConfig.for_model(model_type)
     except ValueError:
         raise ConfigError(f"--model-type {model_type}: transformers has no such model type; e.g. mixtral, qwen3_moe, gpt_oss") from None
-    chosen = {key: value for key, value in SMALL.items() if hasattr(known, key)}
+    name = lambda key: known.attribute_map.get(key, key)  # configs may know one entry by two names
+    chosen = {name(key): value for key, value in SMALL.items() if hasattr(known, key)}
     if hasattr(known, "qk_rope_head_dim"):  # latent attention: the part that rotates is the head, and heads share nothing
         chosen.update(head_dim=SMALL["qk_rope_head_dim"], num_key_value_heads=SMALL["num_attention_heads"])
     for word in settings:
@@ -143,9 +144,9 @@ def make_model(model_type: str, settings: list[str]) -> torch.nn.Module:
         if not equals or not hasattr(known, key):
             raise ConfigError(f"--set {word}: expected KEY=VALUE with a key of the {model_type} config")
         try:
-            chosen[key] = ast.literal_eval(text)
+            chosen[name(key)] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            chosen[key] = text
+            chosen[name(key)] = text
     if chosen.get("vocab_size") != BYTES:
         raise ConfigError(f"vocab_size={chosen.get('vocab_size')}: the text is bytes, so the vocabulary is {BYTES}")
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **chosen))

@@ -36,7 +36,7 @@ def check_types(program, after="") -> int:
 
 
 def _fail(node: fx.Node, axis, text: str, after: str):
-    where = user_line(node.meta.get("stack_trace", "")) or "no source line"
+    where = user_line(node)
     raise TypeCheckError(f"{'after ' + after + ': ' if after else ''}{node.name} on axis {axis}: {text} ({where})")
 
 

@@ -102,7 +102,7 @@ class _Localizer:
         elif isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags and name != "aten.scaled_dot_product_attention":
             raise TraceError(
                 f"{name} draws random numbers and has no counter-based form, so replicas would not agree; remove it or use dropout "
-                f"({user_line(node.meta.get('stack_trace', ''))})"
+                f"({user_line(node)})"
             )
 
     def shape(self, node: fx.Node) -> list:
@@ -196,7 +196,7 @@ class _Localizer:
         for dim in node.meta["dims"]:
             if any(f.ragged for f in leaves(dim)):
                 raise TraceError(
-                    f"dropout inside an expert's body is not supported: its rows move between ranks ({user_line(node.meta.get('stack_trace', ''))})"
+                    f"dropout inside an expert's body is not supported: its rows move between ranks ({user_line(node)})"
                 )
             factors.append(tuple((self.sizes.node(self.sizes.factor(f, node.meta["type"])), sharding_axes(node.meta["type"], f)) for f in leaves(dim)))
         if self.seed is None:

@@ -44,7 +44,7 @@ class SplitLosses(Pass):
         weight, reduction = argument(node, 2, "weight"), argument(node, 3, "reduction", 1)
         ignore, smoothing = argument(node, 4, "ignore_index", -100), argument(node, 5, "label_smoothing", 0.0)
         if labels.meta["val"].dtype.is_floating_point:
-            raise TraceError(f"cross_entropy with class probabilities is not supported; use class indices ({user_line(node.meta.get('stack_trace', ''))})")
+            raise TraceError(f"cross_entropy with class probabilities is not supported; use class indices ({user_line(node)})")
         make = lambda target, *args, **kwargs: emit(graph, target, args, kwargs, like=node)
         with graph.inserting_before(node):
             rank = logits.meta["val"].dim()
@@ -55,7 +55,7 @@ class SplitLosses(Pass):
                 logits = make(aten.reshape.default, make(aten.permute.default, logits, order), [-1, logits.meta["val"].shape[1]])
                 labels = make(aten.reshape.default, labels, [-1])
             if weight is not None and smoothing:
-                raise TraceError(f"cross_entropy with class weights and label smoothing is not supported ({user_line(node.meta.get('stack_trace', ''))})")
+                raise TraceError(f"cross_entropy with class weights and label smoothing is not supported ({user_line(node)})")
             rows = make(aten.cross_entropy_loss.default, logits, labels, weight, 0, ignore, smoothing)
             if reduction == 0:
                 shape = node.args[1].meta["val"].shape

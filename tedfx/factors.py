@@ -110,6 +110,15 @@ def _quotient(big, small):
     return as_size(sympy.cancel(sympy.sympify(big) / sympy.sympify(small)))
 
 
+def settle(a: Sequence[Factor], b: Sequence[Factor]) -> None:
+    """A size that only the data tells (``u0``: the number of bins, of matches) is, where it meets a known size, that size: the op asserts it at run time."""
+    for one, other in ((leaves(a), leaves(b)), (leaves(b), leaves(a))):
+        if len(one) == 1 and isinstance(one[0].size, sympy.Symbol) and one[0].size.name.startswith(("u", "zuf")):
+            if dim_size(other) != one[0].size:
+                one[0].root()._size = dim_size(other)
+            return
+
+
 def unify(a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor, list], bool] = lambda f, s: True) -> bool:
     """State that two dims are the same, refining where one is finer; False (and nothing changed) where they do not agree.
 

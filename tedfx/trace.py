@@ -32,6 +32,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedfx.errors import CaptureError, TraceError, user_line
 from tedfx.passes.base import emit, evaluate
@@ -66,6 +67,7 @@ class Trace:
     in_spec, out_spec pytree specs of ((args), {kwargs}) and of the model's outputs.
     mutated_buffers   FQNs of buffers that the model changes (filled by the `functionalize` pass).
     sizes             "batch" and "sequence" -> size symbol, those that the model leaves free.
+    conditions        what the sizes of a call must satisfy besides, as expressions in the size symbols.
     static            one line for every size that the model fixes or bounds.
     values            path -> value of inputs that are not tensors; a call must pass the same.
     """
@@ -88,6 +90,7 @@ class Trace:
     device: torch.device
     mutated_buffers: list[str] = dataclasses.field(default_factory=list)
     captured: list[str] = dataclasses.field(default_factory=list)
+    conditions: list[sympy.Basic] = dataclasses.field(default_factory=list)
     stacked: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -129,6 +132,10 @@ class Trace:
                     expected = int(expr)
                 if expected != actual:
                     raise TraceError(f"dim {dim} of {_show(path)} is {actual}; expected {expected}")
+        for condition in self.conditions:
+            if condition.subs(found) == sympy.false:
+                sizes = ", ".join(f"{name} = {found[s]}" for name, s in self.sizes.items() if s in found)
+                raise TraceError(f"the model only accepts sizes with {condition}; the call has {sizes}")
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The model's own output from the graph's outputs (new values of mutated buffers are dropped)."""
@@ -324,12 +331,17 @@ def trace(
         captured = [name for f in used for name in f.captured(model)]
         stack.enter_context(_fake_state(model, mode, device))
         stack.enter_context(_named_forward(model, list(call)))
+        # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA would fix the length to their alignment.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        deferred = False
         for attempt in itertools.count():
             plan = {n: traced[n] if n in free else sizes[n][0] for n in sizes}
             examples = spec.unflatten([example(x, r, plan) for x, r in zip(leaves, leaf_roles)])
             dynamic = spec.unflatten([shapes(x, r, free) for x, r in zip(leaves, leaf_roles)])
             try:
-                exported = torch.export.export(model, (), examples, dynamic_shapes=dynamic, strict=False)
+                exported = torch.export.export(
+                    model, (), examples, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred
+                )
                 break
             except TraceError:  # a frontend's own, with the line
                 raise
@@ -337,6 +349,9 @@ def trace(
                 fixes = _suggested(str(error), free)
                 if attempt == 6:
                     raise _trace_error(error) from error
+                if not deferred and "Constraints violated" in str(error) and "Suggested fixes:" not in str(error):
+                    deferred = True  # a condition that export cannot solve for a size: let it stand in the graph, see `_conditions`
+                    continue
                 if not fixes and any(traced[n] != sizes[n][0] for n in sizes):
                     traced = {n: size for n, (size, _) in sizes.items()}  # our sizes do not suit the model: the given ones
                 elif not fixes:
@@ -418,6 +433,9 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
     graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
     graph = graph_module.graph
     inline_regions(graph_module)
+    conditions = _conditions(graph, {s for n in graph.find_nodes(op="placeholder") for s in _free_symbols(n.meta.get("val"))})
+    static.extend(f"the model only accepts sizes with {c}" for c in conditions)
+    _count_into_fixed_bins(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _ASSERTIONS:
             graph.erase_node(node)
@@ -497,7 +515,50 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
         values=values,
         device=device,
         captured=captured,
+        conditions=conditions,
     )
+
+
+def _free_symbols(val: Any) -> set[sympy.Symbol]:
+    sizes = val.shape if isinstance(val, torch.Tensor) else ()
+    return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+
+
+def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
+    """What the graph asserts of the sizes of its inputs, less what holds of all of a sample (`min(8 s, 16 s) == 8 s`)."""
+    found: dict[sympy.Basic, None] = {}
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        val = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+        expr = val.node.expr if isinstance(val, torch.SymBool) else None
+        if isinstance(expr, sympy.Basic) and expr.free_symbols and expr.free_symbols <= of:
+            symbols = sorted(expr.free_symbols, key=str)
+            samples = itertools.product((1, 2, 3, 4, 7, 8, 9, 16, 61, 512, 4097), repeat=len(symbols))
+            if not all(expr.subs(dict(zip(symbols, sample))) == sympy.true for sample in samples):
+                found[expr] = None
+    return list(found)
+
+
+def _count_into_fixed_bins(graph: fx.Graph) -> None:
+    """bincount(ids, minlength=E) has a size that is data. Where the graph asserts it to be E, it is a histogram of E bins."""
+    asserted = {}
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        val = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+        expr = val.node.expr if isinstance(val, torch.SymBool) else None
+        if isinstance(expr, sympy.Eq) and expr.lhs.is_Symbol and expr.rhs.is_Integer:
+            asserted[expr.lhs] = int(expr.rhs)
+    stale: set[fx.Node] = set()  # their fake values still have the size that is data
+    for node in list(graph.nodes):
+        if node.target is aten.bincount.default and asserted.get(node.meta["val"].shape[0].node.expr) == (*node.args, None, 0)[2]:
+            bins = node.args[2]
+            with graph.inserting_before(node):
+                exact = emit(graph, aten.to.dtype, (node.args[0], torch.float64), like=node)
+                counts = emit(graph, aten.histc.default, (exact, bins, 0, bins), like=node)
+                counts = emit(graph, aten.to.dtype, (counts, torch.int64), like=node)
+            node.replace_all_uses_with(counts)
+            stale.update(counts.users)
+        elif node in stale and node.op == "call_function" and node.target not in _ASSERTIONS:
+            node.meta["val"] = evaluate(graph, node.target, node.args, node.kwargs)
+            stale.update(node.users)
 
 
 def inline_regions(graph_module: fx.GraphModule) -> None:

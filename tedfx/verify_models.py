@@ -105,7 +105,7 @@ class ByType:
         try:
             return type(default)(**_merge(small, self.overrides))
         except Exception as error:  # noqa: BLE001  whatever a config class says to a value
-            raise ConfigError(f"{self.model_type} with {dict(self.overrides)}: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"{self.model_type} with {dict(self.overrides)}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def _merge(small: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 import operator
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 import torch.utils._pytree as pytree
@@ -172,27 +173,31 @@ def _here() -> str:
 
 
 def _expression(frame: FrameType) -> ast.expr | None:
-    """The expression that a frame is evaluating; every node knows the one above it. None where there is no source."""
-    line, end_line, column, end_column = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    try:
-        lines, start = inspect.getsourcelines(frame.f_code)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError, TypeError):
-        return None
-    indent = len(lines[0]) - len(lines[0].lstrip())
-    start = max(start, 1)
-    found = None
-    for node in ast.walk(tree):
-        for child in ast.iter_child_nodes(node):
-            child.above = node
-        if isinstance(node, (ast.expr, ast.If)) and None not in (line, end_line, column, end_column):
-            here = (node.lineno + start - 1, node.end_lineno + start - 1, node.col_offset + indent, node.end_col_offset + indent)
-            if here == (line, end_line, column, end_column):
-                found = node
+    """The expression that a frame is evaluating; None where there is no source."""
+    found = _source(frame.f_code).get(list(frame.f_code.co_positions())[frame.f_lasti // 2])
     if isinstance(found, ast.If):  # where a truth value is asked for, python gives the position of the whole statement
         found = found.test
         while isinstance(found, ast.UnaryOp) and isinstance(found.op, ast.Not):
             found = found.operand
+    return found
+
+
+@functools.lru_cache(maxsize=512)
+def _source(code: CodeType) -> dict[tuple, ast.expr | ast.If]:
+    """Position -> node of the source of a function; every node knows the one above it."""
+    try:
+        lines, start = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError, TypeError):
+        return {}
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    start = max(start, 1) - 1
+    found: dict[tuple, ast.expr | ast.If] = {}
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            child.above = node
+        if isinstance(node, (ast.expr, ast.If)):
+            found[node.lineno + start, node.end_lineno + start, node.col_offset + indent, node.end_col_offset + indent] = node
     return found
 
 

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from tedfx.factors import Factor, as_size, dim_size, leaves, unify
+from tedfx.factors import Factor, as_size, dim_size, leaves, settle, unify
 
 
 def regroup_barrier(x):
@@ -143,6 +143,7 @@ class Annotator:
             return ()
         first = wide[0]
         for other in wide[1:]:
+            settle(self.dims(first[0])[first[1]], self.dims(other[0])[other[1]])
             if not unify(self.dims(first[0])[first[1]], self.dims(other[0])[other[1]], self.may_refine):
                 self.barrier(*other)
                 if not unify(self.dims(first[0])[first[1]], self.dims(other[0])[other[1]], self.may_refine):

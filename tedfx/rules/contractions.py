@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.errors import TraceError
-from tedfx.factors import as_size
+from tedfx.factors import as_size, dim_size
 from tedfx.rules.base import Annotator, Relation, argument, is_tensor, op_name, operands, positions, rule, whole_everywhere
 
 EACH = (frozenset({0}), frozenset({1}))
@@ -86,6 +86,8 @@ def reduce_whole(node: fx.Node, ctx: Annotator) -> Relation:
         several = isinstance(value, (tuple, list))
         shape = [as_size(s) for s in (value[0] if several else value).shape]
         listed = argument(node, 2 if name.endswith("norm") else 1, "dim")
+        if isinstance(listed, bool):  # var(x, unbiased)
+            listed = None
         gone = list(range(len(dims))) if listed in (None, []) else [d % len(dims) for d in ([listed] if isinstance(listed, int) else listed)]
         keep = len(shape) == len(dims) and bool(shape)
     else:
@@ -142,6 +144,17 @@ def histogram(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=[bins], contracted=everything if fixed else (), whole={} if fixed else {0: everything}, created=bins)
 
 
+@rule("aten.bincount")
+def bincount(node: fx.Node, ctx: Annotator) -> Relation:
+    """Counts of at least ``minlength`` bins; where all values lie below it (one count per expert), counts of shards add up. The op itself fails to add where they
+    do not."""
+    minlength = argument(node, 2, "minlength", 0)
+    if not minlength or len(operands(node)) > 1:
+        return whole_everywhere(node, ctx)
+    bins = ctx.dim_of(minlength, "bins")
+    return Relation(out=[bins], contracted=ctx.dims(operands(node)[0])[0], created=bins)
+
+
 @rule("aten.topk", "aten.sort")
 def topk(node: fx.Node, ctx: Annotator) -> Relation:
     dims, name = ctx.dims(operands(node)[0]), op_name(node)
@@ -156,6 +169,8 @@ def topk(node: fx.Node, ctx: Annotator) -> Relation:
 def embedding(node: fx.Node, ctx: Annotator) -> Relation:
     """``(V, h), (..) -> (.., h)``: contracts the vocabulary; a vocabulary shard looks its own rows up and gives a partial sum."""
     weight, ids = node.args[:2]
+    if argument(node, 3, "scale_grad_by_freq", False):  # frequencies of the whole batch
+        return whole_everywhere(node, ctx)
     vocabulary, hidden = ctx.dims(weight)
     return Relation(out=ctx.dims(ids) + [hidden], contracted=vocabulary, linear=ONE)
 
@@ -182,7 +197,7 @@ def attention(node: fx.Node, ctx: Annotator) -> Relation:
     """``(.., s, d), (.., r, d), (.., r, e) -> (.., s, e)``: batch and heads pass; sequences and the head dim are whole."""
     q, k, v = node.args[:3]
     mask = argument(node, 3, "attn_mask")
-    if argument(node, 7, "enable_gqa", False) and ctx.dims(q)[-3] != ctx.dims(k)[-3]:
+    if argument(node, 7, "enable_gqa", False) and dim_size(ctx.dims(q)[-3]) != dim_size(ctx.dims(k)[-3]):
         raise TraceError(f"{node}: enable_gqa is expanded before typing (passes/expand_attention.py)")
     rank = len(ctx.dims(q))
     for d in range(rank - 2):

@@ -12,8 +12,9 @@ from tedfx.rules.base import Annotator, Relation, operands, rule
 def create(node: fx.Node, ctx: Annotator) -> Relation:
     """From sizes alone; an operand (``new_*``) gives only dtype and device. Ranges and identities are created whole unless their size is an input dim."""
     out = [ctx.dim_of(s) for s in node.meta["val"].shape]
-    if node.target._schema.name in ("aten::eye", "aten::linspace"):
+    if node.target._schema.name in ("aten::eye", "aten::linspace"):  # their numbers depend on the whole size: created whole
         out = [ctx.fresh(d) for d in out]
+        return Relation(out=out, created=tuple(f for d in out for f in d))
     if node.target._schema.name == "aten::lift_fresh_copy":
         return Relation(out=ctx.dims(operands(node)[0]))
     return Relation(out=out, created=tuple(f for d in out for f in d), kind="create")

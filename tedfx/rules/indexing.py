@@ -43,6 +43,9 @@ def gather(node: fx.Node, ctx: Annotator) -> Relation:
         d, idx = node.args[1], node.args[2]
     else:
         idx, d = node.args[1], argument(node, 2, "dim")
+        shapes = [[as_size(s) for i, s in enumerate(t.meta["val"].shape) if d is not None and i != d % t.meta["val"].dim()] for t in (x, idx)]
+        if d is None or shapes[0] != shapes[1]:
+            return whole_everywhere(node, ctx)
     rank = len(ctx.dims(x))
     d = d % rank
     same = [i != d and as_size(x.meta["val"].shape[i]) == as_size(idx.meta["val"].shape[i]) for i in range(rank)]

@@ -55,11 +55,21 @@ def linear_groups(node: fx.Node) -> tuple:
 )
 def pointwise(node: fx.Node, ctx: Annotator) -> Relation:
     """Any elementwise op (also every op that torch tags as pointwise)."""
-    if op_name(node) == "aten.type_as":
+    if op_name(node) == "aten.isin":
+        return isin(node, ctx)
+    if op_name(node) == "aten.type_as" or (op_name(node) == "aten.to" and len(operands(node)) == 2):
         out = broadcast(node, ctx, operands(node)[:1])
         extra = {1: tuple(f for d in ctx.dims(operands(node)[1]) for f in d)} if len(operands(node)) > 1 else {}
         return Relation(out=out, whole=extra, linear=linear_groups(node))
     return Relation(out=broadcast(node, ctx), linear=linear_groups(node))
+
+
+def isin(node: fx.Node, ctx: Annotator) -> Relation:
+    """Each element against all the test elements: those are whole."""
+    elements, tested = node.args[:2]
+    if not (is_tensor(elements) and is_tensor(tested)):
+        return Relation(out=ctx.dims(elements) if is_tensor(elements) else [])
+    return Relation(out=ctx.dims(elements), whole={1: tuple(f for d in ctx.dims(tested) for f in d)})
 
 
 def is_pointwise(node: fx.Node) -> bool:

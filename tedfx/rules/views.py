@@ -21,9 +21,10 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
     """Factors keep their order and are grouped anew. Where sizes cut a factor that cannot be refined, the dims in between are whole."""
     x = operands(node)[0]
     old, sizes = ctx.dims(x), [as_size(s) for s in node.meta["val"].shape]
+    shape_only = {k: tuple(f for d in ctx.dims(n) for f in d) for k, n in enumerate(operands(node)) if k}  # view_as gives a shape only
     dims = regroup(old, sizes)
     if dims is not None:
-        return Relation(out=dims, linear=ONE)
+        return Relation(out=dims, whole=shape_only, linear=ONE)
     old = ctx.dims(x)
     same = lambda a, b: dim_size(a) == b
     head = 0
@@ -35,7 +36,7 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
     cut = tuple(f for d in old[head : len(old) - tail] for f in d)
     middle = [() if s == 1 else (Factor(s),) for s in sizes[head : len(sizes) - tail]]
     dims = old[:head] + middle + (old[len(old) - tail :] if tail else [])
-    return Relation(out=dims, whole={0: cut}, linear=ONE, created=tuple(f for d in middle for f in d))
+    return Relation(out=dims, whole={0: cut, **shape_only}, linear=ONE, created=tuple(f for d in middle for f in d))
 
 
 @rule("aten.transpose", "aten.t", "aten.permute", "aten.movedim", "aten.swapaxes", "aten.numpy_T", "aten.swapdims")
@@ -66,6 +67,9 @@ def expand(node: fx.Node, ctx: Annotator) -> Relation:
     like = ctx.dims(operands(node)[1]) if len(operands(node)) > 1 else None
     for d, size in enumerate(sizes):
         mine = old[d - lead] if d >= lead else ()
+        if like is not None and mine != () and like[d] != ():
+            mine = ctx.match((x, d - lead), (operands(node)[1], d))
+            like = ctx.dims(operands(node)[1])
         if mine == () and size != 1:
             mine = like[d] if like is not None else ctx.dim_of(size)
             created += mine
@@ -194,6 +198,7 @@ def repeat(node: fx.Node, ctx: Annotator) -> Relation:
         d = _wrap(d, len(dims))
         return Relation(out=dims[:d] + [dims[d] + new] + dims[d + 1 :], linear=ONE, created=new)
     counts = list(node.args[1])
+    counts = [1] * (len(dims) - len(counts)) + counts
     dims = [()] * (len(counts) - len(dims)) + dims
     out = []
     for n, dim in zip(counts, dims):
@@ -211,7 +216,8 @@ def along(node: fx.Node, ctx: Annotator) -> Relation:
     rank = len(dims)
     if name in ("flip", "roll"):
         listed = argument(node, 1 if name == "flip" else 2, "dims")
-        touched = {_wrap(d, rank) for d in ([listed] if isinstance(listed, int) else listed)}
+        listed = list(range(rank)) if listed is None else [listed] if isinstance(listed, int) else listed
+        touched = {_wrap(d, rank) for d in (listed or range(rank))}
     elif name in ("pad", "constant_pad_nd"):
         pads = list(node.args[1])
         touched = {rank - 1 - i for i in range(len(pads) // 2) if pads[2 * i] != 0 or pads[2 * i + 1] != 0}

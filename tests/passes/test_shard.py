@@ -1,0 +1,58 @@
+"""`shard_experts` and `shard_tensors`: which factors the axes split."""
+
+import pytest
+
+from tedfx.errors import CaptureError, ConfigError
+from tests.passes import models as m
+from tests.passes.helpers import placeholder, upto
+
+
+def planned(program, axis):
+    return sorted((f.root().name, f.root().size) for f in program.plan.factors.get(axis, ()))
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=4"])
+def test_heads_are_split_and_hidden_and_head_dims_are_not(mesh):
+    program, _ = upto(m.make(m.Attention, 4, 4), mesh, m.inputs(), "shard_tensors")
+    assert [size for _, size in planned(program, "tp")] == [4]
+    (heads,) = program.plan.factors["tp"]
+    for name, dim in (("q.weight", 0), ("k.weight", 0), ("v.weight", 0), ("o.weight", 1)):
+        first, second = placeholder(program, name).meta["dims"][dim][0].leaves() if len(placeholder(program, name).meta["dims"][dim]) == 1 else placeholder(program, name).meta["dims"][dim]
+        assert first.root() is heads.root() and second.root() is not heads.root()
+    assert not program.plan.shards("tp", placeholder(program, "q.weight").meta["dims"][1][0])
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "ep=1,dp=2,tp=2"])
+def test_feed_forward_and_vocabulary_are_split_and_hidden_is_not(mesh):
+    program, _ = upto(m.make(m.LM), mesh, m.tokens(), "shard_tensors")
+    assert sorted(size for _, size in planned(program, "tp")) == [8, 16, 16, 32]  # inner, the embedding's rows, the head's, the positions'
+    hidden = placeholder(program, "up.weight").meta["dims"][1][0]
+    assert hidden.size == 6 and not program.plan.shards("tp", hidden)
+    assert planned(program, "dp") == ([("B", program.batch_factor.size)] if "dp" in mesh else [])
+
+
+def test_a_factor_that_does_not_divide_is_noted_and_whole():
+    program, result = upto(m.make(m.LM, 15), "tp=2", m.tokens(vocabulary=15), "shard_tensors")
+    assert sorted(size for _, size in planned(program, "tp")) == [8, 32]
+    assert len([n for n in result.notes if "of size 15 does not divide by 2" in n]) == 2
+
+
+@pytest.mark.parametrize("mesh, roles, on", [("ep=2", None, {"ep": [4]}), ("tp=2", {"expert": ("tp",)}, {"tp": [4]}), ("ep=2,tp=2", None, {"ep": [4], "tp": [16]}),
+                                             ("ep=2,tp=2", {"expert": ("ep", "tp")}, {"ep": [4], "tp": [4]})])  # fmt: skip
+def test_experts_go_over_their_axes_and_the_router_stays_whole(mesh, roles, on):
+    program, _ = upto(m.make(m.MoE), mesh, m.inputs(), "shard_tensors", roles)
+    for axis, sizes in on.items():
+        assert [f.size for f in program.plan.factors[axis] if f.root() is not program.batch_factor.root()] == sizes
+    router = placeholder(program, "router").meta["dims"][0][0]
+    assert not any(program.plan.shards(axis, router) for axis in on)
+
+
+def test_expert_axes_that_do_not_divide_name_the_sizes_that_fit():
+    with pytest.raises(ConfigError, match=r"4 experts cannot be split over expert axes \('ep',\) of size 3; sizes that fit: 1, 2, 4$"):
+        upto(m.make(m.MoE), "ep=3", m.inputs(), "shard_experts")
+
+
+def test_expert_axes_without_a_mixture_are_refused():
+    with pytest.raises(CaptureError, match=r"expert axes \('ep',\) of size 2, but no MoE layer was found"):
+        upto(m.make(m.Mlp), "ep=2", m.inputs(), "shard_experts")
+    upto(m.make(m.Mlp), "tp=2", m.inputs(), "shard_experts", {"expert": ("tp",)})  # the ranks have other work
