@@ -2,7 +2,7 @@
 
 `Bodies.lift` walks E values of E experts back in lock-step and emits their batched value (`capture_rules.py`). At each step the E nodes are
 
-- one node: a value that all experts share;
+- one node (or equal constants): a value that all experts share;
 - E parameters: one stacked placeholder (E, ...), in the order of the experts; or slices `W[e]` of a tensor: that tensor, as it is;
 - what the routing says about each expert's tokens (`capture_routing.py`), each about its own expert;
 - calls of one operator whose constants are equal and whose operands are, in turn, one of these.
@@ -22,6 +22,7 @@ from tedfx.errors import user_line
 from tedfx.passes.capture_routing import Fact, Routing, argument, name_of, shape_of
 from tedfx.passes.capture_rows import Rows, Weight
 from tedfx.passes.capture_rules import Batched, apply_rule, is_value, refuse
+from tedfx.passes.capture_stacks import Stacks
 
 __all__ = ["Bodies"]
 
@@ -31,9 +32,9 @@ aten = torch.ops.aten
 class Bodies(Rows):
     """The bodies of one loop, in the order of the experts."""
 
-    def __init__(self, graph: fx.Graph, routing: Routing, known: dict[fx.Node, Fact], stack, gathered: bool):
+    def __init__(self, graph: fx.Graph, routing: Routing, known: dict[fx.Node, Fact], stacks: Stacks, gathered: bool):
         super().__init__(graph, routing, gathered)
-        self.known, self.stack = known, stack  # stack: E parameters -> the placeholder of all
+        self.known, self.stacks = known, stacks
         self.numbers = list(range(routing.experts))
         self.memo: dict[tuple[fx.Node, ...], Batched] = {}
 
@@ -49,7 +50,9 @@ class Bodies(Rows):
         if all(node is first for node in nodes):
             return Batched("shared", first, first)
         if all(node.op == "placeholder" for node in nodes):
-            return Batched("stacked", self.stack(nodes), first, right=first.meta["val"].dim())
+            if self.stacks.same(nodes):
+                return Batched("shared", first, first)
+            return Batched("stacked", self.stacks.stack(nodes), first, right=first.meta["val"].dim())
         for node in nodes[1:]:
             if node.op != first.op or node.target != first.target:
                 what = f"experts differ: {first.target} in one, {node.target} in another (there: {user_line(node)})"

@@ -86,7 +86,7 @@ class CaptureLoops(Pass):
 def _capture(graph: fx.Graph, routing: Routing, end: fx.Node, chain: list[Step], base: fx.Node | None, known: dict, stacks: Stacks) -> None:
     """Emit dispatch, body and combine before the chain's last step and put them in its place."""
     gathered = chain[0].index is not None
-    bodies = Bodies(graph, routing, known, stacks.stack, gathered)
+    bodies = Bodies(graph, routing, known, stacks, gathered)
     with graph.inserting_before(end):
         if gathered:
             _check_places(bodies, routing, chain, end)

@@ -28,6 +28,11 @@ class Stacks:
         self.made: dict[tuple[fx.Node, ...], fx.Node] = {}
         self.owner: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
+    def same(self, nodes: tuple[fx.Node, ...]) -> bool:
+        """Whether these are one constant, made anew by the code of every expert."""
+        values = [self.trace.constants.get(node.name) for node in nodes]
+        return all(v is not None and v.dtype == values[0].dtype and torch.equal(v, values[0]) for v in values)
+
     def stack(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
         if nodes in self.made:
             return self.made[nodes]

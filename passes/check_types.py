@@ -53,8 +53,7 @@ def _check_node(program, node: fx.Node, after: str) -> None:
         have = [t[axis] for t in node.meta["types_of"]] if relation.several else [node.meta["type"][axis]]
         for operand, current, target in zip(nodes, types, decision.targets):
             if target is not None and current != target and not (not differentiable(operand) and current in (R, I) and target in (R, I)):
-                if decision.out != have or P not in types:
-                    _fail(node, axis, f"operand {operand.name} is {current}, the op needs {target}", after)
+                _fail(node, axis, f"operand {operand.name} is {current}, the op needs {target}", after)
         if decision.out != have:
             _fail(node, axis, f"its type is {have}, its operands {types} make it {decision.out}", after)
 

@@ -71,7 +71,7 @@ class _Placement:
     # nodes ----------------------------------------------------------------------------------------------------------------
     def place(self, node: fx.Node) -> None:
         self.result.matches += 1
-        outs = None
+        outs, wanted = None, [{} for _ in operands(node)]
         for axis in self.plan.axes:
             types = [self._type(n)[axis] for n in operands(node)]
             decision = self.decide(node, axis, types)
@@ -80,8 +80,10 @@ class _Placement:
             outs = outs or [{} for _ in decision.out]
             for out, placement in zip(outs, decision.out):
                 out[axis] = placement
-            new = [n if t is None else self.converted(n, axis, t, node) for n, t in zip(operands(node), decision.targets)]
-            self._substitute(node, new)
+            for targets, target in zip(wanted, decision.targets):
+                if target is not None:
+                    targets[axis] = target
+        self._substitute(node, [self.convert_all(n, targets, node) for n, targets in zip(operands(node), wanted)])
         outs = outs or [{} for _ in (node.meta["relation"].out if node.meta["relation"].several else [0])]
         if node.meta["relation"].several:
             node.meta["types_of"] = outs
@@ -133,6 +135,14 @@ class _Placement:
             return value
         for middle in self.route(value, current, target):
             value = self.step(value, axis, middle, user)
+        return value
+
+    def convert_all(self, value: fx.Node, targets: dict, user: fx.Node) -> fx.Node:
+        """Several axes of one value: shards are gathered minor axis first (a factor over dp and ep lies dp-major), everything else in mesh order."""
+        opens = lambda axis: isinstance(value.meta["type"][axis], Shard) and value.meta["type"][axis] != targets[axis]
+        order = [a for a in reversed(list(targets)) if opens(a)]
+        for axis in order + [a for a in targets if a not in order]:
+            value = self.converted(value, axis, targets[axis], user)
         return value
 
     def route(self, value: fx.Node, current, target) -> list:

@@ -22,7 +22,7 @@ from torch import fx
 
 from tedfx.factors import Factor, leaves
 from tedfx.roles import Roles
-from tedfx.rules import Relation, operands
+from tedfx.rules import Relation, op_name, operands
 from tedfx.types import I, P, R, Shard
 
 
@@ -201,6 +201,8 @@ def _getitem(node, axis, types, plan, relation) -> Decision:
 
 def _create(node, axis, types, plan, relation) -> Decision:
     factor = plan.chosen(axis, relation.out)
+    if factor is not None and op_name(node) == "aten.arange" and leaves(relation.out[0])[0].root() is not factor.root():
+        factor = None  # the numbers of a strided shard are not one run: made whole, sliced where it is used
     return Decision([None for _ in types], [I if factor is None else Shard(factor)])
 
 

@@ -119,6 +119,35 @@ def test_the_canonical_form_of_the_plain_loop():
     assert body[6] == "tedfx.combine.default"
 
 
+def test_layers_that_share_experts_share_the_stack():
+    """And equal constants of the experts are one."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Layer("index_add").moe, Layer("masked_add").moe
+            self.second.experts = self.first.experts
+
+        def forward(self, x):
+            y, aux = self.second(self.first(x)[0])
+            return {"y": y, "loss": y.square().sum() + aux}
+
+    class Halved(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.half = torch.full((32,), 0.5)  # neither parameter nor buffer
+
+        def forward(self, x):
+            return super().forward(x) * self.half.to(x.dtype)
+
+    model = Shared()
+    model.first.experts = model.second.experts = nn.ModuleList(Halved(32, 32) for _ in range(4))
+    model = model.double()
+    traced, result = capture(model)
+    assert result.matches == 2 and sorted(traced.stacked) == ["p_first_experts_stacked_bias", "p_first_experts_stacked_weight"]
+    check(model, traced, x=tokens())
+
+
 def test_nodes_keep_the_models_lines():
     traced, _ = capture(Layer("index_add", expert="normed"))
     for operator in ("tanh", "chunk", "layer_norm", "rms_norm"):

@@ -35,8 +35,8 @@ def test_predicted_is_counted(counted, case):
 
 def test_module_prints(counted):
     rank = counted[0][0]
-    assert "mesh ep=2,tp=2 (4 ranks)" in rank["fresh"] and "not compiled yet" in rank["fresh"] and "split over ep, tp" in rank["fresh"]
-    assert "not compiled yet" not in rank["text"] and "all_to_all_single ep" in rank["text"]
+    assert rank["text"].startswith("mesh ep=2,tp=2 (4 ranks)") and "all_to_all_single ep" in rank["text"]
+    assert rank["fresh"] == rank["text"]  # parallelize compiles its example: there is something to print before the first call
     assert rank["json"]["sizes"] == {"batch": 2, "sequence": 6}
     assert len({r["text"] for r in counted[0]}) == 1  # every rank prints the same
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tedfx.compiler import Compilation, compile_trace
+from tedfx.parameters import ParameterLayout
 from tedfx.report import WIDTH, explain, graph_before_after
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
@@ -129,6 +131,19 @@ def test_sizes_given(compilations):
     assert explain(compilation, batch=3, sequence=5).values == {"batch": 3, "sequence": 5}
     with pytest.raises(ValueError, match="rows='some'"):
         explain(compilation, rows="some")
+
+
+def test_module_without_a_compilation():
+    """A ParallelModule made by hand: before a call, and with a program that nobody compiled."""
+    layouts = [ParameterLayout("up", (8, 4), None, {"tp": 0}, ("dp",)), ParameterLayout("norm", (4,), None, (), ("dp",))]
+    mesh = SimpleNamespace(mesh_dim_names=("dp", "tp"), mesh=torch.arange(8).view(4, 2), size=lambda: 8)
+    pm = SimpleNamespace(device_mesh=mesh, layouts=layouts, programs={}, _last=None, roles=Roles.resolve(MeshShape.of("dp=4,tp=2")))
+    check(explain(pm), r"^ParallelModule on mesh dp=4,tp=2 \(8 ranks\)", r"^roles +batch=dp", r"^parameters  36 in 2 tensors; on a rank 20", r"split over tp +1 ", r"whole", r"^not compiled yet")
+    data = explain(pm).to_json()
+    assert data["compiled"] is False and data["parameters"]["local"] == 20
+    pm.programs["forward(x)"] = SimpleNamespace(compilation=None, graph_module=compile_toy("dp=1").graph_module)
+    pm._last = "forward(x)"
+    check(explain(pm), r"^signature +forward\(x\); \d+ nodes")
 
 
 SCHEMA = {

@@ -5,44 +5,37 @@ is run on two ranks in float64 and joined by type. The graph of a rank is made b
 counts are under test as well.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tedfx.rules import RULES, op_name
+from tedfx.rules import RULES, op_name, rule_for
 from tests.rules.cases import CASES
 from tests.rules.one_op import build, compare, decisions, words
 
 # Cases whose rule is wrong today (reported); each must start to pass when its rule is mended.
-WRONG: dict[str, str] = {
-    "var default": "unbiased=False is taken for dim 0",
-    "embedding by frequency": "frequencies are counted per shard",
-    "sdpa gqa flag, equal heads": "TraceError although nothing is grouped",
-    "to other": "the dims of the operand that only gives a dtype are matched",
-    "isin": "the test elements' dims are matched with the elements'",
-    "isin equal sizes": "each rank looks at its own test elements only: silently wrong",
-    "view_as": "AssertionError where the shape's giver is sharded",
-    "expand_as": "dims that are not widened are not matched: silently wrong",
-    "repeat_interleave flat": "TypeError without a dim",
-    "tile": "fewer counts than dims",
-    "roll flat": "TypeError without dims",
-    "take_along_dim broadcast": "the index's dim of size 1 is broadcast",
-    "take_along_dim flat": "TypeError without a dim",
-    "eye": "created sharded, made whole",
-    "linspace": "created sharded, made whole",
-}
+WRONG: dict[str, str] = {"embedding by frequency": "frequencies are counted per shard"}
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=WRONG[c.name]) if c.name in WRONG else ()) for c in CASES], ids=lambda c: c.name)
+def _param(case):
+    return pytest.param(case, id=case.name, marks=pytest.mark.xfail(strict=True, reason=WRONG[case.name]) if case.name in WRONG else ())
+
+
+@pytest.mark.parametrize("case", [_param(c) for c in CASES])
 def test_shards_of_the_op_make_the_whole(case):
+    check(case)
+
+
+def check(case):
     generator = torch.Generator().manual_seed(1)
-    reached, floats = set(), None
-    for trainable in ("all", "first", "none"):
+    reached, done = set(), []
+    for trainable in ("all", "first"):
         program = build(case, trainable)
         learned = tuple(sorted(program.trainable))
-        floats = floats or []
-        if learned in floats:
+        if learned in done:
             continue
-        floats.append(learned)
+        done.append(learned)
         for final, outs, planned in decisions(program):
             program.plan.factors = {"tp": planned}
             reached.add(words(program, final, outs))
@@ -51,12 +44,45 @@ def test_shards_of_the_op_make_the_whole(case):
     assert not missing, f"never {missing}; reached {sorted(reached)}"
 
 
-def test_every_rule_has_a_case():
-    def name(case):
-        from types import SimpleNamespace
+def _named(name):
+    return next(c for c in CASES if c.name == name)
 
-        return op_name(SimpleNamespace(target=case.target))
+
+def _nothing_whole(relation):
+    relation.whole = {}
+
+
+def _nothing_contracted(relation):
+    relation.contracted = ()
+
+
+def _linear_in_all(relation):
+    relation.linear = (frozenset({0}), frozenset({1}), frozenset({0, 1}))
+
+
+@pytest.mark.parametrize("name, spoil", [
+    ("softmax", _nothing_whole), ("topk", _nothing_whole), ("layer_norm", _nothing_whole), ("cumsum", _nothing_whole), ("gather", _nothing_whole), ("sdpa", _nothing_whole),
+    ("linear", _nothing_contracted), ("sum dim", _nothing_contracted), ("matmul", _linear_in_all), ("relu", _linear_in_all), ("div", _linear_in_all), ("mul square", _linear_in_all),
+    ("where one", _linear_in_all), ("index rows", _nothing_whole), ("chunk", _nothing_whole), ("flip", _nothing_whole), ("histc free", _nothing_whole),
+], ids=lambda v: getattr(v, "__name__", v))  # fmt: skip
+def test_a_spoilt_rule_is_seen(name, spoil, monkeypatch):
+    """The check itself: each of these mistakes in a rule must show."""
+    case = _named(name)
+    right = rule_for(SimpleNamespace(target=case.target))
+
+    def wrong(node, ctx):
+        relation = right(node, ctx)
+        spoil(relation)
+        return relation
+
+    monkeypatch.setitem(RULES, op_name(SimpleNamespace(target=case.target)), wrong)
+    with pytest.raises(Exception):
+        check(case)
+
+
+def test_every_rule_has_a_case():
+    name = lambda case: op_name(SimpleNamespace(target=case.target))  # noqa: E731
 
     without = {"getitem", "aten._reshape_copy", "aten.concat", "aten.concatenate", "aten.empty", "aten.new_empty", "aten.empty_like", "aten.rand_like", "aten.randn_like"}
-    without |= {"tedfx.dispatch"}  # tests/rules/test_experts.py
+    without |= {"tedfx.dispatch"}  # tests/passes/test_lower_experts.py
     assert set(RULES) - {name(c) for c in CASES} == without

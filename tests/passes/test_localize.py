@@ -1,0 +1,114 @@
+"""`localize`: what depends on sizes is rewritten from dims and types; then the local program is run on threads against one device."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tedfx import ops
+from tedfx.errors import TraceError
+from tests.passes import models as m
+from tests.passes.helpers import find, parity, upto
+
+
+def scaled(fn, **shapes):
+    """Runs fn(self, h) on h = x * w; a loss comes out."""
+    return m.Fn(lambda s, x: fn(s, x * s.w), w=(8,), **shapes)
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2"])
+def test_views_have_the_sizes_of_a_rank(mesh):
+    program = parity(m.make(m.Attention), mesh, m.inputs())
+    heads = [n.args[1][2] for n in find(program, "view")[:3]]
+    assert heads == [2, 2, 2]  # of 4
+    assert [n.args[1][-1] for n in find(program, "reshape")][-1:] == [8]  # 2 heads x 4
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("kind, args", [
+    (m.Mlp, ()), (m.GateUp, (8, 4, False)), (m.GateUp, (8, 4, True)), (m.Attention, (4, 2)), (m.LM, ()), (m.LM, (15,)),
+], ids=str)  # fmt: skip
+def test_models_are_those_of_one_device(kind, args, mesh):
+    parity(m.make(kind, *args), mesh, m.tokens(vocabulary=15) if kind is m.LM else m.inputs())
+
+
+def test_four_ranks_and_two_kv_heads():
+    parity(m.make(m.Attention, 4, 2), "tp=4", m.inputs())
+
+
+def test_a_range_over_a_sharded_dim_keeps_global_numbers():
+    """arange(B) -> arange(B local) + offset; the ops between are those of the local range."""
+    model = scaled(lambda s, h: (h.sum((1, 2)) * torch.arange(h.shape[0], dtype=h.dtype)).sum())
+    program = parity(model, "dp=2", m.inputs())
+    (offset,) = find(program, "axis_offset")
+    assert offset.args[1] == ("dp",) and find(program, "arange")[0].args[0] is offset.args[0]
+
+
+def test_a_range_with_start_and_step():
+    model = scaled(lambda s, h: (h.sum((1, 2)) * torch.arange(3, 3 + 2 * h.shape[0], 2, dtype=h.dtype)).square().sum())
+    parity(model, "dp=2", m.inputs())
+
+
+@pytest.mark.parametrize("kind", [
+    "range", "ones", "linspace", "eye",
+    pytest.param("strided range", marks=pytest.mark.xfail(strict=True, reason="the offset of a range over (2, F) sharded on F is not that of one run")),
+])  # fmt: skip
+def test_created_values_meet_sharded_ones(kind):
+    """h[.., F] * created[F], F over tp; strided: F is the second factor of gate|up."""
+
+    def fn(s, x):
+        if kind == "strided range":
+            h = x @ s.up
+            gate, up = (h * torch.arange(16, dtype=x.dtype)).chunk(2, -1)
+            return (x + (gate * up) @ s.down).square().sum()
+        h = x @ s.up
+        made = {"range": torch.arange(16, dtype=x.dtype), "ones": torch.ones(16, dtype=x.dtype) * 2, "linspace": torch.linspace(0, 1, 16, dtype=x.dtype),
+                "eye": torch.eye(16, dtype=x.dtype)[3]}[kind]
+        return (x + torch.tanh(h * made) @ s.down).square().sum()
+
+    parity(scaled(fn, up=(8, 16), down=(8 if kind == "strided range" else 16, 8)), "tp=2", m.inputs())
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2", "dp=2,ep=2"])
+def test_means_divide_by_the_global_count(mesh):
+    """mean over (B, S, 8) with B sharded -> sum, / (2 B_local x S x 8), all-reduce; a mean over whole dims stays."""
+    roles = {"batch": ("dp", "ep"), "expert": ()} if "ep" in mesh else None
+    model = scaled(lambda s, h: h.square().mean() + h.mean((0, 1)).square().sum() + h.mean(-1, keepdim=True).square().sum())
+    program = parity(model, mesh, m.inputs(), roles)
+    assert len(find(program, "mean")) == 1 and len(find(program, "div")) == 2
+
+
+@pytest.mark.parametrize("fn", [
+    lambda s, h: h.square().sum() / h.shape[0],
+    lambda s, h: h.square().sum() * (h.shape[0] * h.shape[1] + 1),
+    lambda s, h: h.square().sum() / float(h.shape[0] * h.shape[1]),
+    lambda s, h: (h * h.shape[0] ** -0.5).sum(),
+    lambda s, h: h.square().sum() / torch.full((), h.shape[0]),
+], ids=["size", "product", "float", "power", "full"])  # fmt: skip
+def test_sizes_used_as_numbers_are_global(fn):
+    parity(scaled(fn), "dp=2", m.inputs())
+
+
+def test_the_vocabulary_is_parallel_and_padding_counts_in_the_whole():
+    program = parity(m.make(m.LM), "tp=2", m.tokens())
+    for node in find(program, "vocab_parallel_embedding"):
+        assert node.args[2] == ("tp",)
+    (loss,) = find(program, "vocab_parallel_cross_entropy")
+    assert loss.args[2:] == (("tp",), -100) and not find(program, "embedding") and not find(program, "cross_entropy_loss")
+    padded = m.LM()
+    padded.embed = torch.nn.Embedding(16, 6, padding_idx=13, dtype=torch.float64)
+    program = parity(padded, "tp=2", m.tokens())
+    assert {n.args[3] for n in find(program, "vocab_parallel_embedding")} == {13, None}
+
+
+def test_dropout_lists_the_factors_of_every_dim():
+    model = m.Fn(lambda s, x: F.dropout(x @ s.up, 0.5).relu().matmul(s.down).add(x).square().sum(), up=(8, 16), down=(16, 8))
+    program, _ = upto(model, "dp=2,tp=2", m.inputs(), "localize")
+    (node,) = [n for n in program.graph_module.graph.nodes if n.target is ops.dropout]
+    batch, sequence, inner = node.args[4]
+    assert batch[0][1] == ("dp",) and sequence[0][1] == () and inner == ((8, ("tp",)),)
+    assert program.uses_seed and node.args[2].op == "placeholder"
+
+
+def test_other_draws_are_refused():
+    with pytest.raises(TraceError, match="draws random numbers and has no counter-based form"):
+        upto(scaled(lambda s, h: (h + torch.rand_like(h)).sum()), "dp=2", m.inputs(), "localize")
