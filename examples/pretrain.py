@@ -268,7 +268,7 @@ def main(args: argparse.Namespace) -> None:
         record = lambda **fields: None
 
     # Step 3: train.
-    bar = tqdm(total=args.steps, disable=rank != 0, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
+    bar = tqdm(total=args.steps, disable=rank != 0, unit="step", dynamic_ncols=True, delay=0.1, mininterval=0.5 if sys.stderr.isatty() else 10)
     losses, validations, speed = [], [], 0.0
     for step in range(args.steps):
         began = time.perf_counter()
@@ -277,7 +277,6 @@ def main(args: argparse.Namespace) -> None:
         loss = pm(input_ids=ids, labels=ids).loss  # of the global batch, on every rank
         loss.backward()
         if step == 0:
-            bar.clear()
             if rank == 0:
                 print(pm.explain(batch=mine.stop - mine.start, sequence=args.sequence_length), flush=True)
             if args.check:

@@ -28,6 +28,7 @@ import torch
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
+from tedfx.factors import as_size
 from tedfx.passes.base import Pass, PassResult, emit
 
 __all__ = ["Functionalize"]
@@ -405,4 +406,4 @@ def _does_nothing(node: fx.Node) -> bool:
 def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes everything."""
     _, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]
-    return start in (None, 0) and step == 1 and (stop is None or stop == END or stop == node.args[0].meta["val"].shape[dim])
+    return start in (None, 0) and step == 1 and (stop is None or stop == END or (isinstance(stop, int) and as_size(node.args[0].meta["val"].shape[dim]) == stop))

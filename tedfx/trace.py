@@ -612,8 +612,8 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
                 new = graph.node_copy(node, lambda n: values[n])
                 if not gradient and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
                     raise TraceError(f"enable_grad inside no_grad | at {user_line(node)} | take it out")
-                # Fake values anew, so that they share storage with the operands as the real ones would.
-                new.meta["val"] = evaluate(graph, new.target, new.args, new.kwargs)
+                if _aliases(new):  # its fake value anew, so that it shares storage with its operand as the real one would
+                    new.meta["val"] = evaluate(graph, new.target, new.args, new.kwargs)
                 values[node] = new
         own = {v for n, v in values.items() if n.op != "placeholder"}
         if not gradient:
@@ -626,6 +626,13 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
     if single and call.users:
         call.replace_all_uses_with(outputs)
     graph.erase_node(call)
+
+
+def _aliases(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.target is operator.getitem
+    return any(r.alias_info is not None for r in schema.returns)
 
 
 def _check_no_grad_writes(region: fx.GraphModule, operands: list[Any]) -> None:

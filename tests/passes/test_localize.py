@@ -48,10 +48,7 @@ def test_a_range_with_start_and_step():
     parity(model, "dp=2", m.inputs())
 
 
-@pytest.mark.parametrize("kind", [
-    "range", "ones", "linspace", "eye",
-    pytest.param("strided range", marks=pytest.mark.xfail(strict=True, reason="the offset of a range over (2, F) sharded on F is not that of one run")),
-])  # fmt: skip
+@pytest.mark.parametrize("kind", ["range", "strided range", "ones", "linspace", "eye"])
 def test_created_values_meet_sharded_ones(kind):
     """h[.., F] * created[F], F over tp; strided: F is the second factor of gate|up."""
 

@@ -21,10 +21,10 @@ def run(capsys, *argv):
 
 
 def test_explain_a_model_type(capsys):
-    status, out, err = run(capsys, "explain", "mixtral", "--mesh", "dp=4,ep=4,tp=2", "--layers", 2, "--set", *TINY, "--batch", 2, "--sequence", 8, "--timings")
+    status, out, err = run(capsys, "explain", "mixtral", "--mesh", "dp=4,ep=4,tp=2", "--layers", 1, "--set", *TINY, "--batch", 2, "--sequence", 8, "--timings")
     assert status == 0, err
     assert out.startswith("MixtralForCausalLM on mesh dp=4,ep=4,tp=2 (32 ranks)")
-    assert "aux_loss" in out and "-- model.layers.0  x2: layers 0-1" in out and "all_to_all_single ep" in out
+    assert "aux_loss" in out and "\n-- model.layers.0\n" in out and "all_to_all_single ep" in out
     assert "trace" in out and "passes together" in out and "peak memory" in out
 
 
