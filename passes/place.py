@@ -56,6 +56,9 @@ class _Placement:
                 type_ = {}
                 for axis in self.plan.axes:
                     factor = self.plan.chosen(axis, node.meta["dims"])
+                    batch_factor = self.program.batch_factor and self.program.batch_factor.root()
+                    if node.name not in params and factor is not None and factor.root() is not batch_factor:
+                        factor = None  # a call's inputs and the buffers are whole but for the batch; they are sliced where they are used
                     if factor is not None and node.name not in states:
                         type_[axis] = Shard(factor.root())
                     else:

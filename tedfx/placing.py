@@ -130,6 +130,7 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
         (size, f) for size, f in candidates
         if not any(f in carried[j] and (f in whole[j] or _twice(dims[j], f)) for j in range(len(nodes)))
         and not any(_twice(ds, f) for ds in _outs(relation))
+        and not (any(f in o for o in outs) and f in roots(relation.contracted))  # summed over and kept: a shard can be neither
     ]
     if usable:
         chosen = max(usable, key=lambda c: (c[0], -c[1].uid))[1]

@@ -1,12 +1,16 @@
-"""compile=True: the same numbers, and a count of compilations. Routing never recompiles; a first change of sizes does once."""
+"""compile=True: the same numbers, and a count of compilations.
 
-import pytest
+Routing never recompiles; a first change of batch size, or of length, compiles once more and then no further. What counts is
+dynamo's part, so that test leaves inductor (minutes of C++) out; the other runs it once.
+"""
+
 import torch
 
 from tedfx.verify_run import errors, make_batch, relative, split_batch
-from tests.parity.cases import case, on_ranks, on_single
+from tests.parity.cases import case, on_ranks, on_single, verified
 
-# (rows, sequence, seed): other tokens and so other counts; then other sizes; then sizes never seen
+ONE_LAYER = dict(overrides={"num_hidden_layers": 1}, compile=True, outputs=("loss",))
+# (rows, sequence, seed): other tokens and so other counts; then another batch size, another length, then sizes never seen
 BATCHES = [(8, 12, 0), (8, 12, 5), (8, 12, 9), (4, 12, 1), (4, 9, 2), (8, 17, 3), (12, 5, 4)]
 
 
@@ -38,6 +42,8 @@ def single(model, batch):
 def compiled(pm, batch, rank):
     from torch._dynamo.utils import counters
 
+    compile = torch.compile
+    torch.compile = lambda module, **options: compile(module, **options, backend="aot_eager")
     found = []
     for each in batches():
         pm.zero_grad()
@@ -47,18 +53,21 @@ def compiled(pm, batch, rank):
     return found, sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_compiled_matches_and_counts_its_compilations(dtype):
-    this = case("mixtral", "ep=2,tp=2", overrides={"num_hidden_layers": 1}, compile=True, outputs=("loss",), dtype=dtype)
-    loose = 1e-4 if dtype == "float32" else 1e-5
+def test_compilations_are_counted():
+    this = case("mixtral", "ep=2,tp=2", **ONE_LAYER)
     expected = on_single(this, single)
     for results, breaks in on_ranks(this, compiled):
         for sizes, (loss, grads), (got_loss, got_grads, _) in zip(BATCHES, expected, results):
-            assert relative(got_loss, loss) < (1e-5 if dtype == "float32" else 1e-6), sizes
+            assert relative(got_loss, loss) < 1e-6, sizes
             found = errors(got_grads, grads)
-            assert max(found.values()) < loose, (sizes, max(found, key=found.get))
+            assert max(found.values()) < 1e-5, (sizes, max(found, key=found.get))
         counts = [count for *_, count in results]
         assert breaks == 0
-        assert counts[0] == counts[1] == counts[2] == 1, "changing routing counts recompiles"
-        assert counts[3] <= 2 and counts[-1] == counts[4] <= 3, f"one more for a first change of batch, one of sequence, then none: {counts}"
-        assert counts[-1] <= 2, f"a first change of sizes compiles once more and then no further: {counts}"
+        assert counts[:3] == [1, 1, 1], f"changing routing counts recompiles: {counts}"
+        assert counts[3] <= 2 and counts[4] <= counts[3] + 1, counts
+        assert counts[4:] == [counts[4]] * 3, f"sizes never seen compile again: {counts}"
+
+
+def test_inductor_computes_the_same():
+    result = verified(case("mixtral", "ep=2,tp=2", dtype="float32", steps=1, **ONE_LAYER))
+    assert result.ok, f"\n{result}"

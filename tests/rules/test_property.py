@@ -15,7 +15,7 @@ from tests.rules.cases import CASES
 from tests.rules.one_op import build, compare, decisions, words
 
 # Cases whose rule is wrong today (reported); each must start to pass when its rule is mended.
-WRONG: dict[str, str] = {"embedding by frequency": "frequencies are counted per shard"}
+WRONG: dict[str, str] = {}
 
 
 def _param(case):
