@@ -37,7 +37,7 @@ test: $(VENV)/.stamp
 	$(BIN)/python -m pytest -q --timeout 600 $(ARGS)
 
 parity: $(VENV)/.stamp
-	$(BIN)/python -m tests.parity --out docs/parity.md $(ARGS)
+	$(BIN)/python benchmarks/parity.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

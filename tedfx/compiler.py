@@ -116,14 +116,14 @@ class Compilation:
 
     @property
     def hints(self) -> dict:
-        """An example value per size symbol, for comparing sizes."""
+        """A nominal value per size symbol, for comparing sizes: not the example's, so that the plan is the same for every call signature."""
         found = {}
         for node in self.trace.graph_module.graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
                 for size in value.shape:
                     if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                        found[size.node.expr] = size.node.hint or 2
+                        found[size.node.expr] = 8 if size.node.expr == self.trace.sizes.get("batch") else 2048
         return found
 
     @property

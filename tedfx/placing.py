@@ -65,7 +65,7 @@ class Plan:
                 size = leaf.size
                 if not isinstance(size, int):
                     if size not in self.numbers:
-                        self.numbers[size] = float(size.subs(self.hints))
+                        self.numbers[size] = float(size.subs({**{x: 2048 for x in size.free_symbols}, **self.hints}))
                     size = self.numbers[size]
                 total *= size
         return total
