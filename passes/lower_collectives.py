@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from tedfx import ops
+from tedfx.errors import TypeCheckError, user_line
 from tedfx.factors import leaves
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.place import convert
@@ -54,7 +55,18 @@ class LowerCollectives(Pass):
                 if below is not None:
                     graph.erase_node(below)
                 result.changes += 1
+        self._check_order(graph, order)
         return result
+
+    @staticmethod
+    def _check_order(graph: fx.Graph, order) -> None:
+        """A factor over two axes lies major-first: gathering the major axis while the minor one stays sharded would interleave the pieces."""
+        for node in graph.nodes:
+            if node.target is ops.all_gather:
+                axes, source, _ = node.meta["conversion"]
+                left = [a for a, p in node.meta["type"].items() if p == source and order.index(a) > min(order.index(x) for x in axes)]
+                if left:
+                    raise TypeCheckError(f"{node.name} gathers {axes} of a factor that stays sharded on the minor axis {left[0]}; gather minor axes first ({user_line(node)})")
 
     @staticmethod
     def _op(node: fx.Node, axis: str, source, target, sizes: Sizes):

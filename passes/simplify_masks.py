@@ -53,12 +53,14 @@ class SimplifyMasks(Pass):
     def __call__(self, program: Any) -> PassResult:
         graph = program.graph_module.graph
         views = sum(_index_as_view(node) for node in list(graph.nodes) if node.target is aten.index.Tensor)
-        masks = list(_masks(graph))
+        placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
+        constants = {placeholders[name]: value.cpu() for name, value in getattr(program, "constants", {}).items()}
+        masks = list(_masks(graph, constants))
         result = PassResult(matches=len(masks), changes=views)
         bounds = getattr(program, "bounds", {})
         for mask in masks:
             try:
-                band = _prove(mask, bounds)
+                band = _prove(mask, bounds, constants)
             except _Unproven as reason:
                 result.notes.append(f"{mask.name}: stays as it is, {reason}")
                 continue
@@ -144,9 +146,9 @@ class _Band:
     drop: float | None
 
 
-def _masks(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Square values made from sizes alone, that something else than such values uses."""
-    fixed: set[fx.Node] = set()
+def _masks(graph: fx.Graph, constants: dict[fx.Node, torch.Tensor]) -> Iterator[fx.Node]:
+    """Square values made from sizes (and constants in the code) alone, that something else than such values uses."""
+    fixed: set[fx.Node] = set(constants)
     square: set[fx.Node] = set()
     for node in graph.nodes:
         val = node.meta.get("val")
@@ -168,14 +170,15 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _prove(mask: fx.Node, bounds: dict[Any, tuple[int, int | None]]) -> _Band:
+def _prove(mask: fx.Node, bounds: dict[Any, tuple[int, int | None]], constants: dict[fx.Node, torch.Tensor]) -> _Band:
     val = mask.meta["val"]
     if val.dtype is not torch.bool and not val.is_floating_point():
         raise _Unproven("it holds integers")
     nodes = _inputs(mask)
     size = _expr(val.shape[-1])
     symbols = set().union(*(_symbols(n) for n in nodes))
-    literals = {abs(int(x)) for n in nodes for x in _numbers((n.args, n.kwargs)) if 1 < abs(x) < 2**62 and x == int(x)}
+    mentioned = [x for n in nodes for x in (constants[n].flatten().tolist() if n in constants else _numbers((n.args, n.kwargs)))]
+    literals = {abs(int(x)) for x in mentioned if 1 < abs(x) < 1e18 and x == int(x)}
     if getattr(size, "is_Symbol", False):
         low, high = bounds.get(size, (1, None))
         around = {x + d for x in literals for d in (-1, 0, 1)} | {2 * x + d for x in literals for d in (-1, 0, 1)}
@@ -191,7 +194,7 @@ def _prove(mask: fx.Node, bounds: dict[Any, tuple[int, int | None]]) -> _Band:
     for s in reversed(sizes):
         others = (1, 3) if s <= 64 else (2,)
         for other in others:
-            run = _Run({sym: s if sym == size else other for sym in symbols}, s, _rows(s, literals))
+            run = _Run({sym: s if sym == size else other for sym in symbols}, s, _rows(s, literals), constants)
             keep, drop = _as_keep(run.square(mask) if run.partial else run.whole(mask))
             if band is None:
                 last = int(keep.reshape(-1, keep.shape[-2], s)[0, -1].sum())
@@ -253,10 +256,10 @@ def _numbers(tree: Any) -> list[float]:
 class _Run:
     """Runs size-only nodes at given sizes, on the CPU; square ones at some rows only."""
 
-    def __init__(self, sizes: dict[Any, int], size: int, rows: torch.Tensor) -> None:
+    def __init__(self, sizes: dict[Any, int], size: int, rows: torch.Tensor, constants: dict[fx.Node, torch.Tensor]) -> None:
         self.sizes, self.size, self.rows = sizes, size, rows
         self.partial = len(rows) < size
-        self.known: dict[fx.Node, Any] = {}
+        self.known: dict[fx.Node, Any] = dict(constants)
         self.known_rows: dict[fx.Node, torch.Tensor] = {}
 
     def whole(self, node: fx.Node) -> Any:
