@@ -191,6 +191,9 @@ class ParallelModule(StateAccess, nn.Module):
             runner = program.graph_module
             if self._compile:
                 options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
+                if not options.keys() & {"mode", "options", "backend"}:
+                    # Inductor benchmarks reduction kernels on the device and may choose differently on each rank: replicas would drift apart bit by bit.
+                    options["options"] = {"deterministic": True}
                 compiled = torch.compile(program.graph_module, fullgraph=True, **options)
 
                 def runner(*operands):
