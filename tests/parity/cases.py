@@ -21,7 +21,7 @@ from tedfx.verify_run import Recipe, as_authored, on_mesh, prepare, train_rank, 
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
 
-RANK_TIMEOUT = 150.0
+RANK_TIMEOUT = 400.0
 
 
 @dataclasses.dataclass(frozen=True)

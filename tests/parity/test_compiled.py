@@ -43,7 +43,7 @@ def compiled(pm, batch, rank):
     from torch._dynamo.utils import counters
 
     compile = torch.compile
-    torch.compile = lambda module, **options: compile(module, **options, backend="aot_eager")
+    torch.compile = lambda module, fullgraph, **_: compile(module, fullgraph=fullgraph, backend="aot_eager")
     found = []
     for each in batches():
         pm.zero_grad()
@@ -69,5 +69,5 @@ def test_compilations_are_counted():
 
 
 def test_inductor_computes_the_same():
-    result = verified(case("mixtral", "ep=2,tp=2", dtype="float32", steps=1, **ONE_LAYER))
+    result = verified(case("mixtral", "ep=2", dtype="float32", steps=1, **ONE_LAYER))
     assert result.ok, f"\n{result}"
