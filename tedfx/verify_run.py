@@ -139,8 +139,8 @@ def train_reference(model: nn.Module, batch: Mapping[str, Any], recipe: Recipe, 
     model.to(device)
     batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(batch))
     with as_authored(model):
-        outcome = _train(model, batch, recipe, lambda: {n: p.grad.detach().cpu().clone() for n, p in model.named_parameters() if p.grad is not None})
-    outcome.parameters = {n: p.detach().cpu() for n, p in model.named_parameters()}
+        outcome = _train(model, batch, recipe, lambda: {n: p.grad.detach().cpu().clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None})
+    outcome.parameters = {n: p.detach().cpu() for n, p in model.named_parameters(remove_duplicate=False)}
     outcome.seconds = {"run": time.perf_counter() - start}
     return outcome
 
