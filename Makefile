@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# test files at a time; each may hold eight rank processes
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -34,7 +36,7 @@ demo: $(VENV)/.stamp
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh ep=2,tp=2 --out out/demo $(ARGS)
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -q --timeout 600 $(ARGS)
+	$(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile $(ARGS)
 
 parity: $(VENV)/.stamp
 	$(BIN)/python benchmarks/parity.py $(ARGS)

@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
+from tedfx.passes.base import Pass, PassResult
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import tedfx
 from tedfx import ops
-from tedfx.passes.base import Pass, PassResult
 
 COLLECTIVES = (ops.all_reduce, ops.all_gather, ops.reduce_scatter, ops.all_to_all_single, ops.exchange_counts)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.factors import Factor, as_size
-from tedfx.passes.base import Pass, PassResult
 from tedfx.rules import Annotator, Relation, rule_for
 from tedfx.rules.base import is_tensor, operands
 

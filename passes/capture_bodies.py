@@ -15,14 +15,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import fx
-
-from tedfx.errors import user_line
 from tedfx.passes.capture_routing import Fact, Routing, argument, name_of, shape_of
 from tedfx.passes.capture_rows import Rows, Weight
 from tedfx.passes.capture_rules import Batched, apply_rule, is_value, refuse
 from tedfx.passes.capture_stacks import Stacks
+from torch import fx
+
+from tedfx._torch import pytree
+from tedfx.errors import user_line
 
 __all__ = ["Bodies"]
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
-
 from tedfx.passes.capture_routing import Fact, Routing, argument, name_of, shape_of
 from tedfx.passes.capture_rules import refuse
+from torch import fx
 
 __all__ = ["Step", "chain_of", "dependence", "is_zero"]
 

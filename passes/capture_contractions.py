@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import fx
-
 from tedfx.passes.capture_rules import Batched, aligned, refuse, unknown
+from torch import fx
 
 __all__ = ["linear", "norm"]
 

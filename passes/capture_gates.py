@@ -17,9 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from torch import fx
-
 from tedfx.passes.capture_routing import Fact, argument, dim_of, name_of, product, shape_of
+from torch import fx
 
 __all__ = ["masked_fill", "multiply", "scatter", "softmax", "where"]
 

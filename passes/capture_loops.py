@@ -32,9 +32,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
-
-from tedfx.errors import CaptureError, user_line
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.capture_bodies import Bodies
 from tedfx.passes.capture_chains import Step, chain_of, dependence, is_zero
@@ -43,6 +40,9 @@ from tedfx.passes.capture_routing import Routing, name_of, shape_of
 from tedfx.passes.capture_rules import refuse
 from tedfx.passes.capture_stacks import Stacks
 from tedfx.passes.capture_uncaptured import find_uncaptured
+from torch import fx
+
+from tedfx.errors import CaptureError, user_line
 
 __all__ = ["CaptureLoops", "find_uncaptured"]
 

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import fx
-
 from tedfx.passes.capture_gates import masked_fill, multiply, scatter, softmax, where
 from tedfx.passes.capture_routing import Dims, Fact, argument, dim_of, name_of, origin, relabel, shape_of
+from torch import fx
 
 __all__ = ["facts"]
 

@@ -14,13 +14,13 @@ import operator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.utils._pytree as pytree
-from torch import fx
-
-from tedfx.factors import as_size
 from tedfx.passes.base import emit
 from tedfx.passes.capture_routing import Routing, name_of, product, shape_of
 from tedfx.passes.capture_rules import Batched, apply_rule, is_pointwise, is_value, refuse
+from torch import fx
+
+from tedfx._torch import pytree
+from tedfx.factors import as_size
 
 __all__ = ["Rows", "Weight"]
 

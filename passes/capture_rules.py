@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
+from tedfx.passes.capture_routing import argument, name_of, product
 from torch import fx
 
+from tedfx._torch import pytree
 from tedfx.errors import CaptureError, user_line
 from tedfx.factors import as_size
-from tedfx.passes.capture_routing import argument, name_of, product
 
 __all__ = ["Batched", "aligned", "apply_rule", "is_pointwise", "is_value", "refuse", "unknown"]
 

@@ -11,9 +11,8 @@ import re
 from typing import Any
 
 import torch
-from torch import fx
-
 from tedfx.passes.capture_rules import refuse
+from torch import fx
 
 __all__ = ["Stacks"]
 

@@ -14,11 +14,11 @@ alike groups of parameters. By how the two meet:
 
 from __future__ import annotations
 
+from tedfx.passes.capture_masks import facts
+from tedfx.passes.capture_routing import name_of, shape_of
 from torch import fx
 
 from tedfx.errors import user_line
-from tedfx.passes.capture_masks import facts
-from tedfx.passes.capture_routing import name_of, shape_of
 
 __all__ = ["find_uncaptured"]
 

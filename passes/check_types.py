@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.errors import TypeCheckError, user_line
-from tedfx.passes.place import convert
 from tedfx.placing import decide, differentiable
 from tedfx.rules import operands
 from tedfx.types import I, P, R, Shard

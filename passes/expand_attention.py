@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from tedfx.passes.base import Pass, PassResult, emit
 from torch import fx
 
 from tedfx.factors import as_size
-from tedfx.passes.base import Pass, PassResult, emit
 from tedfx.rules.base import argument, op_name
 
 aten = torch.ops.aten

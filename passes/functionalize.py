@@ -25,11 +25,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from tedfx.passes.base import Pass, PassResult, emit
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
 from tedfx.factors import as_size
-from tedfx.passes.base import Pass, PassResult, emit
 
 __all__ = ["Functionalize"]
 

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
 from tedfx.errors import TraceError, user_line
 from tedfx.factors import leaves
-from tedfx.passes.base import Pass, PassResult
+from tedfx.ops.random import RAGGED
 from tedfx.placing import roots
-from tedfx.rules import op_name, operands
+from tedfx.rules import op_name
 from tedfx.rules.base import argument
 from tedfx.sizes import Sizes
-from tedfx.types import Shard, find_dim, sharding_axes
+from tedfx.types import Shard, sharding_axes
 
 aten = torch.ops.aten
 VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze", "aten.view_as", "aten._reshape_copy"}
@@ -192,13 +193,11 @@ class _Localizer:
         if not argument(node, 2, "train") or p == 0:
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
-        factors = []
-        for dim in node.meta["dims"]:
-            if any(f.ragged for f in leaves(dim)):
-                raise TraceError(
-                    f"dropout inside an expert's body is not supported: its rows move between ranks ({user_line(node)})"
-                )
-            factors.append(tuple((self.sizes.node(self.sizes.factor(f, node.meta["type"])), sharding_axes(node.meta["type"], f)) for f in leaves(dim)))
+        place = lambda f, d: (
+            (self.rows(x, d), sharding_axes(node.meta["type"], f), RAGGED) if f.ragged
+            else (self.sizes.node(self.sizes.factor(f, node.meta["type"])), sharding_axes(node.meta["type"], f))
+        )
+        factors = [tuple(place(f, d) for f in leaves(dim)) for d, dim in enumerate(node.meta["dims"])]
         if self.seed is None:
             placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
             with self.graph.inserting_after(placeholders[-1]):
@@ -206,6 +205,11 @@ class _Localizer:
             self.seed.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
         node.target, node.kwargs, node.args = ops.dropout, {}, (x, p, self.seed, self.sites, tuple(factors))
         self.sites += 1
+
+    def rows(self, x: fx.Node, d: int) -> fx.Node:
+        """The number of rows of a ragged dim: data, so asked of the tensor."""
+        with self.graph.inserting_after(x):
+            return self.graph.call_function(aten.sym_size.int, (x, d))
 
     # sizes as numbers -----------------------------------------------------------------------------------------------------
     def numbers(self, node: fx.Node) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tedfx.passes.base import Pass, PassResult
+from tedfx.passes.place import convert
 from torch import fx
 
 from tedfx import ops
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.factors import leaves
-from tedfx.passes.base import Pass, PassResult
-from tedfx.passes.place import convert
 from tedfx.rules.base import regroup_barrier
 from tedfx.sizes import Sizes
 from tedfx.types import I, P, R, Shard, find_dim

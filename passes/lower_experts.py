@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
 from tedfx.factors import leaves
-from tedfx.passes.base import Pass, PassResult
-from tedfx.rules import operands
 from tedfx.types import Shard
 
 

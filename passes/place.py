@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
-from tedfx.errors import TypeCheckError, user_line
-from tedfx.factors import leaves
-from tedfx.passes.base import Pass, PassResult
-from tedfx.placing import decide, differentiable, roots
+from tedfx.placing import decide, differentiable
 from tedfx.rules import Relation, op_name, operands
 from tedfx.rules.base import argument
-from tedfx.types import I, P, R, Shard, format_type
+from tedfx.types import I, P, R, Shard
 
 
 def convert(x, axis, source, target):

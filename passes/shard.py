@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.errors import CaptureError, ConfigError
-from tedfx.factors import Factor, leaves
-from tedfx.passes.base import Pass, PassResult
+from tedfx.factors import leaves
 from tedfx.placing import Plan, expert_layout, roots
-from tedfx.rules import operands
 
 
 def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -22,9 +22,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
-
 from tedfx.passes.base import Pass, PassResult, emit, evaluate
+from torch import fx
 
 __all__ = ["SimplifyMasks"]
 

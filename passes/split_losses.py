@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from tedfx.passes.base import Pass, PassResult, emit
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
-from tedfx.passes.base import Pass, PassResult, emit
 from tedfx.rules.base import argument, op_name
 
 aten = torch.ops.aten

@@ -7,11 +7,15 @@ one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint de
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 # Registers the `_c10d_functional` operators. Public replacement: none yet; `torch.distributed.all_reduce` and its kin
 # work in place, which neither autograd.Function nor functionalisation wants.
 import torch.distributed._functional_collectives  # noqa: F401
+
+# Trees of inputs and outputs. Public replacement: `torch.utils.pytree`, whose tree specs torch.export does not use yet.
+import torch.utils._pytree as pytree  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public replacement: none; torch.export takes one and makes none
+from torch.distributed.tensor import DTensor
 
 _ops = torch.ops._c10d_functional
 
@@ -41,6 +45,19 @@ def check(condition, message: str) -> None:
         torch._check(condition)  # the plainest form: the dynamo of torch 2.11 traces no message that is a closure
     elif not condition:
         raise ValueError(message)
+
+
+def inductor_options() -> dict:
+    """What `torch.compile` is told where the user gives no options of his own. Public names all; the reasons are not.
+
+    deterministic: inductor benchmarks reduction kernels on the device and may choose differently on each rank, so that
+    replicas drift apart bit by bit. max_tiles: before torch 2.13 a kernel over two tiled dims divides by zero when one of
+    them is empty (pytorch#178878), which a rank without routed rows makes of its rows.
+    """
+    options: dict = {"deterministic": True}
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        options["triton.max_tiles"] = 1
+    return options
 
 
 # ---- state and gradients (tedfx/gradients.py, tedfx/checks.py, tedfx/pieces.py) ----------------------------------

@@ -6,9 +6,9 @@ import inspect
 from typing import Any, Mapping, Sequence
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
+from tedfx._torch import pytree
 from tedfx.compiler import Compilation, compile_trace
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
@@ -128,7 +128,7 @@ class _Builder:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            self.done[key] = compile_trace(Compilation(traced, self.roles, trainable, outputs=outputs), self.passes)
+            self.done[key] = compile_trace(Compilation(traced, self.roles, trainable, outputs=outputs, model=self.model), self.passes)
         return self.done[key]
 
     def program(self, signature, flat: dict, training: bool) -> Program:

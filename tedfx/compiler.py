@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
-import torch.utils._pytree as pytree
-from torch import fx
+from torch import fx, nn
 
+from tedfx._torch import pytree
 from tedfx.errors import ConfigError
-from tedfx.factors import Factor, as_size, dim_size, leaves
+from tedfx.factors import Factor, as_size
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, run_pipeline
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
+from tedfx.passes.check_capture import CheckCapture
 from tedfx.passes.check_types import check_types
 from tedfx.passes.expand_attention import ExpandAttention
 from tedfx.passes.functionalize import Functionalize
@@ -27,7 +28,6 @@ from tedfx.passes.split_losses import SplitLosses
 from tedfx.placing import Plan
 from tedfx.roles import Roles
 from tedfx.trace import Trace
-from tedfx.types import R, Shard, find_dim
 
 
 def default_passes() -> list[Pass]:
@@ -38,6 +38,7 @@ def default_passes() -> list[Pass]:
         CaptureLoops(),
         ExpandAttention(),
         SplitLosses(),
+        CheckCapture(),
         Annotate(),
         ShardExperts(),
         ShardTensors(),
@@ -57,6 +58,7 @@ class Compilation:
     trainable      placeholder names of parameters that require gradients
     graph_module   the graph as it stands
     plan           which factors each axis shards (after `shard_experts`)
+    model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     """
 
     trace: Trace
@@ -71,6 +73,7 @@ class Compilation:
     history: list = field(default_factory=list)
     outputs: tuple[str, ...] | None = None
     output_names: list[str] = field(default_factory=list)
+    model: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self):
         """Work on a copy: one trace serves any number of meshes."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from tedfx._torch import inductor_options, pytree
 from tedfx.checks import CallCheck, Meeting
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.gradients import BUCKET_BYTES, GradientBoundary
@@ -192,9 +192,9 @@ class ParallelModule(StateAccess, nn.Module):
             if self._compile:
                 options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
                 if not options.keys() & {"mode", "options", "backend"}:
-                    # Inductor benchmarks reduction kernels on the device and may choose differently on each rank: replicas would drift apart bit by bit.
-                    options["options"] = {"deterministic": True}
-                compiled = torch.compile(program.graph_module, fullgraph=True, **options)
+                    options["options"] = inductor_options()
+                # `forward`, not the module: an fx module's call reads tracebacks when it fails, which dynamo then stumbles on, and the cause is lost.
+                compiled = torch.compile(program.graph_module.forward, fullgraph=True, **options)
 
                 def runner(*operands):
                     # counts of routed rows are host integers: symbols of the compiled graph, not constants

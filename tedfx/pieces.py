@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.utils._pytree import tree_map_only
 
 from tedfx import _torch
 
@@ -102,7 +101,7 @@ class PiecedTensor(Tensor):
         results = []
         for index in range(len(self.pieces)):
             pick = lambda x: x.pieces[index][1]  # noqa: B023, E731
-            results.append(func(*tree_map_only(PiecedTensor, pick, args), **tree_map_only(PiecedTensor, pick, kwargs)))
+            results.append(func(*_torch.pytree.tree_map_only(PiecedTensor, pick, args), **_torch.pytree.tree_map_only(PiecedTensor, pick, kwargs)))
         if func is _aten.is_pinned.default:
             return all(results)
         if func is _aten.zero_.default:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
+from tedfx._torch import pytree
 from tedfx.errors import ConfigError
 
 Path = tuple

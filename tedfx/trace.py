@@ -20,24 +20,23 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
-import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tedfx.errors import CaptureError, TraceError, user_line
+from tedfx._torch import FakeTensorMode, pytree
+from tedfx.errors import TraceError, user_line
 from tedfx.passes.base import emit, evaluate
+from tedfx.regions import inline_regions
 
-__all__ = ["Trace", "check_capture", "infer_inputs", "trace"]
+__all__ = ["Trace", "infer_inputs", "trace"]
 
 aten = torch.ops.aten
 
@@ -559,230 +558,3 @@ def _count_into_fixed_bins(graph: fx.Graph) -> None:
         elif node in stale and node.op == "call_function" and node.target not in _ASSERTIONS:
             node.meta["val"] = evaluate(graph, node.target, node.args, node.kwargs)
             stale.update(node.users)
-
-
-def inline_regions(graph_module: fx.GraphModule) -> None:
-    """Inline no-grad and autocast regions.
-
-    A value computed in a no-grad region is detached where it leaves the region (or enters a region inside it that has
-    gradients on), so gradients stay exact. An autocast region that is disabled is plain code; an enabled one is refused.
-    """
-    hop = torch.ops.higher_order
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is hop.wrap_with_set_grad_enabled:
-            enabled, body, *operands = node.args
-            _inline(graph_module, node, body, operands, enabled)
-        elif node.target is hop.wrap_with_autocast:
-            device_type, dtype, enabled, _, body, *operands = node.args
-            if enabled:
-                raise TraceError(
-                    f"autocast to {dtype} on {device_type} | at {_first_line(graph_module, body)} | cast the model (model.to({dtype})) "
-                    "instead of tracing it under autocast"
-                )
-            _inline(graph_module, node, body, operands, True)
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise TraceError(f"{node.target} is a region of code that tedfx cannot look into | at {user_line(node)} | write it as plain code")
-    graph_module.graph.eliminate_dead_code()
-
-
-def _first_line(graph_module: fx.GraphModule, body: fx.Node) -> str:
-    nodes = graph_module.get_submodule(body.target).graph.nodes
-    return next((user_line(n) for n in nodes if n.op == "call_function"), "an unknown line")
-
-
-def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands: list[Any], gradient: bool) -> None:
-    region = graph_module.get_submodule(body.target)
-    inline_regions(region)
-    if not gradient:
-        _check_no_grad_writes(region, operands)
-    graph = graph_module.graph
-    values: dict[fx.Node, Any] = {}
-    feed = iter(operands)
-    with graph.inserting_before(call):
-        for node in region.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(feed)
-            elif node.op == "output":
-                outputs = fx.map_arg(node.args[0], lambda n: values[n])
-            else:
-                if node.op == "get_attr":
-                    raise TraceError(f"a constant inside a no-grad region | at {_first_line(graph_module, body)} | make it a buffer")
-                new = graph.node_copy(node, lambda n: values[n])
-                if not gradient and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-                    raise TraceError(f"enable_grad inside no_grad | at {user_line(node)} | take it out")
-                if _aliases(new):  # its fake value anew, so that it shares storage with its operand as the real one would
-                    new.meta["val"] = evaluate(graph, new.target, new.args, new.kwargs)
-                values[node] = new
-        own = {v for n, v in values.items() if n.op != "placeholder"}
-        if not gradient:
-            outputs = fx.map_arg(outputs, lambda n: _detached(graph, n) if n in own else n)
-    single = not isinstance(outputs, (tuple, list))
-    for user in list(call.users):
-        if user.target is operator.getitem:
-            user.replace_all_uses_with(outputs[user.args[1]])
-            graph.erase_node(user)
-    if single and call.users:
-        call.replace_all_uses_with(outputs)
-    graph.erase_node(call)
-
-
-def _aliases(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return node.target is operator.getitem
-    return any(r.alias_info is not None for r in schema.returns)
-
-
-def _check_no_grad_writes(region: fx.GraphModule, operands: list[Any]) -> None:
-    """A no-grad write into a value that carries gradients changes the value and not its gradient: no graph says that."""
-    storages = {}
-    for placeholder, operand in zip(region.graph.find_nodes(op="placeholder"), operands):
-        val = placeholder.meta.get("val")
-        if isinstance(val, torch.Tensor) and isinstance(operand, fx.Node) and _carries_gradient(operand):
-            storages[val.untyped_storage()._cdata] = operand
-    for node in region.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node):
-            val = node.args[0].meta.get("val")
-            if isinstance(val, torch.Tensor) and val.untyped_storage()._cdata in storages:
-                raise TraceError(
-                    f"{node.target} under no_grad changes a value that carries gradients | at {user_line(node)} | make a new tensor"
-                )
-
-
-def _carries_gradient(node: fx.Node) -> bool:
-    todo, seen = [node], set()
-    while todo:
-        n = todo.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        val = n.meta.get("val")
-        if n.op == "placeholder" and isinstance(val, torch.Tensor) and val.requires_grad:
-            return True
-        cut = n.target in (aten.detach.default, torch.ops.higher_order.wrap_with_set_grad_enabled)
-        if not cut and not (isinstance(val, torch.Tensor) and not val.is_floating_point()):
-            todo.extend(n.all_input_nodes)
-    return False
-
-
-def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
-        return node
-    return emit(graph, aten.detach.default, (node,), like=node)
-
-
-# --- is the captured graph the model? ----------------------------------------------------------------------------------------
-
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-
-
-def check_capture(
-    model: nn.Module, captured: Trace, args: tuple = (), kwargs: dict[str, Any] | None = None, *, frontends: Sequence[Any] | None = None
-) -> float:
-    """Run the captured graph against the model in its authors' form, same dtype, and return the largest relative difference.
-
-    Without inputs, random ones are made: integers below the smallest embedding's size, normal floats. A difference beyond
-    rounding raises `CaptureError` with the first captured module that differs.
-    """
-    if frontends is None:
-        from tedfx.frontends import default_frontends
-
-        frontends = default_frontends()
-    if not args and not kwargs:
-        kwargs = _random_inputs(model, captured)
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out))
-        for name in captured.captured
-    ]
-    saved = {name: b.clone() for name, b in model.named_buffers()}
-    try:
-        with contextlib.ExitStack() as stack, torch.no_grad(), torch.random.fork_rng():
-            for frontend in frontends:
-                if frontend.applies(model):
-                    stack.enter_context(frontend.reference(model))
-            torch.manual_seed(0)
-            expected = pytree.tree_leaves(model(*args, **(kwargs or {})))
-            for name, b in model.named_buffers():
-                b.copy_(saved[name])
-            torch.manual_seed(0)
-            actual = pytree.tree_leaves(captured(model, *args, **(kwargs or {})))
-            worst = max((_difference(a, e) / _tolerance(e) for a, e in zip(actual, expected)), default=0.0)
-            if not worst <= 1.0 or len(actual) != len(expected):
-                torch.manual_seed(0)
-                name, error = _first_difference(model, captured, seen, args, kwargs or {})
-                raise CaptureError(
-                    f"the captured graph does not compute what the model does: {name} differs by {error:.1e} relative "
-                    f"to its size ({worst:.1e} of the tolerance at the outputs)"
-                )
-    finally:
-        for hook in hooks:
-            hook.remove()
-        with torch.no_grad():
-            for name, b in model.named_buffers():
-                b.copy_(saved[name])
-    return max((_difference(a, e) for a, e in zip(actual, expected)), default=0.0)
-
-
-def _difference(actual: Any, expected: Any) -> float:
-    if not isinstance(expected, torch.Tensor):
-        return 0.0 if actual == expected else float("inf")
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return float("inf")
-    a, e = actual.double(), expected.double()
-    if torch.equal(a, e):
-        return 0.0
-    return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
-
-
-def _tolerance(expected: Any) -> float:
-    return _TOLERANCE.get(expected.dtype, 1e-10) if isinstance(expected, torch.Tensor) else 1.0
-
-
-def _random_inputs(model: nn.Module, captured: Trace) -> dict[str, Any]:
-    vocabulary = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
-    small = {symbol: size for symbol, size in zip(captured.sizes.values(), (3, 7))}
-    placeholders = {n.name: n for n in captured.graph_module.graph.find_nodes(op="placeholder")}
-    generator = torch.Generator().manual_seed(0)
-    call: dict[str, Any] = {path[0]: value for path, value in captured.values.items() if len(path) == 1}
-    for name, path in captured.inputs.items():
-        if len(path) != 1:
-            raise CaptureError(f"input {_show(path)} is nested: pass example inputs to check the capture with")
-        fake = placeholders[name].meta["val"]
-        shape = [int(s.node.expr.subs(small)) if isinstance(s, torch.SymInt) else s for s in fake.shape]
-        if fake.is_floating_point():
-            value = torch.randn(shape, generator=generator).to(fake.dtype)
-        else:
-            value = torch.randint(0, vocabulary, shape, generator=generator).to(fake.dtype)
-        call[path[0]] = value.to(captured.device)
-    return call
-
-
-def _first_difference(model, captured: Trace, seen: dict[str, torch.Tensor], args, kwargs) -> tuple[str, float]:
-    """The first captured module whose output in the graph is not what the model's own was."""
-    last: dict[fx.Node, str] = {}
-    for name in captured.captured:
-        nodes = [n for n in captured.graph_module.graph.nodes if name in _module_names(n) and "val" in n.meta]
-        if nodes:
-            last[nodes[-1]] = name
-    found: list[tuple[str, float]] = []
-
-    class Watch(fx.Interpreter):
-        def run_node(self, node):
-            value = super().run_node(node)
-            if node in last and last[node] in seen and isinstance(seen[last[node]], torch.Tensor):
-                error = _difference(value.reshape(seen[last[node]].shape) if value.numel() == seen[last[node]].numel() else value, seen[last[node]])
-                if error > _tolerance(value):
-                    found.append((last[node], error))
-            return value
-
-    Watch(captured.graph_module).run(*captured.state(model), *captured.flatten(args, kwargs))
-    return found[0] if found else ("a part outside the captured modules", float("nan"))
-
-
-def _module_names(node: fx.Node) -> list[str]:
-    return [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]

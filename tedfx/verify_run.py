@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tedfx._torch import pytree
 from tedfx.errors import ConfigError
 from tedfx.roles import MeshShape, Roles
 
@@ -217,8 +217,7 @@ def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Mapping[str, Any]
     from tedfx.api import parallelize
 
     mesh = init_device_mesh(rank.device, shape.sizes, mesh_dim_names=shape.names)
-    with _prepared(prepared):
-        yield parallelize(model, mesh, **{"check_timeout": rank.timeout / 2, "traces": [c.trace_given for c in prepared], **options})
+    yield parallelize(model, mesh, **{"check_timeout": rank.timeout / 2, "traces": prepared, **options})
 
 
 # ---- compile once, fork the ranks ----------------------------------------------------------------------------------
@@ -230,29 +229,7 @@ def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
 
     trainable = {placeholder for placeholder, name in trace.parameters.items() if model.get_parameter(name).requires_grad}
     outputs = options.get("outputs")
-    done = compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None), options.get("passes"))
-    done.trace_given = trace
-    return done
-
-
-@contextlib.contextmanager
-def _prepared(compilations: Sequence):
-    """`parallelize` takes these where it would compile the same trace for the same mesh."""
-    from tedfx import api
-
-    make = api.compile_trace
-
-    def find(compilation, passes=None):
-        for done in compilations:
-            if done.trace_given.inputs == compilation.trace.inputs and done.trace.training == compilation.trace.training and done.roles == compilation.roles and done.outputs == compilation.outputs:
-                return done
-        return make(compilation, passes)
-
-    api.compile_trace = find
-    try:
-        yield
-    finally:
-        api.compile_trace = make
+    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None), options.get("passes"))
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------

@@ -34,11 +34,11 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tedfx import _torch
+from tedfx._torch import pytree
 from tedfx.errors import TraceError
 
 __all__ = ["ExpertLoops", "NOTE"]
@@ -142,15 +142,17 @@ class _NotEmpty(TorchFunctionMode):
         frame = _user_frame()
         question = _expression(frame)
         tests = _tests(question) if question is not None else []
+        if not tests:
+            return False
         for test, asked in tests:
             _check_neutral(test, asked, _here())
         while frame.f_back is not None and frame.f_code.co_name != "forward":  # the frames that the graph's nodes remember
             frame = frame.f_back
         lines = [line for _, _, line in frame.f_code.co_lines() if line is not None]
-        note = f"{NOTE}: {_here()} (in {frame.f_code.co_filename}:{min(lines)}-{max(lines)})"
-        if tests and note not in self.notes:
+        note = f"{NOTE}: {_here()} (in {frame.f_code.co_filename}:{sorted(lines)[0]}-{sorted(lines)[-1]})"
+        if note not in self.notes:
             self.notes.append(note)
-        return bool(tests)
+        return True
 
 
 def _symbols(size) -> set:
@@ -162,9 +164,14 @@ def _symbols(size) -> set:
 
 def _user_frame() -> FrameType:
     frame = sys._getframe(1)
-    while frame.f_back is not None and (frame.f_code.co_filename == __file__ or _MACHINERY.search(frame.f_code.co_filename)):
+    while frame.f_back is not None and _is_machinery(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
+
+
+@functools.cache
+def _is_machinery(filename: str) -> bool:
+    return filename == __file__ or _MACHINERY.search(filename) is not None
 
 
 def _here() -> str:

@@ -8,6 +8,10 @@ independent numbers, and the whole is the one a single device draws, on any mesh
 first. A factor's global index is coordinate(axes) * local_size + local index, its global size local_size * size(axes);
 the dim's index composes its factors in mixed radix with the global sizes. `(((4, ("dp",)),), ((2, ()), (3, ("tp",))))`
 is a local [4, 6] of which dim 0 is sharded over dp, and dim 1 is gate|up with each half sharded over tp.
+
+Routed rows have no global index: how many a rank holds is data. A factor `(local_size, axes, RAGGED)` gives each coordinate a
+range of indices of its own, so that rows on different ranks draw apart and replicas of a row draw the same; what a row draws
+then depends on the mesh.
 """
 
 import torch
@@ -15,7 +19,8 @@ from torch import Tensor
 
 from tedfx.ops import context
 
-Factors = tuple[tuple[tuple[int, tuple[str, ...]], ...], ...]
+Factors = tuple[tuple[tuple, ...], ...]
+RAGGED = 1 << 32  # indices per coordinate of a factor whose size is data
 
 # Bits of a draw: as many as the dtype's significand holds, so that no draw rounds up to 1.
 _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -48,7 +53,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> T
         raise ValueError(f"dropout: factors for {len(factors)} dims of a tensor of shape {tuple(x.shape)}")
     for dim, parts in enumerate(factors):
         size = 1
-        for local, _ in parts:
+        for local, *_ in parts:
             size = size * local
         if size != x.shape[dim]:
             raise ValueError(f"dropout: factors {parts} do not multiply to dim {dim} of shape {tuple(x.shape)}")
@@ -79,10 +84,11 @@ def _hash(factors: Factors, seed: Tensor, site: int) -> Tensor:
     counter, shape = key, []
     for parts in factors:
         size = 1
-        for local, axes in parts:
+        for local, axes, *ragged in parts:
             span = context.span(axes)
-            place = torch.arange(local, device=seed.device, dtype=torch.int64) + span.index * local
-            counter = counter.unsqueeze(-1) * (local * span.size) + place
+            room = ragged[0] if ragged else local
+            place = torch.arange(local, device=seed.device, dtype=torch.int64) + span.index * room
+            counter = counter.unsqueeze(-1) * (room * span.size) + place
             size = size * local
         shape.append(size)
     return _mix(_mix(counter.reshape(shape)) + key)

@@ -12,7 +12,7 @@ A rule relates the factors of a node's operands and outputs. It returns a `Relat
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Sequence
 
 import sympy
 import torch

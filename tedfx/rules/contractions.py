@@ -6,7 +6,7 @@ from torch import fx
 
 from tedfx.errors import TraceError
 from tedfx.factors import as_size, dim_size
-from tedfx.rules.base import Annotator, Relation, argument, is_tensor, op_name, operands, positions, rule, whole_everywhere
+from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule, whole_everywhere
 
 EACH = (frozenset({0}), frozenset({1}))
 ONE = (frozenset({0}),)

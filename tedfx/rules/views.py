@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
-
 from torch import fx
 
-from tedfx.factors import Factor, as_size, dim_size, refine_dim, regroup, unify
+from tedfx.factors import Factor, as_size, dim_size, refine_dim, regroup
 from tedfx.rules.base import Annotator, Relation, argument, operands, rule, whole_everywhere
 
 ONE = (frozenset({0}),)

@@ -8,10 +8,9 @@ import operator
 
 import pytest
 import torch
-from torch import fx
-
 from tedfx.passes.capture_chains import dependence
 from tedfx.passes.capture_masks import facts
+from torch import fx
 
 aten = torch.ops.aten
 N, K, E = 6, 2, 4

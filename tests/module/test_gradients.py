@@ -11,8 +11,8 @@ from tedfx.errors import TedfxError
 from tedfx.gradients import GradientBoundary
 from tedfx.parameters import ParameterLayout, Placed, materialize
 from tests.module import toy
-from tests.module.toy import F, H
 from tests.module.test_module import named_grads
+from tests.module.toy import F, H
 from tests.pool import context
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tedfx.ops import context, convert, random, vocab
 from tests import pool
-from tests.ops.layers import F, E, H, K, Roles, local
+from tests.ops.layers import E, F, H, K, Roles, local
 
 SLOW = pytest.mark.skipif(not os.environ.get("TEDFX_SLOW"), reason="set TEDFX_SLOW to run it")
 LAYOUTS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tedfx.ops import experts, moe
-from tests.ops.layers import F, E, H, K, plain, whole
+from tests.ops.layers import E, F, H, K, plain, whole
 
 
 def _operands(tokens, dtype=torch.float64, used=E, requires_grad=True):

@@ -5,7 +5,7 @@ import torch
 
 from tedfx.ops import context, moe
 from tests import pool
-from tests.ops.layers import F, E, H, K, Roles, local, whole
+from tests.ops.layers import E, F, H, K, Roles, local, whole
 
 # name -> (world, mesh shape, names, roles)
 LAYOUTS = {

@@ -6,17 +6,16 @@ import weakref
 
 import sympy
 import torch
+from tedfx.passes.base import run_pipeline
 from torch import fx
 
 from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.factors import as_size
-from tedfx.passes.base import run_pipeline
 from tedfx.roles import MeshShape, Roles
 from tedfx.rules import op_name
 from tedfx.trace import trace
 from tedfx.types import format_type
 from tests.rules.simulate import Ranks, cotangent, join, same, split
-
 
 _TRACES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # a Compilation works on a copy
 

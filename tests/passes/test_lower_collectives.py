@@ -3,15 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
-
-from tedfx.errors import TypeCheckError
 import torch
+from tedfx.passes.lower_collectives import LowerCollectives
+from tedfx.passes.place import convert
 from torch import fx
 
 from tedfx import ops
+from tedfx.errors import TypeCheckError
 from tedfx.factors import Factor
-from tedfx.passes.lower_collectives import LowerCollectives
-from tedfx.passes.place import convert
 from tedfx.placing import Plan
 from tedfx.roles import MeshShape, Roles
 from tedfx.types import I, P, R, Shard

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tedfx.types import I, P, R
 from tests.passes import models as m
-from tests.passes.helpers import calls, conversions, find, parity, placeholder, typed, upto
+from tests.passes.helpers import conversions, find, parity, placeholder, typed, upto
 
 
 def scaled(model):

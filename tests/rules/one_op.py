@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
-
-from tedfx.factors import leaves
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.check_types import DIRECT
 from tedfx.passes.localize import Localize
 from tedfx.passes.place import _Placement
+from torch import fx
+
+from tedfx.factors import leaves
 from tedfx.placing import Plan, decide, differentiable
 from tedfx.roles import MeshShape, Roles
 from tedfx.rules import op_name, operands

@@ -5,10 +5,10 @@ import types
 from typing import ClassVar
 
 import pytest
+from tedfx.passes.base import Pass, PassResult, check_contracts, run_pipeline
 from torch import fx
 
 from tedfx.errors import ContractError
-from tedfx.passes.base import Pass, PassResult, check_contracts, run_pipeline
 
 
 def program():

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from tedfx.passes.base import run_pipeline
+from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError
-from tedfx.passes.base import run_pipeline
-from tedfx.passes.functionalize import Functionalize
 from tedfx.trace import infer_inputs, trace
 
 aten = torch.ops.aten

@@ -1,0 +1,197 @@
+"""Is the captured graph the model? Both are run on one device, before anything is sharded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tedfx._torch import pytree
+from tedfx.errors import CaptureError
+from tedfx.trace import Trace
+
+__all__ = ["check_capture", "check_program"]
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+_HALF = (torch.bfloat16, torch.float16)
+_RANDOM = ("dropout", "bernoulli", "rand", "normal", "multinomial", "exponential")
+
+
+def check_program(program: Any, model: nn.Module) -> str:
+    """The check as the pipeline makes it, on the program's graph as it stands; a line for its history. CaptureError as `check_capture`."""
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    if device.type == "meta":
+        return "not checked against the model: its parameters are on the meta device"
+    program.graph_module.recompile()
+    captured = _on_device(dataclasses.replace(program.trace, graph_module=program.graph_module), device)
+    random = next((n for n in captured.graph_module.graph.nodes if _draws(n)), None)
+    if random is not None:
+        return f"not checked against the model: {random.name} draws at random"
+    if any(len(path) != 1 for path in captured.inputs.values()):
+        return "not checked against the model: an input is nested"
+    return f"checked against the model: largest relative difference {check_capture(model, captured):.1e}"
+
+
+def _draws(node: fx.Node) -> bool:
+    if node.op != "call_function" or not any(word in getattr(node.target, "__name__", str(node.target)) for word in _RANDOM):
+        return False
+    return not (len(node.args) > 1 and node.args[1] == 0.0)
+
+
+def check_capture(
+    model: nn.Module, captured: Trace, args: tuple = (), kwargs: dict[str, Any] | None = None, *, frontends: Sequence[Any] | None = None
+) -> float:
+    """Run the captured graph against the model in its authors' form, same dtype; the largest relative difference of an output.
+
+    Without inputs, random ones are made: integers below the smallest embedding's size, normal floats. A difference beyond
+    rounding raises `CaptureError` with the first captured module that differs. In 16 bits a near-tie may route a token elsewhere:
+    there each captured module is judged on its own, with the inputs that it had in the model.
+    """
+    if frontends is None:
+        from tedfx.frontends import default_frontends
+
+        frontends = default_frontends()
+    frontends = [f for f in frontends if f.applies(model)]
+    if not args and not kwargs:
+        kwargs = _random_inputs(model, captured)
+    seen: dict[str, tuple] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda m, a, k, out, name=name: seen.__setitem__(name, (a, k, out)), with_kwargs=True)
+        for name in captured.captured
+    ]
+    with torch.no_grad(), torch.random.fork_rng(), _buffers_kept(model) as put_back:
+        try:
+            with contextlib.ExitStack() as stack:
+                for frontend in frontends:
+                    stack.enter_context(frontend.reference(model))
+                expected = pytree.tree_leaves(model(*args, **(kwargs or {})))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        put_back()
+        actual = pytree.tree_leaves(captured(model, *args, **(kwargs or {})))
+        pairs = [(a, e) for a, e in zip(actual, expected) if a is not None]  # None: an output that was not asked for
+        worst = max((_difference(a, e) / _tolerance(e) for a, e in pairs), default=0.0)
+        if not worst <= 1.0 or len(actual) != len(expected):
+            put_back()
+            half = any(isinstance(e, torch.Tensor) and e.dtype in _HALF for e in (*expected, *model.parameters()))
+            name, error = _module_alone(model, frontends, seen) if half and seen else _first_difference(model, captured, seen, args, kwargs or {})
+            if name:
+                raise CaptureError(
+                    f"the captured graph does not compute what the model does: {name} differs by {error:.1e} relative "
+                    f"to its size ({worst:.1e} of the tolerance at the outputs)"
+                )
+    return max((_difference(a, e) for a, e in pairs), default=0.0)
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[Any]:
+    saved = {name: b.clone() for name, b in model.named_buffers()}
+
+    def put_back() -> None:
+        for name, b in model.named_buffers():
+            b.copy_(saved[name])
+
+    try:
+        yield put_back
+    finally:
+        put_back()
+
+
+def _difference(actual: Any, expected: Any) -> float:
+    if not isinstance(expected, torch.Tensor):
+        return 0.0 if actual == expected else float("inf")
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    a, e = actual.double(), expected.double()
+    if torch.equal(a, e):
+        return 0.0
+    return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _tolerance(expected: Any) -> float:
+    return _TOLERANCE.get(expected.dtype, 1e-10) if isinstance(expected, torch.Tensor) else 1.0
+
+
+def _random_inputs(model: nn.Module, captured: Trace) -> dict[str, Any]:
+    vocabulary = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
+    small = {symbol: _size(captured, symbol, size) for symbol, size in zip(captured.sizes.values(), (3, 7))}
+    placeholders = {n.name: n for n in captured.graph_module.graph.find_nodes(op="placeholder")}
+    generator = torch.Generator().manual_seed(0)
+    call: dict[str, Any] = {path[0]: value for path, value in captured.values.items() if len(path) == 1}
+    for name, path in captured.inputs.items():
+        if len(path) != 1:
+            raise CaptureError(f"input {'.'.join(map(str, path))} is nested: pass example inputs to check the capture with")
+        fake = placeholders[name].meta["val"]
+        shape = [int(s.node.expr.subs(small)) if isinstance(s, torch.SymInt) else s for s in fake.shape]
+        if fake.is_floating_point():
+            value = torch.randn(shape, generator=generator).to(fake.dtype)
+        else:
+            value = torch.randint(0, vocabulary, shape, generator=generator).to(fake.dtype)
+        call[path[0]] = value.to(captured.device)
+    return call
+
+
+def _size(captured: Trace, symbol, size: int) -> int:
+    """The smallest size from `size` on that the model accepts."""
+    low, high = captured.bounds.get(symbol, (1, None))
+    size = max(size, low)
+    return size if high is None else min(size, high)
+
+
+def _on_device(captured: Trace, device: torch.device) -> Trace:
+    """The trace for another device than the one it was made for: the model's weights may wait on the host for a mesh of GPUs."""
+    if captured.device == device:
+        return captured
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(captured.graph_module.graph, {}))
+    move = lambda tree: pytree.tree_map(lambda x: device if isinstance(x, torch.device) else x, tree)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = move(node.args), move(node.kwargs)
+    constants = {name: value.to(device) for name, value in captured.constants.items()}
+    return dataclasses.replace(captured, graph_module=fx.GraphModule(captured.graph_module, graph), constants=constants, device=device)
+
+
+def _module_alone(model: nn.Module, frontends: Sequence[Any], seen: dict[str, tuple]) -> tuple[str, float]:
+    """The first captured module that does not give in its captured form what it gave in the model, for the same inputs."""
+    with contextlib.ExitStack() as stack:
+        for frontend in frontends:
+            if frontend.captured(model):
+                stack.enter_context(frontend.prepare(model, []))
+        for name, (args, kwargs, out) in seen.items():
+            error = _difference(model.get_submodule(name)(*args, **kwargs), out)
+            if error > _tolerance(out):
+                return name, error
+    return "", 0.0
+
+
+def _first_difference(model, captured: Trace, seen: dict[str, tuple], args, kwargs) -> tuple[str, float]:
+    """The first captured module whose output in the graph is not what the model's own was."""
+    last: dict[fx.Node, str] = {}
+    for name in captured.captured:
+        nodes = [n for n in captured.graph_module.graph.nodes if name in _module_names(n) and "val" in n.meta]
+        if nodes:
+            last[nodes[-1]] = name
+    found: list[tuple[str, float]] = []
+
+    class Watch(fx.Interpreter):
+        def run_node(self, node):
+            value = super().run_node(node)
+            own = seen.get(last.get(node), (None,))[-1]
+            if isinstance(own, torch.Tensor):
+                error = _difference(value.reshape(own.shape) if value.numel() == own.numel() else value, own)
+                if error > _tolerance(value):
+                    found.append((last[node], error))
+            return value
+
+    Watch(captured.graph_module).run(*captured.state(model), *captured.flatten(args, kwargs))
+    return found[0] if found else ("a part outside the captured modules", float("nan"))
+
+
+def _module_names(node: fx.Node) -> list[str]:
+    return [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]

@@ -1,0 +1,128 @@
+"""No-grad and autocast regions of an exported graph, made plain nodes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from tedfx.errors import TraceError, user_line
+from tedfx.passes.base import emit, evaluate
+
+aten = torch.ops.aten
+
+
+def inline_regions(graph_module: fx.GraphModule) -> None:
+    """Inline no-grad and autocast regions.
+
+    A value computed in a no-grad region is detached where it leaves the region (or enters a region inside it that has
+    gradients on), so gradients stay exact. An autocast region that is disabled is plain code; an enabled one is refused.
+    """
+    hop = torch.ops.higher_order
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is hop.wrap_with_set_grad_enabled:
+            enabled, body, *operands = node.args
+            _inline(graph_module, node, body, operands, enabled)
+        elif node.target is hop.wrap_with_autocast:
+            device_type, dtype, enabled, _, body, *operands = node.args
+            if enabled:
+                raise TraceError(
+                    f"autocast to {dtype} on {device_type} | at {_first_line(graph_module, body)} | cast the model (model.to({dtype})) "
+                    "instead of tracing it under autocast"
+                )
+            _inline(graph_module, node, body, operands, True)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise TraceError(f"{node.target} is a region of code that tedfx cannot look into | at {user_line(node)} | write it as plain code")
+    graph_module.graph.eliminate_dead_code()
+
+
+def _first_line(graph_module: fx.GraphModule, body: fx.Node) -> str:
+    nodes = graph_module.get_submodule(body.target).graph.nodes
+    return next((user_line(n) for n in nodes if n.op == "call_function"), "an unknown line")
+
+
+def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands: list[Any], gradient: bool) -> None:
+    region = graph_module.get_submodule(body.target)
+    inline_regions(region)
+    if not gradient:
+        _check_no_grad_writes(region, operands)
+    graph = graph_module.graph
+    values: dict[fx.Node, Any] = {}
+    feed = iter(operands)
+    with graph.inserting_before(call):
+        for node in region.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(feed)
+            elif node.op == "output":
+                outputs = fx.map_arg(node.args[0], lambda n: values[n])
+            else:
+                if node.op == "get_attr":
+                    raise TraceError(f"a constant inside a no-grad region | at {_first_line(graph_module, body)} | make it a buffer")
+                new = graph.node_copy(node, lambda n: values[n])
+                if not gradient and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+                    raise TraceError(f"enable_grad inside no_grad | at {user_line(node)} | take it out")
+                if _aliases(new):  # its fake value anew, so that it shares storage with its operand as the real one would
+                    new.meta["val"] = evaluate(graph, new.target, new.args, new.kwargs)
+                values[node] = new
+        own = {v for n, v in values.items() if n.op != "placeholder"}
+        if not gradient:
+            outputs = fx.map_arg(outputs, lambda n: _detached(graph, n) if n in own else n)
+    single = not isinstance(outputs, (tuple, list))
+    for user in list(call.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph.erase_node(user)
+    if single and call.users:
+        call.replace_all_uses_with(outputs)
+    graph.erase_node(call)
+
+
+def _aliases(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.target is operator.getitem
+    return any(r.alias_info is not None for r in schema.returns)
+
+
+def _check_no_grad_writes(region: fx.GraphModule, operands: list[Any]) -> None:
+    """A no-grad write into a value that carries gradients changes the value and not its gradient: no graph says that."""
+    storages = {}
+    for placeholder, operand in zip(region.graph.find_nodes(op="placeholder"), operands):
+        val = placeholder.meta.get("val")
+        if isinstance(val, torch.Tensor) and isinstance(operand, fx.Node) and _carries_gradient(operand):
+            storages[val.untyped_storage()._cdata] = operand
+    for node in region.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node):
+            val = node.args[0].meta.get("val")
+            if isinstance(val, torch.Tensor) and val.untyped_storage()._cdata in storages:
+                raise TraceError(
+                    f"{node.target} under no_grad changes a value that carries gradients | at {user_line(node)} | make a new tensor"
+                )
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    todo, seen = [node], set()
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        val = n.meta.get("val")
+        if n.op == "placeholder" and isinstance(val, torch.Tensor) and val.requires_grad:
+            return True
+        cut = n.target in (aten.detach.default, torch.ops.higher_order.wrap_with_set_grad_enabled)
+        if not cut and not (isinstance(val, torch.Tensor) and not val.is_floating_point()):
+            todo.extend(n.all_input_nodes)
+    return False
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
+        return node
+    return emit(graph, aten.detach.default, (node,), like=node)
