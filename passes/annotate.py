@@ -48,6 +48,7 @@ class Annotate(Pass):
                     elif not isinstance(size, int):
                         ctx.symbols.setdefault(size, Factor(size, str(size)))
         program.batch_factor = batch
+        program.sequence_factor = ctx.symbols.get(trace.sizes.get("sequence"))
         for node in list(graph.nodes):
             if node.op == "placeholder":
                 node.meta["differentiable"] = node.name in learned

@@ -12,11 +12,11 @@ from torch import fx
 from tedfx import ops
 from tedfx.errors import TraceError, user_line
 from tedfx.factors import leaves
-from tedfx.ops.random import RAGGED
+from tedfx.ops.random import RAGGED, SHARE
 from tedfx.placing import roots
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
-from tedfx.sizes import Sizes
+from tedfx.sizes import Share, Sizes
 from tedfx.types import Shard, sharding_axes
 
 aten = torch.ops.aten
@@ -193,11 +193,7 @@ class _Localizer:
         if not argument(node, 2, "train") or p == 0:
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
-        place = lambda f, d: (
-            (self.rows(x, d), sharding_axes(node.meta["type"], f), RAGGED) if f.ragged
-            else (self.sizes.node(self.sizes.factor(f, node.meta["type"])), sharding_axes(node.meta["type"], f))
-        )
-        factors = [tuple(place(f, d) for f in leaves(dim)) for d, dim in enumerate(node.meta["dims"])]
+        factors = [tuple(part for f in leaves(dim) for part in self.place(x, d, f, node.meta["type"])) for d, dim in enumerate(node.meta["dims"])]
         if self.seed is None:
             placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
             with self.graph.inserting_after(placeholders[-1]):
@@ -206,10 +202,16 @@ class _Localizer:
         node.target, node.kwargs, node.args = ops.dropout, {}, (x, p, self.seed, self.sites, tuple(factors))
         self.sites += 1
 
-    def rows(self, x: fx.Node, d: int) -> fx.Node:
-        """The number of rows of a ragged dim: data, so asked of the tensor."""
-        with self.graph.inserting_after(x):
-            return self.graph.call_function(aten.sym_size.int, (x, d))
+    def place(self, x: fx.Node, d: int, factor, type_) -> list[tuple]:
+        """Where this rank's part of a factor lies in the whole, as `tedfx/ops/random.py` wants it."""
+        axes, size = sharding_axes(type_, factor), self.sizes.factor(factor, type_)
+        if factor.ragged:  # the number of rows is data: asked of the tensor
+            with self.graph.inserting_after(x):
+                return [(self.graph.call_function(aten.sym_size.int, (x, d)), axes, RAGGED)]
+        if isinstance(size, Share):  # a piece of what the inputs' own split left
+            outer = tuple(a for a in axes if a not in size.axes)
+            return [(1, outer)] * bool(outer) + [(self.sizes.node(size), size.axes, self.sizes.node(size.args[0]), SHARE)]
+        return [(self.sizes.node(size), axes)]
 
     # sizes as numbers -----------------------------------------------------------------------------------------------------
     def numbers(self, node: fx.Node) -> None:

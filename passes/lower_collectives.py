@@ -13,7 +13,7 @@ from tedfx import ops
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.factors import leaves
 from tedfx.rules.base import regroup_barrier
-from tedfx.sizes import Sizes
+from tedfx.sizes import Share, Sizes
 from tedfx.types import I, P, R, Shard, find_dim
 
 
@@ -84,7 +84,9 @@ class LowerCollectives(Pass):
             outer = outer * sizes.factor(leaf, node.meta["type"])
         at = (dim, sizes.node(outer))
         if isinstance(source, Shard):
-            return ops.all_gather, axes, (*at, target)
+            whole = sizes.factor(factor, node.meta["type"])  # what is gathered, in one piece; a share of it need not be an equal one
+            even = not isinstance(sizes.factor(factor, node.args[0].meta["type"]), Share)
+            return ops.all_gather, axes, (*at, target) if even else (*at, target, sizes.node(whole))
         if source == P:
             return ops.reduce_scatter, axes, at
         return ops.shard, axes, (*at, source)

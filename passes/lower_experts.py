@@ -11,7 +11,7 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.factors import leaves
-from tedfx.types import Shard
+from tedfx.types import I, P, R, Shard
 
 
 @dataclass
@@ -21,6 +21,8 @@ class _Layer:
     dispatch: fx.Node
     order: fx.Node
     exchange: tuple[str, ...] = ()
+    lanes: tuple[str, ...] = ()
+    totals: fx.Node | None = None
     send: fx.Node | None = None
     recv: fx.Node | None = None
     index: fx.Node | None = None
@@ -33,6 +35,8 @@ class LowerExperts(Pass):
     1. Tokens that differ there travel: `exchange_counts` (one all-gather, one host copy), `all_to_all_single` there and back, rows regrouped by expert.
     2. Tokens replicated there stay: each rank keeps the assignments of its own experts, and the combined output is a partial sum (PPMoE).
     3. Both (folding): the replicated tokens are cut into lanes, and rows travel over all expert axes together.
+    4. Sliced tokens whose rows the type says are R on arrival (an axis that shards the experts' own factors): the lanes are gathered after the all-to-all, and
+       scattered, which sums them, before the way back (`tedfx/ops/lanes.py`).
 
     The expert body between dispatch and combine is not touched: its weights are already split by their types.
     """
@@ -65,6 +69,8 @@ class LowerExperts(Pass):
         stay = tuple(a for a in split if a not in travel)
         rows_type, counts_type, order_type = node.meta["types_of"]
         rows_dims, counts_dims, order_dims = node.meta["dims_of"]
+        lanes = tuple(a for a in program.plan.axes if a not in split and isinstance(order_type[a], Shard) and not isinstance(rows_type[a], Shard))
+        lane_type = {**rows_type, **{a: order_type[a] for a in lanes}}
 
         def make(target, *args, dims=None, type_=None, **kwargs):
             new = graph.call_function(target, args, kwargs)
@@ -79,17 +85,23 @@ class LowerExperts(Pass):
             routed = make(ops.route, ids, num_experts, owned=stay if not travel else (), lanes=stay if travel else ())
             order = make(operator.getitem, routed, 0, dims=order_dims, type_=order_type)
             counts = make(operator.getitem, routed, 1)
-            rows = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=rows_type)
+            rows = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=lane_type)
             layer = _Layer(node, order)
             if travel:
-                layer.exchange = split
-                exchanged = make(ops.exchange_counts, counts, split)
-                layer.send, layer.recv = make(operator.getitem, exchanged, 0), make(operator.getitem, exchanged, 1)
-                received = make(operator.getitem, exchanged, 2)
-                counts = make(operator.getitem, exchanged, 3, dims=counts_dims, type_=counts_type)
-                rows = make(ops.all_to_all_single, rows, layer.recv, layer.send, split, dims=rows_dims, type_=rows_type)
-                layer.index = make(ops.expert_major, received, layer.recv)
-                rows = make(ops.index_rows, rows, layer.index, dims=rows_dims, type_=rows_type)
+                layer.exchange, layer.lanes = split, lanes
+                exchanged = make(ops.exchange_lanes, counts, (*lanes, *split), split) if lanes else make(ops.exchange_counts, counts, split)
+                items = [make(operator.getitem, exchanged, i) for i in range(4 if lanes else 3)]
+                layer.send, layer.recv, received = items[0], items[1], items[-1]
+                counts = make(operator.getitem, exchanged, len(items), dims=counts_dims, type_=counts_type)
+                rows = make(ops.all_to_all_single, rows, layer.recv, layer.send, split, dims=rows_dims, type_=lane_type)
+                if lanes:
+                    layer.totals = items[2]
+                    rows = make(ops.gather_lanes, rows, lanes, layer.totals, dims=rows_dims, type_=rows_type)
+                    layer.index = make(ops.lane_index, received, layer.totals)
+                    rows = make(ops.pick_rows, rows, layer.index, dims=rows_dims, type_=rows_type)
+                else:
+                    layer.index = make(ops.expert_major, received, layer.recv)
+                    rows = make(ops.index_rows, rows, layer.index, dims=rows_dims, type_=rows_type)
             elif stay:
                 counts = make(ops.local_counts, counts, stay, dims=counts_dims, type_=counts_type)
             for new in (rows, counts, order):
@@ -105,10 +117,21 @@ class LowerExperts(Pass):
     def _combine(self, graph: fx.Graph, node: fx.Node, layer: _Layer) -> None:
         rows = node.args[0]
         if layer.exchange:
-            copy = lambda new: new.meta.update({k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")}) or new
+            def make(target, *args, type_=rows.meta["type"]):
+                new = graph.call_function(target, args)
+                new.meta.update({k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")}, type=type_)
+                return new
+
             with graph.inserting_before(node):
-                back = copy(graph.call_function(ops.unindex_rows, (rows, layer.index)))
-                back = copy(graph.call_function(ops.all_to_all_single, (back, layer.send, layer.recv, layer.exchange)))
+                if layer.lanes:
+                    placements = {rows.meta["type"][a] for a in layer.lanes}
+                    assert len(placements) == 1 and placements <= {P, R, I}, (node, placements)
+                    own = {**rows.meta["type"], **{a: layer.order.meta["type"][a] for a in layer.lanes}}
+                    back = make(ops.spread_lanes, rows, layer.index, layer.totals)
+                    back = make(ops.scatter_lanes, back, layer.lanes, layer.totals, *placements, type_=own)
+                else:
+                    own, back = rows.meta["type"], make(ops.unindex_rows, rows, layer.index)
+                back = make(ops.all_to_all_single, back, layer.send, layer.recv, layer.exchange, type_=own)
             for key in ("stack_trace", "nn_module_stack"):
                 if key in node.meta:
                     back.meta[key] = node.meta[key]

@@ -93,7 +93,8 @@ class _Placement:
 
     def decide(self, node, axis, types):
         nodes = operands(node)
-        reduced = lambda i: any((nodes[i], axis, target) in self.made for target in (I, R))
+        cut = self.plan.cuts(axis)
+        reduced = lambda i: any((nodes[i], axis, target) in self.made for target in (I, R, *([Shard(cut)] if cut else ())))
         return decide(node, axis, types, self.plan, reduced)
 
     def _type(self, node: fx.Node) -> dict:
@@ -134,6 +135,12 @@ class _Placement:
         current = value.meta["type"][axis]
         if current == target or (current in (R, I) and target in (R, I) and not differentiable(value)):
             return value
+        if current == P and (value, axis, target) not in self.made:  # reduced once: what was made of the sum first serves the others
+            cut = self.plan.cuts(axis)
+            made = [self.made.get((value, axis, done)) for done in (I, *([Shard(cut)] if cut else ()))]
+            found = next((m for m in made if m is not None), None)
+            if found is not None:
+                return self.converted(found, axis, target, user)
         for middle in self.route(value, current, target):
             value = self.step(value, axis, middle, user)
         return value

@@ -47,7 +47,13 @@ def parallelize(
 
     Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is not understood).
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"parallelize takes a module, not {model!r}" + (": make an instance of it first" if isinstance(model, type) else ""))
+    if isinstance(outputs, str):
+        raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
+    if not hasattr(mesh, "device_type"):
+        raise ConfigError(f"parallelize runs on a torch.distributed DeviceMesh, not on {mesh!r}: init_device_mesh('cpu', {shape.sizes}, mesh_dim_names={shape.names})")
     resolved = Roles.resolve(shape, roles)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError("the model's parameters are on the meta device: there are no weights to distribute; materialise it on rank 0 first (model.to_empty, then init)")

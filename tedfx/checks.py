@@ -182,7 +182,17 @@ def _by_value(texts: Mapping[int, str]) -> str:
     groups: dict[str, list[int]] = {}
     for rank, text in sorted(texts.items()):
         groups.setdefault(text, []).append(rank)
-    return "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in groups.items())
+    shown = dict(zip(groups, _where_they_differ(list(groups))))
+    return "; ".join(f"{_ranks(ranks)}: {shown[text]}" for text, ranks in groups.items())
+
+
+def _where_they_differ(texts: list[str], around: int = 80) -> list[str]:
+    """Long texts cut to what stands about the first character in which they differ."""
+    if max(map(len, texts)) <= 4 * around:
+        return texts
+    same = next((i for i, letters in enumerate(zip(*texts)) if len(set(letters)) > 1), min(map(len, texts)))
+    start, stop = max(0, same - around), same + around
+    return ["..." * (start > 0) + text[start:stop] + "..." * (stop < len(text)) for text in texts]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -289,7 +289,8 @@ def _summary(kind: type) -> str:
     text = (kind.__doc__ or "").strip()
     if text.startswith("See the module"):
         text = (sys.modules[kind.__module__].__doc__ or "").strip()
-    return text.split("\n\n")[0].replace(" (see the module's docstring)", "").rstrip(":")
+    first = text.split("\n\n")[0].rstrip()
+    return (first if first.endswith((".", ":")) else text).replace(" (see the module's docstring)", "").rstrip(":")
 
 
 if __name__ == "__main__":

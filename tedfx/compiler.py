@@ -16,12 +16,14 @@ from tedfx.passes.base import Pass, run_pipeline
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
 from tedfx.passes.check_capture import CheckCapture
 from tedfx.passes.check_types import check_types
+from tedfx.passes.drop_duplicate_tokens import DropDuplicateTokens
 from tedfx.passes.expand_attention import ExpandAttention
 from tedfx.passes.functionalize import Functionalize
 from tedfx.passes.localize import Localize
 from tedfx.passes.lower_collectives import LowerCollectives
 from tedfx.passes.lower_experts import LowerExperts
 from tedfx.passes.place import Place
+from tedfx.passes.sequence_parallel import SequenceParallel
 from tedfx.passes.shard import ShardExperts, ShardTensors
 from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.passes.split_losses import SplitLosses
@@ -30,8 +32,12 @@ from tedfx.roles import Roles
 from tedfx.trace import Trace
 
 
-def default_passes() -> list[Pass]:
-    """The passes of `parallelize`, in order."""
+def default_passes(*, dedup: bool = True, sequence_parallel: bool = True) -> list[Pass]:
+    """The passes of `parallelize`, in order.
+
+    sequence_parallel  tokens stay cut over the tensor axes between tensor-parallel regions.
+    dedup              no row is sent to experts twice because two ranks hold its token; without effect where the tokens are cut already.
+    """
     return [
         Functionalize(),
         SimplifyMasks(),
@@ -42,6 +48,8 @@ def default_passes() -> list[Pass]:
         Annotate(),
         ShardExperts(),
         ShardTensors(),
+        *[SequenceParallel()] * sequence_parallel,
+        *[DropDuplicateTokens()] * dedup,
         Place(),
         LowerCollectives(),
         LowerExperts(),
@@ -67,6 +75,7 @@ class Compilation:
     graph_module: fx.GraphModule = None
     plan: Plan | None = None
     batch_factor: Factor | None = None
+    sequence_factor: Factor | None = None
     shardable: list[Factor] = field(default_factory=list)
     uses_seed: bool = False
     size_sources: dict = field(default_factory=dict)

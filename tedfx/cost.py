@@ -289,6 +289,11 @@ _COUNT = {
     ops.shard: _moves(_nothing, lambda n: (ALL_GATHER, "out") if _option(n, 4, "source", "R") == "I" else None),
     ops.vocab_parallel_cross_entropy: _cross_entropy,
     ops.exchange_counts: _exchange_counts,
+    ops.exchange_lanes: _exchange_counts,
+    ops.gather_lanes: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out")),
+    ops.scatter_lanes: _moves(
+        lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
+    ),
     ops.all_to_all_single: _all_to_all,
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 import re
 
 __all__ = ["CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line"]
@@ -31,9 +34,20 @@ class TypeCheckError(TedfxError):
     """A value's placement does not fit the operation that uses it."""
 
 
-# Frames of the machinery, not of the user's model.
-_MACHINERY = re.compile(r"/(torch|tedfx)/|/site-packages/(torch|tedfx)/|<(frozen|string|eval)")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+@functools.cache
+def _machinery() -> tuple[str, ...]:
+    """Where the code of torch and of tedfx lies: by the packages' own places, since a user's folder may have any name."""
+    places = [spec.submodule_search_locations for name in ("torch", "tedfx", "tedfx.passes") if (spec := importlib.util.find_spec(name))]
+    return tuple(os.path.join(place, "") for group in places for place in group)
+
+
+@functools.cache
+def is_machinery(filename: str) -> bool:
+    """Whether a frame of this file is torch's or tedfx's own, not the user's model."""
+    return filename.startswith(("<frozen", "<string", "<eval", *_machinery()))
 
 
 def user_line(source) -> str:
@@ -46,11 +60,11 @@ def user_line(source) -> str:
             while tb is not None:
                 found.append((tb.tb_frame.f_code.co_filename, tb.tb_lineno))
                 tb = tb.tb_next
-            frames = [f for f in found if not _MACHINERY.search(f[0])] or frames
+            frames = [f for f in found if not is_machinery(f[0])] or frames
             error = error.__cause__ or error.__context__
     else:
         text = getattr(source, "meta", {}).get("stack_trace") or ""
-        frames = [(f, int(n)) for f, n, _ in _FRAME.findall(text) if not _MACHINERY.search(f)]
+        frames = [(f, int(n)) for f, n, _ in _FRAME.findall(text) if not is_machinery(f)]
     if not frames:
         return "an unknown line"
     return f"{frames[-1][0]}:{frames[-1][1]}"

@@ -141,6 +141,8 @@ class ParallelModule(StateAccess, nn.Module):
 
     def forward(self, *args, **kwargs):
         """The model's forward on this rank's share of the global batch; the model's own output class."""
+        if torch.is_autocast_enabled(self._device.type):
+            raise TedfxError("autocast around a ParallelModule: its graph was traced without it; cast the model before parallelize (model.to(torch.bfloat16)), or leave the region")
         flat = self._inputs(args, kwargs)
         grad = torch.is_grad_enabled()
         signature = Signature.of(flat, self.training, grad)
@@ -272,6 +274,8 @@ class ParallelModule(StateAccess, nn.Module):
     def __getattr__(self, name: str):
         if name == "generate":
             raise AttributeError(f"generate() needs a key-value cache, which a ParallelModule has not; {EXPORT}")
+        if name in ("save_pretrained", "push_to_hub"):
+            raise AttributeError(f"a ParallelModule has no {name}(), it holds one rank's share; {EXPORT}")
         return super().__getattr__(name)
 
 

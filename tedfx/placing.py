@@ -10,6 +10,9 @@ The general rule, for one axis (`_general`):
 2. Else, partial sums pass where the op is linear in them: jointly (``add``: all P; a bias goes to P), or in one operand (the others are R), as long as
    that does not enlarge what is reduced.
 3. Else everything is replicated: I where no differentiable operand is R, otherwise R.
+
+On a tensor axis the **token factor** may be sharded beside the plan's factors (sequence parallelism): it gives way to any other sharded factor, and a partial
+sum that would be reduced is scattered along it instead.
 """
 
 from __future__ import annotations
@@ -27,11 +30,19 @@ from tedfx.types import I, P, R, Shard
 
 @dataclass
 class Plan:
-    """Which factors each axis shards (`passes/shard.py`), and the hints that sizes are compared with."""
+    """Which factors each axis shards (`passes/shard.py`), and the hints that sizes are compared with.
+
+    tokens    the factor of the tokens that tensor axes may cut besides (the sequence; the batch where there is none)
+    sequence  axes on which row-wise ops keep tokens cut (`passes/sequence_parallel.py`)
+    dedup     axes on which tokens are cut before they are sent to experts (`passes/drop_duplicate_tokens.py`)
+    """
 
     roles: Roles
     factors: dict = field(default_factory=dict)  # axis -> list of factors
     hints: dict = field(default_factory=dict)  # size symbol -> example value
+    tokens: Factor | None = None
+    sequence: tuple[str, ...] = ()
+    dedup: tuple[str, ...] = ()
     numbers: dict = field(default_factory=dict, repr=False)  # size -> its value under the hints
 
     @property
@@ -41,6 +52,10 @@ class Plan:
     def take(self, axes: Sequence[str], factor: Factor) -> None:
         for axis in axes:
             self.factors.setdefault(axis, []).append(factor)
+
+    def cuts(self, axis: str) -> Factor | None:
+        """The token factor, where this axis may cut it."""
+        return self.tokens.root() if self.tokens is not None and (axis in self.sequence or axis in self.dedup) else None
 
     def shards(self, axis: str, factor: Factor) -> bool:
         return any(f.root() is factor.root() for f in self.factors.get(axis, ()))
@@ -118,21 +133,14 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
     carried = [_carried(n) for n in nodes]
     outs = [roots(f for d in ds for f in d) for ds in _outs(relation)]
 
-    # 1. a sharded factor
-    candidates: list = []
-    for i, t in enumerate(types):
-        if isinstance(t, Shard) and t.factor.root() not in whole[i]:
-            candidates.append((plan.elements(dims[i]), t.factor.root()))
-    if relation.kind == "expand":
-        candidates += [(0.0, f.root()) for f in leaves(relation.created) if plan.shards(axis, f)]
-    usable = [
-        (size, f) for size, f in candidates
-        if not any(f in carried[j] and (f in whole[j] or _twice(dims[j], f)) for j in range(len(nodes)))
-        and not any(_twice(ds, f) for ds in _outs(relation))
-        and not (any(f in o for o in outs) and f in roots(relation.contracted))  # summed over and kept: a shard can be neither
-    ]
-    if usable:
-        chosen = max(usable, key=lambda c: (c[0], -c[1].uid))[1]
+    def usable(f) -> bool:
+        return (
+            not any(f in carried[j] and (f in whole[j] or _twice(dims[j], f)) for j in range(len(nodes)))
+            and not any(_twice(ds, f) for ds in _outs(relation))
+            and not (any(f in o for o in outs) and f in roots(relation.contracted))  # summed over and kept: a shard can be neither
+        )
+
+    def shard_by(chosen) -> Decision:
         targets, summed = [], roots(relation.contracted)
         for j in range(len(nodes)):
             if chosen in carried[j]:
@@ -152,6 +160,21 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
             out = [P for _ in outs]
         return Decision(targets, out)
 
+    # 1. a sharded factor
+    tokens = plan.cuts(axis)
+    candidates: list = []
+    for i, t in enumerate(types):
+        if isinstance(t, Shard) and t.factor.root() not in whole[i]:
+            candidates.append((plan.elements(dims[i]), t.factor.root()))
+    if relation.kind == "expand":
+        candidates += [(0.0, f.root()) for f in leaves(relation.created) if plan.shards(axis, f)]
+    candidates = [c for c in candidates if usable(c[1])]
+    planned = [c for c in candidates if c[1] is not tokens]
+    if planned:
+        return shard_by(max(planned, key=lambda c: (c[0], -c[1].uid))[1])
+    if candidates and axis in plan.sequence:
+        return shard_by(tokens)
+
     # 2. partial sums
     partial = frozenset(i for i, t in enumerate(types) if t == P)
     if partial:
@@ -166,6 +189,9 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
                     else:
                         targets.append(None if types[j] in (R, I) else I)
                 return Decision(targets, [P for _ in outs])
+
+        if axis in plan.sequence and usable(tokens) and any(tokens in o for o in outs) and any(tokens in carried[i] and tokens not in whole[i] for i in partial):
+            return shard_by(tokens)
 
     # 3. replicated
     want = R if any(d and t == R for d, t in zip(diff, types)) else I
@@ -224,19 +250,37 @@ def expert_layout(dispatch: fx.Node, plan: Plan) -> tuple[Factor, set]:
 
 
 def _dispatch(node, axis, types, plan, relation) -> Decision:
-    """Tokens sharded on the axis stay apart (V). Tokens replicated on an expert axis are owned or cut into lanes (V, operand R). On an axis that shards
-    the experts' own factors the rows are R, made so before the dispatch, where they are fewest."""
+    """Tokens sharded on the axis stay apart (V). On an axis that shards the experts' own factors the rows are R, made so before the dispatch, where they are
+    fewest. Tokens replicated on an expert axis are owned (V, operand R), or cut into lanes where others travel.
+
+    Where rows travel over another axis and this axis may cut tokens, each rank sends a slice of them: rows are then gathered on arrival (R) if this axis shards
+    the experts' own factors, and stay apart (V) if not.
+    """
     x, ids = types
-    rows = leaves(relation.out[0][0])[0]
+    tokens, rows = roots(node.args[0].meta["dims"][0]), leaves(relation.out[0][0])[0]
     experts, met = expert_layout(node, plan)
-    if isinstance(x, Shard) and x.factor.root() in roots(node.args[0].meta["dims"][0]):
+    met = {f for f in met if f is not experts.root() and plan.shards(axis, f)}
+    split, cut = plan.shards(axis, experts), plan.cuts(axis)
+    cut = cut if cut in tokens else None
+    sliced = cut is not None and x == Shard(cut)
+    if isinstance(x, Shard) and x.factor.root() in tokens and not sliced:
         return Decision([None, Shard(x.factor)], [Shard(rows), I, Shard(rows)])
+    if cut is not None and _travels(node, axis, plan, experts) and (sliced or axis in plan.dedup):
+        return Decision([Shard(cut), Shard(cut)], [R if met else Shard(rows), I, Shard(rows)])
+    if sliced and not split and not met:
+        return Decision([None, Shard(cut)], [Shard(rows), I, Shard(rows)])
     ids_target = I if ids == P or isinstance(ids, Shard) else None
-    if plan.shards(axis, experts):
+    if split:
         return Decision([R, ids_target], [Shard(rows), I, Shard(rows)])
-    if any(plan.shards(axis, f) for f in met) or x == R:
+    if met or x == R or isinstance(x, Shard):
         return Decision([R, ids_target], [R, I, I])
     return Decision([I, ids_target], [I, I, I])
+
+
+def _travels(node: fx.Node, axis: str, plan: Plan, experts: Factor) -> bool:
+    """Whether tokens differ on some other axis that splits the experts, so that rows are sent over it."""
+    of_x = node.args[0].meta["type"]
+    return any(a != axis and isinstance(of_x[a], Shard) and of_x[a].factor.root() is not plan.cuts(a) for a in plan.axes_of(experts))
 
 
 def _grouped(node, axis, types, plan, relation) -> Decision:
@@ -264,20 +308,24 @@ def _with_experts(node, axis, types, plan, relation, rows: int, weight: int) -> 
     row_factor = leaves(relation.out[0])[0]
     if isinstance(types[rows], Shard) and types[rows].factor.root() is row_factor:
         return Decision([None, Shard(experts) if plan.shards(axis, experts) else R, None], [Shard(row_factor)])
-    counts = types[2]
     decision = _general(node, axis, [types[rows], types[weight], I], plan, relation)
     decision.targets[2] = None
     return decision
 
 
 def _combine(node, axis, types, plan, relation) -> Decision:
-    """Rows that vary come back to their own tokens (S), or, where the tokens are replicated, each rank adds what its experts made (P)."""
+    """Rows that vary come back to their own tokens (S), or, where the tokens are replicated, each rank adds what its experts made (P).
+
+    Rows of sliced tokens that were gathered on arrival are this rank's again before they travel back (`passes/lower_experts.py`): V, P, R and I all do.
+    """
     rows, order, weights = types
     row_factor = leaves(operands(node)[0].meta["dims"][0])[0]
     tokens = roots(relation.out[0])
+    own = _tokens_of(operands(node)[1])[axis]
+    if isinstance(own, Shard) and own.factor.root() in tokens:
+        there = isinstance(rows, Shard) and rows.factor.root() is not row_factor
+        return Decision([R if there else None, None, Shard(own.factor)], [Shard(own.factor)])
     if isinstance(rows, Shard) and rows.factor.root() is row_factor:
-        if isinstance(weights, Shard) and weights.factor.root() in tokens:
-            return Decision([None, None, None], [Shard(weights.factor)])
         return Decision([None, None, R], [P])
     if rows == P:
         return Decision([None, None, R], [P])
@@ -285,6 +333,12 @@ def _combine(node, axis, types, plan, relation) -> Decision:
         return Decision([None, None, R], [rows])
     want = R if R in (rows, weights) else I
     return Decision([want, None, want], [want])
+
+
+def _tokens_of(order: fx.Node) -> dict:
+    """The type of the tokens that an order is of: that of the expert ids which it sorts."""
+    source = order.args[0]
+    return (source.args[1] if source.meta.get("relation") is not None else source.args[0]).meta["type"]
 
 
 _KINDS = {

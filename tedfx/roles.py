@@ -35,6 +35,8 @@ class MeshShape:
             return mesh
         if isinstance(mesh, str):
             mesh = parse_mesh(mesh)
+        if mesh is None:
+            raise ConfigError("mesh is None; pass a DeviceMesh: init_device_mesh('cuda', (2, 2), mesh_dim_names=('ep', 'tp'))")
         if isinstance(mesh, Mapping):
             return cls(tuple(mesh), tuple(int(v) for v in mesh.values()))
         if getattr(mesh, "mesh_dim_names", None) is None:
@@ -84,6 +86,8 @@ class Roles:
     @classmethod
     def resolve(cls, mesh: MeshShape, given: Mapping[str, tuple[str, ...]] | None = None) -> "Roles":
         """Defaults from the axis names, overridden by ``given``; everything wrong is one ConfigError line."""
+        if isinstance(given, str) or not isinstance(given or {}, Mapping):
+            raise ConfigError(f"roles={given!r}: pass a dict of role names to axis names, such as roles={{'expert': ('tp',)}}")
         given = dict(given or {})
         for role, axes in given.items():
             if role not in DEFAULTS:
@@ -109,7 +113,7 @@ class Roles:
         for axis in self.mesh.names:
             if axis not in used and self.mesh.size((axis,)) > 1:
                 raise ConfigError(
-                    f"mesh axis {axis!r} has no role; name it dp, ep, cp, tp or pp, or pass roles={{'batch': ({axis!r},), ...}}"
+                    f"mesh axis {axis!r} has no role; name it dp, ep or tp, or pass roles={{'batch': ({axis!r},), ...}}"
                 )
         for one, other in _DISJOINT:
             common = set(getattr(self, one)) & set(getattr(self, other))

@@ -1,5 +1,7 @@
 """Local sizes: every size in the local graph is written anew from the inputs' sizes.
 
+A dim of the inputs' sizes that ranks split among themselves (tokens over a tensor axis) need not divide: its local size is a `Share`.
+
 The size of the sharded batch dim stands, in the local graph, for this rank's part: `batch` there is the local size, and the global one is
 `batch x degree`. Sizes that shape a tensor become local; sizes used as numbers (a mean's divisor, the length of a range) stay global. The graph's own
 size arithmetic is dropped: dims know their sizes, so nothing has to be followed.
@@ -12,10 +14,32 @@ from functools import reduce
 
 import sympy
 import torch
+from sympy.core.symbol import Str
 from torch import fx
 
+from tedfx import ops
 from tedfx.factors import Factor, as_size, leaves
 from tedfx.types import sharding_axes
+
+
+class Share(sympy.Function):
+    """Share(whole, degree, *axis names): this rank's piece of a dim that `degree` ranks need not divide. As a number, the average."""
+
+    @classmethod
+    def eval(cls, whole, degree, *axes):
+        if whole.is_Integer:
+            return sympy.Rational(int(whole), int(degree))
+
+    def _eval_is_integer(self):
+        return True
+
+    def _eval_is_nonnegative(self):
+        return True
+
+    def _sympystr(self, printer):
+        return f"{printer.parenthesize(self.args[0], 50)}/{self.args[1]}"
+
+    axes = property(lambda self: tuple(str(a) for a in self.args[2:]))
 
 
 class Sizes:
@@ -26,6 +50,7 @@ class Sizes:
         self.mesh = program.roles.mesh
         self.degrees: dict = {}  # symbol -> degree by which inputs of that size are split
         self.sources: dict = {}  # symbol -> (placeholder, dim)
+        self.given: dict = {}  # symbol -> axes that split the inputs of that size
         self.nodes: dict = {}
         self.locals: dict = {}  # (global size, degree) -> local size
         self.products: dict = {}
@@ -38,7 +63,8 @@ class Sizes:
                 if len(dim) == 1 and isinstance(leaves(dim)[0].size, sympy.Symbol) and leaves(dim)[0].size not in self.sources:
                     factor = leaves(dim)[0]
                     self.sources[factor.size] = (node, d)
-                    self.degrees[factor.size] = self.mesh.size(sharding_axes(node.meta["type"], factor))
+                    self.given[factor.size] = sharding_axes(node.meta["type"], factor)
+                    self.degrees[factor.size] = self.mesh.size(self.given[factor.size])
 
     def whole(self, expr):
         """A global size in terms of local symbols."""
@@ -49,12 +75,24 @@ class Sizes:
 
     def factor(self, factor: Factor, type_) -> "int | sympy.Expr":
         """Local size of a factor in a value of this type."""
-        key = (factor.size, self.mesh.size(sharding_axes(type_, factor)))
+        axes = sharding_axes(type_, factor)
+        key = (factor.size, axes, factor.ragged)
         if key not in self.locals:
-            total, degree = self.whole(key[0]), key[1]
-            assert not isinstance(total, int) or total % degree == 0, (factor, degree)
-            self.locals[key] = total // degree if isinstance(total, int) else as_size(total / degree)
+            total, degree = self.whole(factor.size), self.mesh.size(axes)
+            if isinstance(total, int):
+                assert total % degree == 0, (factor, degree)
+                self.locals[key] = total // degree
+            else:
+                local = as_size(total / degree)
+                whole = isinstance(local, int) or all(c.is_Integer for c in sympy.Poly(local, *sorted(local.free_symbols, key=str)).coeffs()) if local.is_polynomial() else True
+                self.locals[key] = local if whole or factor.ragged else self._share(factor.size, axes)
         return self.locals[key]
+
+    def _share(self, size, axes) -> Share:
+        """What is left to split of a size once the inputs' own split is taken off it."""
+        given = self.given.get(size, ())
+        rest = tuple(a for a in axes if a not in given)
+        return Share(self.whole(size) / self.mesh.size(given), self.mesh.size(rest), *(Str(a) for a in rest))
 
     def dim(self, dim, type_) -> "int | sympy.Expr":
         sizes = tuple(self.factor(f, type_) for f in leaves(dim))
@@ -87,6 +125,8 @@ class Sizes:
         if expr.is_Symbol:
             source, dim = self.sources[expr]
             return self._call(torch.ops.aten.sym_size.int, source, dim)
+        if isinstance(expr, Share):
+            return self._call(ops.share, self.node(expr.args[0]), expr.axes)
         args = [self.node(a) if not a.is_Rational or a.is_Integer else a for a in expr.args]
         if expr.is_Add:
             return reduce(lambda a, b: self._call(operator.add, a, b), args)

@@ -27,7 +27,6 @@ import contextlib
 import functools
 import inspect
 import operator
-import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -39,15 +38,14 @@ from torch.overrides import TorchFunctionMode
 
 from tedfx import _torch
 from tedfx._torch import pytree
-from tedfx.errors import TraceError
+from tedfx.errors import TraceError, is_machinery
 
 __all__ = ["ExpertLoops", "NOTE"]
 
 NOTE = "assumed that an expert has tokens"
 
 T = torch.Tensor
-_SEARCHES = {torch.where, T.where, torch.nonzero, T.nonzero, torch.argwhere, T.argwhere, T.__getitem__, torch.masked_select, T.masked_select}
-_MACHINERY = re.compile(r"/(torch|tedfx)/|<(frozen|string|eval)")
+_SEARCHES = {torch.where, T.where, torch.nonzero, T.nonzero, torch.argwhere, T.argwhere, T.__getitem__, torch.masked_select, T.masked_select, torch.unique, T.unique}
 _SIZES = {T.numel, T.nelement, T.size, T.shape.__get__, torch.numel}
 _ANY = {torch.any, T.any}
 _COUNTS = {torch.sum, T.sum, torch.count_nonzero, T.count_nonzero, torch.bincount, T.bincount}
@@ -140,7 +138,7 @@ class _NotEmpty(TorchFunctionMode):
     def _asked(self) -> bool:
         """Whether the model's line asks if there are tokens; if so the answer is noted, and its other branch must be neutral."""
         frame = _user_frame()
-        question = _expression(frame)
+        question = _expression(frame) if frame is not None else None
         tests = _tests(question) if question is not None else []
         if not tests:
             return False
@@ -162,21 +160,19 @@ def _symbols(size) -> set:
 # --- the model's source: what a test guards ----------------------------------------------------------------------------------
 
 
-def _user_frame() -> FrameType:
+def _user_frame() -> FrameType | None:
+    """The model's own frame that this question comes from; None where torch asks it itself while it exports, on nobody's behalf."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and _is_machinery(frame.f_code.co_filename):
+    while frame is not None and is_machinery(frame.f_code.co_filename):
+        if frame.f_globals.get("__name__") == "tedfx.trace":  # above it is whoever called tedfx
+            return None
         frame = frame.f_back
     return frame
 
 
-@functools.cache
-def _is_machinery(filename: str) -> bool:
-    return filename == __file__ or _MACHINERY.search(filename) is not None
-
-
 def _here() -> str:
     frame = _user_frame()
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "an unknown line"
 
 
 def _expression(frame: FrameType) -> ast.expr | None:

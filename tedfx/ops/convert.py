@@ -9,7 +9,10 @@ A collective has no adjoint of its own; a conversion has. R and P are each other
     partial         R -> P   keep on 0 / keep on 0        partial         I -> P   keep on 0 / identity
 
 `axes` are mesh axis names, major first; the group is that of the current `RankContext`. Over one rank every op is the
-identity and communicates nothing. Local sizes are equal on all ranks of a group.
+identity and communicates nothing.
+
+Pieces of a dim that the ranks do not divide are as equal as can be: piece i of n runs from whole * i // n to
+whole * (i + 1) // n. Collectives then pad to the largest piece.
 
 `outer` is the product of the factors before the sharded one inside `dim`: the dim is seen as (outer, rest) and `rest`
 is what is cut in `size` pieces. For a plain dim outer is 1; a fused gate|up dim (2, F) sharded on F has outer 2.
@@ -39,23 +42,23 @@ def sum_gradient(x: Tensor, axes: Axes) -> Tensor:
     return x if span.size == 1 else _SumGradient.apply(x, span)
 
 
-def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R") -> Tensor:
+def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R", whole: int | None = None) -> Tensor:
     """S -> R or S -> I. x[.., outer * local, ..] -> [.., outer * size * local, ..].
 
     to="R": the cotangent is partial on each rank, backward is a reduce-scatter. to="I": it is whole on each rank,
-    backward keeps this rank's slice.
+    backward keeps this rank's slice. `whole`: the sum of the pieces, where they may be unequal: -> [.., outer * whole, ..].
     """
     span = context.span(axes)
     _choice("all_gather", "to", to)
     if span.size == 1:
         return x
-    return _AllGather.apply(x, span, _dim(x, dim), outer, to)
+    return _AllGather.apply(x, span, _dim(x, dim), outer, to, whole)
 
 
 def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
-    """P -> S. Sum over the ranks and keep this rank's piece: [.., outer * whole, ..] -> [.., outer * whole / size, ..].
+    """P -> S. Sum over the ranks and keep this rank's piece: [.., outer * whole, ..] -> [.., outer * piece, ..].
 
-    ValueError when the dim does not divide.
+    ValueError when the dim is no multiple of `outer`.
     """
     span = context.span(axes)
     if span.size == 1:
@@ -66,10 +69,10 @@ def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
 
 
 def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, source: str = "R") -> Tensor:
-    """R -> S or I -> S. This rank's piece, a copy: [.., outer * whole, ..] -> [.., outer * whole / size, ..].
+    """R -> S or I -> S. This rank's piece, a copy: [.., outer * whole, ..] -> [.., outer * piece, ..].
 
     source="R": the cotangent of the whole is partial, zeros around this rank's piece. source="I": it is replicated,
-    the pieces are gathered. ValueError when the dim does not divide.
+    the pieces are gathered. ValueError when the dim is no multiple of `outer`.
     """
     span = context.span(axes)
     _choice("shard", "source", source)
@@ -99,12 +102,36 @@ def sum_over(x: Tensor, span: Span, phase: str, op: str = "sum") -> Tensor:
     return _torch.raw_wait(_torch.raw_all_reduce(x.contiguous(), op, span.name))
 
 
-def gather_pieces(x: Tensor, span: Span, dim: int, outer: int, phase: str) -> Tensor:
-    """Every rank's piece x, put together along the rest of `dim`."""
+def bounds(whole: int, span: Span) -> list[int]:
+    """Where the pieces of a dim of `whole` begin; the last entry is its end."""
+    return [whole * i // span.size for i in range(span.size + 1)]
+
+
+def gather_pieces(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int | None = None) -> Tensor:
+    """Every rank's piece x, put together along the rest of `dim`; `whole`: their sum, where they may be unequal."""
+    if whole is not None and whole % span.size != 0:
+        return _gather_unequal(x, span, dim, outer, phase, whole)
     context.record("all_gather", span.axes, phase, x)
     if x.dtype == torch.bool:  # no backend is asked to know bool
         return _gather(x.view(torch.uint8), span, dim, outer).view(torch.bool)
     return _gather(x, span, dim, outer)
+
+
+def _gather_unequal(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int) -> Tensor:
+    room = -(-whole // span.size)
+    padded = _pad_to(x.reshape(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :]), dim + 1, room)
+    padded = padded.reshape(*x.shape[:dim], outer * room, *x.shape[dim + 1 :])
+    gathered = gather_pieces(padded, span, dim, outer, phase)
+    gathered = gathered.view(*x.shape[:dim], outer, span.size, room, *x.shape[dim + 1 :])
+    starts = bounds(whole, span)
+    pieces = [gathered.select(dim + 1, i).narrow(dim + 1, 0, starts[i + 1] - starts[i]) for i in range(span.size)]
+    return torch.cat(pieces, dim + 1).reshape(*x.shape[:dim], outer * whole, *x.shape[dim + 1 :])
+
+
+def _pad_to(x: Tensor, dim: int, size: int) -> Tensor:
+    padded = x.new_zeros(*x.shape[:dim], size, *x.shape[dim + 1 :])
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return padded
 
 
 def _gather(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
@@ -121,6 +148,9 @@ def _gather(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
 
 def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str) -> Tensor:
     """The sum of x over the ranks of `span`, of which this rank gets its piece of `dim`."""
+    whole = x.shape[dim] // outer
+    if whole % span.size != 0:
+        return _scatter_unequal(x, span, dim, outer, phase, whole)
     context.record("reduce_scatter", span.axes, phase, x)
     shape = x.shape
     local = shape[dim] // span.size
@@ -134,19 +164,30 @@ def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str) -> Tens
     return summed.view(*shape[:dim], local, *shape[dim + 1 :])
 
 
+def _scatter_unequal(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int) -> Tensor:
+    room, starts = -(-whole // span.size), bounds(whole, span)
+    seen = x.reshape(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :])
+    pieces = [_pad_to(seen.narrow(dim + 1, starts[i], starts[i + 1] - starts[i]), dim + 1, room) for i in range(span.size)]
+    padded = torch.stack(pieces, dim + 1).reshape(*x.shape[:dim], outer * span.size * room, *x.shape[dim + 1 :])
+    mine = scatter_sum(padded, span, dim, outer, phase).view(*x.shape[:dim], outer, room, *x.shape[dim + 1 :])
+    local = starts[span.index + 1] - starts[span.index]
+    return mine.narrow(dim + 1, 0, local).reshape(*x.shape[:dim], outer * local, *x.shape[dim + 1 :])
+
+
 def keep_piece(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
     """This rank's piece of `dim`, copied: a view would keep the whole tensor alive for backward."""
-    local = x.shape[dim] // span.size
-    piece = _pieces(x, span, dim, outer).select(dim + 1, span.index)
-    return piece.reshape(*x.shape[:dim], local, *x.shape[dim + 1 :]).clone(memory_format=torch.contiguous_format)
+    whole = x.shape[dim] // outer
+    start, stop = whole * span.index // span.size, whole * (span.index + 1) // span.size
+    piece = x.reshape(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :]).narrow(dim + 1, start, stop - start)
+    return piece.reshape(*x.shape[:dim], outer * (stop - start), *x.shape[dim + 1 :]).clone(memory_format=torch.contiguous_format)
 
 
-def pad_piece(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
-    """The transpose of `keep_piece`: x in this rank's piece, zeros in the others."""
-    local = x.shape[dim] // outer
-    padded = x.new_zeros(*x.shape[:dim], outer, span.size, local, *x.shape[dim + 1 :])
-    padded.select(dim + 1, span.index).copy_(x.reshape(*x.shape[:dim], outer, local, *x.shape[dim + 1 :]))
-    return padded.view(*x.shape[:dim], x.shape[dim] * span.size, *x.shape[dim + 1 :])
+def pad_piece(x: Tensor, span: Span, dim: int, outer: int, whole: int) -> Tensor:
+    """The transpose of `keep_piece`: x in this rank's piece of a dim of outer * whole, zeros in the others."""
+    start, stop = whole * span.index // span.size, whole * (span.index + 1) // span.size
+    padded = x.new_zeros(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :])
+    padded.narrow(dim + 1, start, stop - start).copy_(x.reshape(*x.shape[:dim], outer, stop - start, *x.shape[dim + 1 :]))
+    return padded.view(*x.shape[:dim], outer * whole, *x.shape[dim + 1 :])
 
 
 def keep_on_first(x: Tensor, span: Span) -> Tensor:
@@ -166,11 +207,8 @@ def _dim(x: Tensor, dim: int) -> int:
 
 
 def _divides(name: str, x: Tensor, dim: int, outer: int, span: Span) -> None:
-    if x.shape[dim] % (outer * span.size) != 0:
-        raise ValueError(
-            f"{name}: dim {dim} of shape {tuple(x.shape)} does not divide into {outer} x {span.size} pieces "
-            f"over axes {span.axes}"
-        )
+    if x.shape[dim] % outer != 0:
+        raise ValueError(f"{name}: dim {dim} of shape {tuple(x.shape)} does not divide into {outer} runs to cut over axes {span.axes}")
 
 
 def _choice(name: str, argument: str, value: str) -> None:
@@ -204,39 +242,39 @@ class _SumGradient(torch.autograd.Function):
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, span, dim, outer, to):
+    def forward(ctx, x, span, dim, outer, to, whole):
         ctx.span, ctx.dim, ctx.outer, ctx.to = span, dim, outer, to
-        return _torch.result(gather_pieces(x, span, dim, outer, "forward"))
+        return _torch.result(gather_pieces(x, span, dim, outer, "forward", whole))
 
     @staticmethod
     def backward(ctx, grad):
         if ctx.to == "I":
-            return keep_piece(grad, ctx.span, ctx.dim, ctx.outer), None, None, None, None
-        return scatter_sum(grad, ctx.span, ctx.dim, ctx.outer, "backward"), None, None, None, None
+            return keep_piece(grad, ctx.span, ctx.dim, ctx.outer), None, None, None, None, None
+        return scatter_sum(grad, ctx.span, ctx.dim, ctx.outer, "backward"), None, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span, dim, outer):
-        ctx.span, ctx.dim, ctx.outer = span, dim, outer
+        ctx.span, ctx.dim, ctx.outer, ctx.whole = span, dim, outer, x.shape[dim] // outer
         return _torch.result(scatter_sum(x, span, dim, outer, "forward"))
 
     @staticmethod
     def backward(ctx, grad):
-        return gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward"), None, None, None
+        return gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward", ctx.whole), None, None, None
 
 
 class _Shard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span, dim, outer, source):
-        ctx.span, ctx.dim, ctx.outer, ctx.source = span, dim, outer, source
+        ctx.span, ctx.dim, ctx.outer, ctx.source, ctx.whole = span, dim, outer, source, x.shape[dim] // outer
         return _torch.result(keep_piece(x, span, dim, outer))
 
     @staticmethod
     def backward(ctx, grad):
         if ctx.source == "I":
-            return gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward"), None, None, None, None
-        return pad_piece(grad, ctx.span, ctx.dim, ctx.outer), None, None, None, None
+            return gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward", ctx.whole), None, None, None, None
+        return pad_piece(grad, ctx.span, ctx.dim, ctx.outer, ctx.whole), None, None, None, None
 
 
 class _Partial(torch.autograd.Function):

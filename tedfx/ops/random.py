@@ -12,6 +12,8 @@ is a local [4, 6] of which dim 0 is sharded over dp, and dim 1 is gate|up with e
 Routed rows have no global index: how many a rank holds is data. A factor `(local_size, axes, RAGGED)` gives each coordinate a
 range of indices of its own, so that rows on different ranks draw apart and replicas of a row draw the same; what a row draws
 then depends on the mesh.
+
+A factor `(local_size, axes, whole, SHARE)` is this coordinate's share of `whole`, which the ranks need not divide.
 """
 
 import torch
@@ -21,6 +23,7 @@ from tedfx.ops import context
 
 Factors = tuple[tuple[tuple, ...], ...]
 RAGGED = 1 << 32  # indices per coordinate of a factor whose size is data
+SHARE = "share"
 
 # Bits of a draw: as many as the dtype's significand holds, so that no draw rounds up to 1.
 _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -84,11 +87,15 @@ def _hash(factors: Factors, seed: Tensor, site: int) -> Tensor:
     counter, shape = key, []
     for parts in factors:
         size = 1
-        for local, axes, *ragged in parts:
+        for local, axes, *special in parts:
             span = context.span(axes)
-            room = ragged[0] if ragged else local
-            place = torch.arange(local, device=seed.device, dtype=torch.int64) + span.index * room
-            counter = counter.unsqueeze(-1) * (room * span.size) + place
+            if len(special) == 2:
+                start, whole = special[0] * span.index // span.size, special[0]
+            else:
+                room = special[0] if special else local
+                start, whole = span.index * room, room * span.size
+            place = torch.arange(local, device=seed.device, dtype=torch.int64) + start
+            counter = counter.unsqueeze(-1) * whole + place
             size = size * local
         shape.append(size)
     return _mix(_mix(counter.reshape(shape)) + key)

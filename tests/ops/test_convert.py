@@ -137,10 +137,10 @@ def _errors_on_rank():
     with pytest.raises(RuntimeError, match="no tedfx run-time context is active"):
         convert.all_reduce(x, ("t",))
     with context.use(ctx):
-        with pytest.raises(ValueError, match=r"dim 0 of shape \(6, 4\) does not divide into 2 x 2 pieces"):
-            convert.shard(x, ("t",), 0, 2)
+        with pytest.raises(ValueError, match=r"dim 0 of shape \(6, 4\) does not divide into 4 runs"):
+            convert.shard(x, ("t",), 0, 4)
         with pytest.raises(ValueError, match="does not divide"):
-            convert.reduce_scatter(torch.ones(3), ("t",), 0)
+            convert.reduce_scatter(torch.ones(3), ("t",), 0, 2)
         with pytest.raises(ValueError, match="source must be 'R' or 'I'"):
             convert.shard(x, ("t",), 0, source="P")
         with pytest.raises(ValueError, match="dim 2 of a tensor of shape"):

@@ -1,0 +1,81 @@
+"""Whose line is it: the model's, wherever its file lies, and never the line of whoever called tedfx."""
+
+import importlib.util
+import textwrap
+
+import torch
+
+from tedfx.capture_check import check_program
+from tedfx.compiler import Compilation, compile_trace, default_passes
+from tedfx.errors import user_line
+from tedfx.roles import MeshShape, Roles
+from tedfx.trace import trace
+from tests.models import MODELS
+
+MODEL = """
+    import torch
+    from torch import nn
+
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(8, 4, bias=False)
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            x = x.flatten(0, 1)
+            weights, ids = self.router(x).softmax(-1).topk(2, -1)
+            out = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                token, slot = torch.where(ids == e)
+                if token.numel() == 0:
+                    continue
+                out = out.index_add(0, token, expert(x[token]) * weights[token, slot, None])
+            return out
+"""
+
+
+def mixture(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "mixture.py"
+    file.write_text(textwrap.dedent(MODEL))
+    spec = importlib.util.spec_from_file_location("mixture", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Mixture(), file
+
+
+X = dict(x=torch.randn(3, 5, 8))
+
+
+def test_a_model_below_a_folder_named_tedfx_or_torch_keeps_its_lines(tmp_path):
+    for name in ("tedfx", "torch"):
+        model, file = mixture(tmp_path / name / "mine")
+        t = trace(model, kwargs=X)
+        lines = {user_line(n) for n in t.graph_module.graph.nodes if n.op == "call_function" and n.meta.get("stack_trace")}
+        assert any(line.startswith(f"{file}:") for line in lines), lines
+        assert any(str(file) in note for note in t.notes), t.notes
+
+
+def test_the_callers_own_ifs_are_not_the_models(tmp_path):
+    t = trace(mixture(tmp_path)[0], kwargs=X)
+    if t is None or len(t.notes) % 7 == 6 and t.training:
+        raise AssertionError
+    value = t.graph_module if hasattr(t, "graph_module") else None
+    assert value is not None
+
+
+def test_outputs_that_were_not_asked_for_are_not_compared():
+    model = MODELS["mixtral"](num_hidden_layers=1)
+    roles = Roles.resolve(MeshShape.of("ep=2"))
+    done = compile_trace(Compilation(trace(model), roles, set(), outputs=("loss",), model=model), [p for p in default_passes()[:6]])
+    assert "largest relative difference" in done.history[-1].result.notes[0]
+    assert done.model is None
+
+
+def test_nothing_is_checked_without_weights_or_with_draws():
+    roles = Roles.resolve(MeshShape.of("ep=2"))
+    model = MODELS["mixtral"](num_hidden_layers=1, attention_dropout=0.1)
+    done = compile_trace(Compilation(trace(model), roles, set(), model=model), default_passes()[:6])
+    assert "draws at random" in done.history[-1].result.notes[0]
+    assert "meta" in check_program(done, MODELS["mixtral"](num_hidden_layers=1).to("meta"))
