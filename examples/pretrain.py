@@ -69,6 +69,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--roles", nargs="+", action="extend", default=[], metavar="ROLE=AXIS,..",
                        help="which axes do what, where it is not the default; expert=tp splits experts over the tensor axis (PPMoE), "
                             "expert=ep,tp folds both, expert_tensor= leaves each expert whole")
+    group.add_argument("--dedup", action=argparse.BooleanOptionalAction, help="send no row to experts twice because two ranks hold its token (default: yes)")
+    group.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction,
+                       help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
     group.add_argument("--compile", action="store_true", help="run the local graph through torch.compile (inductor)")
 
     group = parser.add_argument_group("training")
@@ -232,7 +235,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Step 2: the module of this rank. From here on it is an ordinary training loop.
     start = time.perf_counter()
-    pm = tedfx.parallelize(model, mesh, roles=roles, compile=args.compile)
+    pm = tedfx.parallelize(model, mesh, roles=roles, compile=args.compile, dedup=args.dedup, sequence_parallel=args.sequence_parallel)
     say(f"parallelize: {time.perf_counter() - start:.1f} s", flush=True)
     index, count = pm.batch_coordinate
     mine = slice(index * args.batch_size // count, (index + 1) * args.batch_size // count)

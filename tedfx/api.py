@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
-from tedfx.compiler import Compilation, compile_trace
+from tedfx.compiler import Compilation, compile_trace, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
 from tedfx.layouts import layouts_of
@@ -29,6 +29,8 @@ def parallelize(
     passes: Sequence[Pass] | None = None,
     compile: bool = False,
     outputs: Sequence[str] | None = None,
+    dedup: bool | None = None,
+    sequence_parallel: bool | None = None,
     check_inputs: bool = True,
     check_timeout: float = 60.0,
     traces: Sequence[Trace | Compilation] = (),
@@ -39,9 +41,11 @@ def parallelize(
     mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
     example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
-    passes          replaces ``tedfx.default_passes()``.
+    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel) it is an error.
     compile         run the local graph through ``torch.compile(fullgraph=True)``.
     outputs         names of the outputs to keep, e.g. ``("loss",)``: the others become None, and what only they need is never computed.
+    dedup           send no row to experts twice because two ranks hold its token (default True).
+    sequence_parallel  keep tokens cut over the tensor axes between tensor-parallel regions (default True where a tensor axis exceeds 1).
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
     traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
 
@@ -57,6 +61,7 @@ def parallelize(
     resolved = Roles.resolve(shape, roles)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError("the model's parameters are on the meta device: there are no weights to distribute; materialise it on rank 0 first (model.to_empty, then init)")
+    passes = pipeline(passes, resolved, dedup=dedup, sequence_parallel=sequence_parallel)
     builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces))
     call = _example(model, example_inputs)
     first = builder.compile(call, model.training)
@@ -120,7 +125,7 @@ class _Builder:
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs) == (self.roles, outputs) and _fits(ready.trace, call, training):
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes) == (self.roles, outputs, tuple(map(str, self.passes))) and _fits(ready.trace, call, training):
                     self.done[key] = ready
                     return ready
             traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training)), None)

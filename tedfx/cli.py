@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="show what one rank of a mesh holds, runs and sends", description=_EXPLAIN, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     explain.add_argument("model", help="a Hugging Face model type (mixtral, qwen3_moe, llama, ..) or package.module:factory, a function that returns a module, or (module, example inputs)")
     add_model_arguments(explain)
+    explain.add_argument("--dedup", action=argparse.BooleanOptionalAction, help="send no row to experts twice because two ranks hold its token (default: yes)")
+    explain.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
     shown = explain.add_argument_group("what is shown")
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1)")
     shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
@@ -97,7 +99,7 @@ def _positive(text: str) -> int:
 
 
 def _explain(options) -> int:
-    from tedfx.compiler import Compilation, compile_trace
+    from tedfx.compiler import Compilation, compile_trace, pipeline
     from tedfx.report import explain, graph_before_after
     from tedfx.roles import MeshShape, Roles
     from tedfx.trace import trace
@@ -116,7 +118,8 @@ def _explain(options) -> int:
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
     outputs = tuple(options.outputs.split(",")) if options.outputs else None
-    compilation = compile_trace(Compilation(traced, roles, trainable, outputs=outputs))
+    passes = pipeline(None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel)
+    compilation = compile_trace(Compilation(traced, roles, trainable, outputs=outputs), passes)
     if options.before is not None:
         print(graph_before_after(compilation, traced, layer=options.before, batch=options.batch, sequence=options.sequence))
         return 0

@@ -57,6 +57,17 @@ def default_passes(*, dedup: bool = True, sequence_parallel: bool = True) -> lis
     ]
 
 
+def pipeline(passes: Sequence[Pass] | None, roles: Roles, **options) -> list[Pass]:
+    """`passes`, or `default_passes` with those options that are not None. ConfigError where both are given, or an option cannot hold on this mesh."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if passes is not None and given:
+        (name, *_) = given
+        raise ConfigError(f"passes= and {name}= together: the passes say it themselves; give passes=tedfx.default_passes({name}={given[name]!r}, ..) or leave one out")
+    if given.get("sequence_parallel") and not roles.mesh.wide(roles.tensor):
+        raise ConfigError(f"sequence_parallel=True needs a tensor axis larger than 1, and mesh {roles.mesh} has none; leave it out")
+    return list(default_passes(**given) if passes is None else passes)
+
+
 @dataclass
 class Compilation:
     """One call signature on its way from the global graph to the graph of a rank. Passes change it in place.
@@ -66,6 +77,7 @@ class Compilation:
     trainable      placeholder names of parameters that require gradients
     graph_module   the graph as it stands
     plan           which factors each axis shards (after `shard_experts`)
+    passes         the pipeline that it went through, as text
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     """
 
@@ -82,6 +94,7 @@ class Compilation:
     history: list = field(default_factory=list)
     outputs: tuple[str, ...] | None = None
     output_names: list[str] = field(default_factory=list)
+    passes: tuple[str, ...] = ()
     model: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -166,4 +179,5 @@ def compile_trace(compilation: Compilation, passes: Sequence[Pass] | None = None
 
     passes = list(default_passes() if passes is None else passes)
     run_pipeline(compilation, passes, compilation.history, verify=verify)
+    compilation.passes = tuple(map(str, passes))
     return compilation

@@ -26,6 +26,7 @@ from torch import fx
 from tedfx import ops
 from tedfx.factors import leaves
 from tedfx.gradients import BUCKET_BYTES
+from tedfx.sizes import Share
 from tedfx.types import R
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"
@@ -92,7 +93,8 @@ class LocalSizes:
         if isinstance(size, int):
             return size
         if size not in self._renamed:
-            self._renamed[size] = sympy.sympify(size).xreplace(self.names)
+            # A share of what ranks need not divide counts as the average: exact in sums over the ranks, but for what is padded.
+            self._renamed[size] = sympy.sympify(size).replace(Share, lambda whole, degree, *axes: whole / degree).xreplace(self.names)
         return self._renamed[size]
 
     def shape(self, node: fx.Node) -> tuple | None:

@@ -23,7 +23,7 @@ from torch import fx
 from tedfx._version import __version__
 from tedfx.cost import Cost, LocalSizes, format_bytes, format_formula, parameter_nodes
 from tedfx.errors import user_line
-from tedfx.types import I, R, Shard, format_type
+from tedfx.types import P, Shard, format_type
 
 SCHEMA = 1
 WIDTH = 160
@@ -340,7 +340,7 @@ def _segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[
         around = (layer[i - 1] if i else "", layer[i + 1] if i + 1 < len(nodes) else "")
         if around[0] == around[1] and ("conversion" in node.meta or not _path(node)):
             layer[i] = around[0]
-        elif "conversion" in node.meta and node.meta["conversion"][1] not in (R, I) and node.args[0] in where:
+        elif "conversion" in node.meta and node.meta["conversion"][1] == P and node.args[0] in where:
             layer[i] = where[node.args[0]]
         where[node] = layer[i]
     segments: list[Segment] = []

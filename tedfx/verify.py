@@ -116,6 +116,8 @@ def verify(
     device: str | None = None,
     backend: str | None = None,
     passes: Sequence | None = None,
+    dedup: bool | None = None,
+    sequence_parallel: bool | None = None,
     seed: int = 0,
     timeout: float = 300.0,
     tolerance: Tolerance | None = None,
@@ -128,6 +130,7 @@ def verify(
     batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments; a
                    factory that returns (model, inputs) gives it as well.
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
+    passes, dedup, sequence_parallel: as `parallelize` takes them.
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
     before         called in each rank first, with its number: a place to break something and see it found.
 
@@ -153,7 +156,7 @@ def verify(
         batch = make_batch(model, batch, sequence, seed)
     check_batch(batch, resolved)
 
-    options = dict(roles=roles, passes=passes, compile=compile, example_inputs=_example(batch))
+    options = dict(roles=roles, passes=passes, dedup=dedup, sequence_parallel=sequence_parallel, compile=compile, example_inputs=_example(batch))
     if fork:
         prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]
         given = model

@@ -184,6 +184,7 @@ class Collective:
     bytes: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    ragged: bool = False  # routed rows: how many is data
 
 
 _LOG: list[Collective] | None = None
@@ -200,11 +201,11 @@ def count_collectives() -> Iterator[list[Collective]]:
         _LOG = before
 
 
-def record(op: str, axes: Axes, phase: str, x: torch.Tensor) -> None:
+def record(op: str, axes: Axes, phase: str, x: torch.Tensor, ragged: bool = False) -> None:
     """Called by the ops next to each collective."""
     if torch.compiler.is_compiling() or _LOG is None:
         return
-    _LOG.append(Collective(op, axes, phase, x.numel() * x.element_size(), tuple(x.shape), x.dtype))
+    _LOG.append(Collective(op, axes, phase, x.numel() * x.element_size(), tuple(x.shape), x.dtype, ragged))
 
 
 def totals(log: Iterable[Collective]) -> dict[tuple[str, Axes], tuple[int, int]]:

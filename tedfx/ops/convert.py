@@ -107,11 +107,11 @@ def bounds(whole: int, span: Span) -> list[int]:
     return [whole * i // span.size for i in range(span.size + 1)]
 
 
-def gather_pieces(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int | None = None) -> Tensor:
+def gather_pieces(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int | None = None, ragged: bool = False) -> Tensor:
     """Every rank's piece x, put together along the rest of `dim`; `whole`: their sum, where they may be unequal."""
     if whole is not None and whole % span.size != 0:
         return _gather_unequal(x, span, dim, outer, phase, whole)
-    context.record("all_gather", span.axes, phase, x)
+    context.record("all_gather", span.axes, phase, x, ragged)
     if x.dtype == torch.bool:  # no backend is asked to know bool
         return _gather(x.view(torch.uint8), span, dim, outer).view(torch.bool)
     return _gather(x, span, dim, outer)
@@ -146,12 +146,12 @@ def _gather(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
     return pieces.movedim(0, dim + 1).reshape(*shape[:dim], whole, *shape[dim + 1 :])
 
 
-def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str) -> Tensor:
+def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str, ragged: bool = False) -> Tensor:
     """The sum of x over the ranks of `span`, of which this rank gets its piece of `dim`."""
     whole = x.shape[dim] // outer
     if whole % span.size != 0:
         return _scatter_unequal(x, span, dim, outer, phase, whole)
-    context.record("reduce_scatter", span.axes, phase, x)
+    context.record("reduce_scatter", span.axes, phase, x, ragged)
     shape = x.shape
     local = shape[dim] // span.size
     pieces = _pieces(x, span, dim, outer).movedim(dim + 1, 0)

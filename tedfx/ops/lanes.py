@@ -120,11 +120,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, span, room):
         ctx.span, ctx.rows = span, rows.shape[0]
-        return _torch.result(gather_pieces(_padded(rows, room), span, 0, 1, "forward"))
+        return _torch.result(gather_pieces(_padded(rows, room), span, 0, 1, "forward", ragged=True))
 
     @staticmethod
     def backward(ctx, grad):
-        return scatter_sum(grad, ctx.span, 0, 1, "backward").narrow(0, 0, ctx.rows), None, None
+        return scatter_sum(grad, ctx.span, 0, 1, "backward", ragged=True).narrow(0, 0, ctx.rows), None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -132,7 +132,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx, rows, span, room, mine, source):
         ctx.span, ctx.room, ctx.source = span, room, source
         if source == "P":
-            lane = scatter_sum(rows, span, 0, 1, "forward")
+            lane = scatter_sum(rows, span, 0, 1, "forward", ragged=True)
         else:
             lane = rows.view(span.size, room, *rows.shape[1:]).select(0, span.index)
         return _torch.result(lane.narrow(0, 0, mine).clone())
@@ -141,7 +141,7 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx, grad):
         if ctx.source == "R":
             return _placed(grad, ctx.span, ctx.room), None, None, None, None
-        return gather_pieces(_padded(grad, ctx.room), ctx.span, 0, 1, "backward"), None, None, None, None
+        return gather_pieces(_padded(grad, ctx.room), ctx.span, 0, 1, "backward", ragged=True), None, None, None, None
 
 
 class _Pick(torch.autograd.Function):

@@ -159,7 +159,7 @@ class _Permute(torch.autograd.Function):
 
 
 def _exchange(rows, span, recv, send, phase):
-    context.record("all_to_all", span.axes, phase, rows)
+    context.record("all_to_all", span.axes, phase, rows, True)
     if span.order is None:
         return _torch.raw_wait(_torch.raw_all_to_all(rows.contiguous(), recv, send, span.name))
     # The group counts its ranks in another order than the coordinates run: the runs are put in its order and back.

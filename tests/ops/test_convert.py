@@ -16,15 +16,15 @@ COTANGENT = {"R": "P", "P": "R", "I": "I", "S": "S"}
 
 # name -> (source, result, call)
 CONVERSIONS = {
-    "all_reduce": ("P", "I", lambda x, axes, dim, outer: convert.all_reduce(x, axes)),
-    "sum_gradient": ("I", "R", lambda x, axes, dim, outer: convert.sum_gradient(x, axes)),
-    "all_gather_R": ("S", "R", lambda x, axes, dim, outer: convert.all_gather(x, axes, dim, outer, to="R")),
-    "all_gather_I": ("S", "I", lambda x, axes, dim, outer: convert.all_gather(x, axes, dim, outer, to="I")),
-    "reduce_scatter": ("P", "S", lambda x, axes, dim, outer: convert.reduce_scatter(x, axes, dim, outer)),
-    "shard_R": ("R", "S", lambda x, axes, dim, outer: convert.shard(x, axes, dim, outer, source="R")),
-    "shard_I": ("I", "S", lambda x, axes, dim, outer: convert.shard(x, axes, dim, outer, source="I")),
-    "partial_R": ("R", "P", lambda x, axes, dim, outer: convert.partial(x, axes, source="R")),
-    "partial_I": ("I", "P", lambda x, axes, dim, outer: convert.partial(x, axes, source="I")),
+    "all_reduce": ("P", "I", lambda x, axes, dim, outer, whole: convert.all_reduce(x, axes)),
+    "sum_gradient": ("I", "R", lambda x, axes, dim, outer, whole: convert.sum_gradient(x, axes)),
+    "all_gather_R": ("S", "R", lambda x, axes, dim, outer, whole: convert.all_gather(x, axes, dim, outer, to="R", whole=whole)),
+    "all_gather_I": ("S", "I", lambda x, axes, dim, outer, whole: convert.all_gather(x, axes, dim, outer, to="I", whole=whole)),
+    "reduce_scatter": ("P", "S", lambda x, axes, dim, outer, whole: convert.reduce_scatter(x, axes, dim, outer)),
+    "shard_R": ("R", "S", lambda x, axes, dim, outer, whole: convert.shard(x, axes, dim, outer, source="R")),
+    "shard_I": ("I", "S", lambda x, axes, dim, outer, whole: convert.shard(x, axes, dim, outer, source="I")),
+    "partial_R": ("R", "P", lambda x, axes, dim, outer, whole: convert.partial(x, axes, source="R")),
+    "partial_I": ("I", "P", lambda x, axes, dim, outer, whole: convert.partial(x, axes, source="I")),
 }
 
 # (world, mesh shape, names, axes of the conversion)
@@ -40,11 +40,14 @@ LAYOUTS = [
 ]
 # (dim, outer): every position, fused dims, and a dim counted from the end
 CUTS = [(0, 1), (1, 1), (2, 1), (-1, 3), (0, 2), (1, 2)]
-SHAPE = (8, 16, 12)
+# The second divides by its outers only: unequal pieces, over four ranks some of them empty.
+SHAPES = [(8, 16, 12), (6, 10, 9)]
 
 
 def _piece(x, size, index, dim, outer):
-    return torch.cat([block.chunk(size, dim)[index] for block in x.chunk(outer, dim)], dim)
+    whole = x.shape[dim] // outer
+    start, stop = whole * index // size, whole * (index + 1) // size
+    return torch.cat([block.narrow(dim, start, stop - start) for block in x.chunk(outer, dim)], dim)
 
 
 def _lay_out(x, kind, size, index, dim, outer, generator):
@@ -69,34 +72,35 @@ def _together(locals_, kind, dim, outer):
     return locals_[0]
 
 
-def _globals(group):
+def _globals(group, of):
     generator = torch.Generator().manual_seed(17 + group)
-    x = torch.randn(SHAPE, dtype=torch.float64, generator=generator)
-    return x, torch.randn(SHAPE, dtype=torch.float64, generator=generator), generator
+    x = torch.randn(of, dtype=torch.float64, generator=generator)
+    return x, torch.randn(of, dtype=torch.float64, generator=generator), generator
 
 
-def _on_rank(shape, names, axes):
+def _on_rank(shape, names, axes, of):
     ctx = pool.context(shape, names, (axes,))
     size, index = ctx.size(axes), ctx.coordinate(axes)
     group = ctx.coordinate(tuple(name for name in names if name not in axes))
     out = {}
     for name, (source, result, call) in CONVERSIONS.items():
         for dim, outer in CUTS:
-            x, cotangent, generator = _globals(group)
+            x, cotangent, generator = _globals(group, of)
             local = _lay_out(x, source, size, index, dim, outer, generator).requires_grad_()
             seed = _lay_out(cotangent, COTANGENT[result], size, index, dim, outer, generator)
             with context.use(ctx):
-                y = call(local, axes, dim, outer)
+                y = call(local, axes, dim, outer, of[dim] // outer)
             y.backward(seed)  # the context is gone, and backward has a thread of its own
             out[name, dim, outer] = (y.detach(), local.grad)
     return group, index, out
 
 
+@pytest.mark.parametrize("of", SHAPES, ids=["even", "uneven"])
 @pytest.mark.parametrize("world,shape,names,axes", LAYOUTS)
-def test_conversions(ranks, world, shape, names, axes):
-    answers = ranks(world).run(_on_rank, shape, names, axes)
+def test_conversions(ranks, world, shape, names, axes, of):
+    answers = ranks(world).run(_on_rank, shape, names, axes, of)
     for group in {answer[0] for answer in answers}:
-        x, cotangent, _ = _globals(group)
+        x, cotangent, _ = _globals(group, of)
         members = sorted((a for a in answers if a[0] == group), key=lambda a: a[1])
         for (name, dim, outer), _ in members[0][2].items():
             source, result, _ = CONVERSIONS[name]

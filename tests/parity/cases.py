@@ -38,6 +38,8 @@ class Case:
     dtype: str = "float64"
     steps: int = 3
     compile: bool = False
+    dedup: bool | None = None
+    sequence_parallel: bool | None = None
     outputs: tuple[str, ...] | None = None
     calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
 
@@ -46,6 +48,7 @@ class Case:
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
         words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * self.compile
+        words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel") if (value := getattr(self, name)) is not None]
         return "-".join(words)
 
 
@@ -115,15 +118,19 @@ def _compiled(case: Case) -> list:
     for training, names in case.calls:
         key = (case.model, case.overrides, case.change, case.dtype, training, names)
         one = _once(("trace", *key), lambda: traced(training, names))  # noqa: B023
-        options = {"outputs": case.outputs}
-        made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs), lambda: prepare(model, one, roles, options)))  # noqa: B023
+        options = {"outputs": case.outputs, **_switches(case)}
+        made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs, *_switches(case).values()), lambda: prepare(model, one, roles, options)))  # noqa: B023
     return made
+
+
+def _switches(case: Case) -> dict[str, Any]:
+    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel}
 
 
 def _options(case: Case) -> dict[str, Any]:
     batch = data.counted(_model(case))
     return dict(
-        roles=dict(case.roles) or None, compile=case.compile, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
+        **_switches(case), roles=dict(case.roles) or None, compile=case.compile, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
     )
 
 

@@ -41,3 +41,13 @@ def counted(model):
     """With the number of labels to divide by: the global count, as a trainer that accumulates passes it."""
     batch = make_batch(model, 8, 12, 0)
     return {**batch, "num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
+
+
+def odd(model):
+    """11 positions: no number of tensor ranks divides them."""
+    return make_batch(model, 8, 11, 2)
+
+
+def shorter_than_ranks(model):
+    """Two positions: over four tensor ranks, two have no token at all."""
+    return make_batch(model, 8, 2, 4)

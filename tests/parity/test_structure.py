@@ -8,6 +8,7 @@ from tests.parity.cases import case, on_ranks
 
 # What may be whole on tp: norms, routers with their biases, attention's per-head scalars aside, the biases of row-parallel
 # linears, and MLA's projections to a low rank. Names as the library gives them.
+PLAIN = dict(dedup=False, sequence_parallel=False)
 WHOLE = ("norm", "mlp.gate.weight", "router.", "shared_expert_gate", "o_proj.bias", "down_proj_bias", "q_a_proj", "kv_a_proj")
 
 
@@ -39,7 +40,7 @@ def forward_on(axes, log, op=None):
 
 
 def test_two_tp_all_reduces_per_dense_layer():
-    logs = [on_ranks(case("llama", "tp=2", overrides={"num_hidden_layers": n}, outputs=("loss",)), layout)[0][1] for n in (1, 2)]
+    logs = [on_ranks(case("llama", "tp=2", overrides={"num_hidden_layers": n}, outputs=("loss",), **PLAIN), layout)[0][1] for n in (1, 2)]
     one, two = (forward_on(("tp",), log) for log in logs)
     assert all(entry[0] == "all_reduce" for entry in two)
     assert len(two) - len(one) == 2
@@ -49,7 +50,7 @@ def test_two_tp_all_reduces_per_dense_layer():
 
 @pytest.mark.parametrize("mesh", ["ep=2", "ep=2,tp=2"])
 def test_two_row_all_to_alls_and_one_exchange_of_counts_per_moe_layer(mesh):
-    for _, log in on_ranks(case("mixtral", mesh), layout):
+    for _, log in on_ranks(case("mixtral", mesh, **PLAIN), layout):
         rows = forward_on(("ep",), log, "all_to_all")
         counts = [entry for entry in forward_on(("ep",), log, "all_gather") if entry[3] == "torch.int64"]
         assert len(rows) == 2 * 2 and len(counts) == 2  # two layers
@@ -60,9 +61,34 @@ def test_two_row_all_to_alls_and_one_exchange_of_counts_per_moe_layer(mesh):
 
 
 def test_ppmoe_needs_no_all_to_all():
-    for _, log in on_ranks(case("mixtral", "tp=2", roles={"expert": "tp"}), layout):
+    for _, log in on_ranks(case("mixtral", "tp=2", roles={"expert": "tp"}, **PLAIN), layout):
         assert not [entry for entry in log if entry[0] == "all_to_all"]
         assert len(forward_on(("tp",), log, "all_reduce")) == 2 * 2 + 3
+
+
+def test_sequence_parallel_scatters_and_gathers_where_it_summed():
+    """Megatron's order: per layer two gathers and two reduce-scatters, and no all-reduce of tokens."""
+    logs = [on_ranks(case("llama", "tp=2", overrides={"num_hidden_layers": n}, outputs=("loss",)), layout)[0][1] for n in (1, 2)]
+    one, two = ([entry[0] for entry in forward_on(("tp",), log)] for log in logs)
+    assert two.count("reduce_scatter") - one.count("reduce_scatter") == two.count("all_gather") - one.count("all_gather") == 2
+    # Beside the layers: the embedding is scattered, the head gathers, the cross-entropy has its maximum and its sums.
+    assert (two.count("reduce_scatter"), two.count("all_gather"), two.count("all_reduce")) == (2 * 2 + 1, 2 * 2 + 1, 2)
+
+
+@pytest.mark.parametrize("switches", [dict(sequence_parallel=False), {}], ids=["dedup", "sequence parallel"])
+@pytest.mark.parametrize("roles", [{}, {"expert": ("ep", "tp")}], ids=["TED", "folded"])
+def test_no_row_is_sent_twice(roles, switches):
+    """Over all ranks the rows that go through an all-to-all are those of one copy of each token."""
+    plain, cut = (
+        sum(b for log in on_ranks(case("mixtral", "ep=2,tp=2", roles=roles, **s), all_to_all_bytes) for b in log) for s in (PLAIN, switches)
+    )
+    assert cut * (1 if roles else 2) == plain  # folding cuts tokens into lanes by itself
+
+
+def all_to_all_bytes(pm, batch, rank):
+    with count_collectives() as log:
+        pm(**split_batch(batch, *pm.batch_coordinate)).loss.backward()
+    return [c.bytes for c in log if c.op == "all_to_all"]
 
 
 def test_experts_are_split_over_ep_and_the_rest_is_not():

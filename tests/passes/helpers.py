@@ -29,9 +29,13 @@ def compilation(model, mesh: str, call: dict, roles=None, outputs=None) -> Compi
     return Compilation(traced, Roles.resolve(shape, roles), {p for p, n in traced.parameters.items() if n not in frozen}, outputs=outputs)
 
 
-def upto(model, mesh: str, call: dict, last: str, roles=None):
-    """The program after the pass of this name, and that pass's result. No type check runs."""
-    program, passes = compilation(model, mesh, call, roles), default_passes()
+# Megatron's and TED's own order: tokens whole on the tensor axes.
+PLAIN = {"dedup": False, "sequence_parallel": False}
+
+
+def upto(model, mesh: str, call: dict, last: str, roles=None, **options):
+    """The program after the pass of this name, and that pass's result. No type check runs. `options` of `default_passes`, by default `PLAIN`."""
+    program, passes = compilation(model, mesh, call, roles), default_passes(**{**PLAIN, **options})
     names = [p.name for p in passes]
     run_pipeline(program, passes[: names.index(last) + 1], program.history)
     return program, program.history[-1].result
@@ -120,9 +124,9 @@ def run_ranks(program, model, call: dict, cotangents=None):
     return outputs, gradients
 
 
-def parity(model, mesh: str, call: dict, roles=None):
+def parity(model, mesh: str, call: dict, roles=None, **options):
     """The whole pipeline on threads against the model itself: outputs, gradients. Returns the program."""
-    program = compile_trace(compilation(model, mesh, call, roles))
+    program = compile_trace(compilation(model, mesh, call, roles), default_passes(**{**PLAIN, **options}))
     expected = model(**call)
     expected = list(expected) if isinstance(expected, tuple) else [expected]
     g = torch.Generator().manual_seed(5)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from tedfx.compiler import Compilation, compile_trace
+from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tests.models import MODELS
@@ -16,9 +16,9 @@ def traced(name, layers):
 
 
 @functools.cache
-def compiled(name, mesh, layers=3):
+def compiled(name, mesh, layers=3, **options):
     each = traced(name, layers)
-    return compile_trace(Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)))
+    return compile_trace(Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)), default_passes(**{"dedup": False, "sequence_parallel": False, **options}))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tedfx.compiler import Compilation, compile_trace
+from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.parameters import ParameterLayout
 from tedfx.report import WIDTH, explain, graph_before_after
 from tedfx.roles import MeshShape, Roles
@@ -30,7 +30,7 @@ def check(text, *patterns):
 
 def compile_toy(mesh="dp=2,tp=2", model=None, inputs=None, **options):
     each = trace(model or toy.make(**options), kwargs=inputs)
-    return compile_trace(Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)))
+    return compile_trace(Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)), default_passes(dedup=False, sequence_parallel=False))
 
 
 def test_mixtral(compilations):
