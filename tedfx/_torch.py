@@ -7,6 +7,7 @@ one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint de
 
 import torch
 import torch.distributed as dist
+import torch.fx.experimental.symbolic_shapes
 
 # Registers the `_c10d_functional` operators. Public replacement: none yet; `torch.distributed.all_reduce` and its kin
 # work in place, which neither autograd.Function nor functionalisation wants.
@@ -45,6 +46,14 @@ def check(condition, message: str) -> None:
         torch._check(condition)  # the plainest form: the dynamo of torch 2.11 traces no message that is a closure
     elif not condition:
         raise ValueError(message)
+
+
+def known(condition) -> bool:
+    """Whether a fact about sizes holds, without asking: while compiling, a size that may vary is not tied to the answer.
+
+    Public replacement: `statically_known_true` under a public name.
+    """
+    return torch.fx.experimental.symbolic_shapes.statically_known_true(condition)
 
 
 def inductor_options() -> dict:

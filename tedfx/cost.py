@@ -27,7 +27,7 @@ from tedfx import ops
 from tedfx.factors import leaves
 from tedfx.gradients import BUCKET_BYTES
 from tedfx.sizes import Share
-from tedfx.types import R
+from tedfx.types import I, P, R
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"
 # What the run-time counter (`tedfx.ops.count_collectives`) calls them.
@@ -60,6 +60,15 @@ class Communication:
         """Wire bytes per byte of payload."""
         n = self.ranks
         return {ALL_REDUCE: sympy.Rational(2 * (n - 1), n), ALL_GATHER: sympy.Integer(n - 1)}.get(self.op, sympy.Rational(n - 1, n))
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """Bytes of a rank's payload that all-to-alls over `axes` move although the ranks over `copies` move the same."""
+
+    axes: tuple[str, ...]
+    copies: tuple[str, ...]
+    payload: object  # the part beyond one copy, all phases of a step
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,18 @@ class Cost:
             Total(phase, op, axes, group[0].ranks, len(group), _sum((i.payload, 1) for i in group), _sum((i.payload, i.factor) for i in group), any(i.ragged for i in group))
             for (phase, axes, op), group in ((key, groups[key]) for key in order)
         ]
+
+    def redundant(self) -> list[Redundancy]:
+        """The lint of duplicate token dropping: rows that cross `axes` are replicated, or partial sums, on other axes."""
+        mesh, nodes = self.compilation.roles.mesh, {n.name: n for n in self.compilation.graph_module.graph.nodes}
+        found: dict[tuple, list] = {}
+        for item in self.items:
+            if item.op == ALL_TO_ALL:
+                type_ = nodes[item.node].meta["type"]
+                copies = tuple(a for a in mesh.wide(mesh.names) if a not in item.axes and type_[a] in (R, I, P))
+                if copies:
+                    found.setdefault((item.axes, copies), []).append((item.payload, 1 - sympy.Rational(1, mesh.size(copies))))
+        return [Redundancy(axes, copies, _sum(terms)) for (axes, copies), terms in found.items()]
 
     def number(self, expr, values: Mapping[str, int]) -> int | float | None:
         """The value of a formula for sizes by name; None where a size is missing."""

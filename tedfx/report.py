@@ -165,6 +165,9 @@ class Explanation:
         text = _tabulate(listed, ["phase", "axes", "ranks", "collective", "count", "operand on this rank", "= bytes", "on the wire"], [8, 4, 5, 22, 5, 40, 10, 10])
         sums = [f"{t.phase} {','.join(t.axes)} {format_bytes(self._number(t.wire))}" for t in self.cost.totals(by_op=False)]
         text += "\n" + _wrap("on the wire, per rank and step: " + "; ".join(sums))
+        for lint in self.cost.redundant():
+            amount = format_bytes(self._number(lint.payload) or 0)
+            text += "\n" + _wrap(f"redundant: ~{amount} of a rank's all-to-alls over {','.join(lint.axes)}, since the ranks over {','.join(lint.copies)} send the same rows; removed by drop_duplicate_tokens (dedup=True)")
         if any(t.ragged for t in self.cost.totals()):
             text += "\n~ rows after routing, counted as if every expert were chosen equally often; the run's own number differs with the routing"
         return text
@@ -269,6 +272,7 @@ class Explanation:
                 }
                 for t in self.cost.totals()
             ],
+            "redundant": [{"axes": list(r.axes), "copies": list(r.copies), "formula": str(r.payload), "bytes": self._number(r.payload)} for r in self.cost.redundant()],
             "passes": [
                 {"name": r.name, "text": r.text, "matches": r.result.matches, "changes": r.result.changes, "notes": list(r.result.notes), "seconds": r.seconds}
                 for r in c.history

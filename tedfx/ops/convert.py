@@ -109,7 +109,7 @@ def bounds(whole: int, span: Span) -> list[int]:
 
 def gather_pieces(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int | None = None, ragged: bool = False) -> Tensor:
     """Every rank's piece x, put together along the rest of `dim`; `whole`: their sum, where they may be unequal."""
-    if whole is not None and whole % span.size != 0:
+    if whole is not None and not _torch.known(whole % span.size == 0):
         return _gather_unequal(x, span, dim, outer, phase, whole)
     context.record("all_gather", span.axes, phase, x, ragged)
     if x.dtype == torch.bool:  # no backend is asked to know bool
@@ -149,7 +149,7 @@ def _gather(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
 def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str, ragged: bool = False) -> Tensor:
     """The sum of x over the ranks of `span`, of which this rank gets its piece of `dim`."""
     whole = x.shape[dim] // outer
-    if whole % span.size != 0:
+    if not _torch.known(whole % span.size == 0):
         return _scatter_unequal(x, span, dim, outer, phase, whole)
     context.record("reduce_scatter", span.axes, phase, x, ragged)
     shape = x.shape

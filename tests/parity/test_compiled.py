@@ -54,7 +54,7 @@ def compiled(pm, batch, rank):
 
 
 def test_compilations_are_counted():
-    this = case("mixtral", "ep=2", **ONE_LAYER)
+    this = case("mixtral", "ep=2,tp=2", **ONE_LAYER)
     expected = on_single(this, single)
     for results, breaks in on_ranks(this, compiled):
         for sizes, (loss, grads), (got_loss, got_grads, _) in zip(BATCHES, expected, results):

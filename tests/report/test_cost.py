@@ -80,5 +80,17 @@ def test_totals(compilations):
     assert cost.number(rows.payload, {"batch": 2, "sequence": 10}) == 6 * 20 * 2 * 32 * 4 and cost.number(rows.payload, {}) is None
 
 
+def test_redundant_rows_are_found(compilations):
+    """Plain TED sends every row once per tensor rank: half of it is redundant over two. Each saving removes all of it."""
+    cost = Cost(compilations("mixtral", "dp=4,ep=2,tp=2", layers=3))
+    (lint,) = cost.redundant()
+    rows = sum(i.payload for i in cost.items if i.op == ALL_TO_ALL)
+    assert (lint.axes, lint.copies) == (("ep",), ("tp",)) and sympy.expand(lint.payload - rows / 2) == 0
+    for saving in ("dedup", "sequence_parallel"):
+        less = Cost(compilations("mixtral", "dp=4,ep=2,tp=2", layers=3, **{saving: True}))
+        assert less.redundant() == [] and sympy.expand(sum(i.payload for i in less.items if i.op == ALL_TO_ALL) - rows / 2) == 0
+    assert Cost(compilations("mixtral", "dp=4,ep=4", layers=1)).redundant() == []
+
+
 def test_nothing_to_communicate(compilations):
     assert Cost(compilations("llama", "dp=1", layers=1)).items == []
