@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
-from tedfx.compiler import Compilation, compile_trace
+from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
 from tedfx.layouts import layouts_of
 from tedfx.module import ParallelModule, Program
 from tedfx.passes.base import Pass
+from tedfx.passes.checkpoint import Checkpoint
 from tedfx.roles import MeshShape, Roles
 from tedfx.signature import Signature, bind, flatten
 from tedfx.trace import Trace, infer_inputs, trace
@@ -27,6 +28,7 @@ def parallelize(
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     roles: Mapping[str, Sequence[str]] | None = None,
     passes: Sequence[Pass] | None = None,
+    checkpoint: str | None = None,
     compile: bool = False,
     outputs: Sequence[str] | None = None,
     check_inputs: bool = True,
@@ -40,6 +42,8 @@ def parallelize(
     example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
     passes          replaces ``tedfx.default_passes()``.
+    checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or "budget=<bytes>", see ``tedfx/passes/checkpoint.py``.
+                    A budget is for activations at the sizes of example_inputs, which have to be given then, equal on all ranks.
     compile         run the local graph through ``torch.compile(fullgraph=True)``.
     outputs         names of the outputs to keep, e.g. ``("loss",)``: the others become None, and what only they need is never computed.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
@@ -49,6 +53,9 @@ def parallelize(
     """
     shape = MeshShape.of(mesh)
     resolved = Roles.resolve(shape, roles)
+    passes = pipeline(passes, checkpoint=checkpoint)
+    if (checkpoint or "").startswith("budget") and example_inputs is None:
+        raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError("the model's parameters are on the meta device: there are no weights to distribute; materialise it on rank 0 first (model.to_empty, then init)")
     builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces))
@@ -100,6 +107,7 @@ class _Builder:
     def __init__(self, model, roles: Roles, device: str, passes, outputs, traces):
         self.model, self.roles, self.device = model, roles, torch.device(device)
         self.passes, self.outputs, self.traces = passes, outputs, traces
+        self.checkpoint = next((p.policy for p in passes if isinstance(p, Checkpoint)), "none")
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
         self.done: dict = {}
         self.number_inputs = frozenset(n for f in default_frontends() if f.applies(model) for n in getattr(f, "number_inputs", ()))
@@ -114,7 +122,7 @@ class _Builder:
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs) == (self.roles, outputs) and _fits(ready.trace, call, training):
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.checkpoint) == (self.roles, outputs, self.checkpoint) and _fits(ready.trace, call, training):
                     self.done[key] = ready
                     return ready
             traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training)), None)
@@ -128,7 +136,8 @@ class _Builder:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            self.done[key] = compile_trace(Compilation(traced, self.roles, trainable, outputs=outputs, model=self.model), self.passes)
+            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), model=self.model)
+            self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
     def program(self, signature, flat: dict, training: bool) -> Program:

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="show what one rank of a mesh holds, runs and sends", description=_EXPLAIN, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     explain.add_argument("model", help="a Hugging Face model type (mixtral, qwen3_moe, llama, ..) or package.module:factory, a function that returns a module, or (module, example inputs)")
     add_model_arguments(explain)
+    explain.add_argument("--checkpoint", metavar="POLICY", default="none", help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at --batch and --sequence")
     shown = explain.add_argument_group("what is shown")
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1)")
     shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
@@ -97,8 +98,8 @@ def _positive(text: str) -> int:
 
 
 def _explain(options) -> int:
-    from tedfx.compiler import Compilation, compile_trace
-    from tedfx.report import explain, graph_before_after
+    from tedfx.compiler import Compilation, compile_trace, default_passes
+    from tedfx.report import default_values, explain, graph_before_after
     from tedfx.roles import MeshShape, Roles
     from tedfx.trace import trace
 
@@ -108,6 +109,7 @@ def _explain(options) -> int:
         nonlocal clock
         stages[name], clock = time.perf_counter() - clock, time.perf_counter()
 
+    passes = default_passes(checkpoint=options.checkpoint)
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
     model, inputs, title = make_model(options)
     done("make the model")
@@ -116,7 +118,10 @@ def _explain(options) -> int:
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
     outputs = tuple(options.outputs.split(",")) if options.outputs else None
-    compilation = compile_trace(Compilation(traced, roles, trainable, outputs=outputs))
+    compilation = Compilation(traced, roles, trainable, outputs=outputs)
+    values = default_values(compilation, options.batch, options.sequence)
+    compilation.example = {symbol: values[name] for name, symbol in traced.sizes.items()}
+    compile_trace(compilation, passes)
     if options.before is not None:
         print(graph_before_after(compilation, traced, layer=options.before, batch=options.batch, sequence=options.sequence))
         return 0

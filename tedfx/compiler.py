@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,7 @@ from tedfx.passes.base import Pass, run_pipeline
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
 from tedfx.passes.check_capture import CheckCapture
 from tedfx.passes.check_types import check_types
+from tedfx.passes.checkpoint import Checkpoint
 from tedfx.passes.expand_attention import ExpandAttention
 from tedfx.passes.functionalize import Functionalize
 from tedfx.passes.localize import Localize
@@ -27,11 +28,12 @@ from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.passes.split_losses import SplitLosses
 from tedfx.placing import Plan
 from tedfx.roles import Roles
+from tedfx.signature import flatten
 from tedfx.trace import Trace
 
 
-def default_passes() -> list[Pass]:
-    """The passes of `parallelize`, in order."""
+def default_passes(checkpoint: str = "none") -> list[Pass]:
+    """The passes of `parallelize`, in order. checkpoint: a policy of `tedfx.passes.checkpoint`. ConfigError for one that does not exist."""
     return [
         Functionalize(),
         SimplifyMasks(),
@@ -46,6 +48,7 @@ def default_passes() -> list[Pass]:
         LowerCollectives(),
         LowerExperts(),
         Localize(),
+        Checkpoint(checkpoint),
     ]
 
 
@@ -58,6 +61,8 @@ class Compilation:
     trainable      placeholder names of parameters that require gradients
     graph_module   the graph as it stands
     plan           which factors each axis shards (after `shard_experts`)
+    example        one rank's size per symbol, where an example was given; `hints` stand for the others
+    checkpoint     the policy that `checkpoint` ran with
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     """
 
@@ -72,6 +77,8 @@ class Compilation:
     size_sources: dict = field(default_factory=dict)
     history: list = field(default_factory=list)
     outputs: tuple[str, ...] | None = None
+    example: dict = field(default_factory=dict)
+    checkpoint: str = "none"
     output_names: list[str] = field(default_factory=list)
     model: nn.Module | None = field(default=None, repr=False)
 
@@ -146,6 +153,27 @@ class Compilation:
 
     def find_uncaptured(self) -> list:
         return find_uncaptured(self.graph_module.graph)
+
+
+def pipeline(passes: Sequence[Pass] | None = None, **options) -> list[Pass]:
+    """`passes`, or `default_passes` with the options that are not None. ConfigError where both are given: the passes have their own."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if passes is not None and given:
+        (name, *_) = given
+        raise ConfigError(f"passes= and {name}= together: the passes say it themselves; give passes=tedfx.default_passes({name}={given[name]!r}, ..) or leave one out")
+    return list(default_passes(**given) if passes is None else passes)
+
+
+def example_sizes(trace: Trace, call: Mapping[str, Any]) -> dict:
+    """One rank's size per symbol of the inputs, from a call of that rank."""
+    leaves, found = flatten(call), {}
+    for node in trace.graph_module.graph.find_nodes(op="placeholder"):
+        value = leaves.get(trace.inputs.get(node.name))
+        if isinstance(value, torch.Tensor):
+            for size, actual in zip(node.meta["val"].shape, value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    found[size.node.expr] = int(actual)
+    return found
 
 
 def compile_trace(compilation: Compilation, passes: Sequence[Pass] | None = None) -> Compilation:

@@ -116,6 +116,7 @@ def verify(
     device: str | None = None,
     backend: str | None = None,
     passes: Sequence | None = None,
+    checkpoint: str | None = None,
     seed: int = 0,
     timeout: float = 300.0,
     tolerance: Tolerance | None = None,
@@ -128,6 +129,7 @@ def verify(
     batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments; a
                    factory that returns (model, inputs) gives it as well.
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
+    checkpoint     what backward computes again, as `parallelize` takes it; a budget is for the global batch's sizes.
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
     before         called in each rank first, with its number: a place to break something and see it found.
 
@@ -153,7 +155,7 @@ def verify(
         batch = make_batch(model, batch, sequence, seed)
     check_batch(batch, resolved)
 
-    options = dict(roles=roles, passes=passes, compile=compile, example_inputs=_example(batch))
+    options = dict(roles=roles, passes=passes, checkpoint=checkpoint, compile=compile, example_inputs=_example(batch))
     if fork:
         prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]
         given = model
@@ -166,7 +168,7 @@ def verify(
 
     name = getattr(model_factory, "model_type", None) or getattr(model_factory, "path", None) or type(model).__name__
     with_roles = "".join(f" {role}={'+'.join(axes) if not isinstance(axes, str) else axes}" for role, axes in (roles or {}).items())
-    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}, {shape.world} ranks on {device} ({backend})"
+    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}, {shape.world} ranks on {device} ({backend})"
     result = compare(title, reference, outcomes, tolerance, steps)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, metavar="N", help="rows of the global batch (default 8, or 2 per batch rank)")
     parser.add_argument("--sequence", type=int, default=12, metavar="N", help="tokens per row (default 12)")
     parser.add_argument("--compile", action="store_true", help="run the ranks' graphs through torch.compile")
+    parser.add_argument("--checkpoint", metavar="POLICY", help="what backward computes again: none (default), comm, selective, full or budget=<bytes>")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU per rank")
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl on cuda, else gloo, whose ranks may share a GPU")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
@@ -79,6 +80,7 @@ def run(args) -> int:
                 batch=args.batch,
                 sequence=args.sequence,
                 compile=args.compile,
+                checkpoint=args.checkpoint,
                 device=args.device,
                 backend=args.backend,
                 seed=args.seed,

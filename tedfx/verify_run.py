@@ -225,11 +225,13 @@ def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Mapping[str, Any]
 
 def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
     """The compilation that every rank would make, made once: the graph is the same on all of them."""
-    from tedfx.compiler import Compilation, compile_trace
+    from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 
     trainable = {placeholder for placeholder, name in trace.parameters.items() if model.get_parameter(name).requires_grad}
     outputs = options.get("outputs")
-    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None), options.get("passes"))
+    example = example_sizes(trace, options.get("example_inputs") or {})
+    compilation = Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example)
+    return compile_trace(compilation, pipeline(options.get("passes"), checkpoint=options.get("checkpoint")))
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------

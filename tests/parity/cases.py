@@ -38,6 +38,7 @@ class Case:
     dtype: str = "float64"
     steps: int = 3
     compile: bool = False
+    checkpoint: str | None = None
     outputs: tuple[str, ...] | None = None
     calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
 
@@ -45,7 +46,7 @@ class Case:
         words = [self.model, self.mesh.replace(",", "x").replace("=", "")]
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
-        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * self.compile
+        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * self.compile + [self.checkpoint] * bool(self.checkpoint)
         return "-".join(words)
 
 
@@ -115,15 +116,15 @@ def _compiled(case: Case) -> list:
     for training, names in case.calls:
         key = (case.model, case.overrides, case.change, case.dtype, training, names)
         one = _once(("trace", *key), lambda: traced(training, names))  # noqa: B023
-        options = {"outputs": case.outputs}
-        made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs), lambda: prepare(model, one, roles, options)))  # noqa: B023
+        options = {"outputs": case.outputs, "checkpoint": case.checkpoint, "example_inputs": {name: batch[name] for name in names}}
+        made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs, case.checkpoint), lambda: prepare(model, one, roles, options)))  # noqa: B023
     return made
 
 
 def _options(case: Case) -> dict[str, Any]:
     batch = data.counted(_model(case))
     return dict(
-        roles=dict(case.roles) or None, compile=case.compile, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
+        roles=dict(case.roles) or None, compile=case.compile, checkpoint=case.checkpoint, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
     )
 
 
