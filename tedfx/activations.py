@@ -71,7 +71,9 @@ def saved(node: fx.Node) -> list[fx.Node]:
     if name in ("topk", "sort", "max", "min", "kthvalue"):
         return [u for u in node.users if u.args[1:] == (1,)]
     values = [n for n in inputs if is_value(n)]
-    if name in ("grouped_linear", "combine", "layer_norm", "rms_norm", "cross_entropy_loss"):
+    if name == "cross_entropy_loss":
+        return values[1:]  # of the logits their log-softmax: see `_hidden`
+    if name in ("grouped_linear", "combine", "layer_norm"):
         return values
     return [*values, node]
 

@@ -377,7 +377,7 @@ def _fingerprint(segment: Segment, sizes: LocalSizes | None, shared: set[fx.Node
         _star(segment.path),
         *(_shape_and_type(p, sizes) for p in segment.parameters),
         *(
-            (n.target, _path(n)[len(segment.path) :] if _path(n).startswith(segment.path) else "", _line(n), _shape_and_type(n, sizes), reference(n.args), tuple((k, reference(v)) for k, v in n.kwargs.items()))
+            (n.target, _path(n)[len(segment.path) :] if _path(n).startswith(segment.path) else "", _line(n), "region" in n.meta, _shape_and_type(n, sizes), reference(n.args), tuple((k, reference(v)) for k, v in n.kwargs.items()))
             for n in segment.nodes
         ),
     )
