@@ -1,7 +1,9 @@
 """`checkpoint`: which nodes become regions, that regions are convex, what they keep, and that what is emitted computes the same."""
 
+import gc
 import operator
 import random
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from tedfx.passes.attention_cores import attention_cores
 from tedfx.passes.checkpoint import Checkpoint, assert_no_recomputed_collectives, barrier, communicating_nodes, parse, regions_of
 from torch import fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tedfx.activations import Ledger, Sizing, saves, short_name
 from tedfx.compiler import compile_trace, default_passes, example_sizes, pipeline
@@ -205,30 +209,40 @@ def test_a_region_that_is_left_and_entered_again_is_refused():
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, call", [(m.LM, m.tokens), (m.Attention, m.inputs), (m.GateUp, m.inputs), (m.MoE, m.inputs), (Layers, m.inputs)], ids=lambda x: getattr(x, "__name__", ""))
-def test_the_ledger_is_what_autograd_packs(kind, call):
-    """On one rank, against saved-tensor hooks: each storage once, parameters and inputs left out."""
+class Alive(TorchDispatchMode):
+    """Which of the storages that ops make are still there."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.made[x.untyped_storage()._cdata] = weakref.ref(x.untyped_storage()), x.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("policy", ["none", "comm", "full"])
+@pytest.mark.parametrize("kind, call", [(m.LM, m.tokens), (m.MoE, m.inputs), (Layers, m.inputs)], ids=lambda x: getattr(x, "__name__", ""))
+def test_the_ledger_is_what_autograd_keeps(kind, call, policy):
+    """On one rank: bytes of what forward made and backward holds on to, parameters and inputs left out."""
     model, call = m.make(kind), call(8, 16)
-    program = compilation(model, "dp=1", call)
-    program.example = example_sizes(program.trace, call)
-    compile_trace(program)
-    estimate = Ledger(program.graph_module.graph, [], Sizing(program.example)).total
+    program = compiled(policy, "dp=1", model, call)
+    estimate = Ledger(program.graph_module.graph, list(regions(program).values()), Sizing(program.example)).total
     given = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     operands = []
     for node in program.graph_module.graph.find_nodes(op="placeholder"):
         name = program.trace.parameters.get(node.name) or program.trace.buffers.get(node.name)
         operands.append(given[name] if name else call[program.trace.inputs[node.name][0]] if node.name in program.trace.inputs else program.trace.constants[node.name])
-    held, packed = {x.untyped_storage().data_ptr() for x in operands}, {}
-
-    def pack(x):
-        if x.untyped_storage().data_ptr() not in held:
-            packed[x.untyped_storage().data_ptr()] = x.untyped_storage()  # alive: the address is not given out again
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        program.graph_module(*operands)
-    actual = sum(s.nbytes() for s in packed.values())
-    assert abs(estimate - actual) <= 0.1 * actual, (estimate, actual)
+    theirs = {x.untyped_storage()._cdata for x in operands}
+    with Alive() as alive:
+        outputs = emit(program.graph_module)(*operands)
+    gc.collect()
+    theirs |= {x.untyped_storage()._cdata for x in outputs}
+    actual = sum(size for key, (there, size) in alive.made.items() if key not in theirs and there() is not None)
+    assert outputs[0].requires_grad and abs(estimate - actual) <= 0.1 * actual, (estimate, actual)
 
 
 def test_a_budget_lies_between_comm_and_none():
