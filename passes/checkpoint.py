@@ -42,6 +42,7 @@ class Checkpoint(Pass):
     1. A node has a label: its layer if it may be recomputed, else none. Outside of all layers nothing is recomputed.
     2. Its level is the largest number of times that a path to it changes the label. Levels never fall along a path, so nodes of
        equal label and level form regions that no path leaves and enters again, and regions do not wait for each other in a circle.
+       What is made of parameters alone, for one use, has the level of that use.
     3. Regions are the connected parts of these. Under comm, one that would keep as much as it frees (a view, a bare sum) is dropped.
     """
 
@@ -160,6 +161,15 @@ def _candidates(program, kind: str) -> list[list[fx.Node]]:
 def regions_of(graph: fx.Graph, label: Mapping[fx.Node, str | None]) -> list[list[fx.Node]]:
     """Convex, connected sets of nodes of one label, in the order of the graph; see `Checkpoint`."""
     level: dict[fx.Node, int] = {}
+    alone: dict[fx.Node, None] = {}  # made of placeholders for one user, such as a cast of a weight: they go where they are used
+    for node in graph.nodes:
+        level[node] = max((level[i] + (label.get(i) != label.get(node)) for i in node.all_input_nodes), default=0)
+        if label.get(node) is not None and len(node.users) == 1 and all(i.op == "placeholder" or i in alone for i in node.all_input_nodes):
+            alone[node] = None
+    for node in reversed(alone):
+        (user,) = node.users
+        level[node] = level[user] - (label.get(user) != label[node])
+
     parent: dict[fx.Node, fx.Node] = {}
 
     def find(node):
@@ -169,7 +179,6 @@ def regions_of(graph: fx.Graph, label: Mapping[fx.Node, str | None]) -> list[lis
 
     for node in graph.nodes:
         mine = label.get(node)
-        level[node] = max((level[i] + (label.get(i) != mine) for i in node.all_input_nodes), default=0)
         parent[node] = node
         for source in node.all_input_nodes:
             if mine is not None and (label.get(source), level[source]) == (mine, level[node]):

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tedfx
 from tedfx.activations import Ledger, Sizing, saves, short_name
 from tedfx.compiler import compile_trace, default_passes, example_sizes, pipeline
 from tedfx.cost import Cost
@@ -296,3 +297,14 @@ def test_passes_and_an_option_together_are_refused():
     assert pipeline(default_passes("full"))[-1] == Checkpoint("full")
     with pytest.raises(ConfigError, match="passes= and checkpoint= together"):
         pipeline(default_passes(), checkpoint="none")
+
+
+@pytest.mark.parametrize("options, line", [
+    ({"passes": default_passes(), "checkpoint": "comm"}, "passes= and checkpoint= together"),
+    ({"checkpoint": "commm"}, "checkpoint='commm': one of none"),
+    ({"checkpoint": "budget=1GiB"}, "pass it as example_inputs"),
+], ids=["both", "unknown", "no example"])  # fmt: skip
+def test_parallelize_refuses_before_anything_else(options, line):
+    with pytest.raises(ConfigError, match=line) as refused:
+        tedfx.parallelize(m.make(Layers), "tp=2", **options)
+    assert "\n" not in str(refused.value)
