@@ -34,7 +34,10 @@ _RESULT = frozenset("exp sigmoid tanh softmax _softmax log_softmax _log_softmax 
 _OPERAND = frozenset("silu gelu pow square log log1p sin cos abs erf leaky_relu elu softplus clamp clamp_min clamp_max hardswish mish".split())
 _PRODUCTS = frozenset("mul linear matmul mm bmm addmm baddbmm einsum".split())
 # Ops whose backward reads one operand that says where: its position.
-_WHERE = {"gather": 2, "index_select": 2, "embedding": 1, "index": 1, "masked_fill": 1, "where": 0, "scatter": 2, "scatter_add": 2, "permute_rows": 1, "index_rows": 1, "unindex_rows": 1, "expert_rows": 1, "vocab_parallel_embedding": 1}
+_WHERE = {
+    "gather": 2, "index_select": 2, "embedding": 1, "index": 1, "masked_fill": 1, "where": 0, "scatter": 2, "scatter_add": 2,
+    "permute_rows": 1, "index_rows": 1, "unindex_rows": 1, "expert_rows": 1, "vocab_parallel_embedding": 1,
+}  # fmt: skip
 CONTRACTIONS = frozenset("linear matmul mm bmm addmm baddbmm einsum grouped_linear scaled_dot_product_attention".split())
 
 
@@ -68,7 +71,7 @@ def saved(node: fx.Node) -> list[fx.Node]:
         return []  # its mask is no node: see `_hidden`
     if name == "vocab_parallel_cross_entropy":
         return [node.args[0]]
-    if name in ("topk", "sort", "max", "min", "kthvalue"):
+    if isinstance(node.meta.get("val"), (tuple, list)) and name in ("topk", "sort", "max", "min", "kthvalue"):
         return [u for u in node.users if u.args[1:] == (1,)]
     values = [n for n in inputs if is_value(n)]
     if name == "cross_entropy_loss":
@@ -103,7 +106,8 @@ def repeated(nodes: list[fx.Node]) -> list[fx.Node]:
     if last < 0:
         return []
     node = nodes[last]
-    runs = node in saved(node) or _hidden(node, lambda n: 1) > 0 or not op_name(node).startswith("aten.")
+    result = any(value is node or node in value.all_input_nodes for value in saved(node))
+    runs = result or _hidden(node, lambda n: 1) > 0 or not op_name(node).startswith("aten.")
     return nodes[: last + runs]
 
 
