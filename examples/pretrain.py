@@ -73,6 +73,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction,
                        help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
     group.add_argument("--compile", action="store_true", help="run the local graph through torch.compile (inductor)")
+    group.add_argument("--checkpoint", default="none", metavar="POLICY",
+                       help="what backward computes again instead of keeping it: none, comm (local work only), selective (attention), full (whole layers) "
+                            "or budget=<bytes>, e.g. budget=200MB of activations per rank (default: none)")
 
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=150, metavar="N", help="optimizer steps (default: 150)")
@@ -235,7 +238,12 @@ def main(args: argparse.Namespace) -> None:
 
     # Step 2: the module of this rank. From here on it is an ordinary training loop.
     start = time.perf_counter()
-    pm = tedfx.parallelize(model, mesh, roles=roles, compile=args.compile, dedup=args.dedup, sequence_parallel=args.sequence_parallel)
+    rows = args.batch_size // MeshShape.of(args.mesh).size(Roles.resolve(MeshShape.of(args.mesh), roles).batch)
+    example = torch.zeros(rows, args.sequence_length, dtype=torch.int64)
+    pm = tedfx.parallelize(
+        model, mesh, roles=roles, compile=args.compile, dedup=args.dedup, sequence_parallel=args.sequence_parallel, checkpoint=args.checkpoint,
+        example_inputs={"input_ids": example, "labels": example},
+    )
     say(f"parallelize: {time.perf_counter() - start:.1f} s", flush=True)
     index, count = pm.batch_coordinate
     mine = slice(index * args.batch_size // count, (index + 1) * args.batch_size // count)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
-from tedfx.compiler import Compilation, compile_trace, pipeline
+from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
 from tedfx.layouts import layouts_of
@@ -27,6 +27,7 @@ def parallelize(
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     roles: Mapping[str, Sequence[str]] | None = None,
     passes: Sequence[Pass] | None = None,
+    checkpoint: str | None = None,
     compile: bool = False,
     outputs: Sequence[str] | None = None,
     dedup: bool | None = None,
@@ -41,7 +42,9 @@ def parallelize(
     mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
     example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
-    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel) it is an error.
+    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, checkpoint) it is an error.
+    checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or "budget=<bytes>", see ``tedfx/passes/checkpoint.py``.
+                    A budget is for activations at the sizes of example_inputs, which have to be given then, equal on all ranks.
     compile         run the local graph through ``torch.compile(fullgraph=True)``.
     outputs         names of the outputs to keep, e.g. ``("loss",)``: the others become None, and what only they need is never computed.
     dedup           send no row to experts twice because two ranks hold its token (default True).
@@ -56,12 +59,14 @@ def parallelize(
     if isinstance(outputs, str):
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
+    resolved = Roles.resolve(shape, roles)
+    passes = pipeline(passes, resolved, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel)
+    if (checkpoint or "").startswith("budget") and example_inputs is None:
+        raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
     if not hasattr(mesh, "device_type"):
         raise ConfigError(f"parallelize runs on a torch.distributed DeviceMesh, not on {mesh!r}: init_device_mesh('cpu', {shape.sizes}, mesh_dim_names={shape.names})")
-    resolved = Roles.resolve(shape, roles)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError("the model's parameters are on the meta device: there are no weights to distribute; materialise it on rank 0 first (model.to_empty, then init)")
-    passes = pipeline(passes, resolved, dedup=dedup, sequence_parallel=sequence_parallel)
     builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces))
     call = _example(model, example_inputs)
     first = builder.compile(call, model.training)
@@ -139,7 +144,8 @@ class _Builder:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            self.done[key] = compile_trace(Compilation(traced, self.roles, trainable, outputs=outputs, model=self.model), self.passes)
+            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), model=self.model)
+            self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
     def program(self, signature, flat: dict, training: bool) -> Program:

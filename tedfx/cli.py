@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(explain)
     explain.add_argument("--dedup", action=argparse.BooleanOptionalAction, help="send no row to experts twice because two ranks hold its token (default: yes)")
     explain.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
+    explain.add_argument("--checkpoint", metavar="POLICY", default="none", help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at --batch and --sequence")
     shown = explain.add_argument_group("what is shown")
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1)")
     shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
@@ -100,7 +101,7 @@ def _positive(text: str) -> int:
 
 def _explain(options) -> int:
     from tedfx.compiler import Compilation, compile_trace, pipeline
-    from tedfx.report import explain, graph_before_after
+    from tedfx.report import default_values, explain, graph_before_after
     from tedfx.roles import MeshShape, Roles
     from tedfx.trace import trace
 
@@ -111,6 +112,7 @@ def _explain(options) -> int:
         stages[name], clock = time.perf_counter() - clock, time.perf_counter()
 
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
+    passes = pipeline(None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, checkpoint=options.checkpoint)
     model, inputs, title = make_model(options)
     done("make the model")
     traced = trace(model, kwargs=inputs)
@@ -118,8 +120,10 @@ def _explain(options) -> int:
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
     outputs = tuple(options.outputs.split(",")) if options.outputs else None
-    passes = pipeline(None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel)
-    compilation = compile_trace(Compilation(traced, roles, trainable, outputs=outputs), passes)
+    compilation = Compilation(traced, roles, trainable, outputs=outputs)
+    values = default_values(compilation, options.batch, options.sequence)
+    compilation.example = {symbol: values[name] for name, symbol in traced.sizes.items()}
+    compile_trace(compilation, passes)
     if options.before is not None:
         print(graph_before_after(compilation, traced, layer=options.before, batch=options.batch, sequence=options.sequence))
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,7 @@ from tedfx.passes.base import Pass, run_pipeline
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
 from tedfx.passes.check_capture import CheckCapture
 from tedfx.passes.check_types import check_types
+from tedfx.passes.checkpoint import Checkpoint
 from tedfx.passes.drop_duplicate_tokens import DropDuplicateTokens
 from tedfx.passes.expand_attention import ExpandAttention
 from tedfx.passes.functionalize import Functionalize
@@ -29,14 +30,16 @@ from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.passes.split_losses import SplitLosses
 from tedfx.placing import Plan
 from tedfx.roles import Roles
+from tedfx.signature import flatten
 from tedfx.trace import Trace
 
 
-def default_passes(*, dedup: bool = True, sequence_parallel: bool = True) -> list[Pass]:
+def default_passes(*, dedup: bool = True, sequence_parallel: bool = True, checkpoint: str = "none") -> list[Pass]:
     """The passes of `parallelize`, in order.
 
     sequence_parallel  tokens stay cut over the tensor axes between tensor-parallel regions.
     dedup              no row is sent to experts twice because two ranks hold its token; without effect where the tokens are cut already.
+    checkpoint         a policy of `tedfx.passes.checkpoint`; ConfigError for one that does not exist.
     """
     return [
         Functionalize(),
@@ -54,6 +57,7 @@ def default_passes(*, dedup: bool = True, sequence_parallel: bool = True) -> lis
         LowerCollectives(),
         LowerExperts(),
         Localize(),
+        Checkpoint(checkpoint),
     ]
 
 
@@ -78,6 +82,7 @@ class Compilation:
     graph_module   the graph as it stands
     plan           which factors each axis shards (after `shard_experts`)
     passes         the pipeline that it went through, as text
+    example        one rank's size per symbol, where an example was given; `hints` stand for the others
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     """
 
@@ -93,6 +98,7 @@ class Compilation:
     size_sources: dict = field(default_factory=dict)
     history: list = field(default_factory=list)
     outputs: tuple[str, ...] | None = None
+    example: dict = field(default_factory=dict)
     output_names: list[str] = field(default_factory=list)
     passes: tuple[str, ...] = ()
     model: nn.Module | None = field(default=None, repr=False)
@@ -168,6 +174,18 @@ class Compilation:
 
     def find_uncaptured(self) -> list:
         return find_uncaptured(self.graph_module.graph)
+
+
+def example_sizes(trace: Trace, call: Mapping[str, Any]) -> dict:
+    """One rank's size per symbol of the inputs, from a call of that rank."""
+    leaves, found = flatten(call), {}
+    for node in trace.graph_module.graph.find_nodes(op="placeholder"):
+        value = leaves.get(trace.inputs.get(node.name))
+        if isinstance(value, torch.Tensor):
+            for size, actual in zip(node.meta["val"].shape, value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    found[size.node.expr] = int(actual)
+    return found
 
 
 def compile_trace(compilation: Compilation, passes: Sequence[Pass] | None = None) -> Compilation:

@@ -2,7 +2,8 @@
 
 Sizes are expressions in this rank's `batch` and `sequence` (`LocalSizes`); nothing here needs a process group. For each node of the graph that
 communicates, forward and backward follow from the op and its adjoint (the table in docs/design.md); backward counts only where a cotangent
-arrives: the value is differentiable and the loss (without one, any output) depends on it. The gradient boundary is counted from the types of
+arrives: the value is differentiable and the loss (without one, any output) depends on it. Recompute repeats the forward of checkpoint regions up
+to their last saved tensor. The gradient boundary is counted from the types of
 the parameters, with the buckets that `tedfx/gradients.py` fills.
 
 Terms: the **payload** is the operand that this rank hands to the collective. **Wire** bytes are what it sends: of a buffer of S bytes on n ranks,
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import sympy
@@ -24,6 +25,7 @@ import torch
 from torch import fx
 
 from tedfx import ops
+from tedfx.activations import repeated, saves
 from tedfx.factors import leaves
 from tedfx.gradients import BUCKET_BYTES
 from tedfx.sizes import Share
@@ -32,7 +34,7 @@ from tedfx.types import I, P, R
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"
 # What the run-time counter (`tedfx.ops.count_collectives`) calls them.
 COUNTED = {"all_reduce": ALL_REDUCE, "all_gather": ALL_GATHER, "reduce_scatter": REDUCE_SCATTER, "all_to_all": ALL_TO_ALL}
-PHASES = ("forward", "backward", "boundary")
+PHASES = ("forward", "recompute", "backward", "boundary")
 
 Size = "int | sympy.Expr"
 
@@ -133,6 +135,7 @@ class Cost:
         for node in graph.nodes:
             if node.op == "call_function" and node.target in _COUNT:
                 self.items += _COUNT[node.target](node, self, node in reached)
+        self.items += self._recompute(reached)
         self.items += self._boundary()
         self.by_node: dict[str, list[Communication]] = {}
         for item in self.items:
@@ -180,6 +183,17 @@ class Cost:
             value = sympy.sympify(expr).subs({s: values[s.name] for s in expr.free_symbols if s.name in values})
             self._numbers[key] = None if not value.is_number else int(value) if value.is_Integer else float(value)
         return self._numbers[key]
+
+    # ---- recompute -----------------------------------------------------------------------------------------------
+
+    def _recompute(self, reached: set[fx.Node]) -> list[Communication]:
+        """The forward collectives of a region again, as far as its recompute runs; none where backward reads nothing of it."""
+        regions: dict[int, list[fx.Node]] = {}
+        for node in self.compilation.graph_module.graph.nodes:
+            if "region" in node.meta:
+                regions.setdefault(node.meta["region"], []).append(node)
+        again = {n.name for nodes in regions.values() if any(n in reached and saves(n) for n in nodes) for n in repeated(nodes)}
+        return [replace(item, phase="recompute") for item in self.items if item.phase == "forward" and item.node in again]
 
     # ---- the gradient boundary -----------------------------------------------------------------------------------
 

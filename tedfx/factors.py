@@ -129,7 +129,6 @@ def unify(a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor
     refinements: dict[Factor, list] = {}
     i = j = 0
     rest_l = rest_r = None  # what is left of a leaf that is being refined
-    parts: list = []
     while i < len(left) and j < len(right):
         size_l = left[i].size if rest_l is None else rest_l
         size_r = right[j].size if rest_r is None else rest_r

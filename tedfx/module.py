@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from tedfx._torch import inductor_options, pytree
 from tedfx.checks import CallCheck, Meeting
+from tedfx.emission import emit
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.gradients import BUCKET_BYTES, GradientBoundary
 from tedfx.ops.context import RankContext, use
@@ -58,6 +59,11 @@ class Program:
     output_names: list[str] = field(default_factory=list)
     history: list[Any] = field(default_factory=list)
     compilation: Any = None
+
+    def overwritten(self) -> set[str]:
+        """Placeholders of buffers that a call writes to when the graph has run."""
+        placeholders = self.graph_module.graph.find_nodes(op="placeholder")[len(self.parameters) :]
+        return {node.name for node, name in zip(placeholders, self.buffers) if name in self.mutated_buffers}
 
     def use_order(self) -> list[str]:
         """Parameters in the order in which the graph first uses them; backward finishes them in about the reverse."""
@@ -190,13 +196,13 @@ class ParallelModule(StateAccess, nn.Module):
             unknown = [name for name in program.parameters if name not in self._placed]
             if unknown:
                 raise TedfxError(f"the program uses parameters without a layout: {', '.join(unknown[:5])}")
-            runner = program.graph_module
+            runner = running = emit(program.graph_module, program.overwritten())
             if self._compile:
                 options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
                 if not options.keys() & {"mode", "options", "backend"}:
                     options["options"] = inductor_options()
                 # `forward`, not the module: an fx module's call reads tracebacks when it fails, which dynamo then stumbles on, and the cause is lost.
-                compiled = torch.compile(program.graph_module.forward, fullgraph=True, **options)
+                compiled = torch.compile(running.forward, fullgraph=True, **options)
 
                 def runner(*operands):
                     # counts of routed rows are host integers: symbols of the compiled graph, not constants

@@ -1,9 +1,8 @@
 """`explain`: what a rank holds, runs and sends, as text and as JSON.
 
 The table lists the local graph, layer by layer. A **layer** is a run of nodes below the same indexed module path (`model.layers.3`); layers
-whose paths differ only in the index and whose nodes are the same (ops, how they are connected, shapes, types, lines) are shown once, with a count.
-A reduction or a gathering belongs to the layer that makes its operand, other conversions to the layer that asks for them; in the middle
-of a layer, all belong to it.
+whose paths differ only in the index and whose nodes are the same (ops, how they are connected, shapes, types, lines) are shown once, with a count
+(`tedfx/layers.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ from torch import fx
 from tedfx._version import __version__
 from tedfx.cost import Cost, LocalSizes, format_bytes, format_formula, parameter_nodes
 from tedfx.errors import user_line
-from tedfx.types import P, Shard, format_type
+from tedfx.layers import layer_of as _layer_of
+from tedfx.layers import layers
+from tedfx.layers import path_of as _path
+from tedfx.types import Shard, format_type
 
 SCHEMA = 1
 WIDTH = 160
@@ -58,6 +60,17 @@ def explain(
     return _of_module(source, options)
 
 
+def default_values(compilation, batch: int | None = None, sequence: int | None = None, sizes: LocalSizes | None = None) -> dict[str, int]:
+    """One rank's sizes by name: those given, else 1 and 4096 (less where the model allows less)."""
+    values = {}
+    for symbol, name in (sizes or LocalSizes(compilation)).names.items():
+        given = {"batch": batch, "sequence": sequence}.get(name.name)
+        high = compilation.trace.bounds.get(symbol, (1, None))[1]
+        default = DEFAULT_SIZES.get(name.name, 1)
+        values[name.name] = int(given) if given is not None else default if high is None else min(default, int(high))
+    return values
+
+
 class Explanation:
     """The text is `str(explanation)`; `to_json()` is the same as a dict of plain values."""
 
@@ -65,18 +78,9 @@ class Explanation:
         self.compilation, self.options = compilation, dict(rows=rows, fold=fold, timings=timings)
         self.title, self.stages, self.signature = title, stages, signature or _signature(compilation)
         self.sizes = LocalSizes(compilation)
-        self.values = self._numbers(batch, sequence)
+        self.values = default_values(compilation, batch, sequence, self.sizes)
         self.cost = Cost(compilation, self.sizes)
         self.segments = _segments(compilation, self.sizes, fold)
-
-    def _numbers(self, batch, sequence) -> dict[str, int]:
-        trace, values = self.compilation.trace, {}
-        for symbol, name in self.sizes.names.items():
-            given = {"batch": batch, "sequence": sequence}.get(name.name)
-            high = trace.bounds.get(symbol, (1, None))[1]
-            default = DEFAULT_SIZES.get(name.name, 1)
-            values[name.name] = int(given) if given is not None else default if high is None else min(default, int(high))
-        return values
 
     def _number(self, formula):
         return self.cost.number(formula, self.values)
@@ -113,6 +117,7 @@ class Explanation:
 
     def _table(self) -> str:
         everything = self.options["rows"] == "all" or not any(s.path for s in self.segments)
+        regions = any("region" in n.meta for s in self.segments for n in s.nodes)
         listed: list[list[str]] = []
         for segment in self.segments:
             if segment.like is not None:
@@ -123,12 +128,12 @@ class Explanation:
             hidden = 0
             for row in self._rows(segment):
                 if everything or ((layer or row.held) and row.typed) or row.collective:
-                    listed.append([row.label, row.line, row.shape, row.type, row.collective])
+                    listed.append([row.label, row.line, row.shape, row.type, row.collective] + [row.region] * regions)
                 else:
                     hidden += row.typed
             if hidden and not layer:
                 listed.append([f"({hidden} nodes that do not communicate)"])
-        return _tabulate(listed, ["node", "line", "local shape", "type", "collective, bytes"], [30, 18, 28, 24, 40])
+        return _tabulate(listed, ["node", "line", "local shape", "type", "collective, bytes"] + ["region"] * regions, [30, 18, 28, 24, 40, 6])
 
     def _rows(self, segment: "Segment") -> list["Row"]:
         found = []
@@ -146,6 +151,7 @@ class Explanation:
                     _describe([(i, self._number(i.payload)) for i in items]),
                     shape is not None or (node.op == "call_function" and "nn_module_stack" in node.meta and node.target is not operator.getitem),
                     node.op == "placeholder",
+                    str(node.meta.get("region", "")),
                 )
             )
         return found
@@ -246,6 +252,7 @@ class Explanation:
                 "shape": None if shape is None else [s if isinstance(s, int) else str(s) for s in shape],
                 "dtype": str(n.meta["val"].dtype).removeprefix("torch.") if isinstance(n.meta.get("val"), torch.Tensor) else None,
                 "type": None if n.meta.get("type") is None else {a: _placement(n, p) for a, p in n.meta["type"].items()},
+                "region": n.meta.get("region"),
                 "communication": [communication(i) for i in self.cost.by_node.get(n.name, ())],
             }
 
@@ -295,6 +302,7 @@ class Row:
     collective: str
     typed: bool  # a tensor or an op that makes some; not the arithmetic of sizes
     held: bool  # a parameter, buffer or input
+    region: str  # the number of the checkpoint region that recomputes it
 
     @property
     def label(self) -> str:
@@ -316,18 +324,6 @@ class Segment:
     like: "Segment | None" = None
 
 
-def _path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack.values()))[0] if stack else ""
-
-
-def _layer_of(path: str) -> str:
-    """`model.layers.3.mlp` -> `model.layers.3`; "" where no part is an index."""
-    parts = path.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if at is None else ".".join(parts[: at + 1])
-
-
 def _star(name: str) -> str:
     """The first index of a path as `*`."""
     layer = _layer_of(name)
@@ -338,17 +334,10 @@ def _segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[
     """The graph as segments, in order; with `fold`, those that repeat an earlier one point to it."""
     graph = compilation.graph_module.graph
     nodes = [n for n in graph.nodes if n.op == "call_function"]
-    layer = [_layer_of(_path(n)) for n in nodes]
-    where = dict(zip(nodes, layer))
-    for i, node in enumerate(nodes):
-        around = (layer[i - 1] if i else "", layer[i + 1] if i + 1 < len(nodes) else "")
-        if around[0] == around[1] and ("conversion" in node.meta or not _path(node)):
-            layer[i] = around[0]
-        elif "conversion" in node.meta and node.meta["conversion"][1] == P and node.args[0] in where:
-            layer[i] = where[node.args[0]]
-        where[node] = layer[i]
+    where = layers(graph)
     segments: list[Segment] = []
-    for node, path in zip(nodes, layer):
+    for node in nodes:
+        path = where[node]
         if not segments or segments[-1].path != path:
             segments.append(Segment(path, []))
         segments[-1].nodes.append(node)
@@ -392,7 +381,7 @@ def _fingerprint(segment: Segment, sizes: LocalSizes | None, shared: set[fx.Node
         _star(segment.path),
         *(_shape_and_type(p, sizes) for p in segment.parameters),
         *(
-            (n.target, _path(n)[len(segment.path) :] if _path(n).startswith(segment.path) else "", _line(n), _shape_and_type(n, sizes), reference(n.args), tuple((k, reference(v)) for k, v in n.kwargs.items()))
+            (n.target, _path(n)[len(segment.path) :] if _path(n).startswith(segment.path) else "", _line(n), "region" in n.meta, _shape_and_type(n, sizes), reference(n.args), tuple((k, reference(v)) for k, v in n.kwargs.items()))
             for n in segment.nodes
         ),
     )
@@ -599,7 +588,7 @@ def _describe(items) -> str:
     words: dict[str, list[str]] = {}
     for (phase, op, axes, ragged), (n, value) in sums.items():
         text = f"{f'{n} ' if n > 1 else ''}{op} {','.join(axes)} {'~' if ragged else ''}{format_bytes(value)}"
-        words.setdefault(text, []).append({"forward": "fwd", "backward": "bwd"}[phase])
+        words.setdefault(text, []).append({"forward": "fwd", "recompute": "rec", "backward": "bwd"}[phase])
     return "; ".join(f"{'+'.join(phases)} {text}" for text, phases in words.items())
 
 

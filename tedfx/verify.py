@@ -118,6 +118,7 @@ def verify(
     passes: Sequence | None = None,
     dedup: bool | None = None,
     sequence_parallel: bool | None = None,
+    checkpoint: str | None = None,
     seed: int = 0,
     timeout: float = 300.0,
     tolerance: Tolerance | None = None,
@@ -130,7 +131,7 @@ def verify(
     batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments; a
                    factory that returns (model, inputs) gives it as well.
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
-    passes, dedup, sequence_parallel: as `parallelize` takes them.
+    passes, dedup, sequence_parallel, checkpoint: as `parallelize` takes them; a budget is for the global batch's sizes.
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
     before         called in each rank first, with its number: a place to break something and see it found.
 
@@ -156,7 +157,8 @@ def verify(
         batch = make_batch(model, batch, sequence, seed)
     check_batch(batch, resolved)
 
-    options = dict(roles=roles, passes=passes, dedup=dedup, sequence_parallel=sequence_parallel, compile=compile, example_inputs=_example(batch))
+    switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, checkpoint=checkpoint)
+    options = dict(roles=roles, passes=passes, **switches, compile=compile, example_inputs=_example(batch))
     if fork:
         prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]
         given = model
@@ -169,7 +171,7 @@ def verify(
 
     name = getattr(model_factory, "model_type", None) or getattr(model_factory, "path", None) or type(model).__name__
     with_roles = "".join(f" {role}={'+'.join(axes) if not isinstance(axes, str) else axes}" for role, axes in (roles or {}).items())
-    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}, {shape.world} ranks on {device} ({backend})"
+    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}, {shape.world} ranks on {device} ({backend})"
     result = compare(title, reference, outcomes, tolerance, steps)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result

@@ -225,12 +225,13 @@ def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Mapping[str, Any]
 
 def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
     """The compilation that every rank would make, made once: the graph is the same on all of them."""
-    from tedfx.compiler import Compilation, compile_trace, pipeline
+    from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 
     trainable = {placeholder for placeholder, name in trace.parameters.items() if model.get_parameter(name).requires_grad}
     outputs = options.get("outputs")
-    passes = pipeline(options.get("passes"), roles, **{name: options.get(name) for name in ("dedup", "sequence_parallel")})
-    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None), passes)
+    passes = pipeline(options.get("passes"), roles, **{name: options.get(name) for name in ("dedup", "sequence_parallel", "checkpoint")})
+    example = example_sizes(trace, options.get("example_inputs") or {})
+    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example), passes)
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------

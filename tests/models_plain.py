@@ -30,6 +30,7 @@ class Config:
     aux: float = 0.01
     dropout: float = 0.0
     shared: bool = False
+    balanced: bool = False
 
 
 @dataclass
@@ -93,6 +94,8 @@ class MoE(nn.Module):
         self.make_experts()
         if c.shared:
             self.shared = SwiGLU(c)
+        if c.balanced:
+            self.register_buffer("load", torch.zeros(c.experts))
 
     def make_experts(self):
         self.experts = nn.ModuleList(EXPERTS[self.c.expert](self.c) for _ in range(self.c.experts))
@@ -100,7 +103,12 @@ class MoE(nn.Module):
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
         probs = self.router(flat).softmax(-1)
-        w, ids = probs.topk(self.c.top_k, dim=-1)
+        if self.c.balanced:  # experts that were chosen often are chosen less; the count is advanced by every forward
+            ids = (probs - 0.001 * self.load).topk(self.c.top_k, dim=-1).indices
+            w = probs.gather(1, ids)
+            self.load.add_(F.one_hot(ids, self.c.experts).sum((0, 1)).to(self.load.dtype))
+        else:
+            w, ids = probs.topk(self.c.top_k, dim=-1)
         if self.c.top_k > 1:
             w = w / w.sum(-1, keepdim=True)
         share = F.one_hot(ids, self.c.experts).sum(1).to(probs.dtype).mean(0)
@@ -380,5 +388,6 @@ PLAIN = {
     "plain_masked_gelu": partial(make, moe="masked_add", expert="gelu", norm="layer", positions=True),
     "plain_stacked": partial(make, moe="stacked"),
     "plain_normed": partial(make, moe="index_add", expert="normed"),
+    "plain_balanced": partial(make, moe="index_add", balanced=True),
     "plain_switch": partial(make, moe="top_one", expert="gelu", top_k=1),
 }

@@ -147,8 +147,8 @@ _ACTIVE: RankContext | None = None
 
 
 @contextmanager
-def use(context: RankContext) -> Iterator[RankContext]:
-    """Make `context` the current one. Enter it outside any compiled region."""
+def use(context: RankContext | None) -> Iterator[RankContext | None]:
+    """Make `context` (or none) the current one. Enter it outside any compiled region."""
     global _ACTIVE
     before, _ACTIVE = _ACTIVE, context
     try:
@@ -161,6 +161,11 @@ def current() -> RankContext:
     """The current context. RuntimeError when there is none."""
     if _ACTIVE is None:
         raise RuntimeError("no tedfx run-time context is active: wrap the call in `with tedfx.ops.context.use(context):`")
+    return _ACTIVE
+
+
+def active() -> RankContext | None:
+    """The current context, or None: for who only hands it on."""
     return _ACTIVE
 
 
@@ -180,7 +185,7 @@ class Collective:
 
     op: str
     axes: Axes
-    phase: str  # "forward" or "backward"
+    phase: str  # "forward", "recompute" or "backward"
     bytes: int
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -205,7 +210,42 @@ def record(op: str, axes: Axes, phase: str, x: torch.Tensor, ragged: bool = Fals
     """Called by the ops next to each collective."""
     if torch.compiler.is_compiling() or _LOG is None:
         return
-    _LOG.append(Collective(op, axes, phase, x.numel() * x.element_size(), tuple(x.shape), x.dtype, ragged))
+    _LOG.append(Collective(op, axes, _phase(phase), x.numel() * x.element_size(), tuple(x.shape), x.dtype, ragged))
+
+
+def _phase(phase: str) -> str:
+    """A forward op that runs while a backward does is a recompute."""
+    return "recompute" if phase == "forward" and _torch.backward_id() != -1 else phase
+
+
+@dataclass(frozen=True)
+class Event:
+    """What else a rank does once per step and should not repeat: a "route" (which rows go to which expert), or a "host copy"
+    (the host waits for a number of the device)."""
+
+    what: str
+    phase: str  # "forward" or "recompute"
+
+
+_EVENTS: list[Event] | None = None
+
+
+@contextmanager
+def count_events() -> Iterator[list[Event]]:
+    """Collect the routings and host copies of the MoE's ops that run, in order. Sees eager execution only."""
+    global _EVENTS
+    before, _EVENTS = _EVENTS, []
+    try:
+        yield _EVENTS
+    finally:
+        _EVENTS = before
+
+
+def note(what: str) -> None:
+    """Called by the ops next to what `count_events` counts."""
+    if torch.compiler.is_compiling() or _EVENTS is None:
+        return
+    _EVENTS.append(Event(what, _phase("forward")))
 
 
 def totals(log: Iterable[Collective]) -> dict[tuple[str, Axes], tuple[int, int]]:

@@ -43,6 +43,7 @@ def exchange_lanes(counts: Tensor, axes: Axes, split: Axes) -> tuple[list[int], 
     received = by_source.narrow(1, over.index * local, local)
     by_lane = received.reshape(lane.size, over.size, local)
     splits = torch.cat([counts.view(over.size, local).sum(1), by_lane.select(0, lane.index).sum(1), by_lane.sum((1, 2))]).tolist()
+    context.note("host copy")
     for rows in splits:
         _torch.check(rows >= 0, "a negative number of rows")
     send, recv, totals = splits[: over.size], splits[over.size : 2 * over.size], splits[2 * over.size :]

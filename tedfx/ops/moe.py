@@ -56,6 +56,7 @@ def route(
 
     ValueError when the experts do not divide over `owned`.
     """
+    context.note("route")
     tokens, top_k = ids.shape
     lane, split = context.span(lanes), context.span(owned)
     # Tokens of a lane are a run, so nothing has to be searched for: it is a slice.
@@ -70,6 +71,7 @@ def route(
     mine = (flat // rest) % split.size == split.index
     # The others sort to the end, under a number that is no expert's.
     order, counts = sort_by_expert(torch.where(mine, flat, num_experts), num_experts)
+    context.note("host copy")
     rows = counts.sum().item()
     _torch.check(rows >= 0, "a negative number of rows")
     _torch.check(rows <= order.shape[0], "more rows than assignments")
@@ -98,6 +100,7 @@ def exchange_counts(counts: Tensor, axes: Axes) -> tuple[list[int], list[int], T
     if span.size > 1:
         by_source = gather_pieces(by_source, span, 0, 1, "forward")
     recv_counts = by_source.narrow(1, span.index * local, local)
+    context.note("host copy")
     splits = torch.stack([counts.view(span.size, local).sum(1), recv_counts.sum(1)]).flatten().tolist()
     for rows in splits:
         _torch.check(rows >= 0, "a negative number of rows")

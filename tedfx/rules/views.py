@@ -184,7 +184,7 @@ def stack(node: fx.Node, ctx: Annotator) -> Relation:
 @rule("aten.repeat_interleave", "aten.repeat", "aten.tile")
 def repeat(node: fx.Node, ctx: Annotator) -> Relation:
     """``repeat_interleave(x, n, dim)`` is (dim, n), ``repeat`` is (n, dim)."""
-    x, dims = operands(node)[0], ctx.dims(operands(node)[0])
+    dims = ctx.dims(operands(node)[0])
     created: list = []
     if node.target._schema.name == "aten::repeat_interleave":
         n, d = node.args[1], argument(node, 2, "dim")

@@ -40,6 +40,7 @@ class Case:
     compile: bool = False
     dedup: bool | None = None
     sequence_parallel: bool | None = None
+    checkpoint: str | None = None
     outputs: tuple[str, ...] | None = None
     calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
 
@@ -47,7 +48,7 @@ class Case:
         words = [self.model, self.mesh.replace(",", "x").replace("=", "")]
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
-        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * self.compile
+        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * self.compile + [self.checkpoint] * bool(self.checkpoint)
         words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel") if (value := getattr(self, name)) is not None]
         return "-".join(words)
 
@@ -118,13 +119,13 @@ def _compiled(case: Case) -> list:
     for training, names in case.calls:
         key = (case.model, case.overrides, case.change, case.dtype, training, names)
         one = _once(("trace", *key), lambda: traced(training, names))  # noqa: B023
-        options = {"outputs": case.outputs, **_switches(case)}
+        options = {"outputs": case.outputs, **_switches(case), "example_inputs": {name: batch[name] for name in names}}
         made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs, *_switches(case).values()), lambda: prepare(model, one, roles, options)))  # noqa: B023
     return made
 
 
 def _switches(case: Case) -> dict[str, Any]:
-    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel}
+    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel, "checkpoint": case.checkpoint}
 
 
 def _options(case: Case) -> dict[str, Any]:

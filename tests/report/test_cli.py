@@ -45,6 +45,20 @@ def test_json(capsys):
     assert [s["count"] for s in json.loads(out)["layers"] if s["path"]] == [1] * 4
 
 
+def test_checkpoint(capsys):
+    arguments = ["explain", TOY, "--mesh", "tp=2", "--batch", 2, "--sequence", 8]
+    status, out, _ = run(capsys, *arguments, "--checkpoint", "full")
+    assert status == 0 and "+rec" not in out  # the sum that ends a layer comes after its last saved tensor
+    assert " region\n" in out and "-- blocks.0  x4: layers 0-3" in out and "full: 4 regions; at batch = 2, sequence = 8 a rank keeps about" in " ".join(out.split())
+    status, out, _ = run(capsys, *arguments, "--format", "json", "--checkpoint", "comm")
+    nodes = [n for layer in json.loads(out)["layers"] if layer["path"] for n in layer["nodes"]]
+    assert {n["region"] for n in nodes if n["op"] == "gelu"} == {0} and {n["region"] for n in nodes if n["op"] == "all_reduce"} == {None}
+    assert " region\n" not in run(capsys, *arguments)[1]
+    for policy, line in (("some", "'some': one of none"), ("budget=1", "keeps at least")):
+        status, out, err = run(capsys, *arguments, "--checkpoint", policy)
+        assert (status, out, err.count("\n")) == (2, "", 1) and line in err
+
+
 def test_before(capsys):
     status, out, _ = run(capsys, "explain", TOY, "--mesh", "tp=2", "--before", "blocks.1", "--no-sequence-parallel")
     assert status == 0 and "blocks.1, the single-device graph" in out and "blocks.1, the graph of one rank of tp=2" in out

@@ -150,7 +150,7 @@ SCHEMA = {
     "": {"schema", "tedfx", "torch", "title", "mesh", "world", "roles", "signature", "outputs", "sizes", "parameters", "layers", "totals", "passes", "stages", "notes"},
     "parameters": {"tensors", "total", "local", "total_bytes", "local_bytes", "groups", "whole"},
     "layers": {"path", "count", "members", "nodes"},
-    "nodes": {"name", "state", "op", "line", "module", "inputs", "shape", "dtype", "type", "communication"},
+    "nodes": {"name", "state", "op", "line", "module", "inputs", "shape", "dtype", "type", "region", "communication"},
     "communication": {"collective", "axes", "ranks", "phase", "formula", "bytes", "expected"},
     "totals": {"phase", "collective", "axes", "ranks", "count", "formula", "bytes", "wire_formula", "wire_bytes", "expected"},
     "passes": {"name", "text", "matches", "changes", "notes", "seconds"},

@@ -1,0 +1,122 @@
+"""From an annotated graph to one that recomputes: each region a submodule run through `torch.utils.checkpoint`.
+
+The annotated graph stays what is printed and costed; what comes out of here is what runs. A region is called where the earliest of its
+nodes stood, or later, when its operands are there: the order follows from the graph alone, hence is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Collection
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from tedfx.errors import TedfxError, user_line
+from tedfx.ops import context
+
+
+class Region(nn.Module):
+    """Runs `body` and keeps its inputs only; backward runs it again.
+
+    Draws are functions of a seed that is an input, so no generator's state is kept. Backward runs after the call's run-time context was
+    left, on a thread of autograd's: the recompute enters it anew.
+    """
+
+    def __init__(self, body: fx.GraphModule):
+        super().__init__()
+        self.body = body
+
+    def forward(self, *inputs):
+        if torch.compiler.is_compiling():
+            # The body is traced once, here, where the context is known; what is recomputed is then the compiler's graph.
+            return checkpoint(self.body.forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self._run, context.active(), *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def _run(self, where, *inputs):
+        # `forward`, not the module: recompute ends early by an exception, and an fx module reads tracebacks when it sees one.
+        with context.use(where):
+            return self.body.forward(*inputs)
+
+
+def emit(flat: fx.GraphModule, overwritten: Collection[str] = ()) -> fx.GraphModule:
+    """The graph that runs: nodes of equal `meta["region"]` in one `Region`. The graph itself where there is none.
+
+    overwritten   placeholders whose tensors are written to before backward (mutated buffers): read from a copy, since recompute
+                  would read the new value.
+    """
+    regions: dict[int, list[fx.Node]] = {}
+    for node in flat.graph.nodes:
+        if "region" in node.meta:
+            regions.setdefault(node.meta["region"], []).append(node)
+    if not regions:
+        return flat
+    root, graph, new = nn.Module(), fx.Graph(), {}
+    for unit in schedule(flat.graph):
+        if isinstance(unit, int):
+            _emit_region(root, graph, new, f"region_{unit}", regions[unit])
+        else:
+            new[unit] = graph.node_copy(unit, lambda n: new[n])
+    _copy_overwritten(graph, overwritten)
+    graph.lint()
+    return fx.GraphModule(root, graph)
+
+
+def _copy_overwritten(graph: fx.Graph, names: Collection[str]) -> None:
+    placeholders = graph.find_nodes(op="placeholder")
+    for node in placeholders:
+        if node.name in names and node.users:
+            with graph.inserting_after(placeholders[-1]):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+
+
+def _emit_region(root: nn.Module, graph: fx.Graph, new: dict, name: str, nodes: list[fx.Node]) -> None:
+    """Add the region's body to `root`, a call of it to `graph`, and what it makes for others to `new`."""
+    members = set(nodes)
+    inputs = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in members))
+    outputs = [n for n in nodes if any(u not in members for u in n.users)]
+    body, local = fx.Graph(), {}
+    for node in inputs:
+        local[node] = body.placeholder(node.name)
+    for node in nodes:
+        local[node] = body.node_copy(node, lambda n: local[n])
+    body.output(tuple(local[n] for n in outputs))
+    root.add_module(name, Region(fx.GraphModule({}, body)))
+    call = graph.create_node("call_module", name, tuple(new[i] for i in inputs))
+    for index, node in enumerate(outputs):
+        new[node] = graph.call_function(operator.getitem, (call, index))
+
+
+def schedule(graph: fx.Graph) -> list:
+    """Nodes and region numbers in an order in which each follows what it needs: of those that are ready, the earliest of the flat graph.
+
+    TedfxError where there is none: a path leaves a region and enters it again, by itself or through other regions.
+    """
+    position, unit_of, waits, users = {}, {}, {}, {}
+    for index, node in enumerate(graph.nodes):
+        unit = unit_of[node] = node.meta.get("region", node)
+        position.setdefault(unit, index)
+        waits.setdefault(unit, set()).update(unit_of[i] for i in node.all_input_nodes)
+    for unit, needed in waits.items():
+        needed.discard(unit)
+        for each in needed:
+            users.setdefault(each, []).append(unit)
+    units = {position[unit]: unit for unit in waits}
+    ready = [position[unit] for unit, needed in waits.items() if not needed]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        unit = units[heapq.heappop(ready)]
+        order.append(unit)
+        for user in users.get(unit, ()):
+            waits[user].discard(unit)
+            if not waits[user]:
+                heapq.heappush(ready, position[user])
+    if len(order) < len(waits):
+        stuck = next(unit for unit, needed in waits.items() if needed and isinstance(unit, int))
+        node = next(n for n in graph.nodes if n.meta.get("region") == stuck)
+        raise TedfxError(f"region {stuck} is not convex: a path leaves it and comes back ({node.name}, {user_line(node)})")
+    return order
