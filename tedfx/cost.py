@@ -277,6 +277,17 @@ def _all_to_all(node, cost, reached):
     return made
 
 
+def _cumsum(node, cost, reached):
+    """The totals of this rank's runs."""
+    x, dim, axes = node.args[:3]
+    runs = cost.sizes(node.meta["runs"])
+    shape = cost.sizes.shape(x)
+    made = []
+    for phase in ("forward", "backward") if reached else ("forward",):
+        made += cost.make(node, ALL_GATHER, axes, phase, prod(shape[:dim]) * runs * prod(shape[dim + 1 :]), _dtype(node))
+    return made
+
+
 def _nothing(node):
     return None
 
@@ -290,6 +301,7 @@ _COUNT = {
     ops.vocab_parallel_cross_entropy: _cross_entropy,
     ops.exchange_counts: _exchange_counts,
     ops.all_to_all_single: _all_to_all,
+    ops.cumsum: _cumsum,
 }
 
 
