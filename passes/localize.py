@@ -73,7 +73,7 @@ class _Localizer:
         if name in VIEWS:
             if name not in ("aten.view", "aten._unsafe_view"):
                 node.target = aten.reshape.default
-            node.args, node.kwargs = (node.args[0], self.shape(node)), {}
+            node.args, node.kwargs = (node.args[0], self.view_shape(node)), {}
         elif name in ("aten.expand", "aten.expand_as", "aten.broadcast_to"):
             node.target, node.args, node.kwargs = aten.expand.default, (node.args[0], self.shape(node)), {}
         elif name in SIZED:
@@ -110,6 +110,11 @@ class _Localizer:
 
     def shape(self, node: fx.Node) -> list:
         return [self.sizes.node(s) for s in self.sizes.shape(node)]
+
+    def view_shape(self, node: fx.Node) -> list:
+        """How many rows a rank has after an exchange is data: the rest of what there is."""
+        ragged = [any(f.ragged for f in leaves(dim)) for dim in node.meta["dims"]]
+        return [-1 if rows else size for size, rows in zip(self.shape(node), ragged)]
 
     def contracted_axes(self, node: fx.Node, operand: fx.Node, dim: int) -> tuple[str, ...]:
         found: list[str] = []
