@@ -9,15 +9,14 @@ ONE = {"layers": 1}
 
 CASES = [
     case("capacity_switch", "dp=2", overrides=ONE),
+    case("capacity_switch", "ep=2", overrides=ONE),
     case("capacity_switch", "ep=2,tp=2", overrides=ONE),
     case("capacity_switch", "tp=2", roles=PPMOE, overrides=ONE),
     case("capacity_gshard", "ep=2", overrides=ONE),
     case("capacity_gshard", "tp=2", overrides=ONE),
+    case("capacity_gshard", "tp=2", roles=PPMOE, overrides=ONE),
     case("capacity_gshard", "dp=2,ep=2", overrides=ONE),
     case("capacity_gshard", "ep=2,tp=2", roles={"expert": ("ep", "tp")}, overrides=ONE),
-    case("capacity_grouped", "ep=2", overrides=ONE),
-    case("capacity_modules", "tp=2", roles=PPMOE, overrides=ONE),
-    case("capacity_ranked", "ep=2", overrides=ONE),
 ]
 
 
