@@ -41,3 +41,9 @@ def counted(model):
     """With the number of labels to divide by: the global count, as a trainer that accumulates passes it."""
     batch = make_batch(model, 8, 12, 0)
     return {**batch, "num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
+
+
+def all_labels(model):
+    """Every position counts: what becomes of any rank's tokens shows in the loss."""
+    batch = make_batch(model, 8, 12, 0)
+    return {**batch, "labels": batch["input_ids"].clone()}

@@ -8,15 +8,15 @@ PPMOE = {"expert": "tp"}
 ONE = {"layers": 1}
 
 CASES = [
-    case("capacity_switch", "dp=2", overrides=ONE),
-    case("capacity_switch", "ep=2", overrides=ONE),
-    case("capacity_switch", "ep=2,tp=2", overrides=ONE),
-    case("capacity_switch", "tp=2", roles=PPMOE, overrides=ONE),
-    case("capacity_gshard", "ep=2", overrides=ONE),
-    case("capacity_gshard", "tp=2", overrides=ONE),
-    case("capacity_gshard", "tp=2", roles=PPMOE, overrides=ONE),
-    case("capacity_gshard", "dp=2,ep=2", overrides=ONE),
-    case("capacity_gshard", "ep=2,tp=2", roles={"expert": ("ep", "tp")}, overrides=ONE),
+    case("capacity_switch", "dp=2", overrides=ONE, batch="all_labels"),
+    case("capacity_switch", "ep=2", overrides=ONE, batch="all_labels"),
+    case("capacity_switch", "ep=2,tp=2", overrides=ONE, batch="all_labels"),
+    case("capacity_switch", "tp=2", roles=PPMOE, overrides=ONE, batch="all_labels"),
+    case("capacity_gshard", "ep=2", overrides=ONE, batch="all_labels"),
+    case("capacity_gshard", "tp=2", overrides=ONE, batch="all_labels"),
+    case("capacity_gshard", "tp=2", roles=PPMOE, overrides=ONE, batch="all_labels"),
+    case("capacity_gshard", "dp=2,ep=2", overrides=ONE, batch="all_labels"),
+    case("capacity_gshard", "ep=2,tp=2", roles={"expert": ("ep", "tp")}, overrides=ONE, batch="all_labels"),
 ]
 
 
