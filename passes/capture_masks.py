@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 from tedfx.passes.capture_gates import masked_fill, multiply, scatter, softmax, where
-from tedfx.passes.capture_routing import Dims, Fact, argument, dim_of, name_of, origin, relabel, shape_of
+from tedfx.passes.capture_routing import VIEWS, Dims, Fact, argument, dim_of, moved, name_of, origin, shape_of
 from torch import fx
 
 __all__ = ["facts"]
@@ -52,7 +52,7 @@ def _derive(node: fx.Node, known: dict) -> Fact | None:
     if fact.kind == "search" and fact.column is None:
         return _column(node, name, fact)
     if fact.kind == "search":
-        same = name in _SAME or (name in _VIEWS and len(shape_of(node)) == 1)
+        same = name in _SAME or (name in VIEWS and len(shape_of(node)) == 1)
         return fact if same else None
     dims = _layout(node, name, fact)
     return replace(fact, dims=dims) if dims is not None else None
@@ -63,29 +63,13 @@ def _sizes(fact: Fact) -> dict:
 
 
 _SAME = ("to", "_to_copy", "clone", "contiguous", "detach", "alias", "long", "int", "bool", "float", "lift_fresh_copy", "type_as")
-_VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze")
 
 
 def _layout(node: fx.Node, name: str, fact: Fact) -> Dims | None:
     """The dims of a change of layout or dtype; None where `node` is something else."""
-    dims, rank = fact.dims, len(fact.dims)
     if name in _SAME:
-        if fact.kind in ("hit", "miss", "ids", "numbers") or node.meta["val"].is_floating_point():
-            return dims
-    elif name in _VIEWS:
-        return relabel(dims, _sizes(fact), shape_of(node))
-    elif name == "permute":
-        return tuple(dims[d % rank] for d in node.args[1])
-    elif name in ("transpose", "t"):
-        one, other = (0, 1) if name == "t" else (node.args[1] % rank, node.args[2] % rank)
-        order = list(range(rank))
-        if rank > 1:
-            order[one], order[other] = order[other], order[one]
-        return tuple(dims[d] for d in order)
-    elif name == "unsqueeze":
-        at = node.args[1] % (rank + 1)
-        return (*dims[:at], (), *dims[at:])
-    return None
+        return fact.dims if fact.kind in ("hit", "miss", "ids", "numbers") or node.meta["val"].is_floating_point() else None
+    return moved(node, name, fact.dims, _sizes(fact))
 
 
 def _same_kind(a: Dims, b: Dims) -> Dims | None:

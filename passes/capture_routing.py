@@ -29,7 +29,7 @@ from torch import fx
 
 from tedfx.factors import as_size
 
-__all__ = ["Fact", "Routing", "argument", "dim_of", "name_of", "origin", "product", "relabel", "shape_of"]
+__all__ = ["VIEWS", "Fact", "Routing", "argument", "dim_of", "moved", "name_of", "origin", "product", "relabel", "shape_of"]
 
 Dims = tuple
 
@@ -124,6 +124,28 @@ def relabel(dims: Dims, sizes: dict, shape: list) -> Dims | None:
                 return None
         out.append(tuple(taken))
     return tuple(out) if position == len(flat) else None
+
+
+VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze")
+
+
+def moved(node: fx.Node, name: str, dims: Dims, sizes: dict) -> Dims | None:
+    """The dims after a change of layout; None where `node` is something else or cuts a dim."""
+    rank = len(dims)
+    if name in VIEWS:
+        return relabel(dims, sizes, shape_of(node))
+    if name == "permute":
+        return tuple(dims[d % rank] for d in node.args[1])
+    if name in ("transpose", "t"):
+        one, other = (0, 1) if name == "t" else (node.args[1] % rank, node.args[2] % rank)
+        order = list(range(rank))
+        if rank > 1:
+            order[one], order[other] = order[other], order[one]
+        return tuple(dims[d] for d in order)
+    if name == "unsqueeze":
+        at = node.args[1] % (rank + 1)
+        return (*dims[:at], (), *dims[at:])
+    return None
 
 
 # --- where ids come from ------------------------------------------------------------------------------------------------------

@@ -204,7 +204,8 @@ def _view(batch, like: fx.Node, value: Batched) -> Batched:
             if product(out[:start]) == left and product(out[start:stop]) == rows:
                 sizes = [*out[:start], -1, *out[stop:]]
                 if all(isinstance(size, int) for size in sizes):
-                    node = value.node if out == shape else batch.emit(aten.reshape.default, (value.node, sizes), {}, like)
+                    same = out == shape or [as_size(s) for s in value.node.meta["val"].shape][1:] == sizes[1:]
+                    node = value.node if same else batch.emit(aten.reshape.default, (value.node, sizes), {}, like)
                     return Batched("rows", node, like, len(out) - stop, stop - start)
     raise refuse(f"{like.target} mixes rows with features", like, "keep the rows in a dim of their own")
 

@@ -31,7 +31,7 @@ class Localize(Pass):
     1. Views, expands, creations, pieces: their literal and symbolic sizes become local ones.
     2. A range over a sharded dim keeps global numbers: local range plus this coordinate's offset. A mean over a sharded dim becomes a sum over the
        global count.
-    3. A vocabulary that is sharded: embedding and cross-entropy in their parallel forms.
+    3. A vocabulary that is sharded: embedding and cross-entropy in their parallel forms. A running sum along a sharded dim: the ranks' totals.
     4. Draws (dropout) become counter-based: a hash of (seed, site, global index), so that replicas agree and shards differ.
     5. Any other size used as a number becomes the global one. The old size arithmetic is dead and dropped.
     """
@@ -73,7 +73,7 @@ class _Localizer:
         if name in VIEWS:
             if name not in ("aten.view", "aten._unsafe_view"):
                 node.target = aten.reshape.default
-            node.args, node.kwargs = (node.args[0], self.shape(node)), {}
+            node.args, node.kwargs = (node.args[0], self.view_shape(node)), {}
         elif name in ("aten.expand", "aten.expand_as", "aten.broadcast_to"):
             node.target, node.args, node.kwargs = aten.expand.default, (node.args[0], self.shape(node)), {}
         elif name in SIZED:
@@ -98,6 +98,8 @@ class _Localizer:
             if axes:
                 node.target, node.kwargs, ignore = ops.vocab_parallel_cross_entropy, {}, argument(node, 4, "ignore_index", -100)
                 node.args = (node.args[0], node.args[1], axes, ignore)
+        elif name == "aten.cumsum":
+            self.cumsum(node)
         elif name == "aten.dropout":
             self.dropout(node)
         elif isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags and name != "aten.scaled_dot_product_attention":
@@ -108,6 +110,11 @@ class _Localizer:
 
     def shape(self, node: fx.Node) -> list:
         return [self.sizes.node(s) for s in self.sizes.shape(node)]
+
+    def view_shape(self, node: fx.Node) -> list:
+        """How many rows a rank has after an exchange is data: the rest of what there is."""
+        ragged = [any(f.ragged for f in leaves(dim)) for dim in node.meta["dims"]]
+        return [-1 if rows else size for size, rows in zip(self.shape(node), ragged)]
 
     def contracted_axes(self, node: fx.Node, operand: fx.Node, dim: int) -> tuple[str, ...]:
         found: list[str] = []
@@ -187,6 +194,22 @@ class _Localizer:
             node.target, node.args, node.kwargs = aten.sum.dim_IntList, (x, dims, keep), {"dtype": dtype}
         divisor = self.sizes.node(count)
         self.after(node, [(aten.div.Tensor, divisor)])
+
+    def cumsum(self, node: fx.Node) -> None:
+        x = node.args[0]
+        if not x.meta["dims"]:
+            return
+        dim, outer, sharded = argument(node, 1, "dim") % len(x.meta["dims"]), 1, []
+        for leaf in leaves(x.meta["dims"][dim]):
+            if sharding_axes(x.meta["type"], leaf):
+                sharded.append((sharding_axes(x.meta["type"], leaf), outer))
+            outer = outer * self.sizes.factor(leaf, x.meta["type"])
+        if len(sharded) > 1:
+            raise TraceError(f"a cumsum along a dim of which two factors are sharded has no parallel form ({user_line(node)})")
+        if sharded:
+            ((axes, outer),) = sharded
+            node.meta["runs"] = outer  # the size of what is exchanged: tedfx/cost.py
+            node.target, node.args, node.kwargs = ops.cumsum, (x, dim, axes, self.sizes.node(outer), node.kwargs.get("dtype")), {}
 
     def dropout(self, node: fx.Node) -> None:
         x, p = node.args[0], argument(node, 1, "p")

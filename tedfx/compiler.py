@@ -13,6 +13,7 @@ from tedfx.errors import ConfigError
 from tedfx.factors import Factor, as_size
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, run_pipeline
+from tedfx.passes.capture_capacity import CaptureCapacity
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
 from tedfx.passes.check_capture import CheckCapture
 from tedfx.passes.check_types import check_types
@@ -45,6 +46,7 @@ def default_passes(*, dedup: bool = True, sequence_parallel: bool = True, checkp
         Functionalize(),
         SimplifyMasks(),
         CaptureLoops(),
+        CaptureCapacity(),
         ExpandAttention(),
         SplitLosses(),
         CheckCapture(),

@@ -314,6 +314,17 @@ def _all_to_all(node, cost, reached):
     return made
 
 
+def _cumsum(node, cost, reached):
+    """The totals of this rank's runs."""
+    x, dim, axes = node.args[:3]
+    runs = cost.sizes(node.meta["runs"])
+    shape = cost.sizes.shape(x)
+    made = []
+    for phase in ("forward", "backward") if reached else ("forward",):
+        made += cost.make(node, ALL_GATHER, axes, phase, prod(shape[:dim]) * runs * prod(shape[dim + 1 :]), _dtype(node))
+    return made
+
+
 def _nothing(node):
     return None
 
@@ -332,6 +343,7 @@ _COUNT = {
         lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
     ),
     ops.all_to_all_single: _all_to_all,
+    ops.cumsum: _cumsum,
 }
 
 

@@ -232,6 +232,15 @@ def _create(node, axis, types, plan, relation) -> Decision:
     return Decision([None for _ in types], [I if factor is None else Shard(factor)])
 
 
+def _running(node, axis, types, plan, relation) -> Decision:
+    """A running sum has a parallel form over the batch's shards; tokens cut besides are put together for it."""
+    cut = plan.cuts(axis)
+    if cut is not None and types[0] == Shard(cut):
+        want = R if differentiable(operands(node)[0]) else I
+        return Decision([want], [want if differentiable(node) else I])
+    return _general(node, axis, types, plan, relation)
+
+
 def _like(node, axis, types, plan, relation) -> Decision:
     return Decision([None for _ in types], [types[0] if isinstance(types[0], Shard) else I])
 
@@ -343,4 +352,5 @@ def _tokens_of(order: fx.Node) -> dict:
 
 _KINDS = {
     "getitem": _getitem, "create": _create, "like": _like, "dispatch": _dispatch, "grouped": _grouped, "expert_rows": _expert_rows, "combine": _combine,
+    "running": _running,
 }

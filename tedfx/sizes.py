@@ -9,6 +9,7 @@ size arithmetic is dropped: dims know their sizes, so nothing has to be followed
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import reduce
 
@@ -20,6 +21,11 @@ from torch import fx
 from tedfx import ops
 from tedfx.factors import Factor, as_size, leaves
 from tedfx.types import sharding_axes
+
+
+# Numbers made from sizes, through floats: a capacity of `ceil(tokens / experts * factor)`.
+_NUMBERS = {"ToFloat": torch.sym_float, "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv, "CeilToInt": math.ceil, "FloorToInt": math.floor,
+            "TruncToInt": math.trunc, "RoundToInt": round}  # fmt: skip
 
 
 class Share(sympy.Function):
@@ -122,6 +128,8 @@ class Sizes:
         return self.last
 
     def _make(self, expr):
+        if expr.is_Float:
+            return float(expr)
         if expr.is_Symbol:
             source, dim = self.sources[expr]
             return self._call(torch.ops.aten.sym_size.int, source, dim)
@@ -140,6 +148,8 @@ class Sizes:
             return reduce(lambda a, b: self._call(operator.mul, a, b), [self.node(expr.base)] * int(expr.exp))
         table = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "CleanDiv": operator.floordiv, "Max": torch.sym_max, "Min": torch.sym_min}
         name = type(expr).__name__
+        if name in _NUMBERS:
+            return self._call(_NUMBERS[name], *args)
         if name in table:
             return reduce(lambda a, b: self._call(table[name], a, b), args)
         raise NotImplementedError(f"a size of the form {expr} cannot be written for one rank")

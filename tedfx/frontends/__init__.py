@@ -11,10 +11,11 @@ from typing import Protocol
 
 import torch
 
+from tedfx.frontends.capacities import Capacities
 from tedfx.frontends.huggingface import HuggingFace
 from tedfx.frontends.loops import ExpertLoops
 
-__all__ = ["ExpertLoops", "Frontend", "HuggingFace", "default_frontends"]
+__all__ = ["Capacities", "ExpertLoops", "Frontend", "HuggingFace", "default_frontends"]
 
 
 class Frontend(Protocol):
@@ -34,4 +35,4 @@ class Frontend(Protocol):
 
 
 def default_frontends() -> tuple[Frontend, ...]:
-    return (HuggingFace(), ExpertLoops())
+    return (HuggingFace(), ExpertLoops(), Capacities())

@@ -112,13 +112,19 @@ def max_dim(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=[out, out] if several else out, whole=whole, several=several)
 
 
-@rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten.cumsum", "aten.cumprod", "aten.argsort", "aten.logcumsumexp")
+@rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten.cumprod", "aten.argsort", "aten.logcumsumexp")
 def along_dim(node: fx.Node, ctx: Annotator) -> Relation:
     dims = ctx.dims(operands(node)[0])
     if not dims:
         return Relation(out=[])
     d = argument(node, 1, "dim", -1) % len(dims)
-    return Relation(out=dims, whole={0: dims[d]}, linear=ONE if op_name(node) == "aten.cumsum" else ())
+    return Relation(out=dims, whole={0: dims[d]})
+
+
+@rule("aten.cumsum")
+def cumsum(node: fx.Node, ctx: Annotator) -> Relation:
+    """Passes the factors of its dim too: a shard adds the totals of the ranks before it (`tedfx/ops/prefix.py`). One of them at a time, hence the kind."""
+    return Relation(out=ctx.dims(operands(node)[0]), linear=ONE, kind="running")
 
 
 @rule("aten.layer_norm", "aten.rms_norm")

@@ -26,7 +26,7 @@ RANK_TIMEOUT = 400.0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """model: a name in tests.models or tests.models_plain. change: name in `variants`, applied to the model.
+    """model: a name in tests.models, tests.models_plain or tests.models_capacity. change: name in `variants`, applied to the model.
     batch: name in `data`. calls: which signatures the ranks will make, the first being the example."""
 
     model: str
@@ -86,11 +86,11 @@ def _once(key: tuple, make: Callable):
 
 
 def _model(case: Case):
-    from tests import models, models_plain
+    from tests import models, models_capacity, models_plain
 
     def make():
         torch.manual_seed(0)
-        model = {**models_plain.PLAIN, **models.MODELS}[case.model](**dict(case.overrides))
+        model = {**models_plain.PLAIN, **models_capacity.CAPACITY, **models.MODELS}[case.model](**dict(case.overrides))
         model = model.to(getattr(torch, case.dtype)).train()
         for change in filter(None, case.change.split("+")):
             getattr(variants, change)(model)

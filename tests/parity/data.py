@@ -51,3 +51,9 @@ def odd(model):
 def shorter_than_ranks(model):
     """Two positions: over four tensor ranks, two have no token at all."""
     return make_batch(model, 8, 2, 4)
+
+
+def all_labels(model):
+    """Every position counts: what becomes of any rank's tokens shows in the loss."""
+    batch = make_batch(model, 8, 12, 0)
+    return {**batch, "labels": batch["input_ids"].clone()}

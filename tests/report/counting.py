@@ -19,6 +19,7 @@ from tedfx.cost import ALL_TO_ALL, COUNTED, Cost
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tests.models import MODELS
+from tests.models_capacity import CAPACITY
 
 BATCH, SEQUENCE, WORLD = 2, 6, 4
 CASES = [
@@ -28,9 +29,10 @@ CASES = [
         ("mixtral", 1, "ep=2,tp=2", None),
         ("mixtral", 1, "dp=2,tp=2", {"expert": ("tp",)}),
         ("mixtral", 1, "ep=2,tp=2", {"expert": ("ep", "tp")}),
-        ("mixtral", 1, "dp=1,ep=4", None),
         ("deepseek_v3", 2, "ep=2,tp=2", None),
     )
+] + [
+    (model, 1, mesh, None, {}) for model, mesh in (("mixtral", "dp=1,ep=4"), ("capacity_gshard", "dp=2,ep=2"))
 ]
 
 
@@ -39,7 +41,7 @@ def prepare():
     models, traces, made = {}, {}, []
     for name, layers, mesh, roles, switches in CASES:
         if name not in models:
-            models[name] = MODELS[name](num_hidden_layers=layers)
+            models[name] = CAPACITY[name](layers=layers) if name in CAPACITY else MODELS[name](num_hidden_layers=layers)
             traces[name] = trace(models[name])
         shape = MeshShape.of(mesh)
         made.append((models[name], compile_trace(Compilation(traces[name], Roles.resolve(shape, roles), set(traces[name].parameters)), default_passes(**switches))))

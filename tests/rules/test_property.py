@@ -61,7 +61,7 @@ def _linear_in_all(relation):
 
 
 @pytest.mark.parametrize("name, spoil", [
-    ("softmax", _nothing_whole), ("topk", _nothing_whole), ("layer_norm", _nothing_whole), ("cumsum", _nothing_whole), ("gather", _nothing_whole), ("sdpa", _nothing_whole),
+    ("softmax", _nothing_whole), ("topk", _nothing_whole), ("layer_norm", _nothing_whole), ("cumprod", _nothing_whole), ("gather", _nothing_whole), ("sdpa", _nothing_whole),
     ("linear", _nothing_contracted), ("sum dim", _nothing_contracted), ("matmul", _linear_in_all), ("relu", _linear_in_all), ("div", _linear_in_all), ("mul square", _linear_in_all),
     ("where one", _linear_in_all), ("index rows", _nothing_whole), ("chunk", _nothing_whole), ("flip", _nothing_whole), ("histc free", _nothing_whole),
 ], ids=lambda v: getattr(v, "__name__", v))  # fmt: skip

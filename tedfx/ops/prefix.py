@@ -1,0 +1,58 @@
+"""A running sum along a dim that is sharded.
+
+A rank sums its own piece; what comes before the piece is the sum of the totals of the ranks before it. Those totals are all that is exchanged: one
+all-gather of x without its dim. Along a dim (outer, rest) of which `rest` is cut, a rank holds `outer` runs, and the runs of all ranks follow one
+another by (outer, rank).
+
+A capacity counts tokens in the order of the global batch, so the position of a token in its expert is such a sum over the batch axes.
+"""
+
+import torch
+from torch import Tensor
+
+from tedfx import _torch
+from tedfx.ops import context
+from tedfx.ops.context import Axes, Span
+from tedfx.ops.convert import gather_pieces
+
+
+def cumsum(x: Tensor, dim: int, axes: Axes, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """S -> S. x[.., outer * local, ..], a piece of the whole by `axes` (major first) -> the piece of the whole's cumsum along `dim`.
+
+    Integers (summed as int64, as torch does) and floats; the cotangent is S, and backward is the sum from the other end. ValueError where the
+    dim does not divide into `outer` runs.
+    """
+    span = context.span(axes)
+    if dtype is not None:
+        x = x.to(dtype)
+    if span.size == 1:
+        return torch.cumsum(x, dim)
+    if x.dim() == 0 or x.shape[dim] % outer != 0:
+        raise ValueError(f"cumsum along dim {dim} of a tensor of shape {tuple(x.shape)} in {outer} runs")
+    return _Cumsum.apply(x, dim % x.dim(), span, outer)
+
+
+def _running(x: Tensor, dim: int, span: Span, outer: int, phase: str, back: bool) -> Tensor:
+    """The sum of all elements up to each one; from the end where `back`."""
+    runs = x.reshape(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :])
+    inside = _sum(runs, dim + 1, back)
+    totals = runs.sum(dim + 1, keepdim=True)  # [.., outer, 1, ..]
+    by_rank = gather_pieces(totals.contiguous(), span, dim + 1, 1, phase)  # [.., outer, size, ..]
+    flat = by_rank.reshape(*x.shape[:dim], outer * span.size, *x.shape[dim + 1 :])
+    before = (_sum(flat, dim, back) - flat).view(by_rank.shape)
+    return (inside + before.narrow(dim + 1, span.index, 1)).reshape(x.shape)
+
+
+def _sum(x: Tensor, dim: int, back: bool) -> Tensor:
+    return x.flip(dim).cumsum(dim).flip(dim) if back else x.cumsum(dim)
+
+
+class _Cumsum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, span, outer):
+        ctx.dim, ctx.span, ctx.outer = dim, span, outer
+        return _torch.result(_running(x, dim, span, outer, "forward", False))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _running(grad, ctx.dim, ctx.span, ctx.outer, "backward", True), None, None, None

@@ -1,0 +1,197 @@
+"""Mixtures with a capacity: loss and every gradient of the captured graph are the model's, tokens dropped and all; what is not proven is refused."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tedfx.passes.base import run_pipeline
+from tedfx.passes.capture_capacity import CaptureCapacity
+from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
+from tedfx.passes.functionalize import Functionalize
+from torch import einsum, nn
+
+from tedfx.errors import CaptureError
+from tedfx.trace import trace
+from tests.capture.test_models import BIASES, check, operators, routers, tokens
+from tests.models_capacity import FACTORS, LAYERS
+from tests.models_plain import Config
+
+E, H, I, C = 4, 32, 48, 6
+
+
+class Layer(nn.Module):
+    """One mixture by itself."""
+
+    def __init__(self, name, **config):
+        super().__init__()
+        torch.manual_seed(0)
+        self.moe = LAYERS[name](replace(Config(), **config), FACTORS[name])
+
+    def forward(self, x):
+        y, aux = self.moe(x)
+        return {"y": y, "loss": y.square().sum() + aux}
+
+
+def capture(model):
+    traced = trace(model, kwargs={"x": torch.zeros(3, 6, H, dtype=next(model.parameters()).dtype)})
+    history = run_pipeline(traced, [Functionalize(), CaptureLoops(), CaptureCapacity()])
+    return traced, history[-1].result
+
+
+@pytest.mark.parametrize("name, config", [(name, {"expert": "normed"} if name == "modules" else {}) for name in LAYERS], ids=str)
+def test_every_way_to_write_it(name, config):
+    model = Layer(name, **config).double()
+    traced, result = capture(model)
+    assert result.matches == 1 and find_uncaptured(traced.graph_module.graph) == []
+    found = operators(traced)
+    assert found.count("tedfx.dispatch.default") == found.count("tedfx.combine.default") == 1 and found.count("aten.cumsum.default") in (1, 2)
+    widest = max(len(n.meta["val"].shape) for n in traced.graph_module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
+    assert widest <= 4 and not any("bmm" in o or "one_hot" in o and "float" in o for o in found)
+    for values in BIASES.values():
+        routers(model, values)
+        check(model, traced, x=tokens())
+    with torch.no_grad():  # ties: all experts have the same score
+        model.moe.router.weight.zero_()
+        model.moe.router.bias.zero_()
+    check(model, traced, x=tokens(2, 7))
+    dropped = (model(tokens())["y"].abs().sum(-1) == 0).sum()
+    assert dropped > 0, "the test shall drop tokens"
+
+
+# --- a plain top-1 or top-2 layer whose parts can be spoiled ---------------------------------------------------------------------
+
+
+def place(mask):
+    return mask.cumsum(0) - mask
+
+
+def keep(place):
+    return place < C
+
+
+def slots(place, mask):
+    return F.one_hot((place * mask).sum(-1), C)
+
+
+def experts(m, rows):
+    return torch.bmm(F.relu(torch.bmm(rows, m.up)), m.down)
+
+
+def put(mask, x):
+    return einsum("nec,nh->ech", mask.to(x.dtype), x)
+
+
+def behind(place, first):
+    return place + first.sum(0)
+
+
+class Mixture(nn.Module):
+    def __init__(self, top=1, place=place, keep=keep, slots=slots, experts=experts, put=put, behind=behind, choose=lambda combine: combine != 0, back=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(H, E)
+        self.up, self.down = nn.Parameter(torch.randn(E, H, I)), nn.Parameter(torch.randn(E, I, H))
+        self.parts = (top, place, keep, slots, experts, put, behind, choose, back)
+
+    def forward(self, x):
+        top, place, keep, slots, experts, put, behind, choose, back = self.parts
+        x = x.reshape(-1, H)
+        probs = self.router(x).softmax(-1)
+        combine, masks, scores = 0, [], probs
+        for _ in range(top):
+            gate, index = scores.max(-1)
+            mask = F.one_hot(index, E)
+            scores = scores.masked_fill(mask.bool(), 0.0)
+            at = place(mask) if not masks else behind(place(mask), masks[0])
+            kept = mask * keep(at) if keep else mask
+            masks.append(mask)
+            combine = combine + einsum("n,ne,nc->nec", gate, kept.to(gate.dtype), slots(at, kept).to(gate.dtype))
+        rows = experts(self, put(choose(combine), x))
+        y = back(combine, rows) if back else einsum("nec,ech->nh", combine, rows)
+        return {"y": y, "loss": y.square().sum()}
+
+
+def clamped(place, mask):
+    return F.one_hot((place * mask).sum(-1).clamp(0, C - 1), C)
+
+
+def by_comparison(place, mask):
+    return (place * mask).sum(-1, keepdim=True) == torch.arange(C)
+
+
+def by_scatter(place, mask):
+    at = (place * mask).sum(-1, keepdim=True)
+    return torch.zeros(at.shape[0], C, dtype=torch.int64).scatter(1, at, 1)
+
+
+def one_based(mask):
+    return mask.cumsum(0) * mask - 1
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"top": 2}, {"slots": by_comparison, "keep": None, "top": 2}, {"slots": by_scatter}, {"slots": clamped},
+        {"keep": lambda place: place <= C - 1, "choose": lambda combine: combine > 0}, {"place": one_based, "keep": lambda place: ~(place >= C)},
+        {"place": lambda mask: mask.double().cumsum(0).long() - mask},
+        {"put": lambda mask, x: mask.to(x.dtype).flatten(1).t() @ x, "experts": lambda m, rows: experts(m, rows.view(E, C, H))},
+        {"experts": lambda m, rows: einsum("ecf,efh->ceh", F.gelu(einsum("ech,ehf->ecf", rows, m.up)), m.down), "back": partial(einsum, "nec,ceh->nh")},
+        {"experts": lambda m, rows: torch.stack([F.relu(x @ u) @ d for x, u, d in zip(rows, m.up, m.down)])},
+        {"experts": lambda m, rows: F.layer_norm(experts(m, rows), (H,)) * 0.5},
+    ],
+)  # fmt: skip
+def test_other_words_for_it(parts):
+    model = Mixture(**parts).double()
+    traced, result = capture(model)
+    assert result.matches == 1
+    for values in ("uneven", "all to one"):
+        routers(model, BIASES[values])
+        check(model, traced, x=tokens())
+
+
+@pytest.mark.parametrize(
+    "parts, why",
+    [
+        ({"keep": None, "slots": clamped}, "beyond the capacity are not masked out"),
+        ({"top": 2, "behind": lambda place, first: place}, "does not queue behind another"),
+        ({"top": 2, "behind": lambda place, first: place + first.sum(0) - 1}, "does not queue behind another"),
+        ({"choose": lambda combine: combine}, "not provably 0 or 1"),
+        ({"experts": lambda m, rows: experts(m, rows).softmax(1)}, "along the rows"),
+        ({"experts": lambda m, rows: experts(m, rows) - experts(m, rows).mean(1, keepdim=True)}, "along the rows"),
+        ({"experts": lambda m, rows: experts(m, rows) * torch.arange(C)[:, None]}, "differs between slots"),
+        ({"experts": lambda m, rows: experts(m, rows.flip(0))}, "flip"),
+        ({"experts": lambda m, rows: torch.stack([F.relu(rows[e - 1] @ m.up[e]) @ m.down[e] for e in range(E)])}, "slots of another"),
+        ({"back": lambda combine, rows: rows.sum((0, 1)) + combine.sum()}, "no sum over the slots"),
+        ({"back": lambda combine, rows: einsum("nec,ech->nch", combine, rows).sum(1)}, "over some of them only"),
+    ],
+)  # fmt: skip
+def test_refused_by_name(parts, why):
+    with pytest.raises(CaptureError, match=why) as error:
+        capture(Mixture(**parts))
+    assert "test_capacity.py:" in str(error.value)
+
+
+class Groups(Mixture):
+    """A place in a sequence, a slot in the batch."""
+
+    def forward(self, x):
+        gate, index = self.router(x).softmax(-1).max(-1)
+        mask = F.one_hot(index, E)
+        at = ((mask.cumsum(1) - mask) * mask).sum(-1)
+        combine = einsum("gs,gse,gsc->gsec", gate, mask.to(gate.dtype), F.one_hot(at, C).to(gate.dtype))
+        rows = experts(self, einsum("gsec,gsh->ech", combine.bool().to(x.dtype), x))
+        return {"loss": einsum("gsec,ech->gsh", combine, rows).sum()}
+
+
+def test_slots_filled_from_several_groups():
+    with pytest.raises(CaptureError, match="counted in groups"):
+        capture(Groups())
+
+
+@pytest.mark.parametrize("place", [lambda mask: mask.to(torch.bfloat16).cumsum(0).long() - mask, lambda mask: mask.flip(0).cumsum(0) - 1, lambda mask: mask * 0], ids=["bfloat16", "flipped", "zero"])
+def test_positions_that_say_nothing_are_not_captured(place):
+    traced, result = capture(Mixture(place=place))
+    assert result.matches == 0
+    assert {style for style, _ in find_uncaptured(traced.graph_module.graph)} == {"one-hot dispatch with capacity"}

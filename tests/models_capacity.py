@@ -1,0 +1,191 @@
+"""Mixtures with a capacity, written as the papers and the libraries of their time write them: masks, positions by cumsum, einsums with one-hot tensors.
+
+`CAPACITY[name](**config)` is a small causal language model as those of `tests/models_plain.py`, its mixtures replaced. Capacities are small: tokens are dropped.
+`capacity_factor` scales them.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import einsum, nn
+
+from tests import models_plain
+from tests.models_plain import EXPERTS, Config
+
+
+class Stacks(nn.Module):
+    """Router and stacked experts with biases."""
+
+    def __init__(self, c: Config, capacity_factor: float):
+        super().__init__()
+        self.c, self.capacity_factor = c, capacity_factor
+        self.router = nn.Linear(c.hidden_size, c.experts)
+        self.make_experts()
+
+    def make_experts(self):
+        c = self.c
+        self.up = nn.Parameter(torch.randn(c.experts, c.hidden_size, c.inner_size) * 0.2)
+        self.up_bias = nn.Parameter(torch.randn(c.experts, c.inner_size) * 0.2)
+        self.down = nn.Parameter(torch.randn(c.experts, c.inner_size, c.hidden_size) * 0.2)
+        self.down_bias = nn.Parameter(torch.randn(c.experts, 1, c.hidden_size) * 0.2)
+
+
+class Switch(Stacks):
+    """Top-1, the pseudo code in the appendix of the Switch paper."""
+
+    def forward(self, x):
+        batch, length, hidden = x.shape
+        tokens = batch * length
+        capacity = int(self.capacity_factor * tokens / self.c.experts)
+        x = x.reshape(tokens, hidden)
+        probs = self.router(x).softmax(-1)
+        expert_gate, expert_index = probs.max(dim=-1)
+        expert_mask = F.one_hot(expert_index, self.c.experts)
+        aux = (expert_mask.to(probs.dtype).mean(0) * probs.mean(0)).mean() * self.c.experts**2
+        position = torch.cumsum(expert_mask, dim=0) * expert_mask - expert_mask
+        expert_mask = expert_mask * torch.lt(position, capacity)
+        expert_mask_flat = expert_mask.sum(-1)
+        expert_gate = expert_gate * expert_mask_flat
+        in_expert = F.one_hot((position * expert_mask).sum(-1), capacity)
+        combine = expert_gate[:, None, None] * expert_mask_flat[:, None, None] * F.one_hot(expert_index, self.c.experts)[:, :, None] * in_expert[:, None, :]
+        dispatch = combine.bool().to(x.dtype)
+        inputs = einsum("nec,nh->ech", dispatch, x)
+        inner = F.relu(torch.bmm(inputs, self.up) + self.up_bias[:, None])
+        outputs = torch.baddbmm(self.down_bias, inner, self.down)
+        return einsum("nec,ech->nh", combine, outputs).view(batch, length, hidden), aux
+
+
+def top2gating(logits, capacity: int):
+    """Of DeepSpeed, whose lines follow GShard's algorithm 1: (aux loss, combine weights [s,e,c], dispatch mask)."""
+    gates = F.softmax(logits, dim=1)
+    num_experts = gates.shape[1]
+    indices1_s = torch.argmax(gates, dim=1)
+    mask1 = F.one_hot(indices1_s, num_classes=num_experts)
+    logits_except1 = logits.masked_fill(mask1.bool(), float("-inf"))
+    indices2_s = torch.argmax(logits_except1, dim=1)
+    mask2 = F.one_hot(indices2_s, num_classes=num_experts)
+    locations1 = torch.cumsum(mask1, dim=0) - 1
+    locations2 = torch.cumsum(mask2, dim=0) - 1
+    locations2 += torch.sum(mask1, dim=0, keepdim=True)  # second choices queue after all first choices
+    me = torch.mean(gates, dim=0)
+    ce = torch.mean(mask1.to(gates.dtype), dim=0)
+    l_aux = torch.mean(me * ce) * num_experts * num_experts
+    mask1 *= torch.lt(locations1, capacity)
+    mask2 *= torch.lt(locations2, capacity)
+    locations1_s = torch.sum(locations1 * mask1, dim=1)
+    locations2_s = torch.sum(locations2 * mask2, dim=1)
+    mask1_float = mask1.to(gates.dtype)
+    mask2_float = mask2.to(gates.dtype)
+    gates1_s = einsum("se,se->s", gates, mask1_float)
+    gates2_s = einsum("se,se->s", gates, mask2_float)
+    denom_s = gates1_s + gates2_s
+    denom_s = torch.clamp(denom_s, min=torch.finfo(denom_s.dtype).eps)
+    gates1_s /= denom_s
+    gates2_s /= denom_s
+    gates1 = einsum("s,se->se", gates1_s, mask1_float)
+    gates2 = einsum("s,se->se", gates2_s, mask2_float)
+    locations1_sc = F.one_hot(locations1_s, num_classes=capacity).to(gates.dtype)
+    locations2_sc = F.one_hot(locations2_s, num_classes=capacity).to(gates.dtype)
+    combine1_sec = einsum("se,sc->sec", gates1, locations1_sc)
+    combine2_sec = einsum("se,sc->sec", gates2, locations2_sc)
+    combine_weights = combine1_sec + combine2_sec
+    return l_aux, combine_weights, combine_weights.bool()
+
+
+class GShard(Stacks):
+    """Top-2 over all tokens of the batch."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        capacity = math.ceil(flat.shape[0] / self.c.experts * 2 * self.capacity_factor)
+        aux, combine_weights, dispatch_mask = top2gating(self.router(flat), capacity)
+        inputs = einsum("sec,sm->ecm", dispatch_mask.type_as(flat), flat)
+        hidden = F.gelu(einsum("ecm,emf->ecf", inputs, self.up) + self.up_bias.unsqueeze(1))
+        outputs = einsum("ecf,efm->ecm", hidden, self.down) + self.down_bias
+        return einsum("sec,ecm->sm", combine_weights.type_as(flat), outputs).reshape(x.shape), aux
+
+
+class Grouped(Stacks):
+    """A sequence is a group with a capacity of its own; masks by comparison; positions beyond it have no slot at all."""
+
+    def forward(self, x):
+        capacity = max(int(self.capacity_factor * x.shape[1] // self.c.experts), 1)
+        probs = self.router(x).softmax(-1)  # g s e
+        experts = torch.arange(self.c.experts, device=x.device)
+        gate1, index1 = probs.max(-1)
+        mask1 = index1.unsqueeze(-1) == experts
+        gate2, index2 = probs.masked_fill(mask1, 0.0).max(-1)
+        mask2 = index2.unsqueeze(-1) == experts
+        place1 = mask1.cumsum(1) - mask1.long()
+        place2 = mask2.cumsum(1) - mask2.long() + mask1.sum(1, keepdim=True)
+        slots = torch.arange(capacity, device=x.device)
+        weights = 0
+        for gate, mask, place in ((gate1, mask1, place1), (gate2, mask2, place2)):
+            slot = (place * mask).sum(-1, keepdim=True) == slots  # g s c
+            weights = weights + einsum("gs,gse,gsc->gsec", gate / (gate1 + gate2), mask.to(gate.dtype), slot.to(gate.dtype))
+        inputs = einsum("gsec,gsm->egcm", (weights > 0).to(x.dtype), x)
+        hidden = F.silu(einsum("egcm,emf->egcf", inputs, self.up) + self.up_bias[:, None, None])
+        outputs = einsum("egcf,efm->egcm", hidden, self.down) + self.down_bias.unsqueeze(1)
+        return einsum("gsec,egcm->gsm", weights, outputs), (mask1.to(probs.dtype).mean((0, 1)) * probs.mean((0, 1))).sum()
+
+
+class Modules(Stacks):
+    """As GShard; the experts are modules, each on its chunk, put together again."""
+
+    def make_experts(self):
+        self.experts = nn.ModuleList(EXPERTS[self.c.expert](self.c) for _ in range(self.c.experts))
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        capacity = math.ceil(flat.shape[0] / self.c.experts * 2 * self.capacity_factor)
+        aux, combine_weights, dispatch_mask = top2gating(self.router(flat), capacity)
+        inputs = einsum("sec,sm->ecm", dispatch_mask.type_as(flat), flat)
+        outputs = [expert(chunk) for expert, chunk in zip(self.experts, inputs.chunk(self.c.experts, dim=0))]
+        return einsum("sec,ecm->sm", combine_weights.type_as(flat), torch.cat(outputs, dim=0)).reshape(x.shape), aux
+
+
+class Ranked(Stacks):
+    """Top-k; one running sum over (choice, token); matrix products in place of einsums; experts in a loop over slices."""
+
+    def forward(self, x):
+        batch, length, hidden = x.shape
+        tokens, k, experts = batch * length, self.c.top_k, self.c.experts
+        capacity = math.floor(k * self.capacity_factor * tokens / experts)
+        capacity += capacity % 2
+        logits = self.router(x)
+        top, ids = logits.topk(k, dim=-1)
+        probs = torch.full_like(logits, float("-inf")).scatter_(-1, ids, top).softmax(-1).view(tokens, experts)
+        mask = F.one_hot(ids, experts).view(tokens, k, experts).permute(1, 0, 2)
+        rank = (mask.reshape(k * tokens, experts).cumsum(dim=0) - 1).reshape(k, tokens, experts)
+        mask = mask * torch.lt(rank, capacity)
+        used = mask.sum(dim=(0, 1))
+        rank = torch.sum(mask * rank, dim=-1)
+        weights = (mask * probs[None]).unsqueeze(3) * F.one_hot(rank, num_classes=capacity).unsqueeze(2)
+        weights = weights.sum(dim=0)
+        inputs = weights.bool().permute(1, 2, 0).type_as(x) @ x.view(tokens, hidden)
+        outputs = []
+        for e in range(experts):
+            inner = F.gelu(inputs[e] @ self.up[e] + self.up_bias[e])
+            outputs.append(inner @ self.down[e] + self.down_bias[e])
+        outputs = torch.stack(outputs)
+        y = weights.view(tokens, -1).type_as(x) @ outputs.view(-1, hidden)
+        return y.view(batch, length, hidden), (probs.mean(0) * used.to(probs.dtype)).sum() / tokens
+
+
+LAYERS = {"switch": Switch, "gshard": GShard, "grouped": Grouped, "modules": Modules, "ranked": Ranked}
+FACTORS = {"switch": 1.25, "gshard": 0.6, "grouped": 0.75, "modules": 0.6, "ranked": 0.7}
+
+
+def make(layer: str, capacity_factor: float | None = None, **config):
+    model = models_plain.make(**config)
+    torch.manual_seed(1)
+    for block in model.blocks:
+        block.moe = LAYERS[layer](model.c, FACTORS[layer] if capacity_factor is None else capacity_factor)
+    return model
+
+
+CAPACITY = {f"capacity_{name}": partial(make, name) for name in LAYERS}
