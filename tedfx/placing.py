@@ -179,7 +179,7 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
     partial = frozenset(i for i, t in enumerate(types) if t == P)
     if partial:
         for group in relation.linear if not any(reduced(i) for i in partial) else ():
-            if partial <= group and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
+            if partial <= group and not _casts(node, nodes, partial) and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
                 targets = []
                 for j in range(len(nodes)):
                     if j in group:
@@ -201,6 +201,13 @@ def _general(node, axis, types, plan, relation, reduced=lambda position: False, 
 
 def _twice(dims, factor) -> bool:
     return sum(leaf is factor for d in dims for leaf in leaves(d)) > 1
+
+
+def _casts(node, nodes, partial) -> bool:
+    """Whether the op changes the precision of a partial sum: it is summed before, in the precision that it was made in, with one rounding after."""
+    value = node.meta["val"]
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    return any(nodes[i].meta["val"].dtype.is_floating_point and nodes[i].meta["val"].dtype != value.dtype for i in partial)
 
 
 def _may_pass(nodes, types, diff, dims, group, partial, plan, relation) -> bool:

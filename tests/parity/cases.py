@@ -37,7 +37,7 @@ class Case:
     batch: str = "uneven_labels"
     dtype: str = "float64"
     steps: int = 3
-    compile: bool = False
+    compile: bool | str = False  # a string names a backend
     dedup: bool | None = None
     sequence_parallel: bool | None = None
     checkpoint: str | None = None
@@ -48,7 +48,7 @@ class Case:
         words = [self.model, self.mesh.replace(",", "x").replace("=", "")]
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
-        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * self.compile + [self.checkpoint] * bool(self.checkpoint)
+        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * bool(self.compile) + [self.checkpoint] * bool(self.checkpoint)
         words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel") if (value := getattr(self, name)) is not None]
         return "-".join(words)
 
@@ -131,7 +131,7 @@ def _switches(case: Case) -> dict[str, Any]:
 def _options(case: Case) -> dict[str, Any]:
     batch = data.counted(_model(case))
     return dict(
-        **_switches(case), roles=dict(case.roles) or None, compile=case.compile, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
+        **_switches(case), roles=dict(case.roles) or None, compile={"backend": case.compile} if isinstance(case.compile, str) else case.compile, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
     )
 
 
