@@ -33,6 +33,7 @@ Every rank runs the same backward. A rank that runs none while others do is a ha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ class GradientBoundary:
             leaf = local.view(self.placed[name].local_shape).detach()
             if parameter.requires_grad:
                 leaf.requires_grad_()
-                leaf.register_post_accumulate_grad_hook(partial(self._arrived, name))
+                # Weak: a tensor's hooks are no place where the garbage collector finds a cycle, and the boundary holds the leaf.
+                leaf.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), name))
             self._leaves[name] = (key, leaf)
         return self._leaves[name][1]
 
@@ -295,6 +297,11 @@ def _keeps(placed: Placed) -> bool:
 
 
 _GROUPS: dict[tuple, dist.ProcessGroup] = {}
+
+
+def _arrived(boundary: weakref.ref, name: str, leaf: Tensor) -> None:
+    if (alive := boundary()) is not None:
+        alive._arrived(name, leaf)
 
 
 def _new_group(mesh, axes: tuple[str, ...]) -> dist.ProcessGroup:

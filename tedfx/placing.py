@@ -337,7 +337,7 @@ def _combine(node, axis, types, plan, relation) -> Decision:
     rows, order, weights = types
     row_factor = leaves(operands(node)[0].meta["dims"][0])[0]
     tokens = roots(relation.out[0])
-    own = _tokens_of(operands(node)[1])[axis]
+    own = _tokens_of(operands(node)[1]).get(axis)
     if isinstance(own, Shard) and own.factor.root() in tokens:
         there = isinstance(rows, Shard) and rows.factor.root() is not row_factor
         return Decision([R if there else None, None, Shard(own.factor)], [Shard(own.factor)])
@@ -353,6 +353,8 @@ def _combine(node, axis, types, plan, relation) -> Decision:
 
 def _tokens_of(order: fx.Node) -> dict:
     """The type of the tokens that an order is of: that of the expert ids which it sorts."""
+    if order.op == "placeholder":
+        return {}
     source = order.args[0]
     return (source.args[1] if source.meta.get("relation") is not None else source.args[0]).meta["type"]
 

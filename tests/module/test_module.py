@@ -69,3 +69,21 @@ def test_three_steps(ranks, shape, names):
 @pytest.mark.parametrize("options", [dict(foreach=True), dict(fused=True), dict(foreach=False)])
 def test_optimizers(ranks, options):
     ranks(4).run(train, (2, 2), ("dp", "tp"), options)
+
+
+def let_go():
+    import gc
+    import weakref
+
+    mesh = context((2,), ("dp",)).device_mesh
+    pm = toy.parallel(mesh)
+    x, labels = toy.shard(pm, *toy.data(0))
+    pm(x, labels=labels)["loss"].backward()
+    module, parameter = weakref.ref(pm), weakref.ref(next(pm.parameters()))
+    del pm
+    gc.collect()
+    return module() is None and parameter() is None
+
+
+def test_a_module_that_is_let_go_of_frees_its_parameters(ranks):
+    assert all(ranks(2).run(let_go))

@@ -6,7 +6,7 @@ import functools
 import torch
 
 from tedfx import gradients
-from tedfx.ops import context, convert, experts, moe, vocab
+from tedfx.ops import context, convert, experts, lanes, moe, vocab
 
 
 def all_reduce_adjoint_sums(rank):
@@ -134,6 +134,20 @@ def cross_entropy_local_softmax(rank):
         return out
 
     vocab._CrossEntropy.forward = staticmethod(forward)
+
+
+def gather_keeps_its_own_gradient(rank):
+    """The adjoint of S -> R without its sum: a slice of this rank's part."""
+    convert._AllGather.backward = staticmethod(lambda ctx, grad: (convert.keep_piece(grad, ctx.span, ctx.dim, ctx.outer), *[None] * 5))
+
+
+def lanes_keep_their_own_gradient(rank):
+    """As above, for the rows of a lane."""
+
+    def backward(ctx, grad):
+        return grad.view(ctx.span.size, -1, *grad.shape[1:]).select(0, ctx.span.index).narrow(0, 0, ctx.rows), None, None
+
+    lanes._Gather.backward = staticmethod(backward)
 
 
 def last_bit_on_one_rank(rank):

@@ -5,7 +5,8 @@ import pytest
 from tests.parity import mutations
 from tests.parity.cases import case, verified
 
-TP = case("llama", "tp=2", steps=1)
+TP = case("llama", "tp=2", steps=1, sequence_parallel=False)
+CUT = case("llama", "tp=2", steps=1)
 DP = case("mixtral", "dp=2", steps=1)
 EP = case("mixtral", "ep=2", steps=1)
 EP_TP = case("mixtral", "ep=2,tp=2", steps=1)
@@ -26,6 +27,8 @@ MUTATIONS = [
     (mutations.unsorted_adjoint, EP, ("gradients",)),
     (mutations.router_gets_no_gradient, EP, ("gradients",)),
     (mutations.cross_entropy_local_softmax, TP, ("gradients",)),
+    (mutations.gather_keeps_its_own_gradient, CUT, ("gradients",)),
+    (mutations.lanes_keep_their_own_gradient, EP_TP, ("gradients",)),
 ]
 
 

@@ -37,7 +37,7 @@ def test_switches(this):
     [
         case("mixtral", "ep=2,tp=2", batch="odd"),
         case("deepseek_v3", "tp=2", batch="odd"),
-        case("gpt_oss", "ep=2,tp=2", batch="odd", **DEDUP),
+        case("qwen3_moe", "ep=2,tp=2", batch="odd", **DEDUP),
         case("llama", "tp=4", batch="shorter_than_ranks"),
         case("mixtral", "tp=4", roles={"expert": "tp"}, batch="shorter_than_ranks"),
         case("mixtral", "ep=2,tp=2", batch="one_token", **DEDUP),

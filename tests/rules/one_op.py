@@ -74,7 +74,7 @@ def build(case: Case, trainable="all") -> SimpleNamespace:
     learned = {"all": floats, "first": floats[:1], "rest": floats[1:], "none": []}[trainable]
     program = SimpleNamespace(
         graph_module=fx.GraphModule({}, graph),
-        trace=SimpleNamespace(parameters={n: n for n in floats}, buffers={}, constants={}, stacked={}),
+        trace=SimpleNamespace(parameters={n: n for n in floats}, buffers={}, constants={}, sizes={}, stacked={}),
         roles=Roles.resolve(MeshShape.of(MESH)), trainable=set(learned), is_batch_input=lambda node: False,
         batch_factor=None, plan=None, hints={}, values=values, call=call, case=case,
     )  # fmt: skip

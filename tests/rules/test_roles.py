@@ -47,7 +47,7 @@ def test_experts_on_the_tensor_axis_leave_none_for_their_width():
     ("dp=2", {"pipeline": ("dp",)}, "unknown role 'pipeline'; roles are batch, tensor, expert, expert_tensor, context, stage"),
     ("dp=2", {"tensor": ("tp",)}, r"role tensor=\('tp',\) names axis 'tp', but the mesh has axes \('dp',\)"),
     ("dp=2", {"batch": ("dp", "dp")}, r"role batch=\('dp', 'dp'\) names an axis twice"),
-    ("x=2", {}, "mesh axis 'x' has no role; name it dp, ep, cp, tp or pp, or pass roles="),
+    ("x=2", {}, "mesh axis 'x' has no role; name it dp, ep or tp, or pass roles="),
     ("dp=2,tp=2", {"batch": ("dp", "tp")}, "roles batch and tensor share mesh axis 'tp'; they must be disjoint"),
     ("dp=2,cp=2", {"batch": ("dp", "cp")}, "roles batch and context share mesh axis 'cp'"),
     ("ep=2,tp=2", {"expert": ("ep", "tp"), "expert_tensor": ("tp",)}, "roles expert and expert_tensor share mesh axis 'tp'"),
