@@ -15,6 +15,7 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are forked, and a forked process cannot start CUDA
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -66,6 +66,7 @@ def nursery() -> Nursery:
 
 
 def _serve(pipe) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is forked from here cannot start CUDA
     os.setpgid(0, 0)
     import warnings
 
