@@ -36,7 +36,7 @@ demo: $(VENV)/.stamp
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh ep=2,tp=2 --out out/demo $(ARGS)
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 parity: $(VENV)/.stamp
 	$(BIN)/python benchmarks/parity.py $(ARGS)
