@@ -3,11 +3,12 @@
 import importlib.util
 import textwrap
 
+import pytest
 import torch
 
 from tedfx.capture_check import check_program
 from tedfx.compiler import Compilation, compile_trace, default_passes
-from tedfx.errors import user_line
+from tedfx.errors import TraceError, user_line
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tests.models import MODELS
@@ -59,11 +60,23 @@ def test_a_model_below_a_folder_named_tedfx_or_torch_keeps_its_lines(tmp_path):
 
 
 def test_the_callers_own_ifs_are_not_the_models(tmp_path):
+    # Export asks for sizes on nobody's behalf while this line runs: an `if` or a ternary about `t` below it must not be taken for an emptiness test.
     t = trace(mixture(tmp_path)[0], kwargs=X)
     if t is None or len(t.notes) % 7 == 6 and t.training:
         raise AssertionError
     value = t.graph_module if hasattr(t, "graph_module") else None
     assert value is not None
+
+
+def test_a_loop_over_the_experts_that_were_hit_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "mixture.py"
+    mixture(tmp_path)
+    source = file.read_text().replace("for e, expert in enumerate(self.experts):", "for e in ids.unique():").replace("expert(x[token])", "self.experts[0](x[token])")
+    namespace = {}
+    file.write_text(source)
+    exec(compile(source, str(file), "exec"), namespace)
+    with pytest.raises(TraceError, match=r"rows whose number is data \| at .*mixture.py:\d+ \| loop over all the experts"):
+        trace(namespace["Mixture"](), kwargs=X)
 
 
 def test_outputs_that_were_not_asked_for_are_not_compared():
