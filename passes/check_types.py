@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.errors import TypeCheckError, user_line
-from tedfx.placing import decide, differentiable
+from tedfx.placing import decide
+from tedfx.plan import differentiable
 from tedfx.rules import operands
 from tedfx.types import I, P, R, Shard
 

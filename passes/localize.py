@@ -13,7 +13,7 @@ from tedfx import ops
 from tedfx.errors import TraceError, user_line
 from tedfx.factors import leaves
 from tedfx.ops.random import RAGGED, SHARE
-from tedfx.placing import roots
+from tedfx.plan import roots
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
 from tedfx.sizes import Share, Sizes

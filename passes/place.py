@@ -8,7 +8,8 @@ from typing import ClassVar
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
-from tedfx.placing import decide, differentiable
+from tedfx.placing import decide
+from tedfx.plan import differentiable
 from tedfx.rules import Relation, op_name, operands
 from tedfx.rules.base import argument
 from tedfx.types import I, P, R, Shard

@@ -10,7 +10,8 @@ from torch import fx
 
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.factors import leaves
-from tedfx.placing import Plan, expert_layout, roots
+from tedfx.placing_experts import expert_layout
+from tedfx.plan import Plan, roots
 
 
 def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:

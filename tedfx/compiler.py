@@ -29,7 +29,7 @@ from tedfx.passes.sequence_parallel import SequenceParallel
 from tedfx.passes.shard import ShardExperts, ShardTensors
 from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.passes.split_losses import SplitLosses
-from tedfx.placing import Plan
+from tedfx.plan import Plan
 from tedfx.roles import Roles
 from tedfx.signature import flatten
 from tedfx.trace import Trace

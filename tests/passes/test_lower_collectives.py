@@ -11,7 +11,7 @@ from torch import fx
 from tedfx import ops
 from tedfx.errors import TypeCheckError
 from tedfx.factors import Factor
-from tedfx.placing import Plan
+from tedfx.plan import Plan
 from tedfx.roles import MeshShape, Roles
 from tedfx.types import I, P, R, Shard
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split

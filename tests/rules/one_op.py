@@ -16,7 +16,8 @@ from tedfx.passes.place import _Placement
 from torch import fx
 
 from tedfx.factors import leaves
-from tedfx.placing import Plan, decide, differentiable
+from tedfx.placing import decide
+from tedfx.plan import Plan, differentiable
 from tedfx.roles import MeshShape, Roles
 from tedfx.rules import op_name, operands
 from tedfx.types import I, P, R, Shard

@@ -1,0 +1,118 @@
+"""The typing rules of the MoE's own ops (dispatch, grouped linear, expert rows, combine), for `tedfx/placing.py`."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tedfx.factors import Factor, leaves
+from tedfx.placing_general import general
+from tedfx.plan import Decision, Plan, roots
+from tedfx.rules import operands
+from tedfx.types import I, P, R, Shard
+
+
+def expert_layout(dispatch: fx.Node, plan: Plan) -> tuple[Factor, set]:
+    """The expert factor of a dispatch, and the factors of all weights that meet its rows."""
+    experts = leaves(dispatch.meta["dims_of"][1][0])[0]
+    counts = {u for u in dispatch.users if u.args[1:] == (1,)}
+    met: set = set()
+    for count in counts:
+        for user in count.users:
+            if user.meta["relation"].kind in ("grouped", "expert_rows"):
+                weight = user.args[1] if user.meta["relation"].kind == "grouped" else user.args[0]
+                met |= roots(f for d in weight.meta["dims"] for f in d)
+    return experts, met
+
+
+def dispatch(node, axis, types, plan, relation) -> Decision:
+    """Tokens sharded on the axis stay apart (V). On an axis that shards the experts' own factors the rows are R, made so before the dispatch, where they are
+    fewest. Tokens replicated on an expert axis are owned (V, operand R), or cut into lanes where others travel.
+
+    Where rows travel over another axis and this axis may cut tokens, each rank sends a slice of them: rows are then gathered on arrival (R) if this axis shards
+    the experts' own factors, and stay apart (V) if not.
+    """
+    x, ids = types
+    tokens, rows = roots(node.args[0].meta["dims"][0]), leaves(relation.out[0][0])[0]
+    experts, met = expert_layout(node, plan)
+    met = {f for f in met if f is not experts.root() and plan.shards(axis, f)}
+    split, cut = plan.shards(axis, experts), plan.cuts(axis)
+    cut = cut if cut in tokens else None
+    sliced = cut is not None and x == Shard(cut)
+    if isinstance(x, Shard) and x.factor.root() in tokens and not sliced:
+        return Decision([None, Shard(x.factor)], [Shard(rows), I, Shard(rows)])
+    if cut is not None and _travels(node, axis, plan, experts) and (sliced or axis in plan.dedup):
+        return Decision([Shard(cut), Shard(cut)], [R if met else Shard(rows), I, Shard(rows)])
+    if sliced and not split and not met:
+        return Decision([None, Shard(cut)], [Shard(rows), I, Shard(rows)])
+    ids_target = I if ids == P or isinstance(ids, Shard) else None
+    if split:
+        return Decision([R, ids_target], [Shard(rows), I, Shard(rows)])
+    if met or x == R or isinstance(x, Shard):
+        return Decision([R, ids_target], [R, I, I])
+    return Decision([I, ids_target], [I, I, I])
+
+
+def _travels(node: fx.Node, axis: str, plan: Plan, experts: Factor) -> bool:
+    """Whether tokens differ on some other axis that splits the experts, so that rows are sent over it."""
+    of_x = node.args[0].meta["type"]
+    return any(a != axis and isinstance(of_x[a], Shard) and of_x[a].factor.root() is not plan.cuts(a) for a in plan.axes_of(experts))
+
+
+def grouped(node, axis, types, plan, relation) -> Decision:
+    """Rows that vary on an expert axis meet weights split over it."""
+    return _with_experts(node, axis, types, plan, relation, rows=0, weight=1)
+
+
+def expert_rows(node, axis, types, plan, relation) -> Decision:
+    """As `grouped`; the rows operand gives a number of rows only and needs no conversion."""
+    param, counts, rows = types
+    experts = leaves(operands(node)[1].meta["dims"][0])[0]
+    row_factor = leaves(relation.out[0])[0]
+    varies = isinstance(rows, Shard) and rows.factor.root() is row_factor
+    if varies:
+        target = Shard(experts) if plan.shards(axis, experts) else R
+        return Decision([target, None, None], [Shard(row_factor)])
+    if isinstance(param, Shard) and param.factor.root() in roots(f for d in relation.out[1:] for f in d):
+        return Decision([None, None, None], [param])
+    target = R if param == R or rows in (R, P) or isinstance(rows, Shard) else I
+    return Decision([target, None, None], [target])
+
+
+def _with_experts(node, axis, types, plan, relation, rows: int, weight: int) -> Decision:
+    experts = leaves(operands(node)[2].meta["dims"][0])[0]
+    row_factor = leaves(relation.out[0])[0]
+    if isinstance(types[rows], Shard) and types[rows].factor.root() is row_factor:
+        return Decision([None, Shard(experts) if plan.shards(axis, experts) else R, None], [Shard(row_factor)])
+    decision = general(node, axis, [types[rows], types[weight], I], plan, relation)
+    decision.targets[2] = None
+    return decision
+
+
+def combine(node, axis, types, plan, relation) -> Decision:
+    """Rows that vary come back to their own tokens (S), or, where the tokens are replicated, each rank adds what its experts made (P).
+
+    Rows of sliced tokens that were gathered on arrival are this rank's again before they travel back (`passes/lower_experts.py`): V, P, R and I all do.
+    """
+    rows, order, weights = types
+    row_factor = leaves(operands(node)[0].meta["dims"][0])[0]
+    tokens = roots(relation.out[0])
+    own = _tokens_of(operands(node)[1]).get(axis)
+    if isinstance(own, Shard) and own.factor.root() in tokens:
+        there = isinstance(rows, Shard) and rows.factor.root() is not row_factor
+        return Decision([R if there else None, None, Shard(own.factor)], [Shard(own.factor)])
+    if isinstance(rows, Shard) and rows.factor.root() is row_factor:
+        return Decision([None, None, R], [P])
+    if rows == P:
+        return Decision([None, None, R], [P])
+    if isinstance(rows, Shard):  # the hidden factor
+        return Decision([None, None, R], [rows])
+    want = R if R in (rows, weights) else I
+    return Decision([want, None, want], [want])
+
+
+def _tokens_of(order: fx.Node) -> dict:
+    """The type of the tokens that an order is of: that of the expert ids which it sorts."""
+    if order.op == "placeholder":
+        return {}
+    source = order.args[0]
+    return (source.args[1] if source.meta.get("relation") is not None else source.args[0]).meta["type"]
