@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
@@ -22,6 +23,7 @@ class _Layer:
     order: fx.Node
     exchange: tuple[str, ...] = ()
     lanes: tuple[str, ...] = ()
+    stripes: tuple[str, ...] = ()
     totals: fx.Node | None = None
     send: fx.Node | None = None
     recv: fx.Node | None = None
@@ -37,6 +39,8 @@ class LowerExperts(Pass):
     3. Both (folding): the replicated tokens are cut into lanes, and rows travel over all expert axes together.
     4. Sliced tokens whose rows the type says are R on arrival (an axis that shards the experts' own factors): the lanes are gathered after the all-to-all, and
        scattered, which sums them, before the way back (`tedfx/ops/lanes.py`).
+    5. DeepSpeed-TED's own order, where the collective algebra does not let slices and gathers pass dispatch and combine: rows are cut after the dispatch and
+       gathered before the combine, and no type outside of the exchange shows it.
 
     The expert body between dispatch and combine is not touched: its weights are already split by their types.
     """
@@ -70,7 +74,11 @@ class LowerExperts(Pass):
         rows_type, counts_type, order_type = node.meta["types_of"]
         rows_dims, counts_dims, order_dims = node.meta["dims_of"]
         lanes = tuple(a for a in program.plan.axes if a not in split and isinstance(order_type[a], Shard) and not isinstance(rows_type[a], Shard))
-        lane_type = {**rows_type, **{a: order_type[a] for a in lanes}}
+        stripes = tuple(a for a in program.plan.dedup if travel and a not in split and a not in lanes and not isinstance(rows_type[a], Shard))
+        rows_factor = leaves(rows_dims[0])[0]
+        striped = {a: Shard(rows_factor) for a in stripes}
+        lanes, unsliced = tuple(a for a in program.plan.axes if a in lanes or a in stripes), {**rows_type, **{a: order_type[a] for a in lanes}}
+        lane_type = {**unsliced, **striped}
 
         def make(target, *args, dims=None, type_=None, **kwargs):
             new = graph.call_function(target, args, kwargs)
@@ -82,11 +90,13 @@ class LowerExperts(Pass):
             return new
 
         with graph.inserting_before(node):
-            routed = make(ops.route, ids, num_experts, owned=stay if not travel else (), lanes=stay if travel else ())
+            routed = make(ops.route, ids, num_experts, owned=stay if not travel else (), lanes=stay if travel else (), **({"stripes": stripes} if stripes else {}))
             order = make(operator.getitem, routed, 0, dims=order_dims, type_=order_type)
             counts = make(operator.getitem, routed, 1)
-            rows = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=lane_type)
-            layer = _Layer(node, order)
+            rows = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=unsliced)
+            if stripes:
+                rows = make(ops.shard, rows, stripes, 0, 1, *{rows_type[a] for a in stripes}, dims=rows_dims, type_=lane_type)
+            layer = _Layer(node, order, stripes=stripes)
             if travel:
                 layer.exchange, layer.lanes = split, lanes
                 exchanged = make(ops.exchange_lanes, counts, (*lanes, *split), split) if lanes else make(ops.exchange_counts, counts, split)
@@ -96,7 +106,8 @@ class LowerExperts(Pass):
                 rows = make(ops.all_to_all_single, rows, layer.recv, layer.send, split, dims=rows_dims, type_=lane_type)
                 if lanes:
                     layer.totals = items[2]
-                    rows = make(ops.gather_lanes, rows, lanes, layer.totals, dims=rows_dims, type_=rows_type)
+                    (arrived,) = {rows_type[a] for a in lanes}
+                    rows = make(ops.gather_lanes, rows, lanes, layer.totals, arrived, dims=rows_dims, type_=rows_type)
                     layer.index = make(ops.lane_index, received, layer.totals)
                     rows = make(ops.pick_rows, rows, layer.index, dims=rows_dims, type_=rows_type)
                 else:
@@ -126,12 +137,16 @@ class LowerExperts(Pass):
                 if layer.lanes:
                     placements = {rows.meta["type"][a] for a in layer.lanes}
                     assert len(placements) == 1 and placements <= {P, R, I}, (node, placements)
-                    own = {**rows.meta["type"], **{a: layer.order.meta["type"][a] for a in layer.lanes}}
+                    row_factor = leaves(rows.meta["dims"][0])[0]
+                    own = {**rows.meta["type"], **{a: Shard(row_factor) for a in layer.lanes}}
                     back = make(ops.spread_lanes, rows, layer.index, layer.totals)
                     back = make(ops.scatter_lanes, back, layer.lanes, layer.totals, *placements, type_=own)
                 else:
                     own, back = rows.meta["type"], make(ops.unindex_rows, rows, layer.index)
                 back = make(ops.all_to_all_single, back, layer.send, layer.recv, layer.exchange, type_=own)
+                if layer.stripes:
+                    whole = graph.call_function(torch.ops.aten.sym_size.int, (layer.order, 0))
+                    back = make(ops.all_gather, back, layer.stripes, 0, 1, *placements, whole, type_={**own, **{a: rows.meta["type"][a] for a in layer.stripes}})
             for key in ("stack_trace", "nn_module_stack"):
                 if key in node.meta:
                     back.meta[key] = node.meta[key]

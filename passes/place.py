@@ -142,7 +142,7 @@ class _Placement:
             found = next((m for m in made if m is not None), None)
             if found is not None:
                 return self.converted(found, axis, target, user)
-        for middle in self.route(value, current, target):
+        for middle in route(value, current, target, "scatter" in self.plan.algebra):
             value = self.step(value, axis, middle, user)
         return value
 
@@ -153,17 +153,6 @@ class _Placement:
         for axis in order + [a for a in targets if a not in order]:
             value = self.converted(value, axis, targets[axis], user)
         return value
-
-    def route(self, value: fx.Node, current, target) -> list:
-        if current == P and target == R:
-            return [I, R] if differentiable(value) else [I]
-        if current == R and target == I:
-            return [P, I]
-        if isinstance(current, Shard) and (isinstance(target, Shard) or target == P):
-            return [R, target]
-        if not differentiable(value) and target == R:
-            return [I]
-        return [target]
 
     def step(self, value: fx.Node, axis: str, target, user: fx.Node) -> fx.Node:
         key = (value, axis, target)
@@ -215,6 +204,21 @@ class _Placement:
                     self.graph.erase_node(user)
                     self.result.changes -= 1
                     changed = True
+
+
+def route(value: fx.Node, current, target, scatters: bool = True) -> list:
+    """The placements on the way from one to another, each a conversion with an op of its own. `scatters`: the row of that name of the collective algebra."""
+    if (current == P or (isinstance(current, Shard) and not scatters)) and target == R:
+        return [I, R] if differentiable(value) else [I]
+    if current == P and isinstance(target, Shard) and not scatters:
+        return [I, target]
+    if current == R and target == I:
+        return [P, I]
+    if isinstance(current, Shard) and (isinstance(target, Shard) or target == P):
+        return [R, target]
+    if not differentiable(value) and target == R:
+        return [I]
+    return [target]
 
 
 def _counts(node: fx.Node) -> bool:

@@ -28,7 +28,7 @@ _VIEWS = frozenset(
 _COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
 _NOTHING = _VIEWS | frozenset(
     """add sub rsub neg sum mean cat stack to _to_copy type_as clone pad roll flip repeat tril triu cumsum getitem mul_size
-    all_reduce all_gather reduce_scatter shard partial all_to_all_single local_counts axis_offset lift_fresh_copy""".split()
+    all_reduce all_reduce_batched all_gather reduce_scatter shard partial all_to_all_single local_counts axis_offset lift_fresh_copy""".split()
 )
 _RESULT = frozenset("exp sigmoid tanh softmax _softmax log_softmax _log_softmax sqrt rsqrt reciprocal relu".split())
 _OPERAND = frozenset("silu gelu pow square log log1p sin cos abs erf leaky_relu elu softplus clamp clamp_min clamp_max hardswish mish".split())

@@ -13,11 +13,13 @@ from tedfx.errors import ConfigError
 from tedfx.factors import Factor, as_size
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, run_pipeline
+from tedfx.passes.batch_collectives import BatchCollectives
 from tedfx.passes.capture_capacity import CaptureCapacity
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
 from tedfx.passes.check_capture import CheckCapture
 from tedfx.passes.check_types import check_types
 from tedfx.passes.checkpoint import Checkpoint
+from tedfx.passes.collective_algebra import CollectiveAlgebra
 from tedfx.passes.drop_duplicate_tokens import DropDuplicateTokens
 from tedfx.passes.expand_attention import ExpandAttention
 from tedfx.passes.functionalize import Functionalize
@@ -35,11 +37,12 @@ from tedfx.signature import flatten
 from tedfx.trace import Trace
 
 
-def default_passes(*, dedup: bool = True, sequence_parallel: bool = True, checkpoint: str = "none") -> list[Pass]:
+def default_passes(*, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none") -> list[Pass]:
     """The passes of `parallelize`, in order.
 
     sequence_parallel  tokens stay cut over the tensor axes between tensor-parallel regions.
     dedup              no row is sent to experts twice because two ranks hold its token; without effect where the tokens are cut already.
+    algebra            sums late, together and once; gathers late (`tedfx.passes.collective_algebra`). Off: DeepSpeed-TED's own order, to be looked at and counted.
     checkpoint         a policy of `tedfx.passes.checkpoint`; ConfigError for one that does not exist.
     """
     return [
@@ -55,10 +58,12 @@ def default_passes(*, dedup: bool = True, sequence_parallel: bool = True, checkp
         ShardTensors(),
         *[SequenceParallel()] * sequence_parallel,
         *[DropDuplicateTokens()] * dedup,
+        *[CollectiveAlgebra()] * algebra,
         Place(),
         LowerCollectives(),
         LowerExperts(),
         Localize(),
+        *[BatchCollectives()] * algebra,
         Checkpoint(checkpoint),
     ]
 

@@ -325,12 +325,18 @@ def _cumsum(node, cost, reached):
     return made
 
 
+def _batched(node, cost, reached):
+    values, axes = node.args
+    return cost.make(node, ALL_REDUCE, axes, "forward", sum(cost.sizes.elements(v) for v in values), _dtype(values[0]))
+
+
 def _nothing(node):
     return None
 
 
 _COUNT = {
     ops.all_reduce: _moves(lambda n: (ALL_REDUCE, "in"), _nothing),
+    ops.all_reduce_batched: _batched,
     ops.sum_gradient: _moves(_nothing, lambda n: (ALL_REDUCE, "in")),
     ops.all_gather: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out") if _option(n, 4, "to", "R") == "R" else None),
     ops.reduce_scatter: _moves(lambda n: (REDUCE_SCATTER, "in"), lambda n: (ALL_GATHER, "out")),
@@ -338,7 +344,7 @@ _COUNT = {
     ops.vocab_parallel_cross_entropy: _cross_entropy,
     ops.exchange_counts: _exchange_counts,
     ops.exchange_lanes: _exchange_counts,
-    ops.gather_lanes: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out")),
+    ops.gather_lanes: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out") if _option(n, 3, "to", "R") == "R" else None),
     ops.scatter_lanes: _moves(
         lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
     ),

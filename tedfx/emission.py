@@ -99,6 +99,7 @@ def schedule(graph: fx.Graph) -> list:
     for index, node in enumerate(graph.nodes):
         unit = unit_of[node] = node.meta.get("region", node)
         position.setdefault(unit, index)
+    for node, unit in unit_of.items():
         waits.setdefault(unit, set()).update(unit_of[i] for i in node.all_input_nodes)
     for unit, needed in waits.items():
         needed.discard(unit)

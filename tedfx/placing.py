@@ -7,8 +7,8 @@ The general rule, for one axis (`general`):
 
 1. A sharded factor that the op passes, contracts or absorbs is chosen; all operands that carry it are sharded by it, the other differentiable
    operands are R (not I: their cotangent is a partial sum). Output: S where the factor survives, P where it is contracted, I where absorbed.
-2. Else, partial sums pass where the op is linear in them: jointly (``add``: all P; a bias goes to P), or in one operand (the others are R), as long as
-   that does not enlarge what is reduced.
+2. Else, partial sums pass where the op is linear in them, as far as the collective algebra says so: jointly (``add``: all P; a bias goes to P), or in one
+   operand (the others are R), as long as that does not enlarge what is reduced.
 3. Else everything is replicated: I where no differentiable operand is R, otherwise R.
 
 On a tensor axis the **token factor** may be sharded beside the plan's factors (sequence parallelism): it gives way to any other sharded factor, and a partial

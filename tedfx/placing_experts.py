@@ -29,7 +29,8 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
     fewest. Tokens replicated on an expert axis are owned (V, operand R), or cut into lanes where others travel.
 
     Where rows travel over another axis and this axis may cut tokens, each rank sends a slice of them: rows are then gathered on arrival (R) if this axis shards
-    the experts' own factors, and stay apart (V) if not.
+    the experts' own factors, and stay apart (V) if not. Without "commute" of the collective algebra the slices are of rows, not of tokens, and inside the
+    exchange (`passes/lower_experts.py`): no type shows them.
     """
     x, ids = types
     tokens, rows = roots(node.args[0].meta["dims"][0]), leaves(relation.out[0][0])[0]
@@ -37,17 +38,18 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
     met = {f for f in met if f is not experts.root() and plan.shards(axis, f)}
     split, cut = plan.shards(axis, experts), plan.cuts(axis)
     cut = cut if cut in tokens else None
-    sliced = cut is not None and x == Shard(cut)
+    sliced, commute = cut is not None and x == Shard(cut), "commute" in plan.algebra
     if isinstance(x, Shard) and x.factor.root() in tokens and not sliced:
         return Decision([None, Shard(x.factor)], [Shard(rows), I, Shard(rows)])
-    if cut is not None and _travels(node, axis, plan, experts) and (sliced or axis in plan.dedup):
-        return Decision([Shard(cut), Shard(cut)], [R if met else Shard(rows), I, Shard(rows)])
+    if cut is not None and _travels(node, axis, plan, experts) and (sliced or (axis in plan.dedup and commute)):
+        arrived = R if "scatter" in plan.algebra else I
+        return Decision([Shard(cut), Shard(cut)], [arrived if met else Shard(rows), I, Shard(rows)])
     if sliced and not split and not met:
         return Decision([None, Shard(cut)], [Shard(rows), I, Shard(rows)])
     ids_target = I if ids == P or isinstance(ids, Shard) else None
     if split:
         return Decision([R, ids_target], [Shard(rows), I, Shard(rows)])
-    if met or x == R or isinstance(x, Shard):
+    if (met and commute) or x == R or isinstance(x, Shard):
         return Decision([R, ids_target], [R, I, I])
     return Decision([I, ids_target], [I, I, I])
 
@@ -99,11 +101,15 @@ def combine(node, axis, types, plan, relation) -> Decision:
     own = _tokens_of(operands(node)[1]).get(axis)
     if isinstance(own, Shard) and own.factor.root() in tokens:
         there = isinstance(rows, Shard) and rows.factor.root() is not row_factor
-        return Decision([R if there else None, None, Shard(own.factor)], [Shard(own.factor)])
+        summed = I if rows == P and "scatter" not in plan.algebra else None
+        return Decision([R if there else summed, None, Shard(own.factor)], [Shard(own.factor)])
     if isinstance(rows, Shard) and rows.factor.root() is row_factor:
         return Decision([None, None, R], [P])
-    if rows == P:
+    striped = axis in plan.dedup and "commute" not in plan.algebra  # slices of rows inside the exchange: they are of sums
+    if rows == P and "delay" in plan.algebra and not striped:
         return Decision([None, None, R], [P])
+    if rows == P:
+        rows = I
     if isinstance(rows, Shard):  # the hidden factor
         return Decision([None, None, R], [rows])
     want = R if R in (rows, weights) else I

@@ -78,7 +78,7 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
     partial = frozenset(i for i, t in enumerate(types) if t == P)
     if partial:
         for group in relation.linear if not any(reduced(i) for i in partial) else ():
-            if partial <= group and not _casts(node, nodes, partial) and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
+            if ("merge" if len(group) > 1 else "delay") in plan.algebra and partial <= group and not _casts(node, nodes, partial) and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
                 targets = []
                 for j in range(len(nodes)):
                     if j in group:

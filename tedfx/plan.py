@@ -18,6 +18,7 @@ class Plan:
     tokens    the factor of the tokens that tensor axes may cut besides (the sequence; the batch where there is none)
     sequence  axes on which row-wise ops keep tokens cut (`passes/sequence_parallel.py`)
     dedup     axes on which tokens are cut before they are sent to experts (`passes/drop_duplicate_tokens.py`)
+    algebra   names of the rows of `passes/collective_algebra.py` that hold; without any, each sum is made where it arises (TED's and Megatron's order)
     """
 
     roles: Roles
@@ -26,6 +27,7 @@ class Plan:
     tokens: Factor | None = None
     sequence: tuple[str, ...] = ()
     dedup: tuple[str, ...] = ()
+    algebra: frozenset[str] = frozenset()
     numbers: dict = field(default_factory=dict, repr=False)  # size -> its value under the hints
 
     @property

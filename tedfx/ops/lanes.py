@@ -66,12 +66,14 @@ def lane_index(received: Tensor, totals: list[int]) -> Tensor:
     return position + (starts - (stops - counts)).index_select(0, run)
 
 
-def gather_lanes(rows: Tensor, axes: Axes, totals: list[int]) -> Tensor:
+def gather_lanes(rows: Tensor, axes: Axes, totals: list[int], to: str = "R") -> Tensor:
     """rows[totals[lane],..] -> [T * max(totals),..]: all lanes' rows, each from a multiple of the largest on; the gaps are zero.
 
-    The cotangent is partial on each rank; backward is a reduce-scatter.
+    to="R": the cotangent is partial on each rank, backward is a reduce-scatter. to="I": it is whole on each rank, backward keeps this lane's.
     """
-    return _Gather.apply(rows, context.span(axes), _room(totals))
+    if to not in ("R", "I"):
+        raise ValueError(f"gather_lanes: to must be 'R' or 'I', not {to!r}")
+    return _Gather.apply(rows, context.span(axes), _room(totals), to)
 
 
 def scatter_lanes(rows: Tensor, axes: Axes, totals: list[int], source: str = "P") -> Tensor:
@@ -119,13 +121,17 @@ def _spread(rows: Tensor, index: Tensor, size: int) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, span, room):
-        ctx.span, ctx.rows = span, rows.shape[0]
+    def forward(ctx, rows, span, room, to):
+        ctx.span, ctx.rows, ctx.to, ctx.room = span, rows.shape[0], to, room
         return _torch.result(gather_pieces(_padded(rows, room), span, 0, 1, "forward", ragged=True))
 
     @staticmethod
     def backward(ctx, grad):
-        return scatter_sum(grad, ctx.span, 0, 1, "backward", ragged=True).narrow(0, 0, ctx.rows), None, None
+        if ctx.to == "I":
+            lane = grad.view(ctx.span.size, ctx.room, *grad.shape[1:]).select(0, ctx.span.index)
+        else:
+            lane = scatter_sum(grad, ctx.span, 0, 1, "backward", ragged=True)
+        return lane.narrow(0, 0, ctx.rows).clone(), None, None, None
 
 
 class _Scatter(torch.autograd.Function):

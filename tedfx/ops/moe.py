@@ -26,7 +26,7 @@ from torch import Tensor
 from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.context import Axes
-from tedfx.ops.convert import gather_pieces
+from tedfx.ops.convert import bounds, gather_pieces
 from tedfx.ops.experts import combine, dispatch, expert_rows, grouped_linear, sort_by_expert, sum_choices, unsort
 
 __all__ = [
@@ -46,13 +46,15 @@ __all__ = [
 
 
 def route(
-    ids: Tensor, num_experts: int, owned: Axes = (), lanes: Axes = (), owned_outer: int = 1
+    ids: Tensor, num_experts: int, owned: Axes = (), lanes: Axes = (), owned_outer: int = 1, stripes: Axes = ()
 ) -> tuple[Tensor, Tensor]:
     """ids[N,K] -> (order[M], counts[E]): the assignments this rank handles, stably sorted by expert.
 
     `owned`: axes over which tokens are replicated and experts split; keeps the assignments of this coordinate's
     experts, the expert dim seen as (owned_outer, size, rest). `lanes`: axes over which tokens are replicated and that
     share the sending; keeps tokens n with n * size // N == coordinate. counts has entries for all experts.
+    `stripes`: the same for assignments, but order lists all of them, those of coordinate 0 first, so that the pieces
+    of a row dim (`shard`) are the coordinates' own; counts are of this coordinate's.
 
     ValueError when the experts do not divide over `owned`.
     """
@@ -62,6 +64,8 @@ def route(
     # Tokens of a lane are a run, so nothing has to be searched for: it is a slice.
     first, last = -(-lane.index * tokens // lane.size), -(-(lane.index + 1) * tokens // lane.size)
     flat = ids[first:last].reshape(-1)
+    if len(stripes) > 0:
+        return _striped(flat, num_experts, context.span(stripes))
     if split.size == 1:
         order, counts = sort_by_expert(flat, num_experts)
         return order + first * top_k, counts
@@ -76,6 +80,13 @@ def route(
     _torch.check(rows >= 0, "a negative number of rows")
     _torch.check(rows <= order.shape[0], "more rows than assignments")
     return order.narrow(0, 0, rows) + first * top_k, counts
+
+
+def _striped(flat: Tensor, num_experts: int, span: context.Span) -> tuple[Tensor, Tensor]:
+    starts = bounds(flat.shape[0], span)
+    piece = torch.cat([torch.full_like(flat[starts[i] : starts[i + 1]], i) for i in range(span.size)])
+    order, counts = sort_by_expert(piece * num_experts + flat, span.size * num_experts)
+    return order, counts.narrow(0, span.index * num_experts, num_experts)
 
 
 def local_counts(counts: Tensor, axes: Axes, outer: int = 1) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 import torch.utils._pytree as pytree
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.check_types import DIRECT
+from tedfx.passes.collective_algebra import NAMES
 from tedfx.passes.localize import Localize
-from tedfx.passes.place import _Placement
+from tedfx.passes.place import route
 from torch import fx
 
 from tedfx.factors import leaves
@@ -80,7 +81,7 @@ def build(case: Case, trainable="all") -> SimpleNamespace:
         batch_factor=None, plan=None, hints={}, values=values, call=call, case=case,
     )  # fmt: skip
     Annotate()(program)
-    program.plan = Plan(program.roles)
+    program.plan = Plan(program.roles, algebra=NAMES)
     return program
 
 
@@ -122,7 +123,7 @@ def check_decision(call, nodes, types, decision, final, plan) -> None:
     for node, current, target in zip(nodes, types, final):
         if current != target and not (not differentiable(node) and {current, target} <= {R, I}):
             at = current
-            for step in _Placement.route(None, node, current, target):
+            for step in route(node, current, target):
                 kinds = tuple("S" if isinstance(p, Shard) else p for p in (at, step))
                 assert kinds in DIRECT, f"{what}: no conversion {kinds}"
                 at = step

@@ -1,0 +1,38 @@
+"""Several small sums by one collective."""
+
+import torch
+from torch import Tensor
+
+from tedfx import _torch
+from tedfx.ops import context
+from tedfx.ops.context import Axes
+from tedfx.ops.convert import all_reduce, sum_over
+
+
+def all_reduce_batched(values: list[Tensor], axes: Axes) -> list[Tensor]:
+    """P -> I of each: the values, of any shapes and one dtype, laid end to end for one all-reduce. Backward is the identity.
+
+    ValueError where the dtypes differ.
+    """
+    span = context.span(axes)
+    if len({x.dtype for x in values}) > 1:
+        raise ValueError(f"all_reduce_batched of different dtypes: {[x.dtype for x in values]}")
+    if span.size == 1 or len(values) == 1:
+        return [all_reduce(x, axes) for x in values]
+    return list(_AllReduce.apply(span, *values))
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, span, *values):
+        ctx.set_materialize_grads(False)
+        total = sum_over(torch.cat([x.reshape(-1) for x in values]), span, "forward")
+        # Copies: each is a tensor of its own, so that none keeps the others alive.
+        return tuple(piece.clone().view(x.shape) for piece, x in zip(total.split([x.numel() for x in values]), values))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *grads
+
+
+__all__ = ["all_reduce_batched"]
