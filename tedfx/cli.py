@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(explain)
     explain.add_argument("--dedup", action=argparse.BooleanOptionalAction, help="send no row to experts twice because two ranks hold its token (default: yes)")
     explain.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
+    explain.add_argument("--algebra", action=argparse.BooleanOptionalAction, help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order")
     explain.add_argument("--checkpoint", metavar="POLICY", default="none", help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at --batch and --sequence")
     shown = explain.add_argument_group("what is shown")
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1)")
@@ -112,7 +113,7 @@ def _explain(options) -> int:
         stages[name], clock = time.perf_counter() - clock, time.perf_counter()
 
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
-    passes = pipeline(None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, checkpoint=options.checkpoint)
+    passes = pipeline(None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, algebra=options.algebra, checkpoint=options.checkpoint)
     model, inputs, title = make_model(options)
     done("make the model")
     traced = trace(model, kwargs=inputs)

@@ -117,6 +117,8 @@ def _may_pass(nodes, types, diff, dims, group, partial, plan, relation) -> bool:
             return False
         return sum(plan.elements(o) for o in _outs(relation)) <= plan.elements(dims[position])
     largest = max(plan.elements(dims[i]) for i in partial)
+    if sum(plan.elements(o) for o in _outs(relation)) > sum(plan.elements(dims[i]) for i in {nodes[i]: i for i in partial}.values()):
+        return False  # an outer sum, or the same value stacked: larger than what it was made of
     for j in group - partial:
         if isinstance(types[j], Shard):
             return False

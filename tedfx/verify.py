@@ -118,6 +118,7 @@ def verify(
     passes: Sequence | None = None,
     dedup: bool | None = None,
     sequence_parallel: bool | None = None,
+    algebra: bool | None = None,
     checkpoint: str | None = None,
     seed: int = 0,
     timeout: float = 300.0,
@@ -131,7 +132,7 @@ def verify(
     batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments; a
                    factory that returns (model, inputs) gives it as well.
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
-    passes, dedup, sequence_parallel, checkpoint: as `parallelize` takes them; a budget is for the global batch's sizes.
+    passes, dedup, sequence_parallel, algebra, checkpoint: as `parallelize` takes them; a budget is for the global batch's sizes.
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
     before         called in each rank first, with its number: a place to break something and see it found.
 
@@ -157,7 +158,7 @@ def verify(
         batch = make_batch(model, batch, sequence, seed)
     check_batch(batch, resolved)
 
-    switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, checkpoint=checkpoint)
+    switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, checkpoint=checkpoint)
     options = dict(roles=roles, passes=passes, **switches, compile=compile, example_inputs=_example(batch))
     if fork:
         prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="run the ranks' graphs through torch.compile")
     parser.add_argument("--dedup", action=argparse.BooleanOptionalAction, help="send no row to experts twice because two ranks hold its token (default: yes)")
     parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
+    parser.add_argument("--algebra", action=argparse.BooleanOptionalAction, help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order")
     parser.add_argument("--checkpoint", metavar="POLICY", help="what backward computes again: none (default), comm, selective, full or budget=<bytes>")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU per rank")
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl on cuda, else gloo, whose ranks may share a GPU")
@@ -84,6 +85,7 @@ def run(args) -> int:
                 compile=args.compile,
                 dedup=args.dedup,
                 sequence_parallel=args.sequence_parallel,
+                algebra=args.algebra,
                 checkpoint=args.checkpoint,
                 device=args.device,
                 backend=args.backend,

@@ -40,6 +40,7 @@ class Case:
     compile: bool | str = False  # a string names a backend
     dedup: bool | None = None
     sequence_parallel: bool | None = None
+    algebra: bool | None = None
     checkpoint: str | None = None
     outputs: tuple[str, ...] | None = None
     calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
@@ -49,7 +50,7 @@ class Case:
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
         words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * bool(self.compile) + [self.checkpoint] * bool(self.checkpoint)
-        words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel") if (value := getattr(self, name)) is not None]
+        words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel", "algebra") if (value := getattr(self, name)) is not None]
         return "-".join(words)
 
 
@@ -125,7 +126,7 @@ def _compiled(case: Case) -> list:
 
 
 def _switches(case: Case) -> dict[str, Any]:
-    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel, "checkpoint": case.checkpoint}
+    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel, "algebra": case.algebra, "checkpoint": case.checkpoint}
 
 
 def _options(case: Case) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tests.parity.test_training import with_dropout, worst
 
 DEDUP = dict(sequence_parallel=False)
 NEITHER = dict(dedup=False, sequence_parallel=False)
+PLAIN = dict(sequence_parallel=False, algebra=False)
 FOLDED = {"expert": ("ep", "tp")}
 
 
@@ -24,6 +25,11 @@ FOLDED = {"expert": ("ep", "tp")}
         case("deepseek_v3", "ep=2,tp=2", **NEITHER),
         case("gpt_oss", "tp=2", roles={"expert": "tp"}, **NEITHER),
         case("mixtral", "ep=2,tp=2", roles={"expert_tensor": ()}),
+        case("mixtral", "ep=2,tp=2", **PLAIN),
+        case("deepseek_v3", "dp=2,ep=2,tp=2", checkpoint="comm", **PLAIN),
+        case("gpt_oss", "tp=2,ep=2", dedup=False, **PLAIN),
+        case("plain_normed", "ep=2,tp=2", roles=FOLDED, **PLAIN),
+        case("qwen3_moe", "ep=2,tp=2", algebra=False),
     ],
     ids=str,
 )
@@ -41,6 +47,8 @@ def test_switches(this):
         case("llama", "tp=4", batch="shorter_than_ranks"),
         case("mixtral", "tp=4", roles={"expert": "tp"}, batch="shorter_than_ranks"),
         case("mixtral", "ep=2,tp=2", batch="one_token", **DEDUP),
+        case("mixtral", "ep=2,tp=2", batch="odd", **PLAIN),
+        case("mixtral", "ep=2,tp=2", batch="one_token", **PLAIN),
     ],
     ids=str,
 )

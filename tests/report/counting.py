@@ -24,7 +24,7 @@ from tests.models_capacity import CAPACITY
 BATCH, SEQUENCE, WORLD = 2, 6, 4
 CASES = [
     (model, layers, mesh, roles, switches)
-    for switches in (dict(dedup=False, sequence_parallel=False), dict(dedup=True, sequence_parallel=False), dict(dedup=True, sequence_parallel=True))
+    for switches in (dict(dedup=False, sequence_parallel=False, algebra=False), dict(dedup=True, sequence_parallel=False, algebra=False), dict(dedup=False, sequence_parallel=False), dict(dedup=True, sequence_parallel=False), dict(dedup=True, sequence_parallel=True))
     for model, layers, mesh, roles in (
         ("mixtral", 1, "ep=2,tp=2", None),
         ("mixtral", 1, "dp=2,tp=2", {"expert": ("tp",)}),
