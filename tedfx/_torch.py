@@ -5,6 +5,8 @@ for before it is read, `torch.compile` traces them into the graph, and inductor 
 one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint depends on what the value means.
 """
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes
@@ -30,6 +32,21 @@ raw_wait = _ops.wait_tensor.default
 # An assertion that runs on the device and does not make the host wait. Public replacement: none yet (torch._check
 # looks at python values, torch._check_tensor_all would copy to the host).
 assert_async = torch._assert_async
+
+
+@contextlib.contextmanager
+def fake_world(rank: int, size: int):
+    """A default process group of any size in this process alone: its collectives answer at once, with this rank's own data.
+
+    Public replacement: none; the backend "fake" is registered by torch's testing package.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def group_name(group: dist.ProcessGroup) -> str:

@@ -108,7 +108,7 @@ class RankContext:
     def _proper(self, axes: Axes) -> Axes:
         return tuple(axis for axis in axes if self.sizes[axis] > 1)
 
-    def _rows(self, axes: Axes) -> list[list[int]]:
+    def groups(self, axes: Axes) -> list[list[int]]:
         """Every group over these axes as a list of ranks by flattened coordinate."""
         names = list(self.sizes)
         picked = [names.index(axis) for axis in axes]
@@ -116,12 +116,12 @@ class RankContext:
         return self.device_mesh.mesh.permute(kept + picked).reshape(-1, self.size(axes)).tolist()
 
     def _mine(self, axes: Axes) -> list[int]:
-        return next(row for row in self._rows(axes) if dist.get_rank() in row)
+        return next(row for row in self.groups(axes) if dist.get_rank() in row)
 
     def _create(self, axes: Axes) -> dist.ProcessGroup:
         if len(axes) == 1:
             return self.device_mesh.get_group(axes[0])
-        rows = [sorted(row) for row in self._rows(axes)]
+        rows = [sorted(row) for row in self.groups(axes)]
         if rows == [list(range(dist.get_world_size()))]:
             return dist.group.WORLD  # one communicator less
         mine = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tedfx.ops import context, lanes, moe
+from tedfx.ops import context, convert, lanes, moe
 from tests import pool
 from tests.ops.layers import E, F, H, K, _body, whole
 
@@ -87,6 +87,62 @@ def test_lanes_compute_what_one_device_does(ranks, layout, routing):
     assert backward == [*travels, "all_gather", "reduce_scatter", *travels]
 
 
+def _striped_layer(x, ids, weights, up, bias, down, split, lane):
+    """DeepSpeed-TED's order: all ranks of a lane group hold all its tokens; rows are sliced after the dispatch, gathered before the combine."""
+    order, counts = moe.route(ids, E, stripes=lane)
+    rows = convert.shard(moe.permute_rows(x, order, K), lane, 0, 1, "I")
+    send, recv, totals, received, counts = lanes.exchange_lanes(counts, (*lane, *split), split)
+    rows = moe.all_to_all_single(rows, recv, send, split)
+    index = lanes.lane_index(received, totals)
+    rows = lanes.pick_rows(lanes.gather_lanes(rows, lane, totals, "I"), index)
+    rows = convert.all_reduce(_body(convert.sum_gradient(rows, lane), counts, up, bias, down), lane)
+    rows = lanes.scatter_lanes(lanes.spread_lanes(rows, index, totals), lane, totals, "I")
+    rows = convert.all_gather(moe.all_to_all_single(rows, send, recv, split), lane, 0, 1, "I", order.shape[0])
+    return moe.combine(rows, order, weights)
+
+
+def _striped_on_rank(routing, shape, names, split, lane):
+    ctx = pool.context(shape, names, ((*lane, *split), lane))
+    sizes, ids, cotangent, given = _problem(routing)
+    e, t, groups = ctx.coordinate(split), ctx.coordinate(lane), ctx.size(split)
+    starts = [sum(sizes[: i * 4 // groups]) for i in range(groups + 1)]
+    take = lambda x: x[starts[e] : starts[e + 1]].clone()
+    mine = {name: take(given[name]) if name in ("x", "weights") else _piece(given[name], 0, e, groups).clone() for name in given}
+    for name in ("up", "bias", "down"):
+        mine[name] = _piece(mine[name], 1, t, ctx.size(lane)).clone()
+    for value in mine.values():
+        value.requires_grad_()
+    with context.use(ctx), context.count_collectives() as log:
+        # The bias of the first product is cut with its features: nothing is partial before the second.
+        out = _striped_layer(mine["x"], take(ids), mine["weights"], mine["up"], mine["bias"], mine["down"], split, lane)
+    with context.count_collectives() as back:
+        out.backward(take(cotangent))
+    return e, t, out.detach(), {n: v.grad for n, v in mine.items()}, [c.op for c in log], [c.op for c in back]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_rows_sliced_after_the_dispatch_compute_what_one_device_does(ranks, layout, routing):
+    shape, names, split, lane = LAYOUTS[layout]
+    _, ids, cotangent, given = _problem(routing)
+    wanted = {name: value.requires_grad_() for name, value in given.items()}
+    expected = whole(wanted["x"], ids, wanted["weights"], wanted["up"], wanted["bias"], wanted["down"])
+    expected.backward(cotangent)
+    answers = sorted(ranks(4).run(_striped_on_rank, routing, shape, names, split, lane), key=lambda a: a[:2])
+    for t in range(1 + max(a[1] for a in answers)):  # replicas on the lanes
+        same = [a for a in answers if a[1] == t]
+        torch.testing.assert_close(torch.cat([a[2] for a in same]), expected.detach())
+        for name in ("x", "weights"):
+            torch.testing.assert_close(torch.cat([a[3][name] for a in same]), wanted[name].grad)
+    pieces = {a[:2]: a[3] for a in answers}
+    for name in ("up", "bias", "down"):
+        grid = [[pieces[e, t][name] for t in range(1 + max(t for _, t in pieces))] for e in range(1 + max(e for e, _ in pieces))]
+        torch.testing.assert_close(torch.cat([torch.cat(row, 1) for row in grid]), wanted[name].grad)
+    travels = ["all_to_all"] * (len({e for e, _ in pieces}) > 1)
+    assert answers[0][4] == ["all_gather", *travels, "all_gather", "all_reduce", *travels, "all_gather"]  # the exchange of counts first
+    assert answers[0][5] == [*travels, "all_gather", "all_reduce", *travels, "all_gather"]
+
+
 def _sources_on_rank():
     ctx = pool.context((2,), ("t",))
     index = ctx.coordinates["t"]
@@ -105,6 +161,8 @@ def _sources_on_rank():
         assert torch.equal(rows.grad.view(2, 3, 2), whole_)
     with context.use(ctx), pytest.raises(ValueError, match="source must be"):
         lanes.scatter_lanes(rows, ("t",), totals, "S")
+    with context.use(ctx), pytest.raises(ValueError, match="to must be"):
+        lanes.gather_lanes(rows, ("t",), totals, "S")
 
 
 def test_sources(ranks):

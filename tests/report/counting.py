@@ -68,8 +68,9 @@ def count(rank, prepared):
         number = lambda item: cost.number(item.payload, values)  # noqa: E731
         answers.append(
             {
-                "predicted": Counter((i.phase, i.op, i.axes, -1 if i.ragged else number(i)) for i in cost.items if i.phase != "boundary"),
-                "ran": Counter((c.phase, COUNTED[c.op], c.axes, -1 if c.ragged else c.bytes) for c in log),
+                "predicted": Counter((i.phase, i.op, i.axes, number(i)) for i in cost.items if i.phase != "boundary" and not i.ragged),
+                "predicted_ragged": Counter((i.phase, i.op, i.axes) for i in cost.items if i.phase != "boundary" and i.ragged),
+                "ran": Counter((c.phase, COUNTED[c.op], c.axes, c.bytes) for c in log),
                 "predicted_buckets": Counter((i.axes, number(i)) for i in cost.items if i.node == "(gradients)"),
                 "ran_buckets": Counter((r.axes, r.bytes) for r in pm.reductions),
                 "predicted_rows": sum(number(i) for i in cost.items if i.op == ALL_TO_ALL),
