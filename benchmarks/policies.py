@@ -33,6 +33,7 @@ RUNS = [
     ("tp=2", {"sequence_parallel": True, "checkpoint": "full"}),
     ("ep=2", {"compile": True}),
     ("ep=2", {"compile": True, "checkpoint": "comm"}),
+    ("ep=2", {"compile": True, "checkpoint": "full"}),
     ("tp=2", {"compile": True, "sequence_parallel": False}),
     ("tp=2", {"compile": True, "sequence_parallel": True}),
 ]
@@ -98,7 +99,7 @@ def measure(rank, args) -> list[dict]:
             torch.cuda.synchronize()
         if args.profile and rank.index == 0:
             profiler.stop()
-            print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=args.profile, max_name_column_width=60))
+            print(profiler.key_averages().table(sort_by=args.profile_by, row_limit=args.profile, max_name_column_width=60))
         timed = times[args.warmup :]
         held = sum(p.to_local().numel() * p.element_size() for p in pm.parameters())
         record = {
@@ -130,6 +131,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--runs", type=int, nargs="+", default=list(range(len(RUNS))), help="numbers of the runs (default: all)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N most costly kernels of one more step")
+    parser.add_argument("--profile-by", default="self_cuda_time_total", help="or self_cpu_time_total: what keeps the host")
     parser.add_argument("--timeout", type=float, default=560.0)
     parser.add_argument("--out", default="policies.jsonl")
     args = parser.parse_args()

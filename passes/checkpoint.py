@@ -14,6 +14,7 @@ from torch import fx
 
 from tedfx.activations import Ledger, Sizing, repeated, saves, short_name
 from tedfx.cost import Cost, format_bytes
+from tedfx.decisions import chooses, copies_to_host
 from tedfx.emission import schedule
 from tedfx.errors import ConfigError, TedfxError, user_line
 from tedfx.layers import layers
@@ -21,9 +22,6 @@ from tedfx.rules.base import op_name
 
 POLICIES = ("none", "full", "selective", "comm")
 _BUDGET = re.compile(r"budget=(\d+(?:\.\d+)?) ?(B|[KMGT]B|[KMGT]iB)?")
-# Which of several comes out: chosen again, a near-tie could come out otherwise.
-_DECISIONS = frozenset("topk sort argsort msort kthvalue median mode argmax argmin multinomial unique unique_consecutive nonzero route".split())
-_HOST_COPIES = frozenset("item _local_scalar_dense exchange_counts exchange_lanes".split())
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,9 @@ def barrier(node: fx.Node, communicating: Iterable[str]) -> str:
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
     if node.name in communicating:
         return "communicates"
-    if name in _DECISIONS or (name in ("max", "min") and isinstance(node.meta.get("val"), (tuple, list))):
+    if chooses(name, isinstance(node.meta.get("val"), (tuple, list))):
         return "decides a routing or an order"
-    if name in _HOST_COPIES or torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+    if copies_to_host(name, tags):
         return "makes the host wait for the device"
     if torch.Tag.nondeterministic_seeded in tags and op_name(node) != "aten.scaled_dot_product_attention":
         return "draws from a generator"
