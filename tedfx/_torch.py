@@ -1,7 +1,7 @@
 """Every private torch import of tedfx, in one place, each with the public thing that would replace it.
 
-The collectives below are the functional ones without their autograd: they return a new tensor that must be waited
-for before it is read, `torch.compile` traces them into the graph, and inductor may move the wait. tedfx gives every
+The collectives below have no autograd. While compiling they are the functional ones, which `torch.compile` traces into the
+graph and whose waits inductor may move; in eager mode they are torch.distributed's own. tedfx gives every
 one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint depends on what the value means.
 """
 
@@ -18,16 +18,56 @@ import torch.distributed._functional_collectives  # noqa: F401
 # Trees of inputs and outputs. Public replacement: `torch.utils.pytree`, whose tree specs torch.export does not use yet.
 import torch.utils._pytree as pytree  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public replacement: none; torch.export takes one and makes none
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
 
 _ops = torch.ops._c10d_functional
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
-# Public replacement: a public functional collective, `torch.distributed.nn.functional` without the autograd.
-raw_all_reduce = _ops.all_reduce.default
-raw_all_gather = _ops.all_gather_into_tensor.default
-raw_reduce_scatter = _ops.reduce_scatter_tensor.default
-raw_all_to_all = _ops.all_to_all_single.default
-raw_wait = _ops.wait_tensor.default
+
+
+def _plain(x: torch.Tensor) -> bool:
+    """Whether the public collectives do: eager mode on a tensor with data. They cost the host about half of what the functional ones do."""
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+# The four collectives: `name` is that of the group, what comes back may be read. Public replacement of the traced forms: a public functional
+# collective, `torch.distributed.nn.functional` without the autograd; of `_resolve_process_group`: passing the group itself.
+def all_reduce(x: torch.Tensor, op: str, name: str) -> torch.Tensor:
+    """The "sum" or "max" of x over the ranks."""
+    if not _plain(x):
+        return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, name))
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, _REDUCTIONS[op], group=c10d._resolve_process_group(name))
+    return out
+
+
+def all_gather(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
+    """x[n,..] of every rank, along dim 0: [size * n,..]."""
+    if not _plain(x):
+        return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, name))
+    out = x.new_empty(size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=c10d._resolve_process_group(name))
+    return out
+
+
+def reduce_scatter(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
+    """This rank's piece [n / size,..] of the sum of x[n,..] over the ranks."""
+    if not _plain(x):
+        return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", size, name))
+    out = x.new_empty(x.shape[0] // size, *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=c10d._resolve_process_group(name))
+    return out
+
+
+def all_to_all(x: torch.Tensor, recv: list[int], send: list[int], name: str) -> torch.Tensor:
+    """send[g] rows of x to each rank, recv[g] from each."""
+    if not _plain(x):
+        return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), recv, send, name))
+    out = x.new_empty(sum(recv), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), recv, send, group=c10d._resolve_process_group(name))
+    return out
+
 
 # An assertion that runs on the device and does not make the host wait. Public replacement: none yet (torch._check
 # looks at python values, torch._check_tensor_all would copy to the host).

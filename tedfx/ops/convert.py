@@ -99,7 +99,7 @@ def partial(x: Tensor, axes: Axes, source: str = "R") -> Tensor:
 def sum_over(x: Tensor, span: Span, phase: str, op: str = "sum") -> Tensor:
     """The sum (or, op="max", the maximum) of x over the ranks of `span`."""
     context.record("all_reduce", span.axes, phase, x)
-    return _torch.raw_wait(_torch.raw_all_reduce(x.contiguous(), op, span.name))
+    return _torch.all_reduce(x, op, span.name)
 
 
 def bounds(whole: int, span: Span) -> list[int]:
@@ -138,7 +138,7 @@ def _gather(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
     shape = x.shape
     if x.dim() == 0 or dim >= x.dim():
         raise ValueError(f"all_gather along dim {dim} of a tensor of shape {tuple(shape)}")
-    gathered = _torch.raw_wait(_torch.raw_all_gather(x.contiguous(), span.size, span.name))
+    gathered = _torch.all_gather(x, span.size, span.name)
     pieces = gathered.view(span.size, *shape[:dim], outer, shape[dim] // outer, *shape[dim + 1 :])
     if span.order is not None:
         pieces = torch.stack([pieces[rank] for rank in span.order])
@@ -160,7 +160,7 @@ def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str, ragged:
         pieces = torch.stack([pieces[holder[rank]] for rank in range(span.size)])
     # One leading dim of size * n rows: the collective cuts dim 0 and knows no other.
     flat = pieces.reshape(-1).contiguous()  # of an expanded tensor even reshape(-1) is a view
-    summed = _torch.raw_wait(_torch.raw_reduce_scatter(flat, "sum", span.size, span.name))
+    summed = _torch.reduce_scatter(flat, span.size, span.name)
     return summed.view(*shape[:dim], local, *shape[dim + 1 :])
 
 

@@ -175,13 +175,13 @@ class _Permute(torch.autograd.Function):
 def _exchange(rows, span, recv, send, phase):
     context.record("all_to_all", span.axes, phase, rows, True)
     if span.order is None:
-        return _torch.raw_wait(_torch.raw_all_to_all(rows.contiguous(), recv, send, span.name))
+        return _torch.all_to_all(rows, recv, send, span.name)
     # The group counts its ranks in another order than the coordinates run: the runs are put in its order and back.
     holder = [span.order.index(rank) for rank in range(span.size)]
     runs = torch.split(rows, send)
     rows = torch.cat([runs[index] for index in holder])
     recv, send = [recv[index] for index in holder], [send[index] for index in holder]
-    runs = torch.split(_torch.raw_wait(_torch.raw_all_to_all(rows, recv, send, span.name)), recv)
+    runs = torch.split(_torch.all_to_all(rows, recv, send, span.name), recv)
     return torch.cat([runs[rank] for rank in span.order])
 
 

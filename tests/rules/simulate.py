@@ -71,7 +71,7 @@ class Ranks:
     def _all_gather(self, x, size, name):
         return torch.cat(self._exchange(x, name)[0])
 
-    def _reduce_scatter(self, x, op, size, name):
+    def _reduce_scatter(self, x, size, name):
         found, index = self._exchange(x, name)
         return torch.stack(found).sum(0).chunk(size)[index].contiguous()
 
@@ -93,8 +93,7 @@ class Ranks:
                 for barrier, *_ in list(self._groups.values()):
                     barrier.abort()
 
-        names = {"raw_all_reduce": self._all_reduce, "raw_all_gather": self._all_gather, "raw_reduce_scatter": self._reduce_scatter,
-                 "raw_all_to_all": self._all_to_all, "raw_wait": lambda x: x}  # fmt: skip
+        names = {"all_reduce": self._all_reduce, "all_gather": self._all_gather, "reduce_scatter": self._reduce_scatter, "all_to_all": self._all_to_all}
         before = {name: getattr(_torch, name) for name in names}
         active, context._ACTIVE = context._ACTIVE, self
         for name, stand_in in names.items():
