@@ -12,7 +12,7 @@ from torch import fx
 from tedfx import ops
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.factors import leaves
-from tedfx.rules.base import regroup_barrier
+from tedfx.rules.base import op_name, regroup_barrier
 from tedfx.sizes import Share, Sizes
 from tedfx.types import I, P, R, Shard, find_dim
 
@@ -23,6 +23,7 @@ class LowerCollectives(Pass):
 
     1. Barriers between factorisations vanish: their operand is whole.
     2. A conversion of one axis directly on top of the same conversion of another, with no other user, is one op over both axes.
+    3. A dropout of a partial sum that is then scattered draws after that instead: on this rank's slice, so that its mask is the slice's too.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"types"})
@@ -38,6 +39,8 @@ class LowerCollectives(Pass):
             elif node.target is convert:
                 result.matches += 1
                 axis, source, target = node.meta["conversion"]
+                if source == P and isinstance(target, Shard):
+                    node = self._before_dropout(node)
                 fn, axes, extra = self._op(node, axis, source, target, sizes)
                 below = node.args[0]
                 if below.meta.get("lowered", (None,))[:2] == (fn, extra) and len(below.users) == 1:
@@ -57,6 +60,19 @@ class LowerCollectives(Pass):
                 result.changes += 1
         self._check_order(graph, order)
         return result
+
+    @staticmethod
+    def _before_dropout(node: fx.Node) -> fx.Node:
+        """scatter(dropout(x)) -> dropout(scatter(x)), where nobody else sees the dropout, which stays where it stood. The scatter."""
+        dropout, type_ = node.args[0], node.meta["type"]
+        if op_name(dropout) != "aten.dropout" or len(dropout.users) > 1 or dropout.args[0].meta["type"] != dropout.meta["type"]:
+            return node
+        node.replace_all_uses_with(dropout)
+        node.replace_input_with(dropout, dropout.args[0])
+        dropout.replace_input_with(dropout.args[0], node)
+        dropout.prepend(node)
+        dropout.meta["type"] = dict(type_)
+        return node
 
     @staticmethod
     def _check_order(graph: fx.Graph, order) -> None:

@@ -28,7 +28,8 @@ _VIEWS = frozenset(
 _COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
 _NOTHING = _VIEWS | frozenset(
     """add sub rsub neg sum mean cat stack to _to_copy type_as clone pad roll flip repeat tril triu cumsum getitem mul_size
-    all_reduce all_reduce_batched all_gather reduce_scatter shard partial all_to_all_single local_counts axis_offset lift_fresh_copy""".split()
+    all_reduce all_reduce_batched all_gather reduce_scatter shard partial all_to_all_single gather_lanes scatter_lanes
+    local_counts axis_offset lift_fresh_copy""".split()
 )
 _RESULT = frozenset("exp sigmoid tanh softmax _softmax log_softmax _log_softmax sqrt rsqrt reciprocal relu".split())
 _OPERAND = frozenset("silu gelu pow square log log1p sin cos abs erf leaky_relu elu softplus clamp clamp_min clamp_max hardswish mish".split())
@@ -36,7 +37,7 @@ _PRODUCTS = frozenset("mul linear matmul mm bmm addmm baddbmm einsum".split())
 # Ops whose backward reads one operand that says where: its position.
 _WHERE = {
     "gather": 2, "index_select": 2, "embedding": 1, "index": 1, "masked_fill": 1, "where": 0, "scatter": 2, "scatter_add": 2,
-    "permute_rows": 1, "index_rows": 1, "unindex_rows": 1, "expert_rows": 1, "vocab_parallel_embedding": 1,
+    "permute_rows": 1, "index_rows": 1, "unindex_rows": 1, "pick_rows": 1, "spread_lanes": 1, "expert_rows": 1, "vocab_parallel_embedding": 1,
 }  # fmt: skip
 CONTRACTIONS = frozenset("linear matmul mm bmm addmm baddbmm einsum grouped_linear scaled_dot_product_attention".split())
 

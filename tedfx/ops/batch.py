@@ -15,8 +15,9 @@ def all_reduce_batched(values: list[Tensor], axes: Axes) -> list[Tensor]:
     ValueError where the dtypes differ.
     """
     span = context.span(axes)
-    if len({x.dtype for x in values}) > 1:
-        raise ValueError(f"all_reduce_batched of different dtypes: {[x.dtype for x in values]}")
+    for x in values:
+        if x.dtype != values[0].dtype:
+            raise ValueError(f"all_reduce_batched of different dtypes, {values[0].dtype} and {x.dtype}")
     if span.size == 1 or len(values) == 1:
         return [all_reduce(x, axes) for x in values]
     return list(_AllReduce.apply(span, *values))
@@ -26,9 +27,11 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, span, *values):
         ctx.set_materialize_grads(False)
-        total = sum_over(torch.cat([x.reshape(-1) for x in values]), span, "forward")
-        # Copies: each is a tensor of its own, so that none keeps the others alive.
-        return tuple(piece.clone().view(x.shape) for piece, x in zip(total.split([x.numel() for x in values]), values))
+        total, start, pieces = sum_over(torch.cat([x.reshape(-1) for x in values]), span, "forward"), 0, []
+        for x in values:  # copies: each is a tensor of its own, so that none keeps the others alive
+            pieces.append(total.narrow(0, start, x.numel()).clone().view(x.shape))
+            start += x.numel()
+        return tuple(pieces)
 
     @staticmethod
     def backward(ctx, *grads):

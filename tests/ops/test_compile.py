@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from tedfx.ops import context, convert, random, vocab
+from tedfx.ops import all_reduce_batched, context, convert, random, vocab
 from tests import pool
 from tests.ops.layers import E, F, H, K, Roles, local
 
@@ -127,3 +127,26 @@ def test_inductor_draws_what_eager_draws():
     for seed in (0, 1, -(2**63), 2**63 - 1, 123456789):
         assert torch.equal(compiled(torch.tensor(seed)), draw(torch.tensor(seed)))
     assert _graphs() == 1
+
+
+def _sums(x, y, z):
+    a, b, c = all_reduce_batched([x * 2, y.sum(0), z], ("t",))
+    return (a * b).sum() + c
+
+
+def _batched_on_rank():
+    _fresh()
+    ctx = pool.context((2,), ("t",))
+    x, y, z = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in [(3,), (4, 3), ()])
+    compiled = torch.compile(_sums, fullgraph=True, backend="aot_eager")
+    results = []
+    for fn in (_sums, compiled):
+        with context.use(ctx):
+            out = fn(x, y, z)
+        results.append([out.detach(), *torch.autograd.grad(out, [x, y, z])])
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-12, atol=1e-12)
+
+
+def test_batched_sums(ranks):
+    ranks(2).run(_batched_on_rank)

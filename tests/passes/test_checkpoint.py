@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tedfx
-from tedfx.activations import Ledger, Sizing, saves, short_name
+from tedfx.activations import Ledger, Sizing, saved, saves, short_name
 from tedfx.compiler import compile_trace, default_passes, example_sizes, pipeline
 from tedfx.cost import Cost
 from tedfx.emission import emit, schedule
@@ -245,6 +245,16 @@ def test_the_ledger_is_what_autograd_keeps(kind, call, policy):
     theirs |= {x.untyped_storage()._cdata for x in outputs}
     actual = sum(size for key, (there, size) in alive.made.items() if key not in theirs and there() is not None)
     assert outputs[0].requires_grad and abs(estimate - actual) <= 0.1 * actual, (estimate, actual)
+
+
+def test_rows_shared_by_lanes_are_not_kept_for_their_exchange():
+    """Gathering and scattering lanes keep nothing, picking and spreading their index; what is not in the table would count operands and result."""
+    program = compiled("none")
+    named = {name: find(program, name) for name in ("gather_lanes", "scatter_lanes", "pick_rows", "spread_lanes")}
+    assert all(named.values())
+    for name, nodes in named.items():
+        for node in nodes:
+            assert saved(node) == ([node.args[1]] if name in ("pick_rows", "spread_lanes") else [])
 
 
 def test_a_budget_lies_between_comm_and_none():

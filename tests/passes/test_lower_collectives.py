@@ -7,13 +7,18 @@ import torch
 from tedfx.passes.lower_collectives import LowerCollectives
 from tedfx.passes.place import convert
 from torch import fx
+from torch.nn import functional
 
 from tedfx import ops
+from tedfx.compiler import compile_trace, default_passes
 from tedfx.errors import TypeCheckError
 from tedfx.factors import Factor
 from tedfx.plan import Plan
 from tedfx.roles import MeshShape, Roles
+from tedfx.rules.base import op_name
 from tedfx.types import I, P, R, Shard
+from tests.passes import models as m
+from tests.passes.helpers import compilation, find, run_ranks, upto
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split
 
 B, O, F = "batch", "outer", "inner"
@@ -120,3 +125,35 @@ def test_a_factor_over_two_axes_gathered_for_two_kinds_of_users():
     wrong = chain("dp=2,tp=2", {"dp": B, "tp": B}, [(0, "dp", R), (1, "tp", R), (1, "tp", I)])
     with pytest.raises(TypeCheckError, match="minor axis tp"):
         LowerCollectives()(wrong)
+
+
+@pytest.mark.parametrize("length", [4, 3])
+def test_a_dropout_draws_on_the_slice_that_is_left(length):
+    """dropout(P) -> scatter becomes scatter -> dropout, at the same place in the order of draws: the masks are those of one rank."""
+    model = m.Fn(lambda s, x: block(s, block(s, x)).square().mean(), up=(8, 16), down=(16, 8), norm=(8,))
+    runs = []
+    for mesh in ("tp=1", "tp=2"):
+        program = compile_trace(compilation(model, mesh, m.inputs(length=length)), default_passes())
+        runs.append(run_ranks(program, model, m.inputs(length=length)))
+    first, second = find(program, "dropout")  # the first is added to x, whole on each rank, before the sum is scattered
+    assert op_name(first.args[0]) == "aten.matmul" and second.args[0].target is ops.reduce_scatter
+    (one, one_gradients), (many, gradients) = runs
+    same(many[0], one[0], "loss")
+    for name, gradient in gradients.items():
+        same(gradient, one_gradients[name], name)
+
+
+def test_a_dropout_that_others_read_stays():
+    """Its partial sum itself is asked for as well: two reductions either way, and one draw."""
+    model = m.Fn(lambda s, x: twice(functional.dropout((x @ s.up).relu() @ s.down, 0.5), x), up=(8, 16), down=(16, 8))
+    program, _ = upto(model, "tp=2", m.inputs(length=4), "lower_collectives", sequence_parallel=True)
+    (node,) = find(program, "dropout")
+    assert len(node.users) > 1 and op_name(node.args[0]) == "aten.matmul"
+
+
+def block(s, x):
+    return x + functional.dropout((functional.layer_norm(x, (8,), s.norm) @ s.up).relu() @ s.down, 0.5)
+
+
+def twice(y, x):
+    return (x + y).square().mean() + y.sum() + y.sum(1).square().mean()
