@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -35,7 +36,8 @@ VARIANTS = {
 BOTH = "DTD+CAC"
 TED = 1.26  # DeepSpeed-TED's figure for both together, on its cluster
 TOLERANCE = 0.15
-PROBES = 4  # exchanges of each size per round and speed
+PROBES = 6  # exchanges of each size per round and speed
+SKEW = 0.01  # seconds
 VOCABULARY = 256
 PORT = 29511
 SEND_FIRST, RECEIVE_FIRST = "send first", "receive first"
@@ -178,24 +180,28 @@ def slowest(seconds: float) -> float:
     return value.item()
 
 
-def exchange_seconds(index: int, args, node, order: str, size: int, times: int) -> float:
+def exchange_seconds(index: int, args, order: str, size: int) -> float:
     """Seconds, on average, in which each node sends `size` bytes to the other by plain gloo sends: every rank its part to its partner, both ways.
 
-    As in a step, one follows the other, and the ranks of a node (group `node`) meet in between while those of different nodes do not.
+    The ranks come one by one, up to SKEW apart, as in a step; who comes first changes by chance, and is another one for each rank. Time counts from the last to
+    come to the last to be done, by the clock that all processes of a machine share.
     """
     import torch
     import torch.distributed as dist
 
-    partner = (index + args.tp) % (2 * args.tp)
-    out, came, small = torch.zeros(size // args.tp, dtype=torch.uint8), torch.empty(size // args.tp, dtype=torch.uint8), torch.zeros(1)
-    dist.barrier()
-    begin = time.perf_counter()
-    for _ in range(times):
-        dist.all_reduce(small, group=node)
+    partner, late = (index + args.tp) % (2 * args.tp), random.Random()
+    out, came = torch.zeros(size // args.tp, dtype=torch.uint8), torch.empty(size // args.tp, dtype=torch.uint8)
+    times = torch.zeros(PROBES, 2, dtype=torch.float64)
+    for i in range(PROBES):
+        dist.barrier()
+        time.sleep(late.uniform(0, SKEW))
+        times[i, 0] = time.monotonic()
         work = [dist.isend(out, partner), dist.irecv(came, partner)] if order == SEND_FIRST else [dist.irecv(came, partner), dist.isend(out, partner)]
         for each in work:
             each.wait()
-    return slowest(time.perf_counter() - begin) / times
+        times[i, 1] = time.monotonic()
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return (times[:, 1] - times[:, 0]).mean().item()
 
 
 def one_way_speed(index: int, args, rate: float) -> float:
@@ -266,7 +272,7 @@ def measure(index: int, args, model, compilations) -> dict:
                 limit(args, rate)
             dist.barrier()
             speed = one_way_speed(index, args, rate)
-            seconds = {probe: exchange_seconds(index, args, mesh.get_group("tp"), *probe, PROBES) for probe in probes}
+            seconds = {probe: exchange_seconds(index, args, *probe) for probe in probes}
             if number >= 0:
                 one_way[rate].append(speed)
                 for probe in probes:

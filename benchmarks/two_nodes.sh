@@ -45,19 +45,17 @@ if [ -z "$inside" ]; then
 fi
 
 nodes=()
-running=()
 
 cleanup() {
     trap - EXIT
     trap '' INT TERM HUP
+    exec 2>/dev/null # bash would report every process that is killed here
     for node in "${nodes[@]}"; do
         # The ranks are in here and nobody else.
-        ip netns pids "$node" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
-        ip netns del "$node" 2>/dev/null || true
+        ip netns pids "$node" | xargs -r kill -KILL || true
+        ip netns del "$node" || true
     done
-    for pid in "${running[@]}"; do
-        wait "$pid" 2>/dev/null || true
-    done
+    wait || true
 }
 trap cleanup EXIT
 trap 'exit 129' HUP
@@ -87,7 +85,6 @@ done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TORCH_CPP_LOG_LEVEL=ERROR
 for i in 1 0; do
     GLOO_SOCKET_IFNAME=link$i ip netns exec "node$i" timeout -k 5 900 "$PYTHON" "$here/two_nodes.py" --node "$i" --device "link$i" --address 10.66.0.1 "$@" &
-    running+=($!)
 done
 
 # Whoever fails first has the reason; the other one is then ended by `cleanup`.
