@@ -1,7 +1,7 @@
 """The ranks, the prediction, the table and the plot of benchmarks/two_nodes.sh, which starts this once per node. docs/two_nodes.md describes it.
 
 A step is forward, backward and the gradient boundary (no optimizer: it is the same in all variants). All variants live in the same processes, made from one
-trace; in every round, at every link speed, each takes one step, in an order that rotates. A step lasts as long as that of the slowest rank.
+trace; in every round, at every link speed, they take a step in turn. A step lasts as long as that of the slowest rank.
 
 Predicted, from what is measured apart from the limited steps:
 
@@ -48,7 +48,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/two_nodes.sh", description="TED's savings between two network namespaces, against the speed of the link.")
     parser.add_argument("--big", action="store_true", help="four ranks per node (ep=2,tp=4) instead of two")
     parser.add_argument("--rates", default="50 100 200 500", help='link speeds in Mbit/s, e.g. "50 100 200 500"; one without a limit is added')
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each variant at each speed")
+    parser.add_argument("--steps", type=int, default=7, help="rounds: timed steps of the variants compared at the slowest speed, of which more are taken at others")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
@@ -265,8 +265,9 @@ def measure(index: int, args, model, compilations) -> dict:
     bytes_sent = {variant: [] for variant in VARIANTS}
     start, rounds, load = time.monotonic(), 0, []
     for number in range(-1, args.steps):  # round -1 warms up
-        turn = number % len(VARIANTS)
-        order = list(VARIANTS)[turn:] + list(VARIANTS)[:turn]
+        # The two that are compared in every round, those with one of the savings in every other.
+        order = ["baseline", BOTH] if max(number, 0) % 2 else list(VARIANTS)
+        order = order[::-1] if number // 2 % 2 else order
         for rate in [*rates, FREE]:  # what every prediction starts from is measured twice as often
             if index % args.tp == 0:
                 limit(args, rate)
@@ -277,7 +278,8 @@ def measure(index: int, args, model, compilations) -> dict:
                 one_way[rate].append(speed)
                 for probe in probes:
                     exchange[rate, *probe].append(seconds[probe])
-            for variant in order:
+            short = rate == FREE or rate >= 4 * min(args.rates)  # twice as many where they take less time
+            for variant in order * (1 + (short and number >= 0)):
                 seconds, out = step(variant)
                 if number >= 0:
                     found[rate, variant].append(seconds)
@@ -347,10 +349,10 @@ def report(args, compilations, measured: dict) -> list[dict]:
 def table(args, records) -> str:
     from tabulate import tabulate
 
-    first = records[0]
+    first, both = records[0], [r for r in records if r["variant"] in ("baseline", BOTH)]
     lines = [
         f"mesh {first['mesh']}, Mixtral of {args.layers} layers, hidden {args.hidden}, feed-forward {2 * args.hidden}, 8 experts, top-2, vocabulary {VOCABULARY}, float32; "
-        f"{args.batch} x {args.sequence} tokens per node; medians of {first['steps']} steps; {first['cores']} cores, load {first['load']}",
+        f"{args.batch} x {args.sequence} tokens per node; medians of {min(r['steps'] for r in both)} to {max(r['steps'] for r in both)} steps per speed; {first['cores']} cores, load {first['load']}",
         "",
         "MB that one node sends to the other in a step",
         tabulate(

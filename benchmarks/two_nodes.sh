@@ -7,7 +7,7 @@
 #
 #   --big    four ranks per node (ep=2,tp=4) instead of two (ep=2,tp=2)
 #   --rates  link speeds in Mbit/s; one without a limit is always added
-#   --steps  timed steps of every variant at every speed
+#   --steps  rounds; in each, the baseline and both savings together take a step at every speed (two at the higher ones)
 #   --out    where two_nodes.jsonl and two_nodes.png go (default benchmarks/results)
 #
 # PYTHON names the interpreter (default: .venv/bin/python of the checkout, else python3). Needs iproute2; root, or user namespaces. Everything happens
@@ -46,6 +46,7 @@ fi
 
 nodes=()
 
+# shellcheck disable=SC2329  # the trap calls it
 cleanup() {
     trap - EXIT
     trap '' INT TERM HUP
