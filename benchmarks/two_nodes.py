@@ -340,7 +340,7 @@ def report(args, compilations, measured: dict) -> list[dict]:
                     "link_bytes": sum(m.bytes for m in messages[v]), "link_bytes_by_phase": {p: sum(m.bytes for m in messages[v] if m.phase == p) for p in PHASES},
                     "interface_bytes": round(statistics.median(measured["sent"][v])),
                     "steps": len(times), "mesh": f"ep=2,tp={args.tp}", "hidden": args.hidden, "layers": args.layers, "batch": args.batch, "sequence": args.sequence,
-                    "congestion": measured["congestion"], "cores": os.cpu_count(), "load": round(measured["load"], 1), "loss": round(measured["losses"][v], 6), "versions": versions(),
+                    "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()), "congestion": measured["congestion"], "cores": os.cpu_count(), "load": round(measured["load"], 1), "loss": round(measured["losses"][v], 6), "versions": versions(),
                 }
             )  # fmt: skip
     return records
