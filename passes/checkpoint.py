@@ -14,7 +14,6 @@ from torch import fx
 
 from tedfx.activations import Ledger, Sizing, repeated, saves, short_name
 from tedfx.cost import Cost, format_bytes
-from tedfx.decisions import chooses, copies_to_host
 from tedfx.emission import schedule
 from tedfx.errors import ConfigError, TedfxError, user_line
 from tedfx.layers import layers
@@ -22,6 +21,9 @@ from tedfx.rules.base import op_name
 
 POLICIES = ("none", "full", "selective", "comm")
 _BUDGET = re.compile(r"budget=(\d+(?:\.\d+)?) ?(B|[KMGT]B|[KMGT]iB)?")
+# Which of several comes out: chosen again, a near-tie could come out otherwise.
+_DECISIONS = frozenset("topk sort argsort msort kthvalue median mode argmax argmin multinomial unique unique_consecutive nonzero route".split())
+_HOST_COPIES = frozenset("item _local_scalar_dense exchange_counts exchange_lanes".split())
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Checkpoint(Pass):
                "selective"  the cores of attentions
                "full"       each layer is a region, collectives and all: what recompute then repeats is counted in its own phase
     batch, sequence   one rank's sizes, for bytes; those of the example inputs if not given.
+    decide_again      full: whether choices (top-k, sort, routing) are in the regions as well. Eager recompute runs the same kernels on the same values and chooses
+                      the same; compiled kernels are fused otherwise in backward, round otherwise, and could choose experts that do not fit what was exchanged.
+                      So `compile=True` sets it to False; a layer is then two regions or three, and keeps what goes from one to the next.
 
     1. A node has a label: its layer if it may be recomputed, else none. Outside of all layers nothing is recomputed.
     2. Its level is the largest number of times that a path to it changes the label. Levels never fall along a path, so nodes of
@@ -47,6 +52,7 @@ class Checkpoint(Pass):
     policy: str = "none"
     batch: int | None = None
     sequence: int | None = None
+    decide_again: bool = True
 
     requires: ClassVar[frozenset[str]] = frozenset({"local"})
     provides: ClassVar[frozenset[str]] = frozenset({"regions"})
@@ -61,7 +67,7 @@ class Checkpoint(Pass):
             return result
         graph = program.graph_module.graph
         sizing = Sizing(self._values(program))
-        regions = _candidates(program, kind)
+        regions = _candidates(program, kind, self.decide_again)
         result.matches = len(regions)
         ledger = Ledger(graph, regions, sizing)
         if kind in ("comm", "budget"):
@@ -116,13 +122,18 @@ def barrier(node: fx.Node, communicating: Iterable[str]) -> str:
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
     if node.name in communicating:
         return "communicates"
-    if chooses(name, isinstance(node.meta.get("val"), (tuple, list))):
+    if _decides(node):
         return "decides a routing or an order"
-    if copies_to_host(name, tags):
+    if name in _HOST_COPIES or torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
         return "makes the host wait for the device"
     if torch.Tag.nondeterministic_seeded in tags and op_name(node) != "aten.scaled_dot_product_attention":
         return "draws from a generator"
     return ""
+
+
+def _decides(node: fx.Node) -> bool:
+    name = short_name(node)
+    return name in _DECISIONS or (name in ("max", "min") and isinstance(node.meta.get("val"), (tuple, list)))
 
 
 def communicating_nodes(program) -> set[str]:
@@ -140,7 +151,7 @@ def assert_no_recomputed_collectives(compilation) -> None:
                 raise TedfxError(f"{node.name} is recomputed in region {node.meta['region']}, but it {why} ({user_line(node)})")
 
 
-def _candidates(program, kind: str) -> list[list[fx.Node]]:
+def _candidates(program, kind: str, decide_again: bool) -> list[list[fx.Node]]:
     graph = program.graph_module.graph
     communicating = communicating_nodes(program)
     if kind == "selective":
@@ -151,7 +162,7 @@ def _candidates(program, kind: str) -> list[list[fx.Node]]:
     for node, layer in layers(graph).items():
         if short_name(node) == "getitem":
             label[node] = label.get(node.args[0])  # one of several results goes where they are made
-        elif layer and node not in written and (kind == "full" or not barrier(node, communicating)):
+        elif layer and node not in written and (decide_again or not _decides(node) if kind == "full" else not barrier(node, communicating)):
             label[node] = layer
     return [nodes for nodes in regions_of(graph, label) if any(saves(n) for n in nodes)]
 

@@ -62,7 +62,7 @@ def parallelize(
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
     resolved = Roles.resolve(shape, roles)
-    passes = pipeline(passes, resolved, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra)
+    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra)
     if (checkpoint or "").startswith("budget") and example_inputs is None:
         raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
     if not hasattr(mesh, "device_type"):

@@ -68,15 +68,19 @@ def default_passes(*, dedup: bool = True, sequence_parallel: bool = True, algebr
     ]
 
 
-def pipeline(passes: Sequence[Pass] | None, roles: Roles, **options) -> list[Pass]:
-    """`passes`, or `default_passes` with those options that are not None. ConfigError where both are given, or an option cannot hold on this mesh."""
+def pipeline(passes: Sequence[Pass] | None, roles: Roles, compile: Any = False, **options) -> list[Pass]:
+    """`passes`, or `default_passes` with those options that are not None. ConfigError where both are given, or an option cannot hold on this mesh.
+
+    What is to be compiled decides once, see `Checkpoint`.
+    """
     given = {name: value for name, value in options.items() if value is not None}
     if passes is not None and given:
         (name, *_) = given
         raise ConfigError(f"passes= and {name}= together: the passes say it themselves; give passes=tedfx.default_passes({name}={given[name]!r}, ..) or leave one out")
     if given.get("sequence_parallel") and not roles.mesh.wide(roles.tensor):
         raise ConfigError(f"sequence_parallel=True needs a tensor axis larger than 1, and mesh {roles.mesh} has none; leave it out")
-    return list(default_passes(**given) if passes is None else passes)
+    made = list(default_passes(**given) if passes is None else passes)
+    return [replace(p, decide_again=False) if compile and isinstance(p, Checkpoint) else p for p in made]
 
 
 @dataclass

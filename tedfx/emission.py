@@ -6,21 +6,16 @@ nodes stood, or later, when its operands are there: the order follows from the g
 
 from __future__ import annotations
 
-import functools
 import heapq
 import operator
 from collections.abc import Collection
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from tedfx.decisions import any_decides, keep_decisions
 from tedfx.errors import TedfxError, user_line
 from tedfx.ops import context
-
-
-_keep_decisions = functools.partial(create_selective_checkpoint_contexts, keep_decisions)
 
 
 class Region(nn.Module):
@@ -33,13 +28,11 @@ class Region(nn.Module):
     def __init__(self, body: fx.GraphModule):
         super().__init__()
         self.body = body
-        # Recompute by compiled kernels need not be bitwise the first run: what that decided is kept. Eager recompute is the same kernels on the same values.
-        self.compiled = {"context_fn": _keep_decisions} if any_decides(list(body.graph.nodes)) else {}
 
     def forward(self, *inputs):
         if torch.compiler.is_compiling():
             # The body is traced once, here, where the context is known; what is recomputed is then the compiler's graph.
-            return checkpoint(self.body.forward, *inputs, use_reentrant=False, preserve_rng_state=False, **self.compiled)
+            return checkpoint(self.body.forward, *inputs, use_reentrant=False, preserve_rng_state=False)
         return checkpoint(self._run, context.active(), *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def _run(self, where, *inputs):

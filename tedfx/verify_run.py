@@ -229,7 +229,7 @@ def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
 
     trainable = {placeholder for placeholder, name in trace.parameters.items() if model.get_parameter(name).requires_grad}
     outputs = options.get("outputs")
-    passes = pipeline(options.get("passes"), roles, **{name: options.get(name) for name in ("dedup", "sequence_parallel", "algebra", "checkpoint")})
+    passes = pipeline(options.get("passes"), roles, options.get("compile"), **{name: options.get(name) for name in ("dedup", "sequence_parallel", "algebra", "checkpoint")})
     example = example_sizes(trace, options.get("example_inputs") or {})
     return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example), passes)
 

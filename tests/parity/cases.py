@@ -120,8 +120,8 @@ def _compiled(case: Case) -> list:
     for training, names in case.calls:
         key = (case.model, case.overrides, case.change, case.dtype, training, names)
         one = _once(("trace", *key), lambda: traced(training, names))  # noqa: B023
-        options = {"outputs": case.outputs, **_switches(case), "example_inputs": {name: batch[name] for name in names}}
-        made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs, *_switches(case).values()), lambda: prepare(model, one, roles, options)))  # noqa: B023
+        options = {"outputs": case.outputs, **_switches(case), "compile": bool(case.compile), "example_inputs": {name: batch[name] for name in names}}
+        made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs, bool(case.compile), *_switches(case).values()), lambda: prepare(model, one, roles, options)))  # noqa: B023
     return made
 
 

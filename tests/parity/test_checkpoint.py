@@ -149,14 +149,14 @@ def loss_and_gradients(model, batch):
 
 def test_compiled_full_decides_once():
     """Compiled kernels may round otherwise when they recompute: a choice made again could differ from the rows that were exchanged by the first."""
-    this = case("mixtral", "ep=2", overrides={"num_hidden_layers": 1}, outputs=("loss",), checkpoint="full")
+    this = case("mixtral", "ep=2", overrides={"num_hidden_layers": 1}, outputs=("loss",), checkpoint="full", compile="aot_eager")
     expected, grads = on_single(this, loss_and_gradients)
     for loss, got, breaks, backward in on_ranks(this, compiled):
         assert relative(loss, expected) < 1e-6 and max(errors(got, grads).values()) < 1e-5
         assert breaks == 0
         count = lambda word: sum(word in op for op in backward)  # noqa: B023, E731
-        assert count("topk") == count("sort.") == count("_local_scalar_dense") == 0
-        assert count("all_to_all_single") == 4 and count("_softmax") >= 1  # the exchanges and the router's scores are recomputed
+        assert count("topk") == count("sort.") == 0
+        assert count("all_to_all_single") == 4 and count("_softmax") >= 1  # the exchanges of rows and the router's scores are recomputed
 
 
 def test_compiled_comm_is_one_graph_that_repeats_no_collective():
