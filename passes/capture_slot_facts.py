@@ -133,12 +133,13 @@ def _compare(node: fx.Node, known: dict, hits: dict):
     limit = _number(right)
     if limit is None and isinstance(right, fx.Node) and isinstance(right.meta["val"], torch.Tensor) and right.meta["val"].dim():
         return None
-    if limit is not None and fact.guards == fact.queue.guards:
-        bit = Bit(fact.queue, as_size(sympy.sympify(limit) - fact.first + (1 if name in ("le", "gt") else 0)))
-    else:
-        bit = Bit(node=node)
     inverted = name in ("gt", "ge")
-    term = Term(fact.queue.routing, values=(Value(node, fact.dims, inverted),), guards=frozenset({bit}), exact=True)
+    value = Value(node, fact.dims, inverted)
+    if limit is not None and fact.guards == fact.queue.guards:
+        bit = Bit(fact.queue, as_size(sympy.sympify(limit) - fact.first + (1 if name in ("le", "gt") else 0)), source=value)
+    else:
+        bit = Bit(node=node, source=value)
+    term = Term(fact.queue.routing, values=(value,), guards=frozenset({bit}), exact=True)
     return Drop(fact.dims, term) if inverted else Mask(fact.dims, (term,))
 
 

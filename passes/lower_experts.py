@@ -38,6 +38,10 @@ class LowerExperts(Pass):
     4. Sliced tokens whose rows the type says are R on arrival (an axis that shards the experts' own factors): the lanes are gathered after the all-to-all, and
        scattered, which sums them, before the way back (`tedfx/ops/lanes.py`).
 
+    Assignments that a capacity dropped stand behind all others (the tail of the dispatch). Where rows travel, or a rank keeps those of its experts, the tail is cut
+    off: how many rows are left is known on the host anyway. Where neither is the case it stays, and the ops that tell experts apart pass it over: elementwise work on
+    zeros costs less than a host copy.
+
     The expert body between dispatch and combine is not touched: its weights are already split by their types.
     """
 
@@ -62,7 +66,7 @@ class LowerExperts(Pass):
         return result
 
     def _dispatch(self, program, graph: fx.Graph, node: fx.Node) -> _Layer:
-        x, ids, num_experts = node.args
+        x, ids, num_experts, *tail = node.args
         experts = leaves(node.meta["dims_of"][1][0])[0]
         split = program.plan.axes_of(experts)
         travel = tuple(a for a in split if isinstance(x.meta["type"][a], Shard))
@@ -85,7 +89,8 @@ class LowerExperts(Pass):
             routed = make(ops.route, ids, num_experts, owned=stay if not travel else (), lanes=stay if travel else ())
             order = make(operator.getitem, routed, 0, dims=order_dims, type_=order_type)
             counts = make(operator.getitem, routed, 1)
-            rows = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=lane_type)
+            permuted = lambda: make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=lane_type)
+            rows = permuted()
             layer = _Layer(node, order)
             if travel:
                 layer.exchange, layer.lanes = split, lanes
@@ -93,6 +98,9 @@ class LowerExperts(Pass):
                 items = [make(operator.getitem, exchanged, i) for i in range(4 if lanes else 3)]
                 layer.send, layer.recv, received = items[0], items[1], items[-1]
                 counts = make(operator.getitem, exchanged, len(items), dims=counts_dims, type_=counts_type)
+                if any(tail):
+                    layer.order = order = make(ops.cut_tail, order, layer.send, dims=order_dims, type_=order_type)
+                    rows = permuted()
                 rows = make(ops.all_to_all_single, rows, layer.recv, layer.send, split, dims=rows_dims, type_=lane_type)
                 if lanes:
                     layer.totals = items[2]
@@ -106,6 +114,8 @@ class LowerExperts(Pass):
                 counts = make(ops.local_counts, counts, stay, dims=counts_dims, type_=counts_type)
             for new in (rows, counts, order):
                 new.meta.setdefault("val", None)
+        if any(tail) and split:
+            _without_tail(node)
         for user in list(node.users):
             user.replace_all_uses_with({0: rows, 1: counts, 2: order}[user.args[1]])
             new = {0: rows, 1: counts, 2: order}[user.args[1]]
@@ -136,3 +146,12 @@ class LowerExperts(Pass):
                 if key in node.meta:
                     back.meta[key] = node.meta[key]
             node.replace_input_with(rows, back)
+
+
+def _without_tail(dispatch: fx.Node) -> None:
+    """What reads the counts of a dispatch whose tail is cut off has no tail to pass over."""
+    for counts in [u for u in dispatch.users if u.args[1:] == (1,)]:
+        for user in list(counts.users):
+            kind = user.meta["relation"].kind
+            if kind in ("grouped", "expert_rows"):
+                user.args = user.args[: 4 if kind == "grouped" else 3]

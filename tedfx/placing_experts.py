@@ -7,7 +7,7 @@ from torch import fx
 from tedfx.factors import Factor, leaves
 from tedfx.placing_general import general
 from tedfx.plan import Decision, Plan, roots
-from tedfx.rules import operands
+from tedfx.rules import op_name, operands
 from tedfx.types import I, P, R, Shard
 
 
@@ -114,5 +114,7 @@ def _tokens_of(order: fx.Node) -> dict:
     """The type of the tokens that an order is of: that of the expert ids which it sorts."""
     if order.op == "placeholder":
         return {}
+    if op_name(order) == "cut_tail":
+        order = order.args[0]
     source = order.args[0]
     return (source.args[1] if source.meta.get("relation") is not None else source.args[0]).meta["type"]

@@ -7,6 +7,7 @@ from tedfx.ops.indexing import axis_offset, share, share_offset
 from tedfx.ops.lanes import exchange_lanes, gather_lanes, lane_index, pick_rows, scatter_lanes, spread_lanes
 from tedfx.ops.moe import (
     all_to_all_single,
+    cut_tail,
     exchange_counts,
     expert_major,
     index_rows,

@@ -32,6 +32,7 @@ from tedfx.ops.experts import combine, dispatch, expert_rows, grouped_linear, so
 __all__ = [
     "all_to_all_single",
     "combine",
+    "cut_tail",
     "dispatch",
     "exchange_counts",
     "expert_major",
@@ -49,6 +50,8 @@ def route(
     ids: Tensor, num_experts: int, owned: Axes = (), lanes: Axes = (), owned_outer: int = 1
 ) -> tuple[Tensor, Tensor]:
     """ids[N,K] -> (order[M], counts[E]): the assignments this rank handles, stably sorted by expert.
+
+    Ids of num_experts are those of assignments that a capacity dropped: `order` ends with them (with `owned` it has none of them), and no count has them.
 
     `owned`: axes over which tokens are replicated and experts split; keeps the assignments of this coordinate's
     experts, the expert dim seen as (owned_outer, size, rest). `lanes`: axes over which tokens are replicated and that
@@ -105,6 +108,13 @@ def exchange_counts(counts: Tensor, axes: Axes) -> tuple[list[int], list[int], T
     for rows in splits:
         _torch.check(rows >= 0, "a negative number of rows")
     return splits[: span.size], splits[span.size :], recv_counts, recv_counts.sum(0)
+
+
+def cut_tail(order: Tensor, send_splits: list[int]) -> Tensor:
+    """order[M] -> [sum(send_splits)]: the assignments that travel, without those that a capacity dropped, which stand last. No host copy of its own."""
+    rows = sum(send_splits)
+    _torch.check(rows <= order.shape[0], "more rows than assignments")
+    return order.narrow(0, 0, rows)
 
 
 def permute_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:

@@ -29,8 +29,9 @@ def test_predicted_is_counted(counted, case):
     for rank in counted[case]:
         assert rank["predicted"] == rank["ran"]
         assert rank["predicted_buckets"] == rank["ran_buckets"]
-    # rows differ from rank to rank; all ranks together send exactly what balanced routing says
-    assert sum(r["ran_rows"] for r in counted[case]) == sum(r["predicted_rows"] for r in counted[case])
+    # rows differ from rank to rank; all ranks together send exactly what balanced routing says, less what a capacity drops
+    ran, predicted = (sum(r[key] for r in counted[case]) for key in ("ran_rows", "predicted_rows"))
+    assert ran < predicted if CASES[case][0].startswith("capacity") else ran == predicted
 
 
 def test_module_prints(counted):
