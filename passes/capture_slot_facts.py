@@ -325,7 +325,10 @@ def _sum(node: fx.Node, known: dict, hits: dict):
     over = {d % rank for d in (given if isinstance(given, (list, tuple)) else [given])}
     keep = bool(argument(node, "keepdim"))
     dims = tuple(() if d in over else dim for d, dim in enumerate(fact.dims) if d not in over or keep)
-    return reduce(fact, {x for d in over for x in fact.dims[d]}, dims, node)
+    found = reduce(fact, {x for d in over for x in fact.dims[d]}, dims, node)
+    if isinstance(found, Totals):
+        return replace(found, totals=frozenset(replace(t, source=Value(node.args[0], fact.dims)) for t in found.totals))
+    return found
 
 
 def _einsum(node: fx.Node, known: dict, hits: dict):

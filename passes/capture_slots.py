@@ -29,11 +29,12 @@ __all__ = ["Bit", "Drop", "Mask", "Numbers", "Place", "Queue", "Slot", "Term", "
 
 @dataclass(frozen=True)
 class Total:
-    """How many tokens of each expert have these guards, over `labels`."""
+    """How many tokens of each expert have these guards, over `labels`. `source`: the mask that was summed."""
 
     routing: Routing
     labels: frozenset
     guards: frozenset
+    source: Value | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

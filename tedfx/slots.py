@@ -12,7 +12,9 @@ class Slots:
     """Of one dispatch (`meta["slots"]`): tokens come in **groups**, and of each group an expert takes `capacity` tokens at most.
 
     tokens   for each dim of the tokens, major first: (its size, whether a group runs along it); the other dims count the groups
+    local    a group runs along the batch of one batch coordinate only, and `capacity` is a function of that coordinate's batch (`passes/local_capacity.py`)
     """
 
     capacity: "int | sympy.Expr"
     tokens: tuple[tuple["int | sympy.Expr", bool], ...]
+    local: bool = False

@@ -16,6 +16,6 @@ from tedfx.ops.moe import (
     route,
     unindex_rows,
 )
-from tedfx.ops.prefix import cumsum
+from tedfx.ops.prefix import cumsum, group_cumsum, group_total
 from tedfx.ops.random import dropout, uniform
 from tedfx.ops.vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding

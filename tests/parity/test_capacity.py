@@ -40,9 +40,21 @@ TAILS = [
     one("capacity_gshard", "ep=2,tp=2", checkpoint="full", steps=1, batch="odd"),
     one("capacity_gshard", "dp=2", checkpoint="full", steps=1),
 ]
+# A capacity of each batch coordinate's own; the reference is `tests.parity.cases.by_chunk`.
+LOCAL = [
+    one("capacity_gshard", "dp=2", capacity="local"),
+    one("capacity_gshard", "ep=2,tp=2", capacity="local"),
+    one("capacity_gshard", "ep=2,tp=2", capacity="local", sequence_parallel=False, batch="odd"),
+    one("capacity_gshard", "dp=2,ep=2", capacity="local", change="one_expert"),
+    one("capacity_gshard", "ep=2", capacity="local", change="ties", steps=1),
+    one("capacity_gshard", "ep=2,tp=2", capacity="local", checkpoint="comm", steps=1, batch="odd"),
+    one("capacity_gshard", "ep=2", capacity="local", checkpoint="full", steps=1),
+    one("capacity_switch", "ep=2,tp=2", capacity="local", batch="one_token_in_second_half"),
+    one("capacity_switch", "tp=2", roles=PPMOE, capacity="local"),  # one batch coordinate: the global function
+]
 
 
-@pytest.mark.parametrize("case", [*CASES, *TAILS], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *TAILS, *LOCAL], ids=str)
 def test_matches_the_single_device(case):
     result = verified(case)
     print(result)
