@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tedfx.passes.base import Pass, PassResult
+from tedfx.passes.lower_slots import SlotLayer, in_slots
 from torch import fx
 
 from tedfx import ops
 from tedfx.factors import leaves
+from tedfx.sizes import Sizes
 from tedfx.types import I, P, R, Shard
 
 
@@ -42,6 +44,8 @@ class LowerExperts(Pass):
     off: how many rows are left is known on the host anyway. Where neither is the case it stays, and the ops that tell experts apart pass it over: elementwise work on
     zeros costs less than a host copy.
 
+    Where a capacity counts among the tokens of one rank, rows stand in slots and none of this is needed: `passes/lower_slots.py`.
+
     The expert body between dispatch and combine is not touched: its weights are already split by their types.
     """
 
@@ -50,16 +54,23 @@ class LowerExperts(Pass):
 
     def __call__(self, program) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()
-        layers: dict[fx.Node, _Layer] = {}
+        layers: dict[fx.Node, _Layer | SlotLayer] = {}
+        sizes = Sizes(program)
         for node in list(graph.nodes):
             if node.op != "call_function" or "relation" not in node.meta:
                 continue
             kind = node.meta["relation"].kind
-            if kind == "dispatch":
+            if kind == "dispatch" and (slotted := in_slots(program, node, sizes)) is not None:
+                layers[slotted.order] = slotted
+                result.matches += 1
+                result.changes += slotted.travel
+            elif kind == "dispatch":
                 layer = self._dispatch(program, graph, node)
                 layers[layer.order] = layer
                 result.matches += 1
                 result.changes += bool(layer.exchange)
+            elif kind == "combine" and isinstance(layers[node.args[1]], SlotLayer):
+                layers[node.args[1]].combine(node)
             elif kind == "combine":
                 self._combine(graph, node, layers[node.args[1]])
         graph.eliminate_dead_code()

@@ -343,6 +343,11 @@ _COUNT = {
         lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
     ),
     ops.all_to_all_single: _all_to_all,
+    **dict.fromkeys((ops.send_slots, ops.return_slots), _moves(lambda n: (ALL_TO_ALL, "in"), lambda n: (ALL_TO_ALL, "in"))),
+    ops.gather_slots: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out")),
+    ops.scatter_slots: _moves(
+        lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
+    ),
     ops.cumsum: _cumsum,
 }
 

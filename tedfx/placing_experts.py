@@ -8,6 +8,7 @@ from tedfx.factors import Factor, leaves
 from tedfx.placing_general import general
 from tedfx.plan import Decision, Plan, roots
 from tedfx.rules import op_name, operands
+from tedfx.slots import in_slots
 from tedfx.types import I, P, R, Shard
 
 
@@ -37,6 +38,8 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
     met = {f for f in met if f is not experts.root() and plan.shards(axis, f)}
     split, cut = plan.shards(axis, experts), plan.cuts(axis)
     cut = cut if cut in tokens else None
+    if cut is not None and _travels(node, axis, plan, experts) and in_slots(node, plan):  # each rank sends a share of the slots, and needs the tokens of all
+        return Decision([R, I], [R if met else Shard(rows), I, Shard(rows)])
     sliced = cut is not None and x == Shard(cut)
     if isinstance(x, Shard) and x.factor.root() in tokens and not sliced:
         return Decision([None, Shard(x.factor)], [Shard(rows), I, Shard(rows)])
@@ -64,44 +67,46 @@ def grouped(node, axis, types, plan, relation) -> Decision:
 
 
 def expert_rows(node, axis, types, plan, relation) -> Decision:
-    """As `grouped`; the rows operand gives a number of rows only and needs no conversion."""
-    param, counts, rows = types
-    experts = leaves(operands(node)[1].meta["dims"][0])[0]
+    """As `grouped`; the rows operand gives a number of rows only and needs no conversion. Rows in slots need no counts (`passes/lower_slots.py`)."""
+    param, *counts, rows = types
+    experts = leaves(operands(node)[1 if counts else 0].meta["dims"][0])[0]
+    alike = [None for _ in (*counts, rows)]
     row_factor = leaves(relation.out[0])[0]
     varies = isinstance(rows, Shard) and rows.factor.root() is row_factor
     if varies:
         target = Shard(experts) if plan.shards(axis, experts) else R
-        return Decision([target, None, None], [Shard(row_factor)])
+        return Decision([target, *alike], [Shard(row_factor)])
     if isinstance(param, Shard) and param.factor.root() in roots(f for d in relation.out[1:] for f in d):
-        return Decision([None, None, None], [param])
+        return Decision([None, *alike], [param])
     target = R if param == R or rows in (R, P) or isinstance(rows, Shard) else I
-    return Decision([target, None, None], [target])
+    return Decision([target, *alike], [target])
 
 
 def _with_experts(node, axis, types, plan, relation, rows: int, weight: int) -> Decision:
-    experts = leaves(operands(node)[2].meta["dims"][0])[0]
+    experts = leaves(operands(node)[-1].meta["dims"][0])[0]  # of the counts, or of the weights where rows stand in slots
     row_factor = leaves(relation.out[0])[0]
     if isinstance(types[rows], Shard) and types[rows].factor.root() is row_factor:
-        return Decision([None, Shard(experts) if plan.shards(axis, experts) else R, None], [Shard(row_factor)])
-    decision = general(node, axis, [types[rows], types[weight], I], plan, relation)
-    decision.targets[2] = None
+        return Decision([None, Shard(experts) if plan.shards(axis, experts) else R, *[None] * (len(types) - 2)], [Shard(row_factor)])
+    decision = general(node, axis, [types[rows], types[weight], *[I] * (len(types) - 2)], plan, relation)
+    decision.targets[2:] = [None] * (len(types) - 2)
     return decision
 
 
 def combine(node, axis, types, plan, relation) -> Decision:
     """Rows that vary come back to their own tokens (S), or, where the tokens are replicated, each rank adds what its experts made (P).
 
-    Rows of sliced tokens that were gathered on arrival are this rank's again before they travel back (`passes/lower_experts.py`): V, P, R and I all do.
+    Rows of sliced tokens, or of a share of the slots, that were gathered on arrival are this rank's again before they travel back (`passes/lower_experts.py`,
+    `passes/lower_slots.py`): V, P, R and I all do.
     """
     rows, order, weights = types
     row_factor = leaves(operands(node)[0].meta["dims"][0])[0]
     tokens = roots(relation.out[0])
     own = _tokens_of(operands(node)[1]).get(axis)
+    there = isinstance(rows, Shard) and rows.factor.root() is not row_factor
     if isinstance(own, Shard) and own.factor.root() in tokens:
-        there = isinstance(rows, Shard) and rows.factor.root() is not row_factor
         return Decision([R if there else None, None, Shard(own.factor)], [Shard(own.factor)])
-    if isinstance(rows, Shard) and rows.factor.root() is row_factor:
-        return Decision([None, None, R], [P])
+    if isinstance(order, Shard):  # of the experts of this rank, or of its share of the slots, whose rows were gathered on arrival
+        return Decision([R if there else None, None, R], [P])
     if rows == P:
         return Decision([None, None, R], [P])
     if isinstance(rows, Shard):  # the hidden factor
@@ -114,6 +119,8 @@ def _tokens_of(order: fx.Node) -> dict:
     """The type of the tokens that an order is of: that of the expert ids which it sorts."""
     if order.op == "placeholder":
         return {}
+    if op_name(order) == "route_slots":
+        return order.args[0].meta["type"]
     if op_name(order) == "cut_tail":
         order = order.args[0]
     source = order.args[0]

@@ -171,8 +171,8 @@ class _Permute(torch.autograd.Function):
         return sum_choices(unsort(grad, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k), None, None
 
 
-def _exchange(rows, span, recv, send, phase):
-    context.record("all_to_all", span.axes, phase, rows, True)
+def _exchange(rows, span, recv, send, phase, ragged=True):
+    context.record("all_to_all", span.axes, phase, rows, ragged)
     if span.order is None:
         return _torch.raw_wait(_torch.raw_all_to_all(rows.contiguous(), recv, send, span.name))
     # The group counts its ranks in another order than the coordinates run: the runs are put in its order and back.
