@@ -68,19 +68,19 @@ def return_slots(rows: Tensor, axes: Axes, experts: int) -> Tensor:
 
 def gather_slots(rows: Tensor, axes: Axes, experts: int) -> Tensor:
     """S -> R on the slots: rows[experts * share,..] of each lane -> [experts * T * share,..]."""
-    return convert.all_gather(rows.view(experts, -1, *rows.shape[1:]), axes, 1).flatten(0, 1)
+    return convert.all_gather(_by_expert(rows, experts), axes, 1).flatten(0, 1)
 
 
 def scatter_slots(rows: Tensor, axes: Axes, experts: int, source: str = "P") -> Tensor:
     """To this lane's share of the slots. source="P": summed over the ranks (reduce-scatter); "R", "I": a slice."""
-    whole = rows.view(experts, -1, *rows.shape[1:])
+    whole = _by_expert(rows, experts)
     return (convert.reduce_scatter(whole, axes, 1) if source == "P" else convert.shard(whole, axes, 1, source=source)).flatten(0, 1)
 
 
 def slot_linear(rows: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
     """`grouped_linear` where all experts have equally many rows: one batched matmul."""
     right = weight if transposed else weight.mT
-    return torch.bmm(rows.view(weight.shape[0], -1, rows.shape[1]), right).flatten(0, 1)
+    return torch.bmm(_by_expert(rows, weight.shape[0]), right).flatten(0, 1)
 
 
 def slot_rows(param: Tensor, rows: Tensor) -> Tensor:
@@ -92,6 +92,11 @@ def slot_rows(param: Tensor, rows: Tensor) -> Tensor:
 def combine_slots(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """rows[M,H], order[M], weights[N,K] -> [N,H]: `combine`, empty slots left out."""
     return _Combine.apply(rows, order, weights)
+
+
+def _by_expert(rows: Tensor, experts: int) -> Tensor:
+    """[experts, rows of each, ..]; there may be none."""
+    return rows.view(experts, rows.shape[0] // experts, *rows.shape[1:])
 
 
 def _unsort(rows: Tensor, order: Tensor, total: int) -> Tensor:
@@ -131,12 +136,11 @@ class _Slots(torch.autograd.Function):
 def _moved(rows: Tensor, span, experts: int, there: bool, phase: str) -> Tensor:
     """There: (coordinate, expert, slot) by destination -> (expert, coordinate, slot) by source; or back."""
     first = (span.size, experts) if there else (experts, span.size)
-    rest = rows.shape[1:]
-    if not there:
-        rows = rows.view(*first, -1, *rest).transpose(0, 1).flatten(0, 2)
+    turned = lambda x: x.view(*first, x.shape[0] // (span.size * experts), *x.shape[1:]).transpose(0, 1).flatten(0, 2)  # noqa: E731
+    rows = rows if there else turned(rows)
     splits = [rows.shape[0] // span.size] * span.size
     rows = _exchange(rows, span, splits, splits, phase, ragged=False)
-    return rows.view(*first, -1, *rest).transpose(0, 1).flatten(0, 2) if there else rows
+    return turned(rows) if there else rows
 
 
 class _Combine(torch.autograd.Function):

@@ -1,7 +1,5 @@
 """Mixtures with a capacity on every kind of mesh: which tokens are dropped is decided over the global batch, as on a single device."""
 
-import dataclasses
-
 import pytest
 
 from tedfx.ops import count_collectives
@@ -13,7 +11,7 @@ FOLDED = {"expert": ("ep", "tp")}
 
 
 def one(model, mesh, **options):
-    return case(model, mesh, overrides={"layers": 1}, batch=options.pop("batch", "all_labels"), **options)
+    return case(model, mesh, overrides={"layers": 1, **options.pop("overrides", {})}, batch=options.pop("batch", "all_labels"), **options)
 
 
 CASES = [
@@ -39,6 +37,7 @@ TAILS = [
     one("capacity_gshard", "ep=2,tp=2", checkpoint="comm", steps=1),
     one("capacity_gshard", "ep=2,tp=2", checkpoint="full", steps=1, batch="odd"),
     one("capacity_gshard", "dp=2", checkpoint="full", steps=1),
+    one("capacity_gshard", "dp=2,tp=2", roles=PPMOE),
 ]
 # A capacity of each batch coordinate's own; the reference is `tests.parity.cases.by_chunk`.
 LOCAL = [
@@ -52,9 +51,20 @@ LOCAL = [
     one("capacity_switch", "ep=2,tp=2", capacity="local", batch="one_token_in_second_half"),
     one("capacity_switch", "tp=2", roles=PPMOE, capacity="local"),  # one batch coordinate: the global function
 ]
+# Rows in slots, where a group of tokens is whole on a rank: as most of the above, and a capacity per sequence.
+SLOTS = [
+    one("capacity_gshard", "ep=2,tp=2", capacity="local", sequence_parallel=False, dedup=False),
+    one("capacity_gshard", "ep=2,tp=2", capacity="local", roles=FOLDED, batch="odd"),
+    one("capacity_modules", "ep=2,tp=2", capacity="local", overrides={"expert": "normed"}),
+    one("capacity_grouped", "ep=2,tp=2", batch="odd"),
+    one("capacity_grouped", "ep=2,tp=2", roles={"expert_tensor": ()}, change="one_expert"),
+    one("capacity_grouped", "dp=2,tp=2", roles=PPMOE, change="one_expert", checkpoint="comm", steps=1),
+    one("capacity_grouped", "dp=2,ep=2", checkpoint="full", steps=1, change="ties"),
+    one("capacity_ranked", "ep=2,tp=2", overrides={"top_k": 3}),  # global: places are counted over ranks, rows are ragged
+]
 
 
-@pytest.mark.parametrize("case", [*CASES, *TAILS, *LOCAL], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *TAILS, *LOCAL, *SLOTS], ids=str)
 def test_matches_the_single_device(case):
     result = verified(case)
     print(result)
@@ -114,9 +124,9 @@ def gradients_compiled(pm, batch, rank):
     return float(loss.detach()), pm.gather_gradients(), sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize("mesh", ["ep=2", "dp=2"])
-def test_compiles(mesh):
-    this = one("capacity_gshard", mesh, compile="aot_eager", outputs=("loss",))
+@pytest.mark.parametrize("model, mesh", [("gshard", "ep=2"), ("gshard", "dp=2"), ("grouped", "ep=2,tp=2")])
+def test_compiles(model, mesh):
+    this = one(f"capacity_{model}", mesh, compile="aot_eager", outputs=("loss",))
     expected, grads = on_single(this, gradients)
-    for loss, got, breaks in on_ranks(dataclasses.replace(this), gradients_compiled):
+    for loss, got, breaks in on_ranks(this, gradients_compiled):
         assert breaks == 0 and relative(loss, expected) < 1e-6 and max(errors(got, grads).values()) < 1e-5
