@@ -110,6 +110,6 @@ def on_rank(shape, names, split, lanes, gathered):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_ranks(layout, rank_pool):
+def test_on_ranks(layout, ranks):
     world, *rest = LAYOUTS[layout]
-    rank_pool(world).run(on_rank, *rest)
+    ranks(world).run(on_rank, *rest)
