@@ -13,8 +13,11 @@ from tedfx import ops
 from tedfx.compiler import default_passes
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.trace import trace
+from tedfx.verify_run import in_groups
 from tests.capture.test_capacity import Layer, Mixture, experts
 from tests.capture.test_models import BIASES, routers, tokens
+from tests.models_capacity import CAPACITY
+from tests.parity.cases import by_chunk
 
 E, H, GROUPS = 4, 32, 3
 
@@ -144,3 +147,15 @@ def test_the_option():
     traced = trace(torch.nn.Linear(H, H).double(), kwargs={"input": torch.zeros(3, H, dtype=torch.float64)})
     (record,) = run_pipeline(traced, [LocalCapacity(GROUPS)], have=("capacities captured",))
     assert "no mixture with a capacity" in record.result.notes[0]
+
+
+def test_what_verify_compares_with():
+    """`verify(capacity="local")`: the model's own graph in groups is the oracle that the parity tests make by hand; a model without a capacity is left as it is."""
+    model = CAPACITY["capacity_gshard"](layers=1, heads=2).double()
+    ids = torch.arange(6 * 8).view(6, 8) * 7 % 61
+    batch = {"input_ids": ids, "labels": ids}
+    got, expected = in_groups(model, batch, GROUPS)(**batch).loss, by_chunk(model, GROUPS)(**batch).loss
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert not torch.allclose(got, model(**batch).loss)
+    dense = torch.nn.Linear(H, H).double()
+    assert in_groups(dense, {"input": torch.zeros(3, H, dtype=torch.float64)}, GROUPS) is dense

@@ -33,7 +33,6 @@ TAILS = [
     one("capacity_gshard", "ep=2,tp=2", change="ties", batch="odd", steps=1),
     one("capacity_gshard", "ep=2,tp=2", change="one_expert"),
     one("capacity_gshard", "dp=2", change="ties", steps=1),
-    one("capacity_switch", "ep=2", change="one_expert"),
     one("capacity_gshard", "ep=2,tp=2", checkpoint="comm", steps=1),
     one("capacity_gshard", "ep=2,tp=2", checkpoint="full", steps=1, batch="odd"),
     one("capacity_gshard", "dp=2", checkpoint="full", steps=1),
@@ -60,7 +59,6 @@ SLOTS = [
     one("capacity_grouped", "ep=2,tp=2", roles={"expert_tensor": ()}, change="one_expert"),
     one("capacity_grouped", "dp=2,tp=2", roles=PPMOE, change="one_expert", checkpoint="comm", steps=1),
     one("capacity_grouped", "dp=2,ep=2", checkpoint="full", steps=1, change="ties"),
-    one("capacity_ranked", "ep=2,tp=2", overrides={"top_k": 3}),  # global: places are counted over ranks, rows are ragged
 ]
 
 
