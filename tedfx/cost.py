@@ -10,7 +10,7 @@ Terms: the **payload** is the operand that this rank hands to the collective. **
 2 S (n-1)/n for an all-reduce, S (n-1)/n for the others, where S is the whole buffer (for an all-gather, n payloads).
 
 Rows after routing are ragged: their number is only known at run time. They are counted as if the router spread its choices evenly over the
-experts (`ragged=True` marks them), and dropped none; everything else is exact.
+experts (`ragged=True` marks them), and dropped none; everything else is exact, rows in slots (`tedfx/ops/slots.py`) too.
 """
 
 from __future__ import annotations

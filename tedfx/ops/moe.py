@@ -12,6 +12,8 @@ A rank routes its tokens, sends each row to the rank that owns the row's expert,
     rows = all_to_all_single(unindex_rows(rows, index), send, recv, axes)
     out = combine(rows, order, weights)
 
+Assignments that a capacity dropped come last in `order`; `cut_tail(order, send)` leaves them out, so that `permute_rows` makes no row of them.
+
 Where tokens are replicated over the axes that split the experts, no row travels: `route(.., owned=axes)` keeps the
 assignments of this rank's experts, `local_counts` cuts the counts, and the combined output is a partial sum.
 

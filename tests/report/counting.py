@@ -87,6 +87,7 @@ def count(rank, prepared):
                 "predicted_rows": sum(number(i) for i in cost.items if i.op == ALL_TO_ALL),
                 "ran_rows": sum(c.bytes for c in log if c.op == "all_to_all"),
                 "copies": sum(e.what == "host copy" for e in events),
+                "ops": {str(getattr(n.target, "__name__", n.target)) if not hasattr(n.target, "_schema") else n.target._schema.name for n in compilation.graph_module.graph.nodes},
                 "exact": not any(i.ragged for i in cost.items),
                 "fresh": fresh,
                 "text": str(pm),
