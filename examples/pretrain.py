@@ -72,6 +72,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--dedup", action=argparse.BooleanOptionalAction, help="send no row to experts twice because two ranks hold its token (default: yes)")
     group.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction,
                        help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
+    group.add_argument("--capacity", metavar="WHOSE",
+                       help="whose tokens the capacity of a mixture counts, where it has one: global (default), those of the global batch, or local, those of each "
+                            "batch coordinate by itself (the check of the first step then is against another function)")
     group.add_argument("--compile", action="store_true", help="run the local graph through torch.compile (inductor)")
     group.add_argument("--checkpoint", default="none", metavar="POLICY",
                        help="what backward computes again instead of keeping it: none, comm (local work only), selective (attention), full (whole layers) "
@@ -242,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
     example = torch.zeros(rows, args.sequence_length, dtype=torch.int64)
     pm = tedfx.parallelize(
         model, mesh, roles=roles, compile=args.compile, dedup=args.dedup, sequence_parallel=args.sequence_parallel, checkpoint=args.checkpoint,
-        example_inputs={"input_ids": example, "labels": example},
+        capacity=args.capacity, example_inputs={"input_ids": example, "labels": example},
     )
     say(f"parallelize: {time.perf_counter() - start:.1f} s", flush=True)
     index, count = pm.batch_coordinate

@@ -1,4 +1,4 @@
-"""One-hot dispatch with a capacity becomes dispatch, body, combine; dropped assignments have weight zero.
+"""One-hot dispatch with a capacity becomes dispatch, body, combine; dropped assignments have weight zero and are not sent.
 
     inputs = einsum("nec,nh->ech", dispatch_mask, x)         the rows of an expert in its slots
     outputs = experts(inputs)                                 (E, C, ..), the experts stacked or one by one
@@ -13,7 +13,8 @@ Algorithm:
 2. A product that sums a mask of hits and slots over experts and slots is a **combine**, over tokens a **dispatch**. Between them the body is followed back
    (capture_slot_bodies.py), which refuses what mixes slots. An empty slot reaches no token, so what a bias makes of it does not matter.
 3. Proven at the dispatch: its mask is 0 or 1; it is 1 wherever the combine's weight is not 0, term by term; no two tokens share a slot.
-4. ids [N, K] of all choices side by side, weights [N, K] from the values of the terms; `combine` takes the place of the product.
+4. ids [N, K] of all choices side by side, those of dropped assignments no expert's, so that they are not sent; weights [N, K] from the values of the terms;
+   `combine` takes the place of the product. How many slots an expert has is kept with the dispatch (`tedfx/slots.py`).
 5. What only the masks needed is dead. A dispatch that is left was not understood: refused.
 """
 
@@ -34,6 +35,8 @@ from tedfx.passes.capture_stacks import Stacks
 from torch import fx
 
 from tedfx.errors import CaptureError, user_line
+from tedfx.factors import as_size
+from tedfx.slots import Slots
 
 __all__ = ["CaptureCapacity"]
 
@@ -128,8 +131,8 @@ def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> No
         sizes = {**sizes_of(start.mask), "c": sizes_of(start.mask)["c"]}
         bodies = SlotBodies(graph, routing, stacks, start.node, labels, sizes, _followers(graph, {start.node}))
         choices = Choices(graph, end.mask.terms, end.node)
-        rows, counts, order = choices.dispatch(_tokens(graph, start, routing))
-        bodies.start(rows, counts, order)
+        (rows, counts, order), tail = choices.dispatch(_tokens(graph, start, routing), _known_slots(start, routing))
+        bodies.start(rows, counts, order, tail)
         value = bodies.value(end.other)
         if value.kind != "rows" or value.right != 1 or len(end.theirs) != value.span + 1:
             raise refuse("what is combined is not a row of features per slot", end.node, "give every slot a row")
@@ -166,6 +169,11 @@ def _covers(dispatched: Term, combined: Term) -> bool:
     if not same:
         return False
     return dispatched.guards <= combined.guards if dispatched.exact else set(dispatched.values) <= set(combined.values)
+
+
+def _known_slots(start: _Product, routing) -> Slots:
+    over = {x for letter, dim in start.labels.items() if letter not in start.out for x in dim}
+    return Slots(sizes_of(start.mask)["c"], tuple((as_size(routing.sizes[label]), label in over) for label in routing.tokens))
 
 
 def _tokens(graph: fx.Graph, start: _Product, routing) -> fx.Node:

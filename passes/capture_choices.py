@@ -2,11 +2,15 @@
 
 The choices of all terms stand side by side: K is their sum. A weight is the product of a term's values, each read at the token, its choice, and
 the expert that was chosen (a matrix over the experts is gathered by the ids); bits among them are the keep flags: a dropped assignment has weight zero.
+
+It is not sent either. A term is 0 where one of its guards is, so an assignment is kept if all of them are 1, and the id of any other is E, no expert's: the
+rows of those stand behind all others in what `dispatch` gives (its tail). Weights are read at the model's own ids.
 """
 
 from __future__ import annotations
 
 import operator
+from functools import reduce
 
 import torch
 from tedfx.passes.base import emit
@@ -16,6 +20,7 @@ from tedfx.passes.capture_slots import Bit, Term, Value
 from torch import fx
 
 from tedfx.factors import as_size
+from tedfx.slots import Slots
 
 __all__ = ["Choices"]
 
@@ -30,9 +35,22 @@ class Choices:
     def emit(self, target, *args, **kwargs) -> fx.Node:
         return emit(self.graph, target, args, kwargs, like=self.like)
 
-    def dispatch(self, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-        out = self.emit(torch.ops.tedfx.dispatch.default, x, self._side_by_side(self.ids), self.terms[0].routing.experts)
-        return tuple(self.emit(operator.getitem, out, i) for i in range(3))
+    def dispatch(self, x: fx.Node, slots: Slots) -> tuple[tuple[fx.Node, fx.Node, fx.Node], bool]:
+        """((rows, counts, order), whether there may be a tail)."""
+        experts = self.terms[0].routing.experts
+        kept = [self._kept(term, ids) for term, ids in zip(self.terms, self.ids)]
+        tail = any(keep is not None for keep in kept)
+        sent = [ids if keep is None else self.emit(aten.where.ScalarOther, keep, ids, experts) for keep, ids in zip(kept, self.ids)]
+        out = self.emit(torch.ops.tedfx.dispatch.default, x, self._side_by_side(sent), experts, *(True,) * tail)
+        out.meta["slots"] = slots
+        return tuple(self.emit(operator.getitem, out, i) for i in range(3)), tail
+
+    def _kept(self, term: Term, ids: fx.Node) -> fx.Node | None:
+        """Where all guards of a term are 1: truth values that broadcast to [N, K]; None for a term without any."""
+        bits = [bit.source for bit in term.guards]
+        bits = sorted(bits, key=lambda value: (value.node, value.inverted)) + self._within(term)  # in the order of the graph: a set has none
+        read = [self._read(value, term.routing, ids, torch.bool) for value in bits]
+        return reduce(lambda a, b: self.emit(aten.logical_and.default, a, b), read) if read else None
 
     def weights(self, end: fx.Node) -> fx.Node:
         dtype = end.meta["val"].dtype
@@ -69,7 +87,7 @@ class Choices:
             return self.emit(aten.full.default, [1, 1], node, dtype=dtype, device=ids.meta["val"].device)
         if not node.meta["val"].dtype.is_floating_point:
             node = self.emit(aten.logical_not.default, node) if value.inverted else node
-            node = self.emit(aten.to.dtype, node, dtype)
+            node = node if node.meta["val"].dtype == dtype else self.emit(aten.to.dtype, node, dtype)
         labels = {x for dim in value.dims for x in dim}
         if not labels:
             return self.emit(aten.reshape.default, node, [1, 1])

@@ -39,7 +39,7 @@ def linear(batch, like: fx.Node, name: str, args: tuple) -> Batched:
             raise refuse("a matrix product of an expert that is not (rows, features) by (features, features)", like, "reshape to rows first")
         base = batch.transposes.get(weight.node)
         transposed = (name != "linear") == (base is None)
-        node = batch.emit(torch.ops.tedfx.grouped_linear.default, (rows.node, weight.node if base is None else base, batch.counts, transposed), {}, like)
+        node = batch.emit(torch.ops.tedfx.grouped_linear.default, (rows.node, weight.node if base is None else base, batch.counts, transposed, *batch.tail), {}, like)
     out = Batched("rows", node, like, 1, rows.span)
     if bias is not None:
         node = batch.emit(aten.add.Tensor, (node, aligned(batch, like, bias, out)), {}, like)

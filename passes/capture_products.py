@@ -110,7 +110,7 @@ def _valued(term: Term, value: Value, divides: bool) -> Term | None:
     if not isinstance(value.node, fx.Node) and value.node == 1:
         return term
     if isinstance(value.node, fx.Node) and value.node.meta["val"].dtype == torch.bool and not divides:
-        return replace(term, values=(*term.values, value), guards=term.guards | {Bit(node=value.node)})
+        return replace(term, values=(*term.values, value), guards=term.guards | {Bit(node=value.node, source=value)})
     return replace(term, values=(*term.values, value), exact=False)
 
 

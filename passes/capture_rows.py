@@ -49,6 +49,7 @@ class Rows:
         self.flattened: dict[tuple, fx.Node] = {}
         self.x: fx.Node | None = None
         self.rows = self.counts = self.sorted = None
+        self.tail: tuple = ()  # (True,) where some rows belong to no expert: the last argument of the ops that tell experts apart
 
     def emit(self, target, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node:
         return emit(self.graph, target, tuple(args), dict(kwargs), like=like)
@@ -91,7 +92,7 @@ class Rows:
 
     def expert_rows(self, param: fx.Node, lead: Batched, like: fx.Node) -> fx.Node:
         rows = lead.node if lead.node.meta["val"].dim() == 2 and lead.right == 1 else self.rows
-        return self.emit(torch.ops.tedfx.expert_rows.default, (param, self.counts, rows), {}, like)
+        return self.emit(torch.ops.tedfx.expert_rows.default, (param, self.counts, rows, *self.tail), {}, like)
 
     def weights(self, weight: Weight | None, like: fx.Node) -> fx.Node:
         """The weights for `combine`: [N, K]."""

@@ -40,8 +40,8 @@ class SlotBodies(Bodies):
         self.apart: dict[fx.Node, bool] = {}
         self.left: tuple = ()  # labels of the slots of one expert
 
-    def start(self, rows: fx.Node, counts: fx.Node, order: fx.Node) -> None:
-        self.rows, self.counts, self.sorted = rows, counts, order
+    def start(self, rows: fx.Node, counts: fx.Node, order: fx.Node, tail: bool) -> None:
+        self.rows, self.counts, self.sorted, self.tail = rows, counts, order, (True,) * tail
         self.values[self.slots] = Batched("rows", rows, self.slots, right=1, span=len(self.labels[self.slots]))
 
     def value(self, node: fx.Node) -> Batched:
@@ -127,7 +127,7 @@ class SlotBodies(Bodies):
             if left[0] != expert:
                 order = [left.index(x) for x in (expert, inner, new[0])]
                 weight, transposed = self.emit(aten.permute.default, (weight, order), {}, node), True
-            made = self.emit(torch.ops.tedfx.grouped_linear.default, (rows.node, weight, self.counts, transposed), {}, node)
+            made = self.emit(torch.ops.tedfx.grouped_linear.default, (rows.node, weight, self.counts, transposed, *self.tail), {}, node)
         else:
             target = aten.matmul.default if left[0] == inner else aten.linear.default
             made = self.emit(target, (rows.node, weight), {}, node)

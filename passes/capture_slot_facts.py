@@ -133,12 +133,13 @@ def _compare(node: fx.Node, known: dict, hits: dict):
     limit = _number(right)
     if limit is None and isinstance(right, fx.Node) and isinstance(right.meta["val"], torch.Tensor) and right.meta["val"].dim():
         return None
-    if limit is not None and fact.guards == fact.queue.guards:
-        bit = Bit(fact.queue, as_size(sympy.sympify(limit) - fact.first + (1 if name in ("le", "gt") else 0)))
-    else:
-        bit = Bit(node=node)
     inverted = name in ("gt", "ge")
-    term = Term(fact.queue.routing, values=(Value(node, fact.dims, inverted),), guards=frozenset({bit}), exact=True)
+    value = Value(node, fact.dims, inverted)
+    if limit is not None and fact.guards == fact.queue.guards:
+        bit = Bit(fact.queue, as_size(sympy.sympify(limit) - fact.first + (1 if name in ("le", "gt") else 0)), source=value)
+    else:
+        bit = Bit(node=node, source=value)
+    term = Term(fact.queue.routing, values=(value,), guards=frozenset({bit}), exact=True)
     return Drop(fact.dims, term) if inverted else Mask(fact.dims, (term,))
 
 
@@ -324,7 +325,10 @@ def _sum(node: fx.Node, known: dict, hits: dict):
     over = {d % rank for d in (given if isinstance(given, (list, tuple)) else [given])}
     keep = bool(argument(node, "keepdim"))
     dims = tuple(() if d in over else dim for d, dim in enumerate(fact.dims) if d not in over or keep)
-    return reduce(fact, {x for d in over for x in fact.dims[d]}, dims, node)
+    found = reduce(fact, {x for d in over for x in fact.dims[d]}, dims, node)
+    if isinstance(found, Totals):
+        return replace(found, totals=frozenset(replace(t, source=Value(node.args[0], fact.dims)) for t in found.totals))
+    return found
 
 
 def _einsum(node: fx.Node, known: dict, hits: dict):

@@ -29,11 +29,12 @@ __all__ = ["Bit", "Drop", "Mask", "Numbers", "Place", "Queue", "Slot", "Term", "
 
 @dataclass(frozen=True)
 class Total:
-    """How many tokens of each expert have these guards, over `labels`."""
+    """How many tokens of each expert have these guards, over `labels`. `source`: the mask that was summed."""
 
     routing: Routing
     labels: frozenset
     guards: frozenset
+    source: Value | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,20 @@ class Queue:
 
 
 @dataclass(frozen=True)
-class Bit:
-    """0 or 1: whether a position in `queue` is below `limit`; or any truth value `node`."""
-
-    queue: Queue | None = None
-    limit: Any = None
-    node: fx.Node | None = None
-
-
-@dataclass(frozen=True)
 class Value:
     node: Any  # or a number
     dims: Dims
     inverted: bool = False  # its logical not
+
+
+@dataclass(frozen=True)
+class Bit:
+    """0 or 1: whether a position in `queue` is below `limit`; or any truth value `node`. `source`: where it can be read (equal bits have equal values)."""
+
+    queue: Queue | None = None
+    limit: Any = None
+    node: fx.Node | None = None
+    source: Value | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tedfx.rules.base import op_name
 POLICIES = ("none", "full", "selective", "comm")
 _BUDGET = re.compile(r"budget=(\d+(?:\.\d+)?) ?(B|[KMGT]B|[KMGT]iB)?")
 # Which of several comes out: chosen again, a near-tie could come out otherwise.
-_DECISIONS = frozenset("topk sort argsort msort kthvalue median mode argmax argmin multinomial unique unique_consecutive nonzero route".split())
+_DECISIONS = frozenset("topk sort argsort msort kthvalue median mode argmax argmin multinomial unique unique_consecutive nonzero route route_slots".split())
 _HOST_COPIES = frozenset("item _local_scalar_dense exchange_counts exchange_lanes".split())
 
 

@@ -100,6 +100,8 @@ class _Localizer:
                 node.args = (node.args[0], node.args[1], axes, ignore)
         elif name == "aten.cumsum":
             self.cumsum(node)
+        elif name in ("group_cumsum", "group_total"):
+            self.groups(node)
         elif name == "aten.dropout":
             self.dropout(node)
         elif isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags and name != "aten.scaled_dot_product_attention":
@@ -210,6 +212,20 @@ class _Localizer:
             ((axes, outer),) = sharded
             node.meta["runs"] = outer  # the size of what is exchanged: tedfx/cost.py
             node.target, node.args, node.kwargs = ops.cumsum, (x, dim, axes, self.sizes.node(outer), node.kwargs.get("dtype")), {}
+
+    def groups(self, node: fx.Node) -> None:
+        """Groups of tokens, one per batch coordinate: of a shard by the batch there are as many fewer, and the runs before it are local."""
+        x, *given, groups, outer, dtype = node.args
+        before, local, degree, batch = 1, 1, 1, self.program.batch_factor.root()
+        for leaf in leaves(x.meta["dims"][given[-1]]):
+            axes = sharding_axes(x.meta["type"], leaf)
+            if leaf.root() is batch:
+                degree = self.plan.roles.mesh.size(axes)
+                break
+            before, local = before * leaf.size, local * self.sizes.factor(leaf, x.meta["type"])
+        if before != outer or groups % degree:
+            raise TraceError(f"capacity='local': tokens are numbered with the batch behind another dim; put the batch first ({user_line(node)})")
+        node.args = (x, *given, groups // degree, self.sizes.node(local), dtype)
 
     def dropout(self, node: fx.Node) -> None:
         x, p = node.args[0], argument(node, 1, "p")

@@ -8,10 +8,12 @@ from typing import ClassVar
 
 import torch
 from tedfx.passes.base import Pass, PassResult
+from tedfx.passes.lower_slots import SlotLayer, in_slots
 from torch import fx
 
 from tedfx import ops
 from tedfx.factors import leaves
+from tedfx.sizes import Sizes
 from tedfx.types import I, P, R, Shard
 
 
@@ -42,6 +44,12 @@ class LowerExperts(Pass):
     5. DeepSpeed-TED's own order, where the collective algebra does not let slices and gathers pass dispatch and combine: rows are cut after the dispatch and
        gathered before the combine, and no type outside of the exchange shows it.
 
+    Assignments that a capacity dropped stand behind all others (the tail of the dispatch). Where rows travel, or a rank keeps those of its experts, the tail is cut
+    off: how many rows are left is known on the host anyway. Where neither is the case it stays, and the ops that tell experts apart pass it over: elementwise work on
+    zeros costs less than a host copy.
+
+    Where a capacity counts among the tokens of one rank, rows stand in slots and none of this is needed: `passes/lower_slots.py`.
+
     The expert body between dispatch and combine is not touched: its weights are already split by their types.
     """
 
@@ -50,23 +58,30 @@ class LowerExperts(Pass):
 
     def __call__(self, program) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()
-        layers: dict[fx.Node, _Layer] = {}
+        layers: dict[fx.Node, _Layer | SlotLayer] = {}
+        sizes = Sizes(program)
         for node in list(graph.nodes):
             if node.op != "call_function" or "relation" not in node.meta:
                 continue
             kind = node.meta["relation"].kind
-            if kind == "dispatch":
+            if kind == "dispatch" and (slotted := in_slots(program, node, sizes)) is not None:
+                layers[slotted.order] = slotted
+                result.matches += 1
+                result.changes += slotted.travel
+            elif kind == "dispatch":
                 layer = self._dispatch(program, graph, node)
                 layers[layer.order] = layer
                 result.matches += 1
                 result.changes += bool(layer.exchange)
+            elif kind == "combine" and isinstance(layers[node.args[1]], SlotLayer):
+                layers[node.args[1]].combine(node)
             elif kind == "combine":
                 self._combine(graph, node, layers[node.args[1]])
         graph.eliminate_dead_code()
         return result
 
     def _dispatch(self, program, graph: fx.Graph, node: fx.Node) -> _Layer:
-        x, ids, num_experts = node.args
+        x, ids, num_experts, *tail = node.args
         experts = leaves(node.meta["dims_of"][1][0])[0]
         split = program.plan.axes_of(experts)
         travel = tuple(a for a in split if isinstance(x.meta["type"][a], Shard))
@@ -93,9 +108,12 @@ class LowerExperts(Pass):
             routed = make(ops.route, ids, num_experts, owned=stay if not travel else (), lanes=stay if travel else (), **({"stripes": stripes} if stripes else {}))
             order = make(operator.getitem, routed, 0, dims=order_dims, type_=order_type)
             counts = make(operator.getitem, routed, 1)
-            rows = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=unsliced)
-            if stripes:
-                rows = make(ops.shard, rows, stripes, 0, 1, *{rows_type[a] for a in stripes}, dims=rows_dims, type_=lane_type)
+
+            def permuted():
+                made = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=unsliced)
+                return make(ops.shard, made, stripes, 0, 1, *{rows_type[a] for a in stripes}, dims=rows_dims, type_=lane_type) if stripes else made
+
+            rows = permuted()
             layer = _Layer(node, order, stripes=stripes)
             if travel:
                 layer.exchange, layer.lanes = split, lanes
@@ -103,6 +121,9 @@ class LowerExperts(Pass):
                 items = [make(operator.getitem, exchanged, i) for i in range(4 if lanes else 3)]
                 layer.send, layer.recv, received = items[0], items[1], items[-1]
                 counts = make(operator.getitem, exchanged, len(items), dims=counts_dims, type_=counts_type)
+                if any(tail):
+                    layer.order = order = make(ops.cut_tail, order, layer.send, dims=order_dims, type_=order_type)
+                    rows = permuted()
                 rows = make(ops.all_to_all_single, rows, layer.recv, layer.send, split, dims=rows_dims, type_=lane_type)
                 if lanes:
                     layer.totals = items[2]
@@ -117,6 +138,8 @@ class LowerExperts(Pass):
                 counts = make(ops.local_counts, counts, stay, dims=counts_dims, type_=counts_type)
             for new in (rows, counts, order):
                 new.meta.setdefault("val", None)
+        if any(tail) and split:
+            _without_tail(node)
         for user in list(node.users):
             user.replace_all_uses_with({0: rows, 1: counts, 2: order}[user.args[1]])
             new = {0: rows, 1: counts, 2: order}[user.args[1]]
@@ -151,3 +174,12 @@ class LowerExperts(Pass):
                 if key in node.meta:
                     back.meta[key] = node.meta[key]
             node.replace_input_with(rows, back)
+
+
+def _without_tail(dispatch: fx.Node) -> None:
+    """What reads the counts of a dispatch whose tail is cut off has no tail to pass over."""
+    for counts in [u for u in dispatch.users if u.args[1:] == (1,)]:
+        for user in list(counts.users):
+            kind = user.meta["relation"].kind
+            if kind in ("grouped", "expert_rows"):
+                user.args = user.args[: 4 if kind == "grouped" else 3]

@@ -28,8 +28,8 @@ _VIEWS = frozenset(
 _COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
 _NOTHING = _VIEWS | frozenset(
     """add sub rsub neg sum mean cat stack to _to_copy type_as clone pad roll flip repeat tril triu cumsum getitem mul_size
-    all_reduce all_reduce_batched all_gather reduce_scatter shard partial all_to_all_single gather_lanes scatter_lanes
-    local_counts axis_offset lift_fresh_copy""".split()
+    all_reduce all_reduce_batched all_gather reduce_scatter shard partial all_to_all_single gather_lanes scatter_lanes local_counts
+    send_slots return_slots gather_slots scatter_slots slot_rows route_slots axis_offset lift_fresh_copy""".split()
 )
 _RESULT = frozenset("exp sigmoid tanh softmax _softmax log_softmax _log_softmax sqrt rsqrt reciprocal relu".split())
 _OPERAND = frozenset("silu gelu pow square log log1p sin cos abs erf leaky_relu elu softplus clamp clamp_min clamp_max hardswish mish".split())
@@ -37,9 +37,9 @@ _PRODUCTS = frozenset("mul linear matmul mm bmm addmm baddbmm einsum".split())
 # Ops whose backward reads one operand that says where: its position.
 _WHERE = {
     "gather": 2, "index_select": 2, "embedding": 1, "index": 1, "masked_fill": 1, "where": 0, "scatter": 2, "scatter_add": 2,
-    "permute_rows": 1, "index_rows": 1, "unindex_rows": 1, "pick_rows": 1, "spread_lanes": 1, "expert_rows": 1, "vocab_parallel_embedding": 1,
+    "permute_rows": 1, "fill_slots": 1, "index_rows": 1, "unindex_rows": 1, "pick_rows": 1, "spread_lanes": 1, "expert_rows": 1, "vocab_parallel_embedding": 1,
 }  # fmt: skip
-CONTRACTIONS = frozenset("linear matmul mm bmm addmm baddbmm einsum grouped_linear scaled_dot_product_attention".split())
+CONTRACTIONS = frozenset("linear matmul mm bmm addmm baddbmm einsum grouped_linear slot_linear scaled_dot_product_attention".split())
 
 
 def short_name(node: fx.Node) -> str:
@@ -77,7 +77,7 @@ def saved(node: fx.Node) -> list[fx.Node]:
     values = [n for n in inputs if is_value(n)]
     if name == "cross_entropy_loss":
         return values[1:]  # of the logits their log-softmax: see `_hidden`
-    if name in ("grouped_linear", "combine", "layer_norm"):
+    if name in ("grouped_linear", "slot_linear", "combine", "combine_slots", "layer_norm"):
         return values
     return [*values, node]
 

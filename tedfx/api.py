@@ -33,6 +33,7 @@ def parallelize(
     dedup: bool | None = None,
     sequence_parallel: bool | None = None,
     algebra: bool | None = None,
+    capacity: str | None = None,
     check_inputs: bool = True,
     check_timeout: float = 60.0,
     traces: Sequence[Trace | Compilation] = (),
@@ -43,7 +44,7 @@ def parallelize(
     mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
     example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
-    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, algebra, checkpoint) it is an error.
+    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, algebra, checkpoint, capacity) it is an error.
     checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or "budget=<bytes>", see ``tedfx/passes/checkpoint.py``.
                     A budget is for activations at the sizes of example_inputs, which have to be given then, equal on all ranks.
     compile         run the local graph through ``torch.compile(fullgraph=True)``.
@@ -51,6 +52,8 @@ def parallelize(
     dedup           send no row to experts twice because two ranks hold its token (default True).
     sequence_parallel  keep tokens cut over the tensor axes between tensor-parallel regions (default True where a tensor axis exceeds 1).
     algebra         sums late, together and once, gathers late (default True); False is DeepSpeed-TED's own order, see ``tedfx/passes/collective_algebra.py``.
+    capacity        whose tokens a mixture with a capacity counts: "global" (the default), those of the global batch, as a single device does; "local", those of each
+                    batch coordinate by themselves, as DeepSpeed and GShard do under data parallelism: see ``tedfx/passes/local_capacity.py``.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
     traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
 
@@ -62,7 +65,7 @@ def parallelize(
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
     resolved = Roles.resolve(shape, roles)
-    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra)
+    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, capacity=capacity)
     if (checkpoint or "").startswith("budget") and example_inputs is None:
         raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
     if not hasattr(mesh, "device_type"):

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
     explain.add_argument("--algebra", action=argparse.BooleanOptionalAction, help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order")
     explain.add_argument("--checkpoint", metavar="POLICY", default="none", help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at --batch and --sequence")
+    explain.add_argument("--capacity", metavar="WHOSE", help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or local, those of each batch coordinate by itself")
     shown = explain.add_argument_group("what is shown")
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1)")
     shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
@@ -113,7 +114,9 @@ def _explain(options) -> int:
         stages[name], clock = time.perf_counter() - clock, time.perf_counter()
 
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
-    passes = pipeline(None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, algebra=options.algebra, checkpoint=options.checkpoint)
+    passes = pipeline(
+        None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, algebra=options.algebra, checkpoint=options.checkpoint, capacity=options.capacity
+    )
     model, inputs, title = make_model(options)
     done("make the model")
     traced = trace(model, kwargs=inputs)

@@ -23,6 +23,7 @@ from tedfx.passes.collective_algebra import CollectiveAlgebra
 from tedfx.passes.drop_duplicate_tokens import DropDuplicateTokens
 from tedfx.passes.expand_attention import ExpandAttention
 from tedfx.passes.functionalize import Functionalize
+from tedfx.passes.local_capacity import LocalCapacity
 from tedfx.passes.localize import Localize
 from tedfx.passes.lower_collectives import LowerCollectives
 from tedfx.passes.lower_experts import LowerExperts
@@ -37,14 +38,23 @@ from tedfx.signature import flatten
 from tedfx.trace import Trace
 
 
-def default_passes(*, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none") -> list[Pass]:
+CAPACITIES = ("global", "local")
+
+
+def default_passes(
+    *, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none", capacity: str = "global"
+) -> list[Pass]:
     """The passes of `parallelize`, in order.
 
     sequence_parallel  tokens stay cut over the tensor axes between tensor-parallel regions.
     dedup              no row is sent to experts twice because two ranks hold its token; without effect where the tokens are cut already.
     algebra            sums late, together and once; gathers late (`tedfx.passes.collective_algebra`). Off: DeepSpeed-TED's own order, to be looked at and counted.
     checkpoint         a policy of `tedfx.passes.checkpoint`; ConfigError for one that does not exist.
+    capacity           whose tokens a capacity counts: "global", those of the global batch; "local", those of a batch coordinate, each by itself. ConfigError for
+                       anything else.
     """
+    if capacity not in CAPACITIES:
+        raise ConfigError(f"capacity={capacity!r}: one of {', '.join(CAPACITIES)}")
     return [
         Functionalize(),
         SimplifyMasks(),
@@ -53,6 +63,7 @@ def default_passes(*, dedup: bool = True, sequence_parallel: bool = True, algebr
         ExpandAttention(),
         SplitLosses(),
         CheckCapture(),
+        *[LocalCapacity()] * (capacity == "local"),
         Annotate(),
         ShardExperts(),
         ShardTensors(),

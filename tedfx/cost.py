@@ -10,7 +10,7 @@ Terms: the **payload** is the operand that this rank hands to the collective. **
 2 S (n-1)/n for an all-reduce, S (n-1)/n for the others, where S is the whole buffer (for an all-gather, n payloads).
 
 Rows after routing are ragged: their number is only known at run time. They are counted as if the router spread its choices evenly over the
-experts (`ragged=True` marks them); everything else is exact.
+experts (`ragged=True` marks them), and dropped none; everything else is exact, rows in slots (`tedfx/ops/slots.py`) too.
 """
 
 from __future__ import annotations
@@ -349,6 +349,11 @@ _COUNT = {
         lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
     ),
     ops.all_to_all_single: _all_to_all,
+    **dict.fromkeys((ops.send_slots, ops.return_slots), _moves(lambda n: (ALL_TO_ALL, "in"), lambda n: (ALL_TO_ALL, "in"))),
+    ops.gather_slots: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out")),
+    ops.scatter_slots: _moves(
+        lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
+    ),
     ops.cumsum: _cumsum,
 }
 

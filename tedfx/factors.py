@@ -33,12 +33,13 @@ def as_size(value) -> "int | sympy.Expr":
 
 
 class Factor:
-    """One factor. ``ragged`` marks rows whose number differs between ranks (V when sharded)."""
+    """One factor. ``ragged`` marks rows whose number differs between ranks (V when sharded). ``everywhere``: of rows in slots, their number on all ranks together, in a
+    rank's own sizes (`passes/lower_slots.py`); the size of the factor is that of the single device, which has other rows."""
 
-    __slots__ = ("_size", "name", "ragged", "_same", "_parts", "uid")
+    __slots__ = ("_size", "name", "ragged", "everywhere", "_same", "_parts", "uid")
 
     def __init__(self, size, name: str = "", ragged: bool = False):
-        self._size, self.name, self.ragged = size, name, ragged
+        self._size, self.name, self.ragged, self.everywhere = size, name, ragged, None
         self._same: Factor | None = None
         self._parts: tuple[Factor, ...] | None = None
         self.uid = next(_ids)

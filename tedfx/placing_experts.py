@@ -7,7 +7,8 @@ from torch import fx
 from tedfx.factors import Factor, leaves
 from tedfx.placing_general import general
 from tedfx.plan import Decision, Plan, roots
-from tedfx.rules import operands
+from tedfx.rules import op_name, operands
+from tedfx.slots import in_slots
 from tedfx.types import I, P, R, Shard
 
 
@@ -30,7 +31,7 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
 
     Where rows travel over another axis and this axis may cut tokens, each rank sends a slice of them: rows are then gathered on arrival (R) if this axis shards
     the experts' own factors, and stay apart (V) if not. Without "commute" of the collective algebra the slices are of rows, not of tokens, and inside the
-    exchange (`passes/lower_experts.py`): no type shows them.
+    exchange (`passes/lower_experts.py`): no type shows them. Not so for assignments of which a capacity dropped some: how many a slice of rows has left is data.
     """
     x, ids = types
     tokens, rows = roots(node.args[0].meta["dims"][0]), leaves(relation.out[0][0])[0]
@@ -38,7 +39,9 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
     met = {f for f in met if f is not experts.root() and plan.shards(axis, f)}
     split, cut = plan.shards(axis, experts), plan.cuts(axis)
     cut = cut if cut in tokens else None
-    sliced, commute = cut is not None and x == Shard(cut), "commute" in plan.algebra
+    if cut is not None and _travels(node, axis, plan, experts) and in_slots(node, plan):  # each rank sends a share of the slots, and needs the tokens of all
+        return Decision([R, I], [R if met else Shard(rows), I, Shard(rows)])
+    sliced, commute = cut is not None and x == Shard(cut), "commute" in plan.algebra or any(node.args[3:])
     if isinstance(x, Shard) and x.factor.root() in tokens and not sliced:
         return Decision([None, Shard(x.factor)], [Shard(rows), I, Shard(rows)])
     if cut is not None and _travels(node, axis, plan, experts) and (sliced or (axis in plan.dedup and commute)):
@@ -66,46 +69,48 @@ def grouped(node, axis, types, plan, relation) -> Decision:
 
 
 def expert_rows(node, axis, types, plan, relation) -> Decision:
-    """As `grouped`; the rows operand gives a number of rows only and needs no conversion."""
-    param, counts, rows = types
-    experts = leaves(operands(node)[1].meta["dims"][0])[0]
+    """As `grouped`; the rows operand gives a number of rows only and needs no conversion. Rows in slots need no counts (`passes/lower_slots.py`)."""
+    param, *counts, rows = types
+    experts = leaves(operands(node)[1 if counts else 0].meta["dims"][0])[0]
+    alike = [None for _ in (*counts, rows)]
     row_factor = leaves(relation.out[0])[0]
     varies = isinstance(rows, Shard) and rows.factor.root() is row_factor
     if varies:
         target = Shard(experts) if plan.shards(axis, experts) else R
-        return Decision([target, None, None], [Shard(row_factor)])
+        return Decision([target, *alike], [Shard(row_factor)])
     if isinstance(param, Shard) and param.factor.root() in roots(f for d in relation.out[1:] for f in d):
-        return Decision([None, None, None], [param])
+        return Decision([None, *alike], [param])
     target = R if param == R or rows in (R, P) or isinstance(rows, Shard) else I
-    return Decision([target, None, None], [target])
+    return Decision([target, *alike], [target])
 
 
 def _with_experts(node, axis, types, plan, relation, rows: int, weight: int) -> Decision:
-    experts = leaves(operands(node)[2].meta["dims"][0])[0]
+    experts = leaves(operands(node)[-1].meta["dims"][0])[0]  # of the counts, or of the weights where rows stand in slots
     row_factor = leaves(relation.out[0])[0]
     if isinstance(types[rows], Shard) and types[rows].factor.root() is row_factor:
-        return Decision([None, Shard(experts) if plan.shards(axis, experts) else R, None], [Shard(row_factor)])
-    decision = general(node, axis, [types[rows], types[weight], I], plan, relation)
-    decision.targets[2] = None
+        return Decision([None, Shard(experts) if plan.shards(axis, experts) else R, *[None] * (len(types) - 2)], [Shard(row_factor)])
+    decision = general(node, axis, [types[rows], types[weight], *[I] * (len(types) - 2)], plan, relation)
+    decision.targets[2:] = [None] * (len(types) - 2)
     return decision
 
 
 def combine(node, axis, types, plan, relation) -> Decision:
     """Rows that vary come back to their own tokens (S), or, where the tokens are replicated, each rank adds what its experts made (P).
 
-    Rows of sliced tokens that were gathered on arrival are this rank's again before they travel back (`passes/lower_experts.py`): V, P, R and I all do.
+    Rows of sliced tokens, or of a share of the slots, that were gathered on arrival are this rank's again before they travel back (`passes/lower_experts.py`,
+    `passes/lower_slots.py`): V, P, R and I all do.
     """
     rows, order, weights = types
     row_factor = leaves(operands(node)[0].meta["dims"][0])[0]
     tokens = roots(relation.out[0])
     own = _tokens_of(operands(node)[1]).get(axis)
+    there = isinstance(rows, Shard) and rows.factor.root() is not row_factor
     if isinstance(own, Shard) and own.factor.root() in tokens:
-        there = isinstance(rows, Shard) and rows.factor.root() is not row_factor
         summed = I if rows == P and "scatter" not in plan.algebra else None
         return Decision([R if there else summed, None, Shard(own.factor)], [Shard(own.factor)])
-    if isinstance(rows, Shard) and rows.factor.root() is row_factor:
-        return Decision([None, None, R], [P])
-    striped = axis in plan.dedup and "commute" not in plan.algebra  # slices of rows inside the exchange: they are of sums
+    if isinstance(order, Shard):  # of the experts of this rank, or of its share of the slots, whose rows were gathered on arrival
+        return Decision([R if there else None, None, R], [P])
+    striped = axis in plan.dedup and "commute" not in plan.algebra and not _has_tail(operands(node)[1])  # slices of rows inside the exchange: they are of sums
     if rows == P and "delay" in plan.algebra and not striped:
         return Decision([None, None, R], [P])
     if rows == P:
@@ -116,9 +121,19 @@ def combine(node, axis, types, plan, relation) -> Decision:
     return Decision([want, None, want], [want])
 
 
+def _has_tail(order: fx.Node) -> bool:
+    """Whether assignments that a capacity dropped stand behind the others."""
+    source = order.args[0] if order.args and isinstance(order.args[0], fx.Node) else None
+    return op_name(order) == "cut_tail" or (source is not None and source.meta.get("relation") is not None and any(source.args[3:]))
+
+
 def _tokens_of(order: fx.Node) -> dict:
     """The type of the tokens that an order is of: that of the expert ids which it sorts."""
     if order.op == "placeholder":
         return {}
+    if op_name(order) == "route_slots":
+        return order.args[0].meta["type"]
+    if op_name(order) == "cut_tail":
+        order = order.args[0]
     source = order.args[0]
     return (source.args[1] if source.meta.get("relation") is not None else source.args[0]).meta["type"]

@@ -82,16 +82,17 @@ class Sizes:
     def factor(self, factor: Factor, type_) -> "int | sympy.Expr":
         """Local size of a factor in a value of this type."""
         axes = sharding_axes(type_, factor)
-        key = (factor.size, axes, factor.ragged)
+        counted = factor.root().everywhere
+        key = (factor.size, axes, factor.ragged, counted)
         if key not in self.locals:
-            total, degree = self.whole(factor.size), self.mesh.size(axes)
+            total, degree = self.whole(factor.size) if counted is None else counted, self.mesh.size(axes)
             if isinstance(total, int):
                 assert total % degree == 0, (factor, degree)
                 self.locals[key] = total // degree
             else:
                 local = as_size(total / degree)
                 whole = isinstance(local, int) or all(c.is_Integer for c in sympy.Poly(local, *sorted(local.free_symbols, key=str)).coeffs()) if local.is_polynomial() else True
-                self.locals[key] = local if whole or factor.ragged else self._share(factor.size, axes)
+                self.locals[key] = local if whole or factor.ragged or counted is not None else self._share(factor.size, axes)
         return self.locals[key]
 
     def _share(self, size, axes) -> Share:

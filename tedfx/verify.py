@@ -120,6 +120,7 @@ def verify(
     sequence_parallel: bool | None = None,
     algebra: bool | None = None,
     checkpoint: str | None = None,
+    capacity: str | None = None,
     seed: int = 0,
     timeout: float = 300.0,
     tolerance: Tolerance | None = None,
@@ -133,6 +134,7 @@ def verify(
                    factory that returns (model, inputs) gives it as well.
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
     passes, dedup, sequence_parallel, algebra, checkpoint: as `parallelize` takes them; a budget is for the global batch's sizes.
+    capacity       "local": the single device runs the model's own graph with its tokens in as many groups as the mesh has batch coordinates (`verify_run.in_groups`).
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
     before         called in each rank first, with its number: a place to break something and see it found.
 
@@ -158,7 +160,7 @@ def verify(
         batch = make_batch(model, batch, sequence, seed)
     check_batch(batch, resolved)
 
-    switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, checkpoint=checkpoint)
+    switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, checkpoint=checkpoint, capacity=capacity)
     options = dict(roles=roles, passes=passes, **switches, compile=compile, example_inputs=_example(batch))
     if fork:
         prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]
@@ -167,12 +169,12 @@ def verify(
         prepared, given = [], model_factory
         _check_picklable(model_factory)
     ranks = verify_ranks.jobs(train_rank, (given, batch, recipe, shape, options, prepared, before), shape.world, device, backend, timeout)
-    single = verify_ranks.Job("the single device", _reference, (given, batch, recipe, device))
+    single = verify_ranks.Job("the single device", _reference, (given, batch, recipe, device, shape.size(resolved.batch) if capacity == "local" else 1))
     reference, *outcomes = verify_ranks.run([single, *ranks], fork, timeout)
 
     name = getattr(model_factory, "model_type", None) or getattr(model_factory, "path", None) or type(model).__name__
     with_roles = "".join(f" {role}={'+'.join(axes) if not isinstance(axes, str) else axes}" for role, axes in (roles or {}).items())
-    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}, {shape.world} ranks on {device} ({backend})"
+    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}{f', capacity {capacity}' if capacity else ''}, {shape.world} ranks on {device} ({backend})"
     result = compare(title, reference, outcomes, tolerance, steps)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result
@@ -199,9 +201,9 @@ def compare(title: str, reference: Outcome, outcomes: Sequence[Outcome], toleran
     return VerifyResult(title, rows, sorted(table, key=lambda p: (-p.gradient, -p.parameter)))
 
 
-def _reference(rank_model, batch, recipe: Recipe, device: str) -> Outcome:
+def _reference(rank_model, batch, recipe: Recipe, device: str, groups: int) -> Outcome:
     model = rank_model if isinstance(rank_model, nn.Module) else recipe.make(rank_model)[0]
-    return train_reference(model, batch, recipe, device)
+    return train_reference(model, batch, recipe, device, groups)
 
 
 def _example(batch: Mapping[str, Any]) -> dict[str, Any]:

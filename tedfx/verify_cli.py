@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
     parser.add_argument("--algebra", action=argparse.BooleanOptionalAction, help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order")
     parser.add_argument("--checkpoint", metavar="POLICY", help="what backward computes again: none (default), comm, selective, full or budget=<bytes>")
+    parser.add_argument("--capacity", metavar="WHOSE", help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or local, those of each batch coordinate by itself")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU per rank")
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl on cuda, else gloo, whose ranks may share a GPU")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
@@ -87,6 +88,7 @@ def run(args) -> int:
                 sequence_parallel=args.sequence_parallel,
                 algebra=args.algebra,
                 checkpoint=args.checkpoint,
+                capacity=args.capacity,
                 device=args.device,
                 backend=args.backend,
                 seed=args.seed,

@@ -8,6 +8,7 @@ every piece of state it holds, by which replicas are compared bit by bit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import time
@@ -133,24 +134,38 @@ def as_authored(model: nn.Module):
         yield
 
 
-def train_reference(model: nn.Module, batch: Mapping[str, Any], recipe: Recipe, device: str = "cpu") -> Outcome:
-    """The unmodified model on the whole global batch."""
+def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callable:
+    """The single-device function of `capacity="local"`: the model's own graph, its tokens in groups with a capacity each; the model where that is the same."""
+    from tedfx.passes.base import run_pipeline
+    from tedfx.passes.capture_capacity import CaptureCapacity
+    from tedfx.passes.functionalize import Functionalize
+    from tedfx.passes.local_capacity import LocalCapacity
+    from tedfx.trace import trace
+
+    traced = trace(model, kwargs=dict(batch))
+    history = run_pipeline(traced, [Functionalize(), CaptureCapacity(), LocalCapacity(groups)])
+    return functools.partial(traced, model) if history[-1].result.changes else model
+
+
+def train_reference(model: nn.Module, batch: Mapping[str, Any], recipe: Recipe, device: str = "cpu", groups: int = 1) -> Outcome:
+    """The unmodified model on the whole global batch; with `groups`, see `in_groups`."""
     start = time.perf_counter()
     model.to(device)
     batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(batch))
     with as_authored(model):
-        outcome = _train(model, batch, recipe, lambda: {n: p.grad.detach().cpu().clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None})
+        call = model if groups == 1 else in_groups(model, batch, groups)
+        outcome = _train(model, batch, recipe, lambda: {n: p.grad.detach().cpu().clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}, call)
     outcome.parameters = {n: p.detach().cpu() for n, p in model.named_parameters(remove_duplicate=False)}
     outcome.seconds = {"run": time.perf_counter() - start}
     return outcome
 
 
-def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict]) -> Outcome:
+def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict], call: Callable | None = None) -> Outcome:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=recipe.learning_rate)
     losses, outcome = [], None
     for step in range(recipe.steps):
         optimizer.zero_grad()
-        loss, is_global = objective(module(**batch))
+        loss, is_global = objective((call or module)(**batch))
         loss.backward()
         first = gradients() if step == 0 else None
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
@@ -229,7 +244,8 @@ def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
 
     trainable = {placeholder for placeholder, name in trace.parameters.items() if model.get_parameter(name).requires_grad}
     outputs = options.get("outputs")
-    passes = pipeline(options.get("passes"), roles, options.get("compile"), **{name: options.get(name) for name in ("dedup", "sequence_parallel", "algebra", "checkpoint")})
+    switches = {name: options.get(name) for name in ("dedup", "sequence_parallel", "algebra", "checkpoint", "capacity")}
+    passes = pipeline(options.get("passes"), roles, options.get("compile"), **switches)
     example = example_sizes(trace, options.get("example_inputs") or {})
     return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example), passes)
 

@@ -8,6 +8,7 @@ from tedfx.ops.indexing import axis_offset, share, share_offset
 from tedfx.ops.lanes import exchange_lanes, gather_lanes, lane_index, pick_rows, scatter_lanes, spread_lanes
 from tedfx.ops.moe import (
     all_to_all_single,
+    cut_tail,
     exchange_counts,
     expert_major,
     index_rows,
@@ -16,6 +17,7 @@ from tedfx.ops.moe import (
     route,
     unindex_rows,
 )
-from tedfx.ops.prefix import cumsum
+from tedfx.ops.prefix import cumsum, group_cumsum, group_total
 from tedfx.ops.random import dropout, uniform
+from tedfx.ops.slots import combine_slots, fill_slots, gather_slots, return_slots, route_slots, scatter_slots, send_slots, slot_linear, slot_rows
 from tedfx.ops.vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding

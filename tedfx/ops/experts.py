@@ -12,6 +12,10 @@ the same from run to run.
 
 `order[m]` is the flat assignment n * K + k whose row stands at m. Ids must lie in [0, num_experts).
 
+With a capacity some assignments are dropped: their id is num_experts, no expert's, and their rows stand behind all others. This is the **tail**
+(`tail=True`, the last argument of the first three ops; without it an id out of range, or counts that do not sum to the rows, are errors). No expert works on
+it: `grouped_linear` and `expert_rows` give zeros there, and nothing flows back from it.
+
 The local form, for one rank, is in `tedfx/ops/moe.py`, which also hands these on.
 """
 
@@ -23,27 +27,27 @@ from torch import Tensor
 from tedfx import _torch
 
 
-def dispatch(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(x: Tensor, ids: Tensor, num_experts: int, tail: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """x[N,H], ids[N,K] -> rows[N*K,H] sorted by expert, counts[E], order[N*K].
 
-    ValueError for shapes that do not fit; an id outside [0, num_experts) trips a device-side assertion.
+    ValueError for shapes that do not fit; an id outside [0, num_experts), or above it with a tail, trips a device-side assertion.
     """
-    return torch.ops.tedfx.dispatch(x, ids, num_experts)
+    return torch.ops.tedfx.dispatch(x, ids, num_experts, tail)
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False) -> Tensor:
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False, tail: bool = False) -> Tensor:
     """rows[M,I] times each expert's matrix -> [M,O]; weight[E,O,I], or [E,I,O] if transposed.
 
     bfloat16 on CUDA is one grouped matmul; any other dtype or device is one matmul per expert, and copies the counts
     to the host. ValueError for shapes or dtypes that do not fit (on the second path, also for counts that do not sum
-    to M).
+    to M; with a tail, that sum to more).
     """
-    return torch.ops.tedfx.grouped_linear(rows, weight, counts, transposed)
+    return torch.ops.tedfx.grouped_linear(rows, weight, counts, transposed, tail)
 
 
-def expert_rows(param: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+def expert_rows(param: Tensor, counts: Tensor, rows: Tensor, tail: bool = False) -> Tensor:
     """param[E,...], counts[E], rows[M,*] -> [M,...]. Of `rows` only the number is used. A bias per expert, say."""
-    return torch.ops.tedfx.expert_rows(param, counts, rows)
+    return torch.ops.tedfx.expert_rows(param, counts, rows, tail)
 
 
 def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
@@ -58,12 +62,12 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("tedfx::dispatch", mutates_args=())
-def _dispatch(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _dispatch(x: Tensor, ids: Tensor, num_experts: int, tail: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     if x.dim() != 2 or ids.dim() != 2 or x.shape[0] != ids.shape[0]:
         raise ValueError(f"dispatch: x {tuple(x.shape)} and ids {tuple(ids.shape)} are not [N,H] and [N,K]")
     order, counts = sort_by_expert(ids.reshape(-1), num_experts)
     if ids.numel():
-        _torch.assert_async((ids >= 0).logical_and_(ids < num_experts).all(), "dispatch: expert id out of range")
+        _torch.assert_async((ids >= 0).logical_and_(ids < num_experts + tail).all(), "dispatch: expert id out of range")
     return x.index_select(0, order // ids.shape[1]), counts, order
 
 
@@ -75,7 +79,7 @@ def sort_by_expert(flat: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 @_dispatch.register_fake
-def _(x, ids, num_experts):
+def _(x, ids, num_experts, tail=False):
     rows = ids.numel()
     return x.new_empty(rows, x.shape[1]), ids.new_empty(num_experts, dtype=torch.int64), ids.new_empty(rows, dtype=torch.int64)
 
@@ -88,7 +92,7 @@ def _dispatch_setup(ctx, inputs, output):
 
 def _dispatch_backward(ctx, grad_rows, grad_counts, grad_order):
     (order,) = ctx.saved_tensors
-    return sum_choices(unsort(grad_rows, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k), None, None
+    return sum_choices(unsort(grad_rows, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k), None, None, None
 
 
 _dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
@@ -108,27 +112,29 @@ def sum_choices(rows: Tensor, tokens: int, top_k: int) -> Tensor:
 
 
 @torch.library.custom_op("tedfx::grouped_linear", mutates_args=())
-def _grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False) -> Tensor:
+def _grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False, tail: bool = False) -> Tensor:
     _check_grouped(rows, weight, counts, transposed)
     right = weight if transposed else weight.mT  # [E,I,O]
     if rows.shape[0] == 0 or right.numel() == 0:
         return rows.new_zeros(rows.shape[0], right.shape[2])
     if _has_kernel(rows, right.shape[1], right.shape[2]):
-        return torch.nn.functional.grouped_mm(rows.contiguous(), _dense(right), offs=_offsets(counts))
-    out = rows.new_empty(rows.shape[0], right.shape[2])
-    for expert, start, stop in _runs(counts, rows):
+        out = torch.nn.functional.grouped_mm(rows.contiguous(), _dense(right), offs=_offsets(counts))
+        # The kernel leaves rows behind the last offset unwritten.
+        return torch.where(_in_tail(counts, rows).unsqueeze(1), 0, out) if tail else out
+    out = rows.new_zeros(rows.shape[0], right.shape[2]) if tail else rows.new_empty(rows.shape[0], right.shape[2])
+    for expert, start, stop in _runs(counts, rows, tail):
         torch.mm(rows[start:stop], right[expert], out=out[start:stop])
     return out
 
 
 @_grouped_linear.register_fake
-def _(rows, weight, counts, transposed=False):
+def _(rows, weight, counts, transposed=False, tail=False):
     _check_grouped(rows, weight, counts, transposed)
     return rows.new_empty(rows.shape[0], weight.shape[2] if transposed else weight.shape[1])
 
 
 @torch.library.custom_op("tedfx::grouped_outer", mutates_args=())
-def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor, tail: bool = False) -> Tensor:
     """left[M,A], right[M,B] -> [E,A,B]: per expert, left^T right over its rows; zeros for an expert without rows.
 
     The gradient of grouped_linear by its weight; the two ops are closed under differentiation.
@@ -142,18 +148,18 @@ def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
         # The kernel leaves the matrix of an expert without rows unwritten.
         return torch.where((counts > 0).view(-1, 1, 1), out, 0)
     out = left.new_zeros(experts, a, b)
-    for expert, start, stop in _runs(counts, left):
+    for expert, start, stop in _runs(counts, left, tail):
         torch.mm(left[start:stop].mT, right[start:stop], out=out[expert])
     return out
 
 
 @_grouped_outer.register_fake
-def _(left, right, counts):
+def _(left, right, counts, tail=False):
     return left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
 
 
 def _linear_setup(ctx, inputs, output):
-    rows, weight, counts, ctx.transposed = inputs
+    rows, weight, counts, ctx.transposed, ctx.tail = inputs
     ctx.save_for_backward(rows, weight, counts)
 
 
@@ -161,20 +167,21 @@ def _linear_backward(ctx, grad):
     rows, weight, counts = ctx.saved_tensors
     grad_rows = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_rows = grouped_linear(grad, weight, counts, not ctx.transposed)
+        grad_rows = grouped_linear(grad, weight, counts, not ctx.transposed, ctx.tail)
     if ctx.needs_input_grad[1]:
         left, right = (rows, grad) if ctx.transposed else (grad, rows)
-        grad_weight = _grouped_outer(left, right, counts)
-    return grad_rows, grad_weight, None, None
+        grad_weight = _grouped_outer(left, right, counts, ctx.tail)
+    return grad_rows, grad_weight, None, None, None
 
 
 def _outer_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.tail = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _outer_backward(ctx, grad):
     left, right, counts = ctx.saved_tensors
-    return grouped_linear(right, grad, counts, False), grouped_linear(left, grad, counts, True), None
+    return grouped_linear(right, grad, counts, False, ctx.tail), grouped_linear(left, grad, counts, True, ctx.tail), None, None
 
 
 _grouped_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -209,14 +216,19 @@ def _offsets(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
-def _runs(counts: Tensor, rows: Tensor):
+def _in_tail(counts: Tensor, rows: Tensor) -> Tensor:
+    """[M] bool: the rows behind those that the counts count."""
+    return torch.arange(rows.shape[0], device=counts.device) >= counts.sum()
+
+
+def _runs(counts: Tensor, rows: Tensor, tail: bool = False):
     """(expert, start, stop) of every expert that has rows."""
     stop = 0
     for expert, count in enumerate(counts.tolist()):
         start, stop = stop, stop + count
         if count:
             yield expert, start, stop
-    if stop != rows.shape[0]:
+    if stop > rows.shape[0] or (stop < rows.shape[0] and not tail):
         raise ValueError(f"counts sum to {stop}, there are {rows.shape[0]} rows")
 
 
@@ -224,20 +236,25 @@ def _runs(counts: Tensor, rows: Tensor):
 
 
 @torch.library.custom_op("tedfx::expert_rows", mutates_args=())
-def _expert_rows(param: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+def _expert_rows(param: Tensor, counts: Tensor, rows: Tensor, tail: bool = False) -> Tensor:
     if param.dim() < 1 or param.shape[0] != counts.shape[0]:
         raise ValueError(f"expert_rows: param {tuple(param.shape)} has no entry for each of {counts.shape[0]} experts")
+    if tail:
+        position = torch.arange(rows.shape[0], device=counts.device)
+        index = torch.searchsorted(counts.cumsum(0), position, right=True).clamp(max=counts.shape[0] - 1)
+        inside = _in_tail(counts, rows).logical_not().view(-1, *(1 for _ in param.shape[1:]))
+        return torch.where(inside, param.index_select(0, index), 0)
     index = torch.arange(counts.shape[0], device=counts.device)
     return param.index_select(0, index.repeat_interleave(counts, output_size=rows.shape[0]))
 
 
 @_expert_rows.register_fake
-def _(param, counts, rows):
+def _(param, counts, rows, tail=False):
     return param.new_empty(rows.shape[0], *param.shape[1:])
 
 
 def _expert_rows_setup(ctx, inputs, output):
-    ctx.shape = inputs[0].shape
+    ctx.shape, ctx.tail = inputs[0].shape, inputs[3]
     ctx.save_for_backward(inputs[1])
 
 
@@ -247,7 +264,7 @@ def _expert_rows_backward(ctx, grad):
     # A sum over each expert's rows is a product with ones: a matmul, so no atomics, and it accumulates like one.
     # Eight columns of ones where the kernel wants a multiple of eight.
     ones = flat.new_ones(flat.shape[0], 8 if flat.is_cuda else 1)
-    return _grouped_outer(ones, flat, counts)[:, 0].reshape(ctx.shape), None, None
+    return _grouped_outer(ones, flat, counts, ctx.tail)[:, 0].reshape(ctx.shape), None, None, None
 
 
 _expert_rows.register_autograd(_expert_rows_backward, setup_context=_expert_rows_setup)

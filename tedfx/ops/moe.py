@@ -12,6 +12,8 @@ A rank routes its tokens, sends each row to the rank that owns the row's expert,
     rows = all_to_all_single(unindex_rows(rows, index), send, recv, axes)
     out = combine(rows, order, weights)
 
+Assignments that a capacity dropped come last in `order`; `cut_tail(order, send)` leaves them out, so that `permute_rows` makes no row of them.
+
 Where tokens are replicated over the axes that split the experts, no row travels: `route(.., owned=axes)` keeps the
 assignments of this rank's experts, `local_counts` cuts the counts, and the combined output is a partial sum.
 
@@ -32,6 +34,7 @@ from tedfx.ops.experts import combine, dispatch, expert_rows, grouped_linear, so
 __all__ = [
     "all_to_all_single",
     "combine",
+    "cut_tail",
     "dispatch",
     "exchange_counts",
     "expert_major",
@@ -49,6 +52,8 @@ def route(
     ids: Tensor, num_experts: int, owned: Axes = (), lanes: Axes = (), owned_outer: int = 1, stripes: Axes = ()
 ) -> tuple[Tensor, Tensor]:
     """ids[N,K] -> (order[M], counts[E]): the assignments this rank handles, stably sorted by expert.
+
+    Ids of num_experts are those of assignments that a capacity dropped: `order` ends with them (with `owned` it has none of them), and no count has them.
 
     `owned`: axes over which tokens are replicated and experts split; keeps the assignments of this coordinate's
     experts, the expert dim seen as (owned_outer, size, rest). `lanes`: axes over which tokens are replicated and that
@@ -118,6 +123,13 @@ def exchange_counts(counts: Tensor, axes: Axes) -> tuple[list[int], list[int], T
     return splits[: span.size], splits[span.size :], recv_counts, recv_counts.sum(0)
 
 
+def cut_tail(order: Tensor, send_splits: list[int]) -> Tensor:
+    """order[M] -> [sum(send_splits)]: the assignments that travel, without those that a capacity dropped, which stand last. No host copy of its own."""
+    rows = sum(send_splits)
+    _torch.check(rows <= order.shape[0], "more rows than assignments")
+    return order.narrow(0, 0, rows)
+
+
 def permute_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     """x[N,H], order[M] -> rows[M,H]: the row of assignment order[m] is x[order[m] // top_k]."""
     return _Permute.apply(x, order, top_k)
@@ -172,8 +184,8 @@ class _Permute(torch.autograd.Function):
         return sum_choices(unsort(grad, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k), None, None
 
 
-def _exchange(rows, span, recv, send, phase):
-    context.record("all_to_all", span.axes, phase, rows, True)
+def _exchange(rows, span, recv, send, phase, ragged=True):
+    context.record("all_to_all", span.axes, phase, rows, ragged)
     if span.order is None:
         return _torch.all_to_all(rows, recv, send, span.name)
     # The group counts its ranks in another order than the coordinates run: the runs are put in its order and back.

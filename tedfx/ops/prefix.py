@@ -5,6 +5,9 @@ all-gather of x without its dim. Along a dim (outer, rest) of which `rest` is cu
 another by (outer, rank).
 
 A capacity counts tokens in the order of the global batch, so the position of a token in its expert is such a sum over the batch axes.
+
+A capacity of each batch coordinate counts in groups instead, one per coordinate (`passes/local_capacity.py`): `group_cumsum` and `group_total` are functions of a
+single device, and where a shard is a whole number of groups nothing is exchanged.
 """
 
 import torch
@@ -30,6 +33,30 @@ def cumsum(x: Tensor, dim: int, axes: Axes, outer: int = 1, dtype: torch.dtype |
     if x.dim() == 0 or x.shape[dim] % outer != 0:
         raise ValueError(f"cumsum along dim {dim} of a tensor of shape {tuple(x.shape)} in {outer} runs")
     return _Cumsum.apply(x, dim % x.dim(), span, outer)
+
+
+def group_cumsum(x: Tensor, dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """The cumsum of each group along a dim seen as (outer, groups, rest); a group runs over (outer, rest)."""
+    grouped = _by_group(x, dim, groups, outer)
+    return _ungrouped(torch.cumsum(grouped, dim + 1, dtype=dtype), x, dim, groups, outer)
+
+
+def group_total(x: Tensor, dims: list[int], dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """At each element the sum over its group: along `dim`, seen as (outer, groups, rest), over (outer, rest); along the others of `dims` over all."""
+    grouped = _by_group(x, dim, groups, outer)
+    over = [dim + 1, *(d + (d > dim) for d in dims if d != dim)]
+    return _ungrouped(grouped.sum(over, keepdim=True, dtype=dtype).expand(grouped.shape), x, dim, groups, outer)
+
+
+def _by_group(x: Tensor, dim: int, groups: int, outer: int) -> Tensor:
+    """[.., groups, outer * rest, ..]"""
+    before, after, rest = x.shape[:dim], x.shape[dim + 1 :], x.shape[dim] // (outer * groups)
+    return x.reshape(*before, outer, groups, rest, *after).transpose(dim, dim + 1).reshape(*before, groups, outer * rest, *after)
+
+
+def _ungrouped(grouped: Tensor, x: Tensor, dim: int, groups: int, outer: int) -> Tensor:
+    before, after, rest = x.shape[:dim], x.shape[dim + 1 :], x.shape[dim] // (outer * groups)
+    return grouped.reshape(*before, groups, outer, rest, *after).transpose(dim, dim + 1).reshape(x.shape)
 
 
 def _running(x: Tensor, dim: int, span: Span, outer: int, phase: str, back: bool) -> Tensor:

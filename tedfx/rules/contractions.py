@@ -127,6 +127,12 @@ def cumsum(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=ctx.dims(operands(node)[0]), linear=ONE, kind="running")
 
 
+@rule("group_cumsum", "group_total")
+def in_groups(node: fx.Node, ctx: Annotator) -> Relation:
+    """A running sum, or a total spread out again, in groups of tokens: the batch shards are whole groups (`passes/local_capacity.py`)."""
+    return Relation(out=ctx.dims(operands(node)[0]), linear=ONE, kind="running")
+
+
 @rule("aten.layer_norm", "aten.rms_norm")
 def norm(node: fx.Node, ctx: Annotator) -> Relation:
     x, count = node.args[0], len(node.args[1])

@@ -149,3 +149,42 @@ def test_export_keeps_them_whole_with_a_symbolic_number_of_tokens():
 def test_sort_by_expert_ignores_numbers_beyond_the_last_expert():
     order, counts = experts.sort_by_expert(torch.tensor([4, 0, 4, 2, 0]), 4)
     assert order.tolist() == [1, 4, 3, 0, 2] and counts.tolist() == [2, 0, 1, 0]
+
+
+# ---- a tail: assignments that belong to no expert -------------------------------------------------------------------------------
+
+
+def _with_tail(x, ids, weights, up, bias, down):
+    rows, counts, order = moe.dispatch(x, ids, E, True)
+    h = torch.relu(moe.grouped_linear(rows, up, counts, False, True) + moe.expert_rows(bias, counts, rows, True))
+    return moe.combine(moe.grouped_linear(h, down, counts, True, True), order, weights)
+
+
+@pytest.mark.parametrize("dropped", ["some", "all", "none"])
+def test_rows_of_no_expert(dropped):
+    """As if their weights were zero; zeros where no expert works, and nothing flows back."""
+    ids, (x, weights, *params) = _operands(9)
+    generator = torch.Generator().manual_seed(3)
+    keep = torch.rand(ids.shape, generator=generator) < {"some": 0.6, "all": 0.0, "none": 1.1}[dropped]
+    sent, kept = torch.where(keep, ids, E), weights * keep
+    cotangent = torch.randn(9, H, dtype=torch.float64, generator=generator)
+    grads = []
+    for layer, given in ((plain, ids), (_with_tail, sent)):
+        out = layer(x, given, kept, *params)
+        grads.append([out, *torch.autograd.grad(out, [x, weights, *params], cotangent, retain_graph=True)])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+    rows, counts, order = moe.dispatch(x, sent, E, True)
+    assert counts.sum() == keep.sum() and sorted(order[counts.sum() :].tolist()) == (~keep).flatten().nonzero().flatten().tolist()
+    for out in (moe.grouped_linear(rows, params[0], counts, False, True), moe.expert_rows(params[1], counts, rows, True)):
+        assert not out[counts.sum() :].any()
+
+
+def test_without_a_tail_every_row_must_have_an_expert():
+    rows, counts = torch.ones(5, 3), torch.tensor([2, 2])
+    with pytest.raises(ValueError, match="counts sum to 4, there are 5 rows"):
+        moe.grouped_linear(rows, torch.ones(2, 4, 3), counts)
+    with pytest.raises(ValueError, match="counts sum to 4, there are 3 rows"):
+        moe.grouped_linear(rows[:3], torch.ones(2, 4, 3), counts, False, True)
+    with pytest.raises(RuntimeError, match="out of range"):
+        moe.dispatch(rows, torch.full((5, 1), 2), 2)

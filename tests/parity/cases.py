@@ -6,6 +6,7 @@ rank, *args)` on every rank, `on_single(case, body, ...)` one on the plain model
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Case:
     sequence_parallel: bool | None = None
     algebra: bool | None = None
     checkpoint: str | None = None
+    capacity: str | None = None
     outputs: tuple[str, ...] | None = None
     calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
 
@@ -49,7 +51,7 @@ class Case:
         words = [self.model, self.mesh.replace(",", "x").replace("=", "")]
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
-        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * bool(self.compile) + [self.checkpoint] * bool(self.checkpoint)
+        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * bool(self.compile) + [self.checkpoint] * bool(self.checkpoint) + [self.capacity] * bool(self.capacity)
         words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel", "algebra") if (value := getattr(self, name)) is not None]
         return "-".join(words)
 
@@ -126,7 +128,7 @@ def _compiled(case: Case) -> list:
 
 
 def _switches(case: Case) -> dict[str, Any]:
-    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel, "algebra": case.algebra, "checkpoint": case.checkpoint}
+    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel, "algebra": case.algebra, "checkpoint": case.checkpoint, "capacity": case.capacity}
 
 
 def _options(case: Case) -> dict[str, Any]:
@@ -151,13 +153,26 @@ def _verified(case: Case, before: Callable | None) -> VerifyResult:
     model, batch, recipe, shape = _model(case), _batch(case), _recipe(case), MeshShape.of(case.mesh)
     options, prepared = _options(case), _compiled(case)
     made = time.perf_counter()
-    key = ("reference", case.model, case.overrides, case.change, case.dtype, case.batch, case.steps)
-    single = [] if key in _KEPT else [verify_ranks.Job("the single device", train_reference, (model, batch, recipe))]
+    groups = shape.size(Roles.resolve(shape, dict(case.roles)).batch) if case.capacity == "local" else 1
+    key = ("reference", case.model, case.overrides, case.change, case.dtype, case.batch, case.steps, groups)
+    single = [] if key in _KEPT else [verify_ranks.Job("the single device", train_reference, (by_chunk(model, groups), batch, recipe))]
     outcomes = _fork(case, train_rank, (model, batch, recipe, shape, options, prepared, before), single)
     reference = _once(key, lambda: outcomes.pop(0))
     result = compare(str(case), reference, outcomes, TOLERANCES[recipe.dtype], recipe.steps)
     result.notes.append(f"trace and compile {made - start:.1f} s, ranks {time.perf_counter() - made:.1f} s")
     return result
+
+
+def by_chunk(model, groups: int):
+    """The oracle of `capacity="local"`, by hand: each mixture runs on one chunk of the batch after the other, each with places, totals and capacity of its own; the
+    auxiliary loss is that of all tokens."""
+    if groups == 1:
+        return model
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        whole = block.moe.forward
+        block.moe.forward = lambda x, whole=whole: (torch.cat([whole(chunk)[0] for chunk in x.chunk(groups)]), whole(x)[1])
+    return model
 
 
 def _on_ranks(case: Case, body: Callable, args: tuple) -> list:

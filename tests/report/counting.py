@@ -34,6 +34,18 @@ CASES = [
 ] + [
     (model, 1, mesh, None, {}) for model, mesh in (("mixtral", "dp=1,ep=4"), ("capacity_gshard", "dp=2,ep=2"))
 ]
+# Rows in slots: nothing about them is data.
+SLOTS = [
+    ("capacity_gshard", 1, "ep=2,tp=2", None, dict(capacity="local")),
+    ("capacity_gshard", 1, "ep=2,tp=2", None, dict(capacity="local", sequence_parallel=False)),
+    ("capacity_gshard", 1, "ep=2,tp=2", None, dict(capacity="local", sequence_parallel=False, dedup=False)),
+    ("capacity_gshard", 1, "ep=2,tp=2", {"expert": ("ep", "tp")}, dict(capacity="local")),
+    ("capacity_gshard", 1, "dp=2,ep=2", None, dict(capacity="local", checkpoint="full")),
+    ("capacity_grouped", 1, "dp=2,ep=2", None, {}),
+    ("capacity_grouped", 1, "dp=2,tp=2", {"expert": ("tp",)}, {}),
+    ("capacity_grouped", 1, "ep=2,tp=2", {"expert_tensor": ()}, {}),
+]
+CASES += SLOTS
 
 
 def prepare():
@@ -61,7 +73,7 @@ def count(rank, prepared):
         index, ranks = pm.batch_coordinate
         ids = torch.arange(BATCH * ranks * SEQUENCE).view(BATCH * ranks, SEQUENCE) * 7 % 61
         mine = ids[index * BATCH : (index + 1) * BATCH]
-        with tedfx.ops.count_collectives() as log:
+        with tedfx.ops.count_collectives() as log, tedfx.ops.count_events() as events:
             pm(input_ids=mine, labels=mine).loss.backward()
 
         cost, values = Cost(compilation), {"batch": BATCH, "sequence": SEQUENCE}
@@ -75,6 +87,9 @@ def count(rank, prepared):
                 "ran_buckets": Counter((r.axes, r.bytes) for r in pm.reductions),
                 "predicted_rows": sum(number(i) for i in cost.items if i.op == ALL_TO_ALL),
                 "ran_rows": sum(c.bytes for c in log if c.op == "all_to_all"),
+                "copies": sum(e.what == "host copy" for e in events),
+                "ops": {str(getattr(n.target, "__name__", n.target)) if not hasattr(n.target, "_schema") else n.target._schema.name for n in compilation.graph_module.graph.nodes},
+                "exact": not any(i.ragged for i in cost.items),
                 "fresh": fresh,
                 "text": str(pm),
                 "json": pm.explain(batch=BATCH, sequence=SEQUENCE).to_json(),
