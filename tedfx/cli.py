@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1)")
     shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
     shown.add_argument("--outputs", metavar="NAMES", help="keep only these outputs, e.g. loss (then the full logits never exist)")
+    shown.add_argument("--picture", metavar="FILE", help="draw both graphs of --before to FILE (.svg, .png or .pdf); needs matplotlib")
     shown.add_argument("--all", action="store_true", help="every node, not only layers and what communicates")
     shown.add_argument("--no-fold", action="store_true", help="do not fold identical layers into one")
     shown.add_argument("--before", nargs="?", const="", metavar="PATH", help="instead: the graph of one MoE layer, or of the module at PATH (model.layers.0.mlp), before and after")
@@ -103,7 +104,8 @@ def _positive(text: str) -> int:
 
 def _explain(options) -> int:
     from tedfx.compiler import Compilation, compile_trace, pipeline
-    from tedfx.report import default_values, explain, graph_before_after
+    from tedfx.before_after import before_after
+    from tedfx.report import default_values, explain
     from tedfx.roles import MeshShape, Roles
     from tedfx.trace import trace
 
@@ -128,8 +130,11 @@ def _explain(options) -> int:
     values = default_values(compilation, options.batch, options.sequence)
     compilation.example = {symbol: values[name] for name, symbol in traced.sizes.items()}
     compile_trace(compilation, passes)
-    if options.before is not None:
-        print(graph_before_after(compilation, traced, layer=options.before, batch=options.batch, sequence=options.sequence))
+    if options.before is not None or options.picture:
+        views = before_after(compilation, traced, layer=options.before or "", batch=options.batch, sequence=options.sequence)
+        if options.picture:
+            views.draw(options.picture)
+        print(f"{views.path}: drawn to {options.picture}" if options.before is None else views)
         return 0
     told = explain(
         compilation, rows="all" if options.all else "layers", batch=options.batch, sequence=options.sequence, fold=not options.no_fold,

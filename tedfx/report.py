@@ -31,7 +31,7 @@ SCHEMA = 1
 WIDTH = 160
 DEFAULT_SIZES = {"batch": 1, "sequence": 4096}
 
-__all__ = ["Explanation", "explain", "graph_before_after"]
+__all__ = ["Explanation", "explain"]
 
 
 def explain(
@@ -80,9 +80,9 @@ class Explanation:
         self.sizes = LocalSizes(compilation)
         self.values = default_values(compilation, batch, sequence, self.sizes)
         self.cost = Cost(compilation, self.sizes)
-        self.segments = _segments(compilation, self.sizes, fold)
+        self.segments = segments(compilation, self.sizes, fold)
 
-    def _number(self, formula):
+    def number(self, formula):
         return self.cost.number(formula, self.values)
 
     # ---- text ------------------------------------------------------------------------------------------------------
@@ -126,29 +126,29 @@ class Explanation:
             if layer:
                 listed.append([_banner(segment)])
             hidden = 0
-            for row in self._rows(segment):
+            for row in self.rows_of(segment):
                 if everything or ((layer or row.held) and row.typed) or row.collective:
                     listed.append([row.label, row.line, row.shape, row.type, row.collective] + [row.region] * regions)
                 else:
                     hidden += row.typed
             if hidden and not layer:
                 listed.append([f"({hidden} nodes that do not communicate)"])
-        return _tabulate(listed, ["node", "line", "local shape", "type", "collective, bytes"] + ["region"] * regions, [30, 18, 28, 24, 40, 6])
+        return tabulated(listed, ["node", "line", "local shape", "type", "collective, bytes"] + ["region"] * regions, [30, 18, 28, 24, 40, 6])
 
-    def _rows(self, segment: "Segment") -> list["Row"]:
+    def rows_of(self, segment: "Segment") -> list["Row"]:
         found = []
         for node in [*segment.parameters, *segment.nodes]:
             shape = self.sizes.shape(node)
             items = self.cost.by_node.get(node.name, ())
-            name = self._state_name(node, segment.path)
+            name = self.state_name(node, segment.path)
             found.append(
                 Row(
                     name,
-                    _op(node),
-                    _line(node),
+                    op_of(node),
+                    line_of(node),
                     "" if shape is None else "[" + ", ".join(str(s) for s in shape) + "]",
                     format_type(node.meta.get("type"), node.meta.get("dims")),
-                    _describe([(i, self._number(i.payload)) for i in items]),
+                    _describe([(i, self.number(i.payload)) for i in items]),
                     shape is not None or (node.op == "call_function" and "nn_module_stack" in node.meta and node.target is not operator.getitem),
                     node.op == "placeholder",
                     str(node.meta.get("region", "")),
@@ -156,23 +156,23 @@ class Explanation:
             )
         return found
 
-    def _state_name(self, node: fx.Node, path: str = "") -> str:
-        return _state_name(self.compilation.trace, node, path)
+    def state_name(self, node: fx.Node, path: str = "") -> str:
+        return state_name(self.compilation.trace, node, path)
 
     def communication(self) -> str:
         """The table of collectives: by phase and axes, formulas and numbers."""
         listed = []
         for t in self.cost.totals():
-            payload, wire = self._number(t.payload), self._number(t.wire)
+            payload, wire = self.number(t.payload), self.number(t.wire)
             about = "~" if t.ragged else ""
             listed.append([t.phase, ",".join(t.axes), t.ranks, t.op, t.count, about + format_formula(t.payload), about + format_bytes(payload), about + format_bytes(wire)])
         if not listed:
             return "communication: none"
-        text = _tabulate(listed, ["phase", "axes", "ranks", "collective", "count", "operand on this rank", "= bytes", "on the wire"], [8, 4, 5, 22, 5, 40, 10, 10])
-        sums = [f"{t.phase} {','.join(t.axes)} {format_bytes(self._number(t.wire))}" for t in self.cost.totals(by_op=False)]
+        text = tabulated(listed, ["phase", "axes", "ranks", "collective", "count", "operand on this rank", "= bytes", "on the wire"], [8, 4, 5, 22, 5, 40, 10, 10])
+        sums = [f"{t.phase} {','.join(t.axes)} {format_bytes(self.number(t.wire))}" for t in self.cost.totals(by_op=False)]
         text += "\n" + _wrap("on the wire, per rank and step: " + "; ".join(sums))
         for lint in self.cost.redundant():
-            amount = format_bytes(self._number(lint.payload) or 0)
+            amount = format_bytes(self.number(lint.payload) or 0)
             text += "\n" + _wrap(f"redundant: ~{amount} of a rank's all-to-alls over {','.join(lint.axes)}, since the ranks over {','.join(lint.copies)} send the same rows; removed by drop_duplicate_tokens (dedup=True)")
         if any(t.ragged for t in self.cost.totals()):
             text += "\n~ rows after routing, counted as if every expert were chosen equally often; the run's own number differs with the routing"
@@ -185,7 +185,7 @@ class Explanation:
             listed = [[name, "", "", f"{seconds:.2f}"] for name, seconds in self.stages.items()] + listed
             passes = sum(r.seconds for r in self.compilation.history)
             listed.append(["passes together", "", "", f"{passes:.2f}"])
-        return _tabulate(listed, ["pass", "matched", "changed"] + ["seconds"] * timed, [20, 8, 8, 8])
+        return tabulated(listed, ["pass", "matched", "changed"] + ["seconds"] * timed, [20, 8, 8, 8])
 
     def _notes(self) -> str:
         notes = self._all_notes()
@@ -216,7 +216,7 @@ class Explanation:
         nodes = [n for axes in order for n in groups[axes]]
         whole: dict[tuple, dict] = {}
         for node in groups.get((), ()):
-            name, shape = _star(self._state_name(node)), [int(s) for s in node.meta["val"].shape]
+            name, shape = _star(self.state_name(node)), [int(s) for s in node.meta["val"].shape]
             entry = whole.setdefault((name, tuple(shape)), {"name": name, "shape": shape, "count": 0})
             entry["count"] += 1
         largest = sorted(whole.values(), key=lambda w: -prod(w["shape"]) * w["count"])
@@ -237,15 +237,15 @@ class Explanation:
         def communication(item):
             return {
                 "collective": item.op, "axes": list(item.axes), "ranks": item.ranks, "phase": item.phase, "formula": str(item.payload),
-                "bytes": self._number(item.payload), "expected": item.ragged,
+                "bytes": self.number(item.payload), "expected": item.ragged,
             }  # fmt: skip
 
         def node(n, path):
             shape = self.sizes.shape(n)
             return {
                 "name": n.name,
-                "state": self._state_name(n) if n.op == "placeholder" else None,
-                "op": _op(n),
+                "state": self.state_name(n) if n.op == "placeholder" else None,
+                "op": op_of(n),
                 "line": user_line(n) if n.meta.get("stack_trace") else None,
                 "module": _path(n),
                 "inputs": [i.name for i in n.all_input_nodes],
@@ -275,11 +275,11 @@ class Explanation:
             "totals": [
                 {
                     "phase": t.phase, "collective": t.op, "axes": list(t.axes), "ranks": t.ranks, "count": t.count, "formula": str(t.payload),
-                    "bytes": self._number(t.payload), "wire_formula": str(t.wire), "wire_bytes": self._number(t.wire), "expected": t.ragged,
+                    "bytes": self.number(t.payload), "wire_formula": str(t.wire), "wire_bytes": self.number(t.wire), "expected": t.ragged,
                 }
                 for t in self.cost.totals()
             ],
-            "redundant": [{"axes": list(r.axes), "copies": list(r.copies), "formula": str(r.payload), "bytes": self._number(r.payload)} for r in self.cost.redundant()],
+            "redundant": [{"axes": list(r.axes), "copies": list(r.copies), "formula": str(r.payload), "bytes": self.number(r.payload)} for r in self.cost.redundant()],
             "passes": [
                 {"name": r.name, "text": r.text, "matches": r.result.matches, "changes": r.result.changes, "notes": list(r.result.notes), "seconds": r.seconds}
                 for r in c.history
@@ -330,7 +330,7 @@ def _star(name: str) -> str:
     return name if not layer else layer.rpartition(".")[0] + ".*" + name[len(layer) :]
 
 
-def _segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[Segment]:
+def segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[Segment]:
     """The graph as segments, in order; with `fold`, those that repeat an earlier one point to it."""
     graph = compilation.graph_module.graph
     nodes = [n for n in graph.nodes if n.op == "call_function"]
@@ -381,7 +381,7 @@ def _fingerprint(segment: Segment, sizes: LocalSizes | None, shared: set[fx.Node
         _star(segment.path),
         *(_shape_and_type(p, sizes) for p in segment.parameters),
         *(
-            (n.target, _path(n)[len(segment.path) :] if _path(n).startswith(segment.path) else "", _line(n), "region" in n.meta, _shape_and_type(n, sizes), reference(n.args), tuple((k, reference(v)) for k, v in n.kwargs.items()))
+            (n.target, _path(n)[len(segment.path) :] if _path(n).startswith(segment.path) else "", line_of(n), "region" in n.meta, _shape_and_type(n, sizes), reference(n.args), tuple((k, reference(v)) for k, v in n.kwargs.items()))
             for n in segment.nodes
         ),
     )
@@ -392,67 +392,6 @@ def _shape_and_type(node: fx.Node, sizes: LocalSizes | None) -> tuple:
         value = node.meta.get("val")
         return tuple(str(s) for s in value.shape) if isinstance(value, torch.Tensor) else ()
     return (tuple(node.meta.get("local_shape") or ()), format_type(node.meta.get("type"), node.meta.get("dims")))
-
-
-# ---- one MoE layer, before and after -----------------------------------------------------------------------------------------
-
-
-def graph_before_after(compilation, before=None, *, layer: str = "", batch: int | None = None, sequence: int | None = None) -> str:
-    """One layer's global graph (from the trace `before` the passes) and its local graph, one after the other.
-
-    layer: a module path, "model.layers.0" or a part of one such as "model.layers.0.mlp"; if not given, the first layer that routes
-    tokens to experts, else the first.
-    """
-    from tedfx import ops
-
-    report = explain(compilation, batch=batch, sequence=sequence, fold=False)
-    candidates = [s for s in report.segments if s.path]
-    if not candidates:
-        return "no part of the model has an indexed module path, so there is no layer to show"
-    routing = [s for s in candidates if any(n.target is ops.route for n in s.nodes)]
-    path = layer or (routing or candidates)[0].path
-    chosen = [(s, n, row) for s in candidates if s.path == _layer_of(path) for n, row in zip([*s.parameters, *s.nodes], report._rows(s))]
-    inside: set[fx.Node] = set()
-    for _, n, _ in chosen:
-        if _below(_path(n), path) or ("conversion" in n.meta and n.args[0] in inside):
-            inside.add(n)
-    if not inside:
-        layers = list(dict.fromkeys(s.path for s in candidates))
-        return f"nothing in the graph belongs to {path!r}; layers: {', '.join(layers[:8])}" + (", .." if len(layers) > 8 else "")
-    parts = []
-    if before is not None:
-        names = {symbol: report.sizes.names.get(symbol, symbol) for symbol in before.sizes.values()}
-        listed = []
-        for segment in _segments(before, None, fold=False):
-            short = {n: _state_name(before, n, path) for n in segment.parameters}
-            for n in segment.nodes if segment.path == _layer_of(path) else ():
-                value = n.meta.get("val")
-                if _below(_path(n), path) and isinstance(value, (torch.Tensor, tuple, list)):
-                    shape = [str(s.node.expr.xreplace(names)) if isinstance(s, torch.SymInt) else str(s) for s in getattr(value, "shape", ())]
-                    listed.append([_call(n, short), _line(n), f"[{', '.join(shape)}]" if isinstance(value, torch.Tensor) else ""])
-        parts.append(f"{path}, the single-device graph (global shapes)\n" + _tabulate(listed, ["node", "line", "shape"], [60, 18, 28]))
-    short = {n: report._state_name(n, path) for s, _, _ in chosen for n in s.parameters}
-    listed = [[_call(n, short), row.shape, row.type, row.collective] for _, n, row in chosen if n in inside and (row.typed or row.collective)]
-    mesh = compilation.roles.mesh
-    parts.append(f"{path}, the graph of one rank of {mesh} (local shapes)\n" + _tabulate(listed, ["node", "local shape", "type", "collective, bytes"], [48, 28, 24, 40]))
-    return "\n\n".join(parts)
-
-
-def _below(path: str, root: str) -> bool:
-    return path == root or path.startswith(root + ".")
-
-
-def _call(node: fx.Node, short: Mapping[fx.Node, str]) -> str:
-    """`linear_4 = linear(view_3, mlp.gate.weight)`."""
-    if node.target is operator.getitem:
-        return f"{node.name} = {node.args[0].name}[{node.args[1]}]"
-    operands = [short.get(i, i.name) for i in node.all_input_nodes if not isinstance(i.meta.get("val"), (torch.SymInt, torch.SymFloat)) and not _is_size(i)]
-    return f"{node.name} = {_op(node)}({', '.join(operands)})"
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Arithmetic that the compiler added."""
-    return node.op == "call_function" and "nn_module_stack" not in node.meta and "dims" not in node.meta
 
 
 # ---- a ParallelModule --------------------------------------------------------------------------------------------------------
@@ -541,7 +480,7 @@ def _signature(compilation) -> str:
     return f"forward({', '.join(words)}) {'train' if trace.training else 'eval'}"
 
 
-def _op(node: fx.Node) -> str:
+def op_of(node: fx.Node) -> str:
     target = node.target
     if node.op == "placeholder":
         return ""
@@ -550,7 +489,7 @@ def _op(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _state_name(trace, node: fx.Node, path: str = "") -> str:
+def state_name(trace, node: fx.Node, path: str = "") -> str:
     """The user's name of a parameter or buffer, without `path`; other nodes' own."""
     name = trace.parameters.get(node.name) or trace.buffers.get(node.name)
     if name is None and node.name in trace.stacked:
@@ -563,7 +502,7 @@ def _state_name(trace, node: fx.Node, path: str = "") -> str:
 _LINES: dict[str, str] = {}
 
 
-def _line(node: fx.Node) -> str:
+def line_of(node: fx.Node) -> str:
     """`file.py:12`, without the directory."""
     text = node.meta.get("stack_trace")
     if not text:
@@ -631,7 +570,7 @@ def _wrap(line: str) -> str:
     return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False))
 
 
-def _tabulate(rows, headers, least) -> str:
+def tabulated(rows, headers, least) -> str:
     """Rows of equal length, or of one cell (a banner across the table). No line is wider than WIDTH: columns give way, from
     the first to the last and each down to its `least` width."""
     full = [[str(c) for c in r] for r in rows if len(r) > 1]

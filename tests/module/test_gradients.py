@@ -28,7 +28,7 @@ def backward(pm, step):
 
 
 class CountReductions:
-    """Calls of dist.all_reduce outside the graph, presence counts apart."""
+    """Calls of dist.all_reduce outside the graph, which wait later, presence counts apart."""
 
     def __enter__(self):
         self.real, self.sums, self.counts = dist.all_reduce, 0, 0
@@ -38,7 +38,7 @@ class CountReductions:
     def __call__(self, tensor, *args, **kwargs):
         if tensor.dtype == torch.int32:
             self.counts += 1
-        else:
+        elif kwargs.get("async_op"):
             self.sums += 1
         return self.real(tensor, *args, **kwargs)
 

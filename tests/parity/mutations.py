@@ -6,7 +6,7 @@ import functools
 import torch
 
 from tedfx import gradients
-from tedfx.ops import context, convert, experts, lanes, moe, vocab
+from tedfx.ops import batch, context, convert, experts, lanes, moe, vocab
 
 
 def all_reduce_adjoint_sums(rank):
@@ -92,6 +92,8 @@ def label_count_is_local(rank):
         return x.clone() if x.dim() == 0 and not ctx.needs_input_grad[0] else before(ctx, x, span)
 
     convert._AllReduce.forward = staticmethod(forward)
+    together = batch._sum_batched
+    batch._sum_batched = lambda span, values: [x.clone() if x.dim() == 0 and not x.requires_grad else y for x, y in zip(values, together(span, values))]
 
 
 def exchange_forgets_a_row(rank):
@@ -145,7 +147,7 @@ def lanes_keep_their_own_gradient(rank):
     """As above, for the rows of a lane."""
 
     def backward(ctx, grad):
-        return grad.view(ctx.span.size, -1, *grad.shape[1:]).select(0, ctx.span.index).narrow(0, 0, ctx.rows), None, None
+        return grad.view(ctx.span.size, -1, *grad.shape[1:]).select(0, ctx.span.index).narrow(0, 0, ctx.rows), None, None, None
 
     lanes._Gather.backward = staticmethod(backward)
 

@@ -30,6 +30,8 @@ FOLDED = {"expert": ("ep", "tp")}
         case("gpt_oss", "tp=2,ep=2", dedup=False, **PLAIN),
         case("plain_normed", "ep=2,tp=2", roles=FOLDED, **PLAIN),
         case("qwen3_moe", "ep=2,tp=2", algebra=False),
+        case("capacity_gshard", "ep=2,tp=2", **PLAIN),
+        case("capacity_gshard", "ep=2,tp=2", capacity="local", **PLAIN),
     ],
     ids=str,
 )

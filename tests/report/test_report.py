@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tedfx import picture
+from tedfx.before_after import before_after
 from tedfx.compiler import Compilation, compile_trace, default_passes
+from tedfx.errors import ConfigError
 from tedfx.parameters import ParameterLayout
-from tedfx.report import WIDTH, explain, graph_before_after
+from tedfx.report import WIDTH, explain
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tests.report import toy
@@ -65,7 +68,7 @@ def test_mixtral(compilations):
         r"^cross_entropy_loss_default \(vocab_par.* fwd 2 all_reduce tp 192 B",
         r"^all_gather .* fwd all_gather_into_tensor tp",
         r"^phase +axes +ranks +collective",
-        r"^forward +dp,ep +8 +all_reduce +4 ",
+        r"^forward +dp,ep +8 +all_reduce +1 ",  # four small sums in one
         r"^forward +ep +2 +all_to_all_single +6 +~1.5 KiB\*batch\*sequence +~24 KiB +~12 KiB",
         r"^backward +ep +2 +all_to_all_single +6 ",
         r"^boundary +dp +4 +all_reduce +2 ",
@@ -189,7 +192,8 @@ def test_json(compilations):
 
 def test_before_and_after(compilations, traces):
     compilation = compilations("mixtral", MESH)
-    text = graph_before_after(compilation, traces("mixtral", 3))
+    views = before_after(compilation, traces("mixtral", 3))
+    text = str(views)
     check(
         text,
         r"^model.layers.0, the single-device graph \(global shapes\)",
@@ -203,12 +207,30 @@ def test_before_and_after(compilations, traces):
         r"^all_reduce_2 = all_reduce\(",
     )
     assert max(map(len, text.splitlines())) <= WIDTH
-    part = graph_before_after(compilation, layer="model.layers.1.mlp")
+    part = str(before_after(compilation, layer="model.layers.1.mlp"))
     check(part, r"^model.layers.1.mlp, the graph of one rank", r"linear\(view_\d+, gate.weight\)", r"all_to_all_single", r"= all_reduce\(")
     assert "scaled_dot" not in part and "single-device" not in part
-    assert "nothing in the graph belongs to 'model.layers.9'; layers: model.layers.0" in graph_before_after(compilation, layer="model.layers.9")
+    with pytest.raises(ConfigError, match=r"nothing in the graph belongs to 'model.layers.9'; layers: model.layers.0"):
+        before_after(compilation, layer="model.layers.9")
     model, inputs = toy.flat()
-    assert "no layer to show" in graph_before_after(compile_toy("dp=2", model, inputs))
+    with pytest.raises(ConfigError, match="no layer to show"):
+        before_after(compile_toy("dp=2", model, inputs))
+
+
+def test_picture(compilations, traces, tmp_path):
+    """Each collective of the layer is marked, with its axes; nodes of the model stand beside what became of them."""
+    pytest.importorskip("matplotlib")
+    views = before_after(compilations("mixtral", MESH), traces("mixtral", 3), layer="model.layers.0.mlp")
+    left, right = picture._boxes(views.before), picture._boxes(views.after)
+    picture._align(left, right)
+    rows = {b.name: b.row for b in left}
+    assert rows["dispatch"] < next(b.row for b in right if b.text[0].startswith("all_to_all_single over ep")) < rows["combine"]
+    assert {b.name for b in right if b.kind == "collective"} == {n.name for n in (s.node for s in views.after) if n.name in explain(compilations("mixtral", MESH)).cost.by_node}
+    assert all(b.row == rows[b.name] for b in right if b.name in rows and b.name in ("softmax", "combine", "silu"))
+    assert len({b.row for b in right}) == len(right) and len({b.row for b in left}) == len(left)
+    views.draw(str(tmp_path / "layer.svg"))
+    text = (tmp_path / "layer.svg").read_text()
+    assert text.startswith("<?xml") and len(text) > 10000
 
 
 def test_notes_and_frozen():

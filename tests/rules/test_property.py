@@ -85,4 +85,5 @@ def test_every_rule_has_a_case():
 
     without = {"getitem", "aten._reshape_copy", "aten.concat", "aten.concatenate", "aten.empty", "aten.new_empty", "aten.empty_like", "aten.rand_like", "aten.randn_like"}
     without |= {"tedfx.dispatch"}  # tests/passes/test_lower_experts.py
+    without |= {"group_cumsum", "group_total"}  # not the single device's function on shards: tests/parity/test_capacity.py
     assert set(RULES) - {name(c) for c in CASES} == without
