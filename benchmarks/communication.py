@@ -275,6 +275,9 @@ collectives, nh being its tokens x hidden x 4. V = k nh. The exchange of counts 
 "As the formula" compares every payload of every collective with the terms below, exactly. "As predicted" compares every collective of the whole step (phase, axes, payload) with what
 `tedfx explain` says, exactly.
 
+Mixtures with a capacity are not in the table. Where their rows stand in slots (`capacity="local"`, a capacity per sequence) no byte is data, and tests/report/test_cost.py counts eight such layouts on gloo: every
+rank sends what was predicted.
+
 ## The formulas
 
 Per layer, T > 1 (with T = 1 only the all-to-alls are there). Forward is F, backward is B.
