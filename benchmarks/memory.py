@@ -33,11 +33,10 @@ from torch import fx, nn
 
 # Private to torch, all of it here; the first is the process group without other ranks of torch's own tests.
 from torch.testing._internal.distributed.fake_pg import FakeStore  # isort: skip
-from torch._subclasses.fake_tensor import FakeTensorMode  # isort: skip
 from torch.distributed._tools.mem_tracker import MemTracker  # isort: skip
-from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 
 from tedfx import ops
+from tedfx._torch import FakeTensorMode, TorchDispatchMode
 from tedfx.activations import Ledger, Sizing
 from tedfx.api import _groups  # private to tedfx
 from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes

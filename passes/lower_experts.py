@@ -89,7 +89,7 @@ class LowerExperts(Pass):
         rows_type, counts_type, order_type = node.meta["types_of"]
         rows_dims, counts_dims, order_dims = node.meta["dims_of"]
         lanes = tuple(a for a in program.plan.axes if a not in split and isinstance(order_type[a], Shard) and not isinstance(rows_type[a], Shard))
-        stripes = tuple(a for a in program.plan.dedup if travel and a not in split and a not in lanes and not isinstance(rows_type[a], Shard))
+        stripes = tuple(a for a in program.plan.dedup if travel and not any(tail) and a not in split and a not in lanes and not isinstance(rows_type[a], Shard))
         rows_factor = leaves(rows_dims[0])[0]
         striped = {a: Shard(rows_factor) for a in stripes}
         lanes, unsliced = tuple(a for a in program.plan.axes if a in lanes or a in stripes), {**rows_type, **{a: order_type[a] for a in lanes}}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import prod
 
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
 
 from tedfx import ops
+from tedfx._torch import FloorDiv
 from tedfx.factors import as_size, leaves
 from tedfx.sizes import Sizes
 from tedfx.slots import rows_per_expert

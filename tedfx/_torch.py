@@ -20,6 +20,8 @@ import torch.utils._pytree as pytree  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public replacement: none; torch.export takes one and makes none
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  public replacement: none
+from torch.utils._sympy.functions import FloorDiv  # noqa: F401  as sizes of a trace have it; public replacement: sympy.floor of a quotient
 
 _ops = torch.ops._c10d_functional
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
