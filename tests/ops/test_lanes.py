@@ -65,6 +65,13 @@ def _on_rank(routing, shape, names, split, lane):
     return slice_, (e, t), out.detach(), {n: v.grad for n, v in mine.items()}, [c.op for c in log], [c.op for c in back]
 
 
+def _same_weights(pieces, wanted):
+    """pieces[e, t]: gradients of the experts' parts that coordinates e and t hold."""
+    for name in ("up", "bias", "down"):
+        grid = [[pieces[e, t][name] for t in range(1 + max(t for _, t in pieces))] for e in range(1 + max(e for e, _ in pieces))]
+        torch.testing.assert_close(torch.cat([torch.cat(row, 1) for row in grid]), wanted[name].grad)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_lanes_compute_what_one_device_does(ranks, layout, routing):
@@ -78,9 +85,7 @@ def test_lanes_compute_what_one_device_does(ranks, layout, routing):
     for name in ("x", "weights"):
         torch.testing.assert_close(torch.cat([a[3][name] for a in answers]), wanted[name].grad)
     pieces = {a[1]: a[3] for a in answers}
-    for name in ("up", "bias", "down"):
-        grid = [[pieces[e, t][name] for t in range(1 + max(t for _, t in pieces))] for e in range(1 + max(e for e, _ in pieces))]
-        torch.testing.assert_close(torch.cat([torch.cat(row, 1) for row in grid]), wanted[name].grad)
+    _same_weights(pieces, wanted)
     forward, backward = answers[0][4], answers[0][5]
     travels = ["all_to_all"] * (len({e for e, _ in pieces}) > 1)
     assert forward == ["all_gather", *travels, "all_gather", "reduce_scatter", *travels]  # the exchange of counts first
@@ -135,9 +140,7 @@ def test_rows_sliced_after_the_dispatch_compute_what_one_device_does(ranks, layo
         for name in ("x", "weights"):
             torch.testing.assert_close(torch.cat([a[3][name] for a in same]), wanted[name].grad)
     pieces = {a[:2]: a[3] for a in answers}
-    for name in ("up", "bias", "down"):
-        grid = [[pieces[e, t][name] for t in range(1 + max(t for _, t in pieces))] for e in range(1 + max(e for e, _ in pieces))]
-        torch.testing.assert_close(torch.cat([torch.cat(row, 1) for row in grid]), wanted[name].grad)
+    _same_weights(pieces, wanted)
     travels = ["all_to_all"] * (len({e for e, _ in pieces}) > 1)
     assert answers[0][4] == ["all_gather", *travels, "all_gather", "all_reduce", *travels, "all_gather"]  # the exchange of counts first
     assert answers[0][5] == [*travels, "all_gather", "all_reduce", *travels, "all_gather"]
