@@ -22,7 +22,7 @@ def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
 class ShardExperts(Pass):
     """Batch factor over the `batch` axes; each MoE layer's expert factor over the `expert` axes.
 
-    Refused: expert axes that do not divide the number of experts (the sizes that fit are named); no MoE layer where expert axes exceed 1.
+    Refused: a batch whose size the model fixes over batch axes; expert axes that do not divide the number of experts (the sizes that fit are named); no MoE layer where expert axes exceed 1.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"factors"})
@@ -33,6 +33,11 @@ class ShardExperts(Pass):
         plan = program.plan = Plan(roles, hints=dict(program.hints))
         result = PassResult()
         if program.batch_factor is not None:
+            if isinstance(program.batch_factor.size, int) and mesh.wide(roles.batch):
+                raise ConfigError(
+                    f"the model works for a batch of {program.batch_factor.size} only, so mesh {mesh} cannot split it over {', '.join(mesh.wide(roles.batch))}: "
+                    "write its sizes as x.shape[0], or take a mesh without axes for the batch"
+                )
             plan.take(mesh.wide(roles.batch), program.batch_factor)
             result.changes += 1
         axes = mesh.wide(roles.expert)

@@ -332,6 +332,8 @@ def trace(
         stack.enter_context(_named_forward(model, list(call)))
         # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA would fix the length to their alignment.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Where opt_einsum is installed, torch asks it for the order of a product of three operands; it takes sizes as numbers, which would fix them.
+        stack.enter_context(torch.backends.opt_einsum.flags(enabled=False))
         deferred = False
         for attempt in itertools.count():
             plan = {n: traced[n] if n in free else sizes[n][0] for n in sizes}

@@ -1,6 +1,7 @@
 """`shard_experts` and `shard_tensors`: which factors the axes split."""
 
 import pytest
+import torch
 
 from tedfx.errors import CaptureError, ConfigError
 from tests.passes import models as m
@@ -56,3 +57,13 @@ def test_expert_axes_without_a_mixture_are_refused():
     with pytest.raises(CaptureError, match=r"expert axes \('ep',\) of size 2, but no MoE layer was found"):
         upto(m.make(m.Mlp), "ep=2", m.inputs(), "shard_experts")
     upto(m.make(m.Mlp), "tp=2", m.inputs(), "shard_experts", {"expert": ("tp",)})  # the ranks have other work
+
+
+def test_a_batch_that_the_model_fixes_is_not_split():
+    class Fixed(m.Mlp):
+        def forward(self, x):
+            return super().forward(x + torch.arange(4.0).view(4, 1, 1))
+
+    with pytest.raises(ConfigError, match="a batch of 4 only, so mesh dp=2 cannot split it over dp"):
+        upto(m.make(Fixed), "dp=2", m.inputs(4), "shard_experts")
+    upto(m.make(Fixed), "tp=2", m.inputs(4), "shard_experts")

@@ -272,3 +272,22 @@ def test_inputs_are_inferred_from_the_signature():
     assert a is not b
     with pytest.raises(TraceError, match=r"forward\(input\).*pass example inputs"):
         infer_inputs(nn.Linear(2, 2))
+
+
+def test_an_installed_opt_einsum_fixes_no_size():
+    """torch asks it for the order of three operands, with sizes as numbers."""
+    pytest.importorskip("opt_einsum")
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 8))
+
+        def forward(self, x):
+            return torch.einsum("bsi,io,bso->bs", x, self.w, x[..., :8])
+
+    model = Three()
+    t = trace(model, kwargs={"x": torch.randn(6, 10, 32)})
+    x = torch.randn(3, 7, 32)
+    assert t.static == [] and torch.backends.opt_einsum.enabled
+    torch.testing.assert_close(t(model, x), model(x))
