@@ -58,8 +58,8 @@ def _hit(fact) -> Mask | None:
 
 def _derive(node: fx.Node, known: dict, hits: dict):
     name = name_of(node)
-    if name == "arange" and len(node.args) == 1:
-        return Numbers((("c",),), _number(node.args[0]), node.args[0])
+    if name == "arange" and len(node.args) == 1 and (length := _number(node.args[0])) is not None:  # a float's is no place
+        return Numbers((("c",),), length, node.args[0])
     if name in _RULES:
         return _RULES[name](node, known, hits)
     fact = known.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None

@@ -22,7 +22,8 @@ def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
 class ShardExperts(Pass):
     """Batch factor over the `batch` axes; each MoE layer's expert factor over the `expert` axes.
 
-    Refused: a batch whose size the model fixes over batch axes; expert axes that do not divide the number of experts (the sizes that fit are named); no MoE layer where expert axes exceed 1.
+    Refused: batch axes over 1 where the model fixes the size of its batch; expert axes that do not divide the number of experts (the sizes that fit are named); no MoE
+    layer where expert axes exceed 1.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"factors"})
@@ -32,13 +33,12 @@ class ShardExperts(Pass):
         roles, mesh = program.roles, program.roles.mesh
         plan = program.plan = Plan(roles, hints=dict(program.hints))
         result = PassResult()
+        batch = mesh.wide(roles.batch)
+        if batch and program.batch_factor is None:
+            fixed = next((line for line in program.trace.static if line.startswith("batch = ")), "no input has a batch dim")
+            raise ConfigError(f"mesh {mesh} splits the batch over {', '.join(batch)}, but {fixed}: write sizes as x.shape[0], or take a mesh without these axes")
         if program.batch_factor is not None:
-            if isinstance(program.batch_factor.size, int) and mesh.wide(roles.batch):
-                raise ConfigError(
-                    f"the model works for a batch of {program.batch_factor.size} only, so mesh {mesh} cannot split it over {', '.join(mesh.wide(roles.batch))}: "
-                    "write its sizes as x.shape[0], or take a mesh without axes for the batch"
-                )
-            plan.take(mesh.wide(roles.batch), program.batch_factor)
+            plan.take(batch, program.batch_factor)
             result.changes += 1
         axes = mesh.wide(roles.expert)
         layers = [n for n in _relation_nodes(program.graph_module.graph) if n.meta["relation"].kind == "dispatch"]
