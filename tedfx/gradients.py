@@ -7,7 +7,7 @@ once per step however often the parameter is used.
 What `p.grad` may be, and it is always a DTensor that says what it is:
 
 - `None`: nothing yet, or after `zero_grad()`.
-- **reduced**, with the parameter's own placements: the gradient of everything since `zero_grad()`.
+- **reduced**, with the placements that the optimizer sees: the parameter's own, under ZeRO those of this rank's share; the gradient of everything since `zero_grad()`.
 - **unsynced**, with `Partial` on the reduced axes: some backward ran inside `no_sync()`. The value is the sum over the
   ranks and not yet computed; a reduced gradient that was there before is kept on coordinate 0 and zeroed elsewhere, so
   that the sum stays right and no rank communicates.
@@ -20,7 +20,8 @@ Whether a backward synchronises is decided when it runs, not when the forward di
 Algorithm of a synced backward (numbers repeated in the body):
 
 1. A hook on each leaf takes its gradient. When all members of a bucket have theirs, and every bucket before it has been
-   launched, the bucket is summed (never averaged) with an asynchronous all-reduce that overlaps the rest of backward.
+   launched, the bucket is summed (never averaged) with an asynchronous all-reduce that overlaps the rest of backward; under ZeRO with a reduce-scatter, of which
+   each rank gets its share. At stage 1 the buffer that it was summed from lives on with the gradient (whole gradients, as in ZeRO's table); at stage 2 it goes.
    Buckets are of equal content and launched in equal order on all ranks; they have process groups of their own, so that
    they neither block nor reorder the collectives of the graph.
 2. When backward ends, the buckets that are left are launched, zeros standing for what got no gradient.
@@ -57,6 +58,7 @@ class Bucket:
 
     axes: tuple[str, ...]
     dtype: torch.dtype
+    scattered: bool  # by reduce-scatter, each rank its share
     names: tuple[str, ...]
 
 
@@ -68,17 +70,20 @@ class Reduction:
     names: tuple[str, ...]
     bytes: int
     overlapped: bool  # launched while backward was running
+    op: str = "all_reduce"
 
 
 class GradientBoundary:
     """Leaves, buckets and reductions of one ParallelModule.
 
     placed: by layout name. parameter: returns the nn.Parameter (a DTensor) of a name now. Collective to construct:
-    it creates one process group per set of reduced axes.
+    it creates one process group per set of reduced axes. gradient_dtype: what gradients are summed and kept in, by default the parameter's dtype.
     """
 
-    def __init__(self, placed: dict[str, Placed], parameter: Callable[[str], nn.Parameter], bucket_bytes: int = BUCKET_BYTES):
-        self.placed, self.parameter, self.bucket_bytes = placed, parameter, bucket_bytes
+    def __init__(
+        self, placed: dict[str, Placed], parameter: Callable[[str], nn.Parameter], bucket_bytes: int = BUCKET_BYTES, gradient_dtype: torch.dtype | None = None
+    ):
+        self.placed, self.parameter, self.bucket_bytes, self.gradient_dtype = placed, parameter, bucket_bytes, gradient_dtype
         self.reductions: list[Reduction] = []
         self.synced = True
         self._groups = {axes: None for axes in sorted({p.reduce_axes for p in placed.values()})}
@@ -90,7 +95,7 @@ class GradientBoundary:
         self._active: dict[str, None] = {}  # every parameter that a program used with gradients; ordered
         self._plan_key, self._buckets = None, []
         self._grads: dict[str, Tensor] = {}  # local gradients taken from the leaves, not yet in p.grad or in a bucket
-        self._flying: list[tuple[Bucket, Tensor, list[bool], dist.Work]] = []
+        self._flying: list[tuple[Bucket, Tensor, list[bool], dist.Work, Tensor | None]] = []
         self._tasks: set[int] = set()
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -112,7 +117,7 @@ class GradientBoundary:
                 )
             if not local.is_contiguous():
                 raise TedfxError(f"parameter {name}: its local tensor is not contiguous any more; load values with load_state_dict or copy_")
-            leaf = local.view(self.placed[name].local_shape).detach()
+            leaf = local.view(self.placed[name].kept.shape).detach()
             if parameter.requires_grad:
                 leaf.requires_grad_()
                 # Weak: a tensor's hooks are no place where the garbage collector finds a cycle, and the boundary holds the leaf.
@@ -148,7 +153,8 @@ class GradientBoundary:
             placed = self.placed[name]
             if not placed.reduce_axes:
                 continue
-            kind, size = (placed.reduce_axes, dtype), _numel(placed) * dtype.itemsize
+            dtype = self.gradient_dtype or dtype
+            kind, size = (placed.reduce_axes, dtype, placed.share_dim is not None), _numel(placed) * dtype.itemsize
             if filled.get(kind, 0) + size > self.bucket_bytes:
                 close(kind)
             filling.setdefault(kind, []).append(name)
@@ -205,7 +211,7 @@ class GradientBoundary:
         # Step 3
         counts = {}
         for axes in dict.fromkeys(bucket.axes for bucket, *_ in flying):
-            flags = [flag for bucket, _, have, _ in flying if bucket.axes == axes for flag in have]
+            flags = [flag for bucket, _, have, *_ in flying if bucket.axes == axes for flag in have]
             count = torch.tensor(flags, dtype=torch.int32).to(flying[0][1].device)
             counts[axes] = (count, dist.all_reduce(count, group=self._groups[axes], async_op=True), not all(flags))
         present = {}
@@ -215,11 +221,14 @@ class GradientBoundary:
             names = [name for bucket, *_ in flying if bucket.axes == axes for name in bucket.names]
             present.update((name, values is None or values[i] > 0) for i, name in enumerate(names))
         # Step 4
-        for bucket, flat, _, work in flying:
+        for bucket, flat, _, work, rows in flying:
             work.wait()
-            for name, value in zip(bucket.names, flat.split([_numel(self.placed[n]) for n in bucket.names])):
+            if rows is not None and self.placed[bucket.names[0]].stage == 1:  # the gradient lives in its place among the whole ones
+                flat = rows[self.placed[bucket.names[0]].index].copy_(flat)
+            for name, value in zip(bucket.names, flat.split([self._travels(bucket, n) for n in bucket.names])):
                 if present[name]:
-                    self._add(name, value, self.placed[name].placements)
+                    share = self.placed[name].share
+                    self._add(name, value[: share.numel], share.placements)
 
     def _launch(self, overlapped: bool) -> None:
         """Sum the next bucket: this backward's gradients and what earlier ones left unsynced."""
@@ -233,11 +242,21 @@ class GradientBoundary:
             have.append(value is not None)
             if value is None:
                 value = torch.zeros(_numel(self.placed[name]), dtype=bucket.dtype, device=parameter.device)
-            values.append(value.reshape(-1))
-        flat = torch.cat(values)  # a copy: autograd may give two leaves gradients that share storage
-        work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
-        self._flying.append((bucket, flat, have, work))
-        self.reductions.append(Reduction(bucket.axes, bucket.names, flat.numel() * flat.element_size(), overlapped))
+            values.append(value.reshape(-1).to(bucket.dtype))
+        rows = None
+        if bucket.scattered:
+            rows = torch.cat([self.placed[n].spread(v) for n, v in zip(bucket.names, values)], 1)  # a copy: autograd may give two leaves gradients that share storage
+            flat = rows.new_empty(rows.shape[1])
+            work = dist.reduce_scatter_tensor(flat, rows.view(-1), op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
+        else:
+            flat = torch.cat(values)
+            work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
+        self._flying.append((bucket, flat, have, work, rows))
+        sent = flat if rows is None else rows
+        self.reductions.append(Reduction(bucket.axes, bucket.names, sent.numel() * sent.element_size(), overlapped, "all_reduce" if rows is None else "reduce_scatter"))
+
+    def _travels(self, bucket: Bucket, name: str) -> int:
+        return self.placed[name].width if bucket.scattered else _numel(self.placed[name])
 
     def _hold(self) -> None:
         """Leave this backward's gradients unsynced. Reduced ones become partial on every rank, used here or not."""
@@ -249,7 +268,10 @@ class GradientBoundary:
             if parameter.grad is not None and not _unsynced(parameter.grad, placed):
                 local = parameter.grad.to_local()
                 parameter.grad = None
-                if not _keeps(placed):
+                if placed.share_dim is not None:  # shares are apart: their sum over the ranks is the whole
+                    share, local = local, local.new_zeros(placed.local_held)
+                    placed.share_of(local).copy_(share)
+                elif not _keeps(placed):
                     local.zero_()
                 parameter.grad = placed.dtensor(local, placed.unsynced)
             if value is not None:
@@ -267,17 +289,18 @@ class GradientBoundary:
     def _settle(self) -> None:
         """Write the gradients that need no sum."""
         for name in list(self._grads):
-            self._add(name, self._grads.pop(name), self.placed[name].placements)
+            self._add(name, self._grads.pop(name), self.placed[name].share.placements)
 
     def _add(self, name: str, value: Tensor, placements) -> None:
         parameter, placed = self.parameter(name), self.placed[name]
+        value = value.to(self.gradient_dtype or value.dtype)
         if parameter.grad is None:
             parameter.grad = placed.dtensor(value.contiguous(), placements)
         else:
-            parameter.grad.to_local().add_(value.view(placed.local_held))
+            parameter.grad.to_local().add_(value.view(placed.extent(placements).held))
 
     def _abandon(self) -> None:
-        for *_, work in self._flying:
+        for _, _, _, work, _ in self._flying:
             work.wait()
         self._flying, self._grads, self._tasks = [], {}, set()
 

@@ -86,6 +86,7 @@ class ParallelModule(StateAccess, nn.Module):
     number_inputs: names whose python numbers are data, not constants: they enter as 0-dim tensors.
     non_persistent: buffers that are no part of the state dict.
     check_inputs: compare each call between ranks; check_timeout: seconds to wait for a rank that does not come.
+    bucket_bytes: gradients that are summed together. zero: ZeRO's stage, see `tedfx.parameters.Placed`. gradient_dtype: what gradients are summed and kept in.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class ParallelModule(StateAccess, nn.Module):
         check_inputs: bool = True,
         check_timeout: float = 60.0,
         bucket_bytes: int = BUCKET_BYTES,
+        zero: int = 0,
+        gradient_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         layouts = list(layouts)
@@ -117,7 +120,7 @@ class ParallelModule(StateAccess, nn.Module):
         self._context = RankContext(device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)])
 
         # Step 2: parameters and buffers of the first rank, one at a time.
-        placed = {layout.name: Placed(layout, device_mesh) for layout in layouts}
+        placed = {layout.name: Placed(layout, device_mesh, zero) for layout in layouts}
         if len(placed) != len(layouts):
             raise ConfigError("two parameter layouts have the same name")
         self._init_state(placed, set(non_persistent))
@@ -133,7 +136,7 @@ class ParallelModule(StateAccess, nn.Module):
         # Step 3: what a call needs.
         seed = meeting.exchange([torch.initial_seed() & (2**62 - 1)], "parallelize")
         self._rng_state = (seed[meeting.ranks[0]][0], 0)
-        self._boundary = GradientBoundary(placed, self._parameter, bucket_bytes)
+        self._boundary = GradientBoundary(placed, self._parameter, bucket_bytes, gradient_dtype)
         self._compile_program, self._compile = compile_program, compile
         self._input_names, self._var_keyword = tuple(input_names), var_keyword
         self._number_inputs, self._check_inputs = frozenset(number_inputs), check_inputs

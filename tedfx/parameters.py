@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
 from math import prod
 
 import torch
@@ -25,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from tedfx import _torch
 from tedfx.errors import ConfigError
-from tedfx.pieces import PiecedTensor
+from tedfx.extents import Extent, intervals, share_dim, strides
 
 
 @dataclass(frozen=True)
@@ -68,41 +66,69 @@ class ParameterLayout:
 
 
 class Placed:
-    """A layout on a mesh: shapes and intervals on this rank. `mesh` is a DeviceMesh with named axes."""
+    """A layout on a mesh: shapes and intervals on this rank. `mesh` is a DeviceMesh with named axes.
 
-    def __init__(self, layout: ParameterLayout, mesh):
-        self.layout, self.mesh, self._specs = layout, mesh, {}
+    stage: of ZeRO (arXiv 1910.02054). From 1 on an optimizer owns this rank's `share` of a parameter, and gradients are summed into it; at 3 the parameter itself is the share.
+    """
+
+    def __init__(self, layout: ParameterLayout, mesh, stage: int = 0):
+        self.layout, self.mesh, self.stage, self._specs = layout, mesh, stage, {}
         names, sizes = mesh.mesh_dim_names, tuple(mesh.mesh.shape)
         size, coordinate = dict(zip(names, sizes)), dict(zip(names, mesh.get_coordinate()))
         self._check_axes(names, size)
         shards = [(axis, dim) for axis, dim in layout.shards if size[axis] > 1]
         self.reduce_axes = tuple(axis for axis in names if axis in layout.reduce_axes and size[axis] > 1)
         self.shard_axes = tuple(axis for axis, _ in shards)
-        self.groups = self._merge()
+        cut: dict[int, int] = {}  # view dim -> ranks over which it is sharded
+        for axis, dim in shards:
+            cut[dim] = cut.get(dim, 1) * size[axis]
 
-        # Step 1: this rank's interval of each view dim.
-        starts, lengths = [0] * len(layout.view), list(layout.view)
+        # Step 1: the view, one dim finer where ZeRO needs it: (ranks, rest) of a sharded dim, of which it cuts the rest.
+        view, share = list(layout.view), None
+        groups = _merge(layout, view)
+        if stage:
+            lengths = [n // cut.get(d, 1) for d, n in enumerate(view)]
+            share, split = share_dim(layout.shape, view, groups, lengths, cut, prod(size[a] for a in self.reduce_axes))
+            if split:
+                view[share : share + 1] = [cut[share], view[share] // cut[share]]
+                shards = [(axis, dim + (dim > share)) for axis, dim in shards]
+                groups, share = _merge(layout, view), share + 1
+        self.view, self.groups = tuple(view), groups
+
+        # Step 2: this rank's interval of each view dim.
+        starts, lengths = [0] * len(view), list(view)
         for axis, dim in shards:
             if lengths[dim] % size[axis]:
-                raise ConfigError(
-                    f"parameter {layout.name}: dim {dim} of {layout.view} does not divide over {axis}={size[axis]}"
-                )
+                raise ConfigError(f"parameter {layout.name}: dim {dim} of {layout.view} does not divide over {axis}={size[axis]}")
             lengths[dim] //= size[axis]
             starts[dim] += coordinate[axis] * lengths[dim]
-        self.starts, self.local_view = tuple(starts), tuple(lengths)
-        self.local_shape = tuple(prod(lengths[d] for d in group) for group in self.groups)
 
-        # Step 2: the shape that plain placements can describe.
-        held_dim = {dim: (g, k) for g, group in enumerate(self.groups) for k, dim in enumerate(group)}
-        major = {g: next((d for d in group if layout.view[d] > 1), None) for g, group in enumerate(self.groups)}
-        self.plain = all(major[held_dim[dim][0]] == dim for _, dim in shards)
-        self.held = layout.shape if self.plain else layout.view
-        self.local_held = self.local_shape if self.plain else self.local_view
+        # Step 3: the shape that plain placements can describe.
+        held_dim = {dim: (g, k) for g, group in enumerate(groups) for k, dim in enumerate(group)}
+        major = {g: next((d for d in group if view[d] > 1), None) for g, group in enumerate(groups)}
+        self.plain = all(major[held_dim[dim][0]] == dim for dim in [dim for _, dim in shards] + [share] * (share is not None))
+        self.held = layout.shape if self.plain else self.view
         where = {axis: held_dim[dim][0] if self.plain else dim for axis, dim in shards}
-        self.placements = tuple(Shard(where[axis]) if axis in where else Replicate() for axis in names)
-        self.unsynced = tuple(
-            Partial() if axis in self.reduce_axes else placement for axis, placement in zip(names, self.placements)
-        )
+        placements = tuple(Shard(where[axis]) if axis in where else Replicate() for axis in names)
+        self.whole = Extent(layout, mesh, self.view, groups, starts, lengths, self.plain, placements, self.shard_axes)
+        self.unsynced = tuple(Partial() if axis in self.reduce_axes else placement for axis, placement in zip(names, placements))
+
+        # Step 4: this rank's share.
+        self.share, self.share_dim, self.pieces = self.whole, None, []
+        if share is not None:
+            over = tuple(size[axis] for axis in self.reduce_axes)
+            pieces = intervals(lengths[share], over)
+            self.index = _flat_index([coordinate[axis] for axis in self.reduce_axes], over)
+            inner = self.whole.held[held_dim[share][0]] // lengths[share] if self.plain else 1
+            self.share_dim = held_dim[share][0] if self.plain else share
+            self.pieces = [(start * inner, length * inner) for start, length in pieces]
+            starts, lengths = list(starts), list(lengths)
+            starts[share], lengths[share] = starts[share] + pieces[self.index][0], pieces[self.index][1]
+            placements = tuple(Shard(self.share_dim) if axis in self.reduce_axes else placement for axis, placement in zip(names, placements))
+            self.share = Extent(layout, mesh, self.view, groups, starts, lengths, self.plain, placements, (*self.shard_axes, *self.reduce_axes))
+        self.kept = self.share if stage == 3 else self.whole
+        self.placements = self.kept.placements
+        self.local_shape, self.local_held = self.whole.shape, self.whole.held
 
     def _check_axes(self, names, size) -> None:
         layout = self.layout
@@ -119,65 +145,67 @@ class Placed:
             if order != sorted(order) or len(order) != len(set(order)):
                 raise ConfigError(f"parameter {layout.name}: the axes that shard dim {dim} must stand in mesh order {names}")
 
-    def _merge(self) -> list[tuple[int, ...]]:
-        """Which view dims make up each dim of the user's shape. Dims of size 1 go with the dim before."""
-        layout, groups, dim = self.layout, [], 0
-        for size in layout.shape:
-            first, have = dim, 1
-            while dim < len(layout.view) and (have < size or layout.view[dim] == 1):
-                have *= layout.view[dim]
-                dim += 1
-            groups.append(tuple(range(first, dim)))
-        if dim != len(layout.view) or any(prod(layout.view[d] for d in g) != size for g, size in zip(groups, layout.shape)):
-            raise ConfigError(f"parameter {layout.name}: view {layout.view} does not refine shape {layout.shape}")
-        return groups
-
     # ---- tensors -------------------------------------------------------------------------------------------------
 
     def dtensor(self, local: Tensor, placements=None) -> DTensor:
-        """`local` (any shape of this rank's piece) as the held DTensor."""
-        placements, local = placements or self.placements, local.view(self.local_held)
+        """`local` (any shape of this rank's piece) as the held DTensor; `placements`: the parameter's, `whole`'s, `share`'s or `unsynced`."""
+        placements = placements or self.placements
+        local = local.view(self.extent(placements).held)
         key = (placements, local.dtype, local.device)
         if key not in self._specs:  # from_local costs some 100 us, and a step makes a DTensor per gradient
-            shape, stride = torch.Size(self.held), _strides(self.held)
-            first = DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+            shape = torch.Size(self.held)
+            first = DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=strides(shape))
             self._specs[key] = _torch.spec_of(first)
         return _torch.dtensor_of(local, self._specs[key])
 
-    @cached_property
-    def chunks(self) -> dict[str, list[tuple[tuple[int, ...], tuple[slice, ...]]]]:
-        """For each of the user's names, the boxes this rank has of it: (offsets in the user's tensor, where in `local`).
+    def extent(self, placements) -> Extent:
+        """What a DTensor with these placements holds on this rank."""
+        return self.share if self.share_dim is not None and tuple(placements) == self.share.placements else self.whole
 
-        A box is contiguous in each dim of the user's tensor; a fused dim gives one box per outer factor.
-        """
-        runs = [self._runs(group) for group in self.groups]
-        local = [[slice(k * size, (k + 1) * size) for k in range(len(starts))] for starts, size in runs]
-        first = 1 if self.layout.sources else 0
-        boxes = list(product(*[list(zip(starts, where)) for (starts, _), where in zip(runs[first:], local[first:])]))
-        offsets = [tuple(start for start, _ in box) for box in boxes]
-        places = [tuple(where for _, where in box) for box in boxes]
-        if not self.layout.sources:
-            return {name: list(zip(offsets, places)) for name in self.layout.names}
-        table = {}
-        for index, name in enumerate(self.layout.sources):
-            at = index - self.starts[0]
-            table[name] = [(o, (at, *p)) for o, p in zip(offsets, places)] if 0 <= at < self.local_view[0] else []
-        return table
+    def share_of(self, local: Tensor) -> Tensor:
+        """The part of a whole local tensor that is this rank's share; a view."""
+        if self.share_dim is None:
+            return local
+        return local.view(self.local_held).narrow(self.share_dim, *self.pieces[self.index])
 
-    def _runs(self, group: tuple[int, ...]) -> tuple[list[int], int]:
-        """The contiguous intervals of one user's dim that this rank holds: their starts, and their common length."""
-        view = self.layout.view
-        last = max((k for k, d in enumerate(group) if self.local_view[d] != view[d]), default=0)
-        inner = prod(view[d] for d in group[last + 1 :])
-        outer = [range(self.starts[d], self.starts[d] + self.local_view[d]) for d in group[:last]]
-        start, length = (self.starts[group[last]], self.local_view[group[last]]) if group else (0, 1)
-        starts = []
-        for indices in product(*outer):
-            flat = 0
-            for d, index in zip(group, indices):
-                flat = flat * view[d] + index
-            starts.append((flat * (view[group[last]] if group else 1) + start) * inner)
-        return starts, length * inner
+    # ---- the ranks' shares side by side --------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """Elements of the largest share: shares travel padded to it."""
+        return max(length for _, length in self.pieces) * (self.whole.numel // self.local_held[self.share_dim])
+
+    def spread(self, local: Tensor) -> Tensor:
+        """A whole local tensor -> [ranks, width]: row i is the share of rank i of the reduce axes, zeros behind it where it is shorter."""
+        local, dim, ranks = local.view(self.local_held), self.share_dim, len(self.pieces)
+        if self.pieces[0][1] * ranks == local.shape[dim]:
+            return local.unflatten(dim, (ranks, -1)).movedim(dim, 0).reshape(ranks, self.width)
+        rows = local.new_zeros(ranks, self.width)
+        for row, (start, length) in zip(rows, self.pieces):
+            piece = local.narrow(dim, start, length)
+            row[: piece.numel()].copy_(piece.reshape(-1))
+        return rows
+
+    def collect(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """The inverse of `spread`: [ranks, width] -> the whole local tensor, in `local_shape`; into `out` where given."""
+        dim, ranks = self.share_dim, len(self.pieces)
+        if self.pieces[0][1] * ranks == self.local_held[dim]:
+            moved = rows.view(ranks, *self.local_held[:dim], self.local_held[dim] // ranks, *self.local_held[dim + 1 :]).movedim(0, dim)
+            if out is None:
+                return moved.reshape(self.local_shape)
+            out.view(self.local_held).unflatten(dim, (ranks, -1)).copy_(moved)
+            return out
+        out = rows.new_empty(self.local_shape) if out is None else out
+        held = out.view(self.local_held)
+        for row, (start, length) in zip(rows, self.pieces):
+            target = held.narrow(dim, start, length)
+            target.copy_(row[: target.numel()].view(target.shape))
+        return out
+
+    def padded(self, share: Tensor) -> Tensor:
+        """This rank's share, of any shape, as a row of `width`."""
+        flat = share.reshape(-1)
+        return flat if flat.numel() == self.width else torch.nn.functional.pad(flat, (0, self.width - flat.numel()))
 
     def entries(self, held: DTensor) -> dict[str, Tensor]:
         """The user's tensors that `held` (the parameter, its gradient, a moment of the optimizer) consists of.
@@ -185,28 +213,7 @@ class Placed:
         Each is a DTensor in the user's own shape where plain placements can say so, else a `PiecedTensor`. All share
         storage with `held`. Names, shapes and chunk boundaries mean the same on every mesh.
         """
-        layout = self.layout
-        with torch.no_grad():
-            local = held.to_local().detach().view(self.local_shape)
-        if self.plain and not layout.sources:
-            return {name: held.detach() for name in layout.names}
-        if self.plain and self.local_shape[0] == layout.shape[0]:
-            placements = tuple(Shard(p.dim - 1) if isinstance(p, Shard) else p for p in self.placements)
-            shape = torch.Size(layout.shape[1:])
-            return {
-                name: DTensor.from_local(
-                    local[i], self.mesh, placements, run_check=False, shape=shape, stride=_strides(shape)
-                )
-                for i, name in enumerate(layout.sources)
-            }
-        return {
-            name: PiecedTensor(
-                layout.shape[1:] if layout.sources else layout.shape,
-                [(offsets, local[where]) for offsets, where in boxes],
-                self.mesh, self.shard_axes, local.dtype, local.device,
-            )
-            for name, boxes in self.chunks.items()
-        }
+        return self.extent(held.placements).entries(held)
 
     def gather(self, held: DTensor) -> dict[str, Tensor]:
         """{user's name: full tensor} on every rank. A collective; pending sums of an unsynced gradient are done."""
@@ -215,19 +222,26 @@ class Placed:
             return {name: full[index].clone() for index, name in enumerate(self.layout.sources)}
         return {name: full for name in self.layout.names}
 
-    def cut(self, name: str, full: Tensor, local: Tensor) -> None:
-        """Copy this rank's part of the user's full tensor `name` into `local` (shape `local_shape`)."""
-        for offsets, where in self.chunks[name]:
-            target = local[where]
-            target.copy_(full[tuple(slice(o, o + n) for o, n in zip(offsets, target.shape))])
+
+def _merge(layout: ParameterLayout, view) -> list[tuple[int, ...]]:
+    """Which view dims make up each dim of the user's shape. Dims of size 1 go with the dim before."""
+    groups, dim = [], 0
+    for size in layout.shape:
+        first, have = dim, 1
+        while dim < len(view) and (have < size or view[dim] == 1):
+            have *= view[dim]
+            dim += 1
+        groups.append(tuple(range(first, dim)))
+    if dim != len(view) or any(prod(view[d] for d in g) != size for g, size in zip(groups, layout.shape)):
+        raise ConfigError(f"parameter {layout.name}: view {layout.view} does not refine shape {layout.shape}")
+    return groups
 
 
-def _strides(shape) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(int(size), 1)
-    return tuple(reversed(strides))
+def _flat_index(coordinates, sizes) -> int:
+    index = 0
+    for coordinate, size in zip(coordinates, sizes):
+        index = index * size + coordinate
+    return index
 
 
 def materialize(placed: Placed, broadcast: Callable[[str], Tensor]) -> nn.Parameter:
@@ -239,7 +253,7 @@ def materialize(placed: Placed, broadcast: Callable[[str], Tensor]) -> nn.Parame
         if tuple(full.shape) != want:
             raise ConfigError(f"parameter {name} has shape {tuple(full.shape)}, the layout of {layout.name} expects {want}")
         if local is None:
-            local = torch.empty(placed.local_shape, dtype=full.dtype, device=full.device)
-        placed.cut(name, full, local)
+            local = torch.empty(placed.kept.shape, dtype=full.dtype, device=full.device)
+        placed.kept.cut(name, full, local)
         del full
     return nn.Parameter(placed.dtensor(local), requires_grad=layout.requires_grad)

@@ -168,7 +168,7 @@ class StateAccess:
                 mine.to_local().copy_(value.to_local())
                 return
         full = value.full_tensor() if isinstance(value, (DTensor, PiecedTensor)) else value
-        placed.cut(given, full, self._parameter(name).to_local().view(placed.local_shape))
+        placed.kept.cut(given, full, self._parameter(name).to_local().view(placed.kept.shape))
 
 
 def _few(items: list[str]) -> str:

@@ -258,11 +258,11 @@ def test_pieces_tile_the_tensor(layout):
             placed = Placed(layout, FakeMesh((dp, tp), dp=2, tp=3))
             local = torch.full(placed.local_shape, -1)
             for name, tensor in full.items():
-                placed.cut(name, tensor, local)
-                for offsets, where in placed.chunks[name]:
+                placed.whole.cut(name, tensor, local)
+                for offsets, where in placed.whole.chunks[name]:
                     seen[name][tuple(slice(o, o + n) for o, n in zip(offsets, local[where].shape))] += 1
             view = whole.reshape(layout.view)
-            for dim, (start, length) in enumerate(zip(placed.starts, placed.local_view)):
+            for dim, (start, length) in enumerate(zip(placed.whole.starts, placed.whole.lengths)):
                 view = view.narrow(dim, start, length)
             assert torch.equal(local, view.reshape(placed.local_shape))
     copies = 6 // torch.Size([{"dp": 2, "tp": 3}[axis] for axis, _ in layout.shards]).numel()
