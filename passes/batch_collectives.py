@@ -1,12 +1,13 @@
-"""Small sums that do not wait for each other go in one collective."""
+"""Small collectives of one kind that do not wait for each other go in one."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from tedfx.emission import schedule
 from tedfx.layers import layers
@@ -16,14 +17,38 @@ from torch import fx
 from tedfx import ops
 
 
+class Kind(NamedTuple):
+    """What the pass has to know of an op; its batched form is in `ops.BATCHED`."""
+
+    axes: Callable[[fx.Node], tuple]
+    operand: Callable[[fx.Node], tuple]  # the local shape of what a node hands to the collective
+    arguments: Callable[[list[fx.Node]], tuple]  # of the batched op, behind values and axes
+    may: Callable[[fx.Node], bool] = lambda node: True
+
+
+def _totals(node: fx.Node) -> tuple:
+    shape, dim = node.meta["local_shape"], node.args[1]
+    return (*shape[:dim], node.meta["runs"], *shape[dim + 1 :])
+
+
+KINDS = {
+    ops.all_reduce: Kind(lambda n: n.args[1], lambda n: n.meta["local_shape"], lambda nodes: ()),
+    ops.cumsum: Kind(
+        lambda n: n.args[2], _totals, lambda nodes: ([n.args[1] for n in nodes], [n.args[3] for n in nodes], nodes[0].meta["val"].dtype),
+        may=lambda n: not n.meta["val"].dtype.is_floating_point and not n.meta["val"].dtype.is_complex,
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class BatchCollectives(Pass):
-    """The row "batch" of the collective algebra: all-reduces of one layer over the same axes and of one dtype become one, of their operands laid end to end.
+    """The row "batch" of the collective algebra: all-reduces of one layer over the same axes and of one dtype become one, of their operands laid end to end. So do
+    prefix sums of integers, of which the totals are exchanged; those with gradients stay as they are (`ops.cumsum_batched` has no backward).
 
     limit   bytes of an operand up to which a collective costs its start-up and little else. An operand that grows with the batch is never small.
 
-    1. In the order of the graph each small all-reduce joins the first group (axes, dtype, layer) of which it needs no member, directly or through others.
-    2. A group of two or more becomes `all_reduce_batched`. It stands where its last member stood; what needs an earlier member moves behind it.
+    1. In the order of the graph each small collective joins the first group (op, axes, dtype, layer) of which it needs no member, directly or through others.
+    2. A group of two or more becomes the op's batched form (`ops.BATCHED`). It stands where its last member stood; what needs an earlier member moves behind it.
     """
 
     limit: int = 65536
@@ -35,11 +60,11 @@ class BatchCollectives(Pass):
         if "batch" not in program.plan.algebra:
             return result
         layer = layers(graph)
-        small = [n for n in graph.nodes if n.target is ops.all_reduce and self._small(n)]
+        small = [n for n in graph.nodes if n.target in KINDS and KINDS[n.target].may(n) and self._small(n)]
         result.matches = len(small)
         keys: dict[tuple, list[fx.Node]] = {}
         for node in small:
-            keys.setdefault((node.args[1], node.meta["val"].dtype, layer[node]), []).append(node)
+            keys.setdefault((node.target, KINDS[node.target].axes(node), node.meta["val"].dtype, layer[node]), []).append(node)
         for nodes in keys.values():
             while nodes:
                 group, nodes = _independent(nodes)
@@ -51,7 +76,7 @@ class BatchCollectives(Pass):
         return result
 
     def _small(self, node: fx.Node) -> bool:
-        shape = node.meta["local_shape"]
+        shape = KINDS[node.target].operand(node)
         return all(isinstance(s, int) for s in shape) and prod(shape) * node.meta["val"].dtype.itemsize <= self.limit
 
 
@@ -79,9 +104,9 @@ def _followers(node: fx.Node) -> set[fx.Node]:
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    last, axes = nodes[-1], nodes[0].args[1]
+    last, kind = nodes[-1], KINDS[nodes[0].target]
     with graph.inserting_after(last):
-        batched = graph.call_function(ops.all_reduce_batched, ([n.args[0] for n in nodes], axes))
+        batched = graph.call_function(ops.BATCHED[last.target], ([n.args[0] for n in nodes], kind.axes(last), *kind.arguments(nodes)))
     batched.meta.update({k: last.meta[k] for k in ("stack_trace", "nn_module_stack") if k in last.meta})
     batched.meta["differentiable"] = any(n.meta.get("differentiable") for n in nodes)
     after = batched

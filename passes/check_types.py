@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx import ops
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.placing import decide
 from tedfx.plan import differentiable
@@ -62,9 +61,7 @@ def _check_node(program, node: fx.Node, after: str) -> None:
 def _check_conversion(node: fx.Node, after: str) -> None:
     axes, source, target = node.meta["conversion"]
     axes = (axes,) if isinstance(axes, str) else axes
-    value = node.args[0]
-    if value.target is ops.all_reduce_batched:
-        value = value.args[0][node.args[1]]
+    value = operands(node)[0]
     kind = lambda p: "S" if isinstance(p, Shard) else p
     if (kind(source), kind(target)) not in DIRECT:
         _fail(node, axes, f"there is no conversion {source} -> {target}", after)

@@ -23,7 +23,7 @@ ROWS = (
     Row("delay", "f(all_reduce(x)), f linear", "all_reduce(f(x))", "where f(x) is no larger than x: k rows per token before a combine, one behind it"),
     Row("scatter", "slice(all_reduce(x))", "reduce_scatter(x)", "half on the wire; also all_gather for all_gather, I -> R: a reduce-scatter instead of an all-reduce and a slice in backward"),
     Row("commute", "combine(all_gather(rows)), slice(dispatch(x))", "all_gather(combine(rows)), dispatch(slice(x))", "tokens are gathered, not k rows of each; I -> R is before the dispatch for the same reason"),
-    Row("batch", "all_reduce(a), all_reduce(b), both small", "split(all_reduce(cat(a, b)))", "no bytes: one start-up of two, where neither waits for the other (`batch_collectives`)"),
+    Row("batch", "all_reduce(a), all_reduce(b), both small", "split(all_reduce(cat(a, b)))", "no bytes: one start-up of two, where neither waits for the other (`batch_collectives`); so for integer cumsums, whose totals are gathered"),
 )  # fmt: skip
 NAMES = frozenset(row.name for row in ROWS)
 

@@ -317,15 +317,23 @@ def _all_to_all(node, cost, reached):
 def _cumsum(node, cost, reached):
     """The totals of this rank's runs."""
     x, dim, axes = node.args[:3]
-    runs = cost.sizes(node.meta["runs"])
-    shape = cost.sizes.shape(x)
     made = []
     for phase in ("forward", "backward") if reached else ("forward",):
-        made += cost.make(node, ALL_GATHER, axes, phase, prod(shape[:dim]) * runs * prod(shape[dim + 1 :]), _dtype(node))
+        made += cost.make(node, ALL_GATHER, axes, phase, _totals(cost, x, dim, cost.sizes(node.meta["runs"])), _dtype(node))
     return made
 
 
-def _batched(node, cost, reached):
+def _cumsum_batched(node, cost, reached):
+    values, axes, dims, outers, dtype = node.args
+    return cost.make(node, ALL_GATHER, axes, "forward", sum(_totals(cost, *each) for each in zip(values, dims, outers)), dtype)
+
+
+def _totals(cost, x, dim, runs):
+    shape = cost.sizes.shape(x)
+    return prod(shape[:dim]) * runs * prod(shape[dim + 1 :])
+
+
+def _all_reduce_batched(node, cost, reached):
     values, axes = node.args
     return cost.make(node, ALL_REDUCE, axes, "forward", sum(cost.sizes.elements(v) for v in values), _dtype(values[0]))
 
@@ -336,7 +344,7 @@ def _nothing(node):
 
 _COUNT = {
     ops.all_reduce: _moves(lambda n: (ALL_REDUCE, "in"), _nothing),
-    ops.all_reduce_batched: _batched,
+    ops.all_reduce_batched: _all_reduce_batched,
     ops.sum_gradient: _moves(_nothing, lambda n: (ALL_REDUCE, "in")),
     ops.all_gather: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out") if _option(n, 4, "to", "R") == "R" else None),
     ops.reduce_scatter: _moves(lambda n: (REDUCE_SCATTER, "in"), lambda n: (ALL_GATHER, "out")),
@@ -355,6 +363,7 @@ _COUNT = {
         lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
     ),
     ops.cumsum: _cumsum,
+    ops.cumsum_batched: _cumsum_batched,
 }
 
 

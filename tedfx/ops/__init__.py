@@ -1,6 +1,6 @@
 """Run-time operators: what the local graph of a rank is made of beside torch's own."""
 
-from tedfx.ops.batch import all_reduce_batched
+from tedfx.ops.batch import BATCHED, all_reduce_batched, cumsum_batched
 from tedfx.ops.context import RankContext, count_collectives, count_events, current, totals, use
 from tedfx.ops.convert import all_gather, all_reduce, partial, reduce_scatter, shard, sum_gradient
 from tedfx.ops.experts import combine, dispatch, expert_rows, grouped_linear

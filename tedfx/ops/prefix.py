@@ -22,17 +22,24 @@ from tedfx.ops.convert import gather_pieces
 def cumsum(x: Tensor, dim: int, axes: Axes, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """S -> S. x[.., outer * local, ..], a piece of the whole by `axes` (major first) -> the piece of the whole's cumsum along `dim`.
 
-    Integers (summed as int64, as torch does) and floats; the cotangent is S, and backward is the sum from the other end. ValueError where the
-    dim does not divide into `outer` runs.
+    Integers (summed as int64 unless `dtype` says otherwise, as torch does) and floats; the cotangent is S, and backward is the sum from the other end.
+    ValueError where the dim does not divide into `outer` runs.
     """
     span = context.span(axes)
+    if span.size == 1:
+        return torch.cumsum(x, dim, dtype=dtype)
     if dtype is not None:
         x = x.to(dtype)
-    if span.size == 1:
-        return torch.cumsum(x, dim)
+    elif not x.is_floating_point() and not x.is_complex():
+        dtype = torch.int64  # as torch sums integers
+    check_runs(x, dim, outer)
+    return _Cumsum.apply(x, dim % x.dim(), span, outer, dtype)
+
+
+def check_runs(x: Tensor, dim: int, outer: int) -> None:
+    """ValueError where the dim does not divide into `outer` runs."""
     if x.dim() == 0 or x.shape[dim] % outer != 0:
         raise ValueError(f"cumsum along dim {dim} of a tensor of shape {tuple(x.shape)} in {outer} runs")
-    return _Cumsum.apply(x, dim % x.dim(), span, outer)
 
 
 def group_cumsum(x: Tensor, dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,27 +66,40 @@ def _ungrouped(grouped: Tensor, x: Tensor, dim: int, groups: int, outer: int) ->
     return grouped.reshape(*before, groups, outer, rest, *after).transpose(dim, dim + 1).reshape(x.shape)
 
 
-def _running(x: Tensor, dim: int, span: Span, outer: int, phase: str, back: bool) -> Tensor:
-    """The sum of all elements up to each one; from the end where `back`."""
-    runs = x.reshape(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :])
-    inside = _sum(runs, dim + 1, back)
-    totals = runs.sum(dim + 1, keepdim=True)  # [.., outer, 1, ..]
-    by_rank = gather_pieces(totals.contiguous(), span, dim + 1, 1, phase)  # [.., outer, size, ..]
+def run_totals(x: Tensor, dim: int, outer: int, dtype: torch.dtype | None) -> Tensor:
+    """[.., outer * local, ..] -> [.., outer, 1, ..]: what the ranks exchange."""
+    return _runs(x, dim, outer).sum(dim + 1, keepdim=True, dtype=dtype)
+
+
+def behind_totals(x: Tensor, dim: int, by_rank: Tensor, span: Span, dtype: torch.dtype | None, back: bool = False) -> Tensor:
+    """The sum of all elements of the whole up to each one of x, from the end where `back`; `by_rank[.., outer, size, ..]` are the totals of all ranks."""
+    outer = by_rank.shape[dim]
+    inside = _sum(_runs(x, dim, outer), dim + 1, dtype, back)
     flat = by_rank.reshape(*x.shape[:dim], outer * span.size, *x.shape[dim + 1 :])
-    before = (_sum(flat, dim, back) - flat).view(by_rank.shape)
+    before = (_sum(flat, dim, dtype, back) - flat).view(by_rank.shape)
     return (inside + before.narrow(dim + 1, span.index, 1)).reshape(x.shape)
 
 
-def _sum(x: Tensor, dim: int, back: bool) -> Tensor:
-    return x.flip(dim).cumsum(dim).flip(dim) if back else x.cumsum(dim)
+def _running(x: Tensor, dim: int, span: Span, outer: int, dtype: torch.dtype | None, phase: str, back: bool) -> Tensor:
+    totals = run_totals(x, dim, outer, dtype)
+    by_rank = gather_pieces(totals.contiguous(), span, dim + 1, 1, phase)
+    return behind_totals(x, dim, by_rank, span, dtype, back)
+
+
+def _runs(x: Tensor, dim: int, outer: int) -> Tensor:
+    return x.reshape(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :])
+
+
+def _sum(x: Tensor, dim: int, dtype: torch.dtype | None, back: bool) -> Tensor:
+    return x.flip(dim).cumsum(dim, dtype=dtype).flip(dim) if back else x.cumsum(dim, dtype=dtype)
 
 
 class _Cumsum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dim, span, outer):
+    def forward(ctx, x, dim, span, outer, dtype):
         ctx.dim, ctx.span, ctx.outer = dim, span, outer
-        return _torch.result(_running(x, dim, span, outer, "forward", False))
+        return _torch.result(_running(x, dim, span, outer, dtype, "forward", False))
 
     @staticmethod
     def backward(ctx, grad):
-        return _running(grad, ctx.dim, ctx.span, ctx.outer, "backward", True), None, None, None
+        return _running(grad, ctx.dim, ctx.span, ctx.outer, None, "backward", True), None, None, None, None

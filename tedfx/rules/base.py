@@ -11,6 +11,7 @@ A rule relates the factors of a node's operands and outputs. It returns a `Relat
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 
@@ -18,7 +19,10 @@ import sympy
 import torch
 from torch import fx
 
+from tedfx import ops
 from tedfx.factors import Factor, as_size, dim_size, leaves, settle, unify
+
+_BATCHED = frozenset(ops.BATCHED.values())
 
 
 def regroup_barrier(x):
@@ -65,7 +69,10 @@ def is_tensor(node) -> bool:
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """Tensor operands in argument order, with repetitions (lists flattened)."""
+    """Tensor operands in argument order, with repetitions (lists flattened). Of an item of a batched op, the one value that it is made of."""
+    if node.target is operator.getitem and node.args[0].target in _BATCHED:
+        values, index = node.args[0].args[0], node.args[1]
+        return [values[index]]
     found: list[fx.Node] = []
 
     def visit(arg):

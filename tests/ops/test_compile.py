@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from tedfx.ops import all_reduce_batched, context, convert, random, vocab
+from tedfx.ops import all_reduce_batched, context, convert, cumsum_batched, random, vocab
 from tests import pool
 from tests.ops.layers import E, F, H, K, Roles, local
 
@@ -132,7 +132,8 @@ def test_inductor_draws_what_eager_draws():
 def _sums(x, y, z):
     a, b, c = all_reduce_batched([x * 2, y.sum(0), z], ("t",))
     n, m = all_reduce_batched([(x > 0).long(), (y > 0).long().sum(0)], ("t",))  # nothing to differentiate
-    return (a * b * n).sum() + c * m.sum()
+    p, q = cumsum_batched([x > 0, (y > 0).long()], ("t",), [0, 1], [1, 1], torch.int64)
+    return (a * b * n * p).sum() + c * m.sum() + (y * q).sum()
 
 
 def _batched_on_rank():

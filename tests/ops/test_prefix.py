@@ -39,6 +39,7 @@ def test_pieces_of_the_whole(mesh, axes, outer):
         hits = x > 0
         assert torch.equal(prefix.cumsum(mine(hits), -2, axes, outer), mine(hits.cumsum(1)))
         assert prefix.cumsum(mine(hits), 1, axes, outer, torch.float64).dtype == torch.float64
+        assert prefix.cumsum(mine(hits), 1, axes, outer, torch.int32).dtype == torch.int32
 
     ranks.run(body)
 
