@@ -23,6 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  public replacement: none
 from torch.utils._sympy.functions import FloorDiv  # noqa: F401  as sizes of a trace have it; public replacement: sympy.floor of a quotient
 
+# torch 2.13 renamed these two and warns of the old names; both are public.
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _ops = torch.ops._c10d_functional
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -49,7 +53,7 @@ def all_gather(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
     if not _plain(x):
         return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, name))
     out = x.new_empty(size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=c10d._resolve_process_group(name))
+    gather_into(out, x.contiguous(), group=c10d._resolve_process_group(name))
     return out
 
 
@@ -58,7 +62,7 @@ def reduce_scatter(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
     if not _plain(x):
         return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", size, name))
     out = x.new_empty(x.shape[0] // size, *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=c10d._resolve_process_group(name))
+    scatter_into(out, x.contiguous(), group=c10d._resolve_process_group(name))
     return out
 
 

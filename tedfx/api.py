@@ -12,7 +12,7 @@ from tedfx._torch import pytree
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
-from tedfx.layouts import layouts_of
+from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
 from tedfx.passes.base import Pass
 from tedfx.roles import MeshShape, Roles
@@ -34,6 +34,8 @@ def parallelize(
     sequence_parallel: bool | None = None,
     algebra: bool | None = None,
     capacity: str | None = None,
+    zero: int | None = None,
+    gradient_dtype: torch.dtype | None = None,
     check_inputs: bool = True,
     check_timeout: float = 60.0,
     traces: Sequence[Trace | Compilation] = (),
@@ -44,7 +46,7 @@ def parallelize(
     mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
     example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
-    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, algebra, checkpoint, capacity) it is an error.
+    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, algebra, checkpoint, capacity, zero) it is an error.
     checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or "budget=<bytes>", see ``tedfx/passes/checkpoint.py``.
                     A budget is for activations at the sizes of example_inputs, which have to be given then, equal on all ranks.
     compile         run the local graph through ``torch.compile(fullgraph=True)``.
@@ -54,6 +56,9 @@ def parallelize(
     algebra         sums late, together and once, gathers late (default True); False is DeepSpeed-TED's own order, see ``tedfx/passes/collective_algebra.py``.
     capacity        whose tokens a mixture with a capacity counts: "global" (the default), those of the global batch, as a single device does; "local", those of each
                     batch coordinate by themselves, as DeepSpeed and GShard do under data parallelism: see ``tedfx/passes/local_capacity.py``.
+    zero            stage of ZeRO over the data axes, expert and other parameters each over those that their gradient is summed over: 1, optimizer states of this rank's share
+                    only (``tedfx.optim.ShardedOptimizer``); 2, gradients too; 3, parameters too, gathered where a layer uses them.
+    gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's dtype.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
     traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
 
@@ -65,7 +70,7 @@ def parallelize(
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
     resolved = Roles.resolve(shape, roles)
-    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, capacity=capacity)
+    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, capacity=capacity, zero=zero)
     if (checkpoint or "").startswith("budget") and example_inputs is None:
         raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
     if not hasattr(mesh, "device_type"):
@@ -95,6 +100,8 @@ def parallelize(
         non_persistent=[name for name in buffers if name not in persistent],
         check_inputs=check_inputs,
         check_timeout=check_timeout,
+        zero=zero or 0,
+        gradient_dtype=gradient_dtype,
     )
     builder.attach(pm, layouts)
     pm.training = model.training
@@ -180,12 +187,6 @@ class _Builder:
             history=compilation.history,
             compilation=compilation,
         )
-
-
-def stack_name(sources: Sequence[str]) -> str:
-    """``experts.0.w1.weight, experts.1.w1.weight, ..`` -> ``experts.*.w1.weight`` with ``*`` written ``stacked``."""
-    first, last = sources[0].split("."), sources[-1].split(".")
-    return ".".join(a if a == b else "stacked" for a, b in zip(first, last))
 
 
 def _leaves(call):

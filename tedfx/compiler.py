@@ -23,6 +23,7 @@ from tedfx.passes.collective_algebra import CollectiveAlgebra
 from tedfx.passes.drop_duplicate_tokens import DropDuplicateTokens
 from tedfx.passes.expand_attention import ExpandAttention
 from tedfx.passes.functionalize import Functionalize
+from tedfx.passes.gather_parameters import GatherParameters
 from tedfx.passes.local_capacity import LocalCapacity
 from tedfx.passes.localize import Localize
 from tedfx.passes.lower_collectives import LowerCollectives
@@ -42,7 +43,7 @@ CAPACITIES = ("global", "local")
 
 
 def default_passes(
-    *, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none", capacity: str = "global"
+    *, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none", capacity: str = "global", zero: int = 0
 ) -> list[Pass]:
     """The passes of `parallelize`, in order.
 
@@ -52,6 +53,7 @@ def default_passes(
     checkpoint         a policy of `tedfx.passes.checkpoint`; ConfigError for one that does not exist.
     capacity           whose tokens a capacity counts: "global", those of the global batch; "local", those of a batch coordinate, each by itself. ConfigError for
                        anything else.
+    zero               the stage of ZeRO; as far as the graph goes, 3 gathers parameters where layers use them.
     """
     if capacity not in CAPACITIES:
         raise ConfigError(f"capacity={capacity!r}: one of {', '.join(CAPACITIES)}")
@@ -76,6 +78,7 @@ def default_passes(
         Localize(),
         *[BatchCollectives()] * algebra,
         Checkpoint(checkpoint),
+        *[GatherParameters()] * (zero == 3),
     ]
 
 
@@ -90,8 +93,14 @@ def pipeline(passes: Sequence[Pass] | None, roles: Roles, compile: Any = False, 
         raise ConfigError(f"passes= and {name}= together: the passes say it themselves; give passes=tedfx.default_passes({name}={given[name]!r}, ..) or leave one out")
     if given.get("sequence_parallel") and not roles.mesh.wide(roles.tensor):
         raise ConfigError(f"sequence_parallel=True needs a tensor axis larger than 1, and mesh {roles.mesh} has none; leave it out")
+    stage = given.get("zero", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero={stage!r}: a stage of ZeRO is 0, 1, 2 or 3")
+    if stage and not roles.mesh.wide(roles.batch):
+        raise ConfigError(f"zero={stage} needs a data axis larger than 1, and mesh {roles.mesh} has none; leave it out")
     made = list(default_passes(**given) if passes is None else passes)
-    return [replace(p, decide_again=False) if compile and isinstance(p, Checkpoint) else p for p in made]
+    compiled = {Checkpoint: {"decide_again": False}, GatherParameters: {"compiled": True}} if compile else {}
+    return [replace(p, **compiled.get(type(p), {})) for p in made]
 
 
 @dataclass

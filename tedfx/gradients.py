@@ -86,6 +86,7 @@ class GradientBoundary:
         self.placed, self.parameter, self.bucket_bytes, self.gradient_dtype = placed, parameter, bucket_bytes, gradient_dtype
         self.reductions: list[Reduction] = []
         self.synced = True
+        self.in_graph = False  # under ZeRO-3 a compiled graph scatters gradients itself: what its leaves get is this rank's share, summed
         self._groups = {axes: None for axes in sorted({p.reduce_axes for p in placed.values()})}
         for axes in self._groups:
             if axes:
@@ -151,7 +152,7 @@ class GradientBoundary:
         last = {}
         for name, dtype in reversed(key):
             placed = self.placed[name]
-            if not placed.reduce_axes:
+            if not placed.reduce_axes or self._summed(name):
                 continue
             dtype = self.gradient_dtype or dtype
             kind, size = (placed.reduce_axes, dtype, placed.share_dim is not None), _numel(placed) * dtype.itemsize
@@ -175,9 +176,12 @@ class GradientBoundary:
         finally:
             self.synced = before
 
+    def _summed(self, name: str) -> bool:
+        return self.in_graph and self.placed[name].stage == 3 and self.placed[name].cut is not None
+
     @torch.no_grad()
-    def _arrived(self, name: str, leaf: Tensor) -> None:
-        grad, leaf.grad = leaf.grad.detach(), None
+    def arrived(self, name: str, grad: Tensor) -> None:
+        """This backward's gradient of a leaf, or under ZeRO-3 of the whole local tensor: this rank's part of the sum."""
         task = _torch.backward_id()
         if task not in self._tasks:
             if not self._tasks:
@@ -196,7 +200,7 @@ class GradientBoundary:
         self._tasks.discard(task)
         if self.synced:
             self._reduce()
-            if any(self.placed[name].reduce_axes for name in self._grads):
+            if any(self.placed[name].reduce_axes and not self._summed(name) for name in self._grads):
                 self._reduce()  # a backward inside a backward added to buckets already launched
         self._separate()
         if not self.synced:
@@ -247,7 +251,7 @@ class GradientBoundary:
         if bucket.scattered:
             rows = torch.cat([self.placed[n].spread(v) for n, v in zip(bucket.names, values)], 1)  # a copy: autograd may give two leaves gradients that share storage
             flat = rows.new_empty(rows.shape[1])
-            work = dist.reduce_scatter_tensor(flat, rows.view(-1), op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
+            work = _torch.scatter_into(flat, rows.view(-1), op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
         else:
             flat = torch.cat(values)
             work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
@@ -262,7 +266,7 @@ class GradientBoundary:
         """Leave this backward's gradients unsynced. Reduced ones become partial on every rank, used here or not."""
         for name in self._active:
             placed, parameter = self.placed[name], self.parameter(name)
-            if not placed.reduce_axes or not parameter.requires_grad:
+            if not placed.reduce_axes or not parameter.requires_grad or self._summed(name):
                 continue
             value = self._grads.pop(name, None)
             if parameter.grad is not None and not _unsynced(parameter.grad, placed):
@@ -323,8 +327,11 @@ _GROUPS: dict[tuple, dist.ProcessGroup] = {}
 
 
 def _arrived(boundary: weakref.ref, name: str, leaf: Tensor) -> None:
+    if leaf.grad is None:  # under ZeRO-3 what autograd brings a share is nothing: `tedfx/gathers.py` has it
+        return
+    grad, leaf.grad = leaf.grad.detach(), None
     if (alive := boundary()) is not None:
-        alive._arrived(name, leaf)
+        alive.arrived(name, grad)
 
 
 def _new_group(mesh, axes: tuple[str, ...]) -> dist.ProcessGroup:

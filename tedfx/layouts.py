@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
-from torch import nn
+from torch import fx, nn
 
 from tedfx.factors import leaves
 from tedfx.parameters import ParameterLayout
@@ -17,15 +18,12 @@ def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[Paramete
     A dim is viewed as (outer, rest) where a factor that tensor axes may shard is not its first, on every mesh alike, so that a checkpoint's names do
     not depend on the mesh. Parameters that the graph does not use are replicated.
     """
-    from tedfx.api import stack_name
-
     trace = compilation.trace
     stacked = getattr(trace, "stacked", {})
     nodes = {n.name: n for n in compilation.graph_module.graph.find_nodes(op="placeholder")}
     aliases: dict[str, list[str]] = {}
     for name, canonical in trace.tied.items():
         aliases.setdefault(canonical, []).append(name)
-    shardable = {f.root() for f in compilation.shardable}
     placeholder_of = {name: p for p, name in trace.parameters.items() if p in nodes}
     stack_of = {name: p for p, names in stacked.items() if p in nodes for name in names}
     done, out = set(), []
@@ -39,29 +37,39 @@ def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[Paramete
             continue
         done.add(placeholder)
         node = nodes[placeholder]
-        sources = tuple(stacked.get(placeholder, ()))
-        view, where = [], {}
-        for d, dim in enumerate(node.meta["dims"]):
-            parts = leaves(dim)
-            cut = next((k for k, f in enumerate(parts) if f in shardable or any(isinstance(p, Shard) and p.factor.root() is f for p in node.meta["type"].values())), 0)
-            outer, rest = prod(f.size for f in parts[:cut]), prod(f.size for f in parts[cut:])
-            if cut and outer > 1:
-                view.append(outer)
-            for axis, placement in node.meta["type"].items():
-                if isinstance(placement, Shard) and placement.factor.root() in parts:
-                    assert parts.index(placement.factor.root()) == cut, (name, parts, placement)
-                    where[axis] = len(view)
-            view.append(rest)
-        out.append(
-            ParameterLayout(
-                stack_name(sources) if sources else name,
-                tuple(int(s) for s in node.meta["val"].shape),
-                tuple(view),
-                tuple(where.items()),
-                tuple(a for a, p in node.meta["type"].items() if p == R),
-                parameter.requires_grad,
-                sources,
-                tuple(aliases.get(name, ())),
-            )
-        )
+        out.append(layout_of(compilation, node, name, parameter.requires_grad, tuple(aliases.get(name, ()))))
     return out
+
+
+def layout_of(compilation, node: fx.Node, name: str, requires_grad: bool, aliases: tuple[str, ...] = ()) -> ParameterLayout:
+    """The layout of the parameter (or stack) that a placeholder stands for; `name` is what the user calls it."""
+    sources = tuple(getattr(compilation.trace, "stacked", {}).get(node.name, ()))
+    shardable = {f.root() for f in compilation.shardable}
+    view, where = [], {}
+    for d, dim in enumerate(node.meta["dims"]):
+        parts = leaves(dim)
+        cut = next((k for k, f in enumerate(parts) if f in shardable or any(isinstance(p, Shard) and p.factor.root() is f for p in node.meta["type"].values())), 0)
+        outer, rest = prod(f.size for f in parts[:cut]), prod(f.size for f in parts[cut:])
+        if cut and outer > 1:
+            view.append(outer)
+        for axis, placement in node.meta["type"].items():
+            if isinstance(placement, Shard) and placement.factor.root() in parts:
+                assert parts.index(placement.factor.root()) == cut, (name, parts, placement)
+                where[axis] = len(view)
+        view.append(rest)
+    return ParameterLayout(
+        stack_name(sources) if sources else name,
+        tuple(int(s) for s in node.meta["val"].shape),
+        tuple(view),
+        tuple(where.items()),
+        tuple(a for a, p in node.meta["type"].items() if p == R),
+        requires_grad,
+        sources,
+        aliases,
+    )
+
+
+def stack_name(sources: Sequence[str]) -> str:
+    """``experts.0.w1.weight, experts.1.w1.weight, ..`` -> ``experts.*.w1.weight`` with ``*`` written ``stacked``."""
+    first, last = sources[0].split("."), sources[-1].split(".")
+    return ".".join(a if a == b else "stacked" for a, b in zip(first, last))

@@ -11,6 +11,7 @@ once per forward in training; `rng_state` reads and sets it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,13 @@ from torch import Tensor, fx, nn
 
 from tedfx._torch import inductor_options, pytree
 from tedfx.checks import CallCheck, Meeting
+from tedfx.cuts import Cut
 from tedfx.emission import emit
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.gathers import Gathered, Store
 from tedfx.gradients import BUCKET_BYTES, GradientBoundary
 from tedfx.ops.context import RankContext, use
+from tedfx.ops.gather import gather_parameters
 from tedfx.parameters import ParameterLayout, Placed, materialize
 from tedfx.signature import Path, Signature, bind, flatten, show
 from tedfx.state import StateAccess, broadcast_from_first
@@ -65,6 +69,13 @@ class Program:
         placeholders = self.graph_module.graph.find_nodes(op="placeholder")[len(self.parameters) :]
         return {node.name for node, name in zip(placeholders, self.buffers) if name in self.mutated_buffers}
 
+    def gathers(self) -> list[Gathered]:
+        """The `gather_parameters` of the graph, by number."""
+        name = dict(zip(self.graph_module.graph.find_nodes(op="placeholder"), self.parameters))
+        nodes = [n for n in self.graph_module.graph.nodes if n.target is gather_parameters]
+        nodes.sort(key=lambda n: n.args[3])
+        return [Gathered(n.args[1], tuple(Cut(*cut) for cut in n.args[2]), tuple(name[p] for p in n.args[0]), "region" in n.meta) for n in nodes]
+
     def use_order(self) -> list[str]:
         """Parameters in the order in which the graph first uses them; backward finishes them in about the reverse."""
         position = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
@@ -87,6 +98,7 @@ class ParallelModule(StateAccess, nn.Module):
     non_persistent: buffers that are no part of the state dict.
     check_inputs: compare each call between ranks; check_timeout: seconds to wait for a rank that does not come.
     bucket_bytes: gradients that are summed together. zero: ZeRO's stage, see `tedfx.parameters.Placed`. gradient_dtype: what gradients are summed and kept in.
+    gathers_ahead: under ZeRO-3, gathers of parameters in flight beyond the one in use.
     """
 
     def __init__(
@@ -109,6 +121,7 @@ class ParallelModule(StateAccess, nn.Module):
         bucket_bytes: int = BUCKET_BYTES,
         zero: int = 0,
         gradient_dtype: torch.dtype | None = None,
+        gathers_ahead: int = 1,
     ):
         super().__init__()
         layouts = list(layouts)
@@ -127,6 +140,8 @@ class ParallelModule(StateAccess, nn.Module):
         group = None if device_mesh.size() == 1 else self._context.group(tuple(device_mesh.mesh_dim_names))
         for name, each in placed.items():
             parameter = materialize(each, lambda n: broadcast_from_first(n, source, meeting, group, self._device))
+            if gradient_dtype is not None:
+                parameter.grad_dtype = gradient_dtype
             for user_name in dict.fromkeys((name, *each.layout.aliases)):
                 self._place(user_name, parameter)
         for name in buffers:
@@ -137,6 +152,9 @@ class ParallelModule(StateAccess, nn.Module):
         seed = meeting.exchange([torch.initial_seed() & (2**62 - 1)], "parallelize")
         self._rng_state = (seed[meeting.ranks[0]][0], 0)
         self._boundary = GradientBoundary(placed, self._parameter, bucket_bytes, gradient_dtype)
+        self._boundary.in_graph = bool(compile)
+        self._zero, self._gathers_ahead = zero, gathers_ahead
+        self._gathers: dict[Signature, list[Gathered]] = {}
         self._compile_program, self._compile = compile_program, compile
         self._input_names, self._var_keyword = tuple(input_names), var_keyword
         self._number_inputs, self._check_inputs = frozenset(number_inputs), check_inputs
@@ -169,14 +187,25 @@ class ParallelModule(StateAccess, nn.Module):
         ]
         if program.uses_seed:
             operands.append(torch.tensor(self._seed(), dtype=torch.int64, device=self._device))
-        with use(self._context):
-            outputs = list(self._runners[signature](*operands))
+        outputs = self._run(signature, program, operands, grad)
         if self.training:
             self._rng_state = (self._rng_state[0], self._rng_state[1] + 1)
         with torch.no_grad():
             for name, value in zip(program.mutated_buffers, outputs):
                 self.get_buffer(name).copy_(value)
         return pytree.tree_unflatten(outputs[len(program.mutated_buffers) :], program.out_spec)
+
+    def _run(self, signature: Signature, program: Program, operands: list, grad: bool) -> list:
+        plan = self._gathers[signature]
+        if self._compile or not plan:
+            with use(self._context):
+                return list(self._runners[signature](*operands))
+        shares = dict(zip(program.parameters, operands))
+        store = Store(plan, shares, self._context, self._boundary.arrived, self._gathers_ahead)
+        with use(self._context.with_store(store)), store.notes() if grad else contextlib.nullcontext():
+            outputs = list(self._runners[signature](*operands))
+        store.end_forward()
+        return outputs
 
     def _inputs(self, args, kwargs) -> dict[Path, Any]:
         call = bind(args, kwargs, self._input_names, self._var_keyword)
@@ -214,6 +243,7 @@ class ParallelModule(StateAccess, nn.Module):
 
             self._programs[signature], self._runners[signature] = program, runner
             self._order[signature] = program.use_order()
+            self._gathers[signature] = program.gathers()
         self._last = signature
         return self._programs[signature]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from tedfx import _torch
+from tedfx.cuts import Cut
 from tedfx.errors import ConfigError
 from tedfx.extents import Extent, intervals, share_dim, strides
 
@@ -114,14 +115,14 @@ class Placed:
         self.unsynced = tuple(Partial() if axis in self.reduce_axes else placement for axis, placement in zip(names, placements))
 
         # Step 4: this rank's share.
-        self.share, self.share_dim, self.pieces = self.whole, None, []
+        self.share, self.share_dim, self.cut = self.whole, None, None
         if share is not None:
             over = tuple(size[axis] for axis in self.reduce_axes)
             pieces = intervals(lengths[share], over)
             self.index = _flat_index([coordinate[axis] for axis in self.reduce_axes], over)
             inner = self.whole.held[held_dim[share][0]] // lengths[share] if self.plain else 1
             self.share_dim = held_dim[share][0] if self.plain else share
-            self.pieces = [(start * inner, length * inner) for start, length in pieces]
+            self.cut = Cut(self.whole.shape, self.whole.held, self.share_dim, tuple(length * inner for _, length in pieces))
             starts, lengths = list(starts), list(lengths)
             starts[share], lengths[share] = starts[share] + pieces[self.index][0], pieces[self.index][1]
             placements = tuple(Shard(self.share_dim) if axis in self.reduce_axes else placement for axis, placement in zip(names, placements))
@@ -166,46 +167,23 @@ class Placed:
         """The part of a whole local tensor that is this rank's share; a view."""
         if self.share_dim is None:
             return local
-        return local.view(self.local_held).narrow(self.share_dim, *self.pieces[self.index])
+        return self.cut.share_of(local, self.index)
 
-    # ---- the ranks' shares side by side --------------------------------------------------------------------------
+    # ---- the ranks' shares side by side: see `tedfx/cuts.py` ----------------------------------------------------------
 
-    @property
-    def width(self) -> int:
-        """Elements of the largest share: shares travel padded to it."""
-        return max(length for _, length in self.pieces) * (self.whole.numel // self.local_held[self.share_dim])
+    width = property(lambda self: self.cut.width, doc="Elements of the largest share: shares travel padded to it.")
 
     def spread(self, local: Tensor) -> Tensor:
         """A whole local tensor -> [ranks, width]: row i is the share of rank i of the reduce axes, zeros behind it where it is shorter."""
-        local, dim, ranks = local.view(self.local_held), self.share_dim, len(self.pieces)
-        if self.pieces[0][1] * ranks == local.shape[dim]:
-            return local.unflatten(dim, (ranks, -1)).movedim(dim, 0).reshape(ranks, self.width)
-        rows = local.new_zeros(ranks, self.width)
-        for row, (start, length) in zip(rows, self.pieces):
-            piece = local.narrow(dim, start, length)
-            row[: piece.numel()].copy_(piece.reshape(-1))
-        return rows
+        return self.cut.spread(local)
 
     def collect(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """The inverse of `spread`: [ranks, width] -> the whole local tensor, in `local_shape`; into `out` where given."""
-        dim, ranks = self.share_dim, len(self.pieces)
-        if self.pieces[0][1] * ranks == self.local_held[dim]:
-            moved = rows.view(ranks, *self.local_held[:dim], self.local_held[dim] // ranks, *self.local_held[dim + 1 :]).movedim(0, dim)
-            if out is None:
-                return moved.reshape(self.local_shape)
-            out.view(self.local_held).unflatten(dim, (ranks, -1)).copy_(moved)
-            return out
-        out = rows.new_empty(self.local_shape) if out is None else out
-        held = out.view(self.local_held)
-        for row, (start, length) in zip(rows, self.pieces):
-            target = held.narrow(dim, start, length)
-            target.copy_(row[: target.numel()].view(target.shape))
-        return out
+        return self.cut.collect(rows, out)
 
     def padded(self, share: Tensor) -> Tensor:
         """This rank's share, of any shape, as a row of `width`."""
-        flat = share.reshape(-1)
-        return flat if flat.numel() == self.width else torch.nn.functional.pad(flat, (0, self.width - flat.numel()))
+        return self.cut.padded(share)
 
     def entries(self, held: DTensor) -> dict[str, Tensor]:
         """The user's tensors that `held` (the parameter, its gradient, a moment of the optimizer) consists of.

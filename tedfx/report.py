@@ -493,7 +493,7 @@ def state_name(trace, node: fx.Node, path: str = "") -> str:
     """The user's name of a parameter or buffer, without `path`; other nodes' own."""
     name = trace.parameters.get(node.name) or trace.buffers.get(node.name)
     if name is None and node.name in trace.stacked:
-        from tedfx.api import stack_name
+        from tedfx.layouts import stack_name
 
         name = stack_name(trace.stacked[node.name])
     return node.name if name is None else name.removeprefix(path + ".")

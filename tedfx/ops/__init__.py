@@ -4,6 +4,7 @@ from tedfx.ops.batch import BATCHED, all_reduce_batched, cumsum_batched
 from tedfx.ops.context import RankContext, count_collectives, count_events, current, totals, use
 from tedfx.ops.convert import all_gather, all_reduce, partial, reduce_scatter, shard, sum_gradient
 from tedfx.ops.experts import combine, dispatch, expert_rows, grouped_linear
+from tedfx.ops.gather import gather_parameters
 from tedfx.ops.indexing import axis_offset, share, share_offset
 from tedfx.ops.lanes import exchange_lanes, gather_lanes, lane_index, pick_rows, scatter_lanes, spread_lanes
 from tedfx.ops.moe import (

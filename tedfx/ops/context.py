@@ -8,6 +8,7 @@ context must be entered outside the region, and two contexts with equal entries 
 Functions copy what their backward needs out of the context, because backward runs later and on another thread.
 """
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -59,9 +60,16 @@ class RankContext:
         self.sizes: dict[str, int] = dict(zip(names, device_mesh.mesh.shape, strict=True))
         self.coordinates: dict[str, int] = dict(zip(names, coordinate, strict=True))
         self._groups: dict[frozenset[str], dist.ProcessGroup] = {}
+        self.store = None  # of one call under ZeRO-3, see `with_store`
         self._spans: dict[Axes, Span] = {(): Span((), 1, 0, "", None)}
         self.ensure_groups([(name,) for name in names])
         self.ensure_groups(groups)
+
+    def with_store(self, store) -> "RankContext":
+        """This context for one call whose parameters are gathered by `store` (`tedfx/gathers.py`); groups are shared."""
+        mine = copy.copy(self)
+        mine.store = store
+        return mine
 
     def ensure_groups(self, groups: Iterable[Axes]) -> None:
         """Create the process groups of these tuples of axes that are not there yet. Collective over the whole job."""

@@ -1,0 +1,117 @@
+"""ZeRO-3: parameters lie in shares over the data axes, and are gathered where a layer is about to use them."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tedfx.passes.base import Pass, PassResult
+from torch import fx
+
+from tedfx import ops
+from tedfx.layers import layers
+from tedfx.layouts import layout_of
+from tedfx.parameters import Placed
+
+
+class _AnyRank:
+    """A mesh as far as shapes go: every rank's pieces have the same list of sizes."""
+
+    def __init__(self, shape):
+        self.mesh_dim_names, self.mesh = shape.names, self
+        self.shape = tuple(shape.sizes)
+
+    def get_coordinate(self):
+        return [0] * len(self.shape)
+
+
+@dataclass(frozen=True)
+class GatherParameters(Pass):
+    """Stage 3 of ZeRO (arXiv 1910.02054): each parameter that the data axes replicate is an input of the graph in this rank's share (`tedfx.parameters.Placed.share`).
+
+    bucket_bytes   whole parameters that one gather makes, at most; a larger parameter goes alone.
+    compiled       the graph is to be compiled: see 3.
+
+    1. A unit is a recompute region, or what a layer has outside of them, or a use outside of all layers. The parameters that a unit uses are gathered by it, in order of
+       first use, in buckets of equal axes and dtype: `gather_parameters` stands before the bucket's first user. A parameter of several units is gathered in each.
+    2. A gather belongs to the region of its users: recompute gathers again, and backward's adjoint sends each rank the sum of its share. What a policy promises of
+       recompute is about collectives of activations; gathers of parameters are counted by their own name.
+    3. Outside of regions whole parameters are saved for backward as a note of what to gather again (`tedfx/gathers.py`). A compiler sees no such notes: there a gather
+       becomes a region of its own, so that backward repeats it instead of keeping what it made.
+    """
+
+    bucket_bytes: int = 256 * 2**20
+    compiled: bool = False
+
+    requires: ClassVar[frozenset[str]] = frozenset({"regions"})
+    provides: ClassVar[frozenset[str]] = frozenset({"parameter_shares"})
+
+    def __call__(self, program) -> PassResult:
+        graph, result = program.graph_module.graph, PassResult()
+        mesh = _AnyRank(program.roles.mesh)
+        layer, position = layers(graph), {node: i for i, node in enumerate(graph.nodes)}
+        names = program.parameter_names
+        buckets: dict[tuple, list[list]] = {}
+        for node in graph.find_nodes(op="placeholder"):
+            if node.name not in names or "type" not in node.meta:
+                continue
+            name = program.trace.parameters.get(node.name, node.name)
+            placed = Placed(layout_of(program, node, name, node.name in program.trainable), mesh, 3)
+            if placed.cut is None:
+                continue
+            result.matches += 1
+            node.meta["share"] = placed.cut.share_shape(0)
+            units: dict = {}
+            for user in node.users:
+                if user.op != "output":
+                    units.setdefault(self._unit(user, node, layer), []).append(user)
+            for unit, users in units.items():
+                users.sort(key=position.get)
+                buckets.setdefault((unit, placed.reduce_axes, node.meta["val"].dtype), []).append([position[users[0]], node, users, placed])
+        regions = 1 + max((n.meta["region"] for n in graph.nodes if "region" in n.meta), default=-1)
+        order = []
+        for (unit, axes, _), members in buckets.items():
+            for group in self._filled(sorted(members, key=lambda m: m[0])):
+                order.append((group[0][0], unit, axes, group))
+        for number, (_, unit, axes, group) in enumerate(sorted(order, key=lambda o: o[0])):
+            region = unit if isinstance(unit, int) else None
+            if region is None and self.compiled:
+                region, regions = regions, regions + 1
+            self._gather(graph, number, axes, group, region)
+            result.changes += 1
+        return result
+
+    @staticmethod
+    def _unit(user: fx.Node, parameter: fx.Node, layer: dict):
+        return user.meta.get("region", layer.get(user) or parameter.name)
+
+    def _filled(self, members: list[list]) -> list[list[list]]:
+        groups, size = [], 0
+        for member in members:
+            mine = member[3].whole.numel * member[1].meta["val"].dtype.itemsize
+            if not groups or size + mine > self.bucket_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(member)
+            size += mine
+        return groups
+
+    def _gather(self, graph: fx.Graph, number: int, axes, group: list[list], region: int | None) -> None:
+        first, parameters = group[0][2][0], [node for _, node, _, _ in group]
+        with graph.inserting_before(first):
+            cuts = tuple(tuple(placed.cut) for *_, placed in group)
+            gather = graph.call_function(ops.gather_parameters, (parameters, axes, cuts, number))
+        gather.meta.update({k: first.meta[k] for k in ("stack_trace", "nn_module_stack") if k in first.meta})
+        gather.meta["differentiable"] = any(p.meta.get("differentiable") for p in parameters)
+        after = gather
+        for index, (_, node, users, _) in enumerate(group):
+            with graph.inserting_after(after):
+                whole = after = graph.call_function(operator.getitem, (gather, index))
+            whole.meta.update({k: v for k, v in node.meta.items() if k not in ("share", "relation")})
+            for user in users:
+                user.replace_input_with(node, whole)
+            if region is not None:
+                whole.meta["region"] = region
+        if region is not None:
+            gather.meta["region"] = region

@@ -1,0 +1,70 @@
+"""ZeRO-3's gather: whole parameters from the ranks' shares, several by one collective.
+
+The shares of a bucket lie side by side in one row per rank (`tedfx.cuts.Cut`). The adjoint is a reduce-scatter of the gradients of all of them: S -> R.
+
+In eager mode a call of a `ParallelModule` has a **store** (`tedfx/gathers.py`) that launches gathers ahead and takes the gradients; then autograd only passes through
+here. In a compiled graph both collectives are in the graph.
+"""
+
+import torch
+from torch import Tensor
+
+from tedfx import _torch
+from tedfx.cuts import Cut
+from tedfx.ops import context
+from tedfx.ops.context import Axes, Span
+
+GATHER, SCATTER = "gather_parameters", "scatter_gradients"  # as they are counted
+
+
+def gather_parameters(shares: list[Tensor], axes: Axes, cuts: tuple[tuple, ...], number: int = 0) -> list[Tensor]:
+    """S -> R of each: this rank's shares, of any shapes and one dtype -> the whole local tensors. `cuts`: a `Cut` each, as tuples. `number`: of this gather in its graph.
+
+    Backward sums the gradients over `axes` and keeps this rank's share of each.
+    """
+    span, cuts = context.span(axes), [Cut(*cut) for cut in cuts]
+    if not torch.compiler.is_compiling() and (store := context.current().store) is not None:
+        return store.gather(number, shares)
+    if not any(x.requires_grad for x in shares):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
+        return wholes(gathered(pack(shares, cuts), span), cuts)
+    return list(_Gather.apply(span, cuts, *shares))
+
+
+def pack(shares, cuts: list[Cut]) -> Tensor:
+    """The shares as one row."""
+    return torch.cat([cut.padded(x) for cut, x in zip(cuts, shares)])
+
+
+def gathered(row: Tensor, span: Span) -> Tensor:
+    """[ranks, width of all]"""
+    context.record(GATHER, span.axes, "forward", row)
+    return _torch.all_gather(row, span.size, span.name).view(span.size, row.shape[0])
+
+
+def wholes(rows: Tensor, cuts: list[Cut]) -> list[Tensor]:
+    """The whole tensors, each with a storage of its own."""
+    return [_own(cut.collect(part)) for cut, part in zip(cuts, rows.split([cut.width for cut in cuts], 1))]
+
+
+def _own(x: Tensor) -> Tensor:
+    return x if torch.compiler.is_compiling() or x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, span, cuts, *shares):
+        ctx.span, ctx.cuts, ctx.shapes = span, cuts, [x.shape for x in shares]
+        ctx.needed = [x.requires_grad for x in shares]
+        return tuple(wholes(gathered(pack(shares, cuts), span), cuts))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        rows = torch.cat([cut.spread(g) for cut, g in zip(ctx.cuts, grads)], 1)
+        context.record(SCATTER, ctx.span.axes, "backward", rows)
+        mine = _torch.reduce_scatter(rows.view(-1), ctx.span.size, ctx.span.name)
+        parts = mine.split([cut.width for cut in ctx.cuts])
+        found = [part[: shape.numel()].view(shape) if needed else None for part, shape, needed in zip(parts, ctx.shapes, ctx.needed)]
+        return None, None, *found
+
+
+__all__ = ["gather_parameters"]
