@@ -11,19 +11,8 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.layers import layers
-from tedfx.layouts import layout_of
+from tedfx.layouts import placed_on_first
 from tedfx.parameters import Placed
-
-
-class _AnyRank:
-    """A mesh as far as shapes go: every rank's pieces have the same list of sizes."""
-
-    def __init__(self, shape):
-        self.mesh_dim_names, self.mesh = shape.names, self
-        self.shape = tuple(shape.sizes)
-
-    def get_coordinate(self):
-        return [0] * len(self.shape)
 
 
 @dataclass(frozen=True)
@@ -49,19 +38,18 @@ class GatherParameters(Pass):
 
     def __call__(self, program) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()
-        mesh = _AnyRank(program.roles.mesh)
         layer, position = layers(graph), {node: i for i, node in enumerate(graph.nodes)}
         names = program.parameter_names
         buckets: dict[tuple, list[list]] = {}
+        shares: dict[fx.Node, Placed] = {}
         for node in graph.find_nodes(op="placeholder"):
             if node.name not in names or "type" not in node.meta:
                 continue
-            name = program.trace.parameters.get(node.name, node.name)
-            placed = Placed(layout_of(program, node, name, node.name in program.trainable), mesh, 3)
+            placed = placed_on_first(program, node, 3)
             if placed.cut is None:
                 continue
             result.matches += 1
-            node.meta["share"] = placed.cut.share_shape(0)
+            shares[node] = placed
             units: dict = {}
             for user in node.users:
                 if user.op != "output":
@@ -80,6 +68,8 @@ class GatherParameters(Pass):
                 region, regions = regions, regions + 1
             self._gather(graph, number, axes, group, region)
             result.changes += 1
+        for node, placed in shares.items():
+            node.meta["local_shape"] = placed.share.shape
         return result
 
     @staticmethod
@@ -103,12 +93,14 @@ class GatherParameters(Pass):
             cuts = tuple(tuple(placed.cut) for *_, placed in group)
             gather = graph.call_function(ops.gather_parameters, (parameters, axes, cuts, number))
         gather.meta.update({k: first.meta[k] for k in ("stack_trace", "nn_module_stack") if k in first.meta})
+        gather.meta["in_graph"] = self.compiled  # whether backward scatters the gradients there, or leaves it to the boundary
         gather.meta["differentiable"] = any(p.meta.get("differentiable") for p in parameters)
         after = gather
         for index, (_, node, users, _) in enumerate(group):
             with graph.inserting_after(after):
                 whole = after = graph.call_function(operator.getitem, (gather, index))
-            whole.meta.update({k: v for k, v in node.meta.items() if k not in ("share", "relation")})
+            whole.meta.update({k: v for k, v in node.meta.items() if k != "relation"})
+            whole.meta["parameter"] = True
             for user in users:
                 user.replace_input_with(node, whole)
             if region is not None:

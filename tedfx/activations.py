@@ -2,7 +2,7 @@
 
 `saved(node)` says which values the backward of an op reads, from a table by op. `Ledger` adds their bytes up: a value that several
 ops read counts once, a view counts as the tensor it looks into, parameters and inputs of the graph count nothing (they are there
-anyway). Of a region that is recomputed, its inputs are kept instead of what its nodes save.
+anyway, or are gathered again). Of a region that is recomputed, its inputs are kept instead of what its nodes save.
 
 Sizes are one rank's. Rows after routing are counted as if the router spread its choices evenly; index vectors of such rows that no
 rule gave a shape are left out, and so is what a fallback of a fused kernel keeps beyond the kernel itself. An op that is not in the
@@ -29,7 +29,7 @@ _COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
 _NOTHING = _VIEWS | frozenset(
     """add sub rsub neg sum mean cat stack to _to_copy type_as clone pad roll flip repeat tril triu cumsum cumsum_batched getitem mul_size
     all_reduce all_reduce_batched all_gather reduce_scatter shard partial all_to_all_single gather_lanes scatter_lanes local_counts
-    send_slots return_slots gather_slots scatter_slots slot_rows route_slots axis_offset lift_fresh_copy""".split()
+    send_slots return_slots gather_slots scatter_slots slot_rows route_slots axis_offset lift_fresh_copy gather_parameters""".split()
 )
 _RESULT = frozenset("exp sigmoid tanh softmax _softmax log_softmax _log_softmax sqrt rsqrt reciprocal relu".split())
 _OPERAND = frozenset("silu gelu pow square log log1p sin cos abs erf leaky_relu elu softplus clamp clamp_min clamp_max hardswish mish".split())
@@ -50,6 +50,16 @@ def short_name(node: fx.Node) -> str:
 def is_value(node) -> bool:
     """A tensor, not a size or a list."""
     return isinstance(node, fx.Node) and (node.meta.get("local_shape") is not None or isinstance(node.meta.get("val"), torch.Tensor))
+
+
+def viewed(node: fx.Node) -> fx.Node:
+    """What a node is, or may be, a view of."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+        if short_name(node) not in _VIEWS and not (short_name(node) == "getitem" and short_name(source) in _VIEWS):
+            break
+        node = source
+    return node
 
 
 def saved(node: fx.Node) -> list[fx.Node]:
@@ -155,7 +165,7 @@ class Sizing:
         return 0.0 if shape is None else float(prod(self.number(s) for s in shape))
 
     def bytes(self, node: fx.Node) -> float:
-        return 0.0 if node.op == "placeholder" else self.elements(node) * dtype_of(node).itemsize
+        return 0.0 if node.op == "placeholder" or node.meta.get("parameter") else self.elements(node) * dtype_of(node).itemsize
 
     def root(self, node: fx.Node) -> fx.Node:
         """The value whose memory a node looks into."""

@@ -77,7 +77,7 @@ def parallelize(
         raise ConfigError(f"parallelize runs on a torch.distributed DeviceMesh, not on {mesh!r}: init_device_mesh('cpu', {shape.sizes}, mesh_dim_names={shape.names})")
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError("the model's parameters are on the meta device: there are no weights to distribute; materialise it on rank 0 first (model.to_empty, then init)")
-    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces))
+    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0)
     call = _example(model, example_inputs)
     first = builder.compile(call, model.training)
     layouts = layouts_of(model, first, builder.frozen)
@@ -125,7 +125,8 @@ def _example(model: nn.Module, given) -> dict[str, Any]:
 class _Builder:
     """Compiles a program per call signature; keeps what `parallelize` was told."""
 
-    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces):
+    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces, zero: int):
+        self.zero = zero
         self.model, self.roles, self.device = model, roles, torch.device(device)
         self.passes, self.outputs, self.traces = passes, outputs, traces
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -142,7 +143,7 @@ class _Builder:
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes) == (self.roles, outputs, tuple(map(str, self.passes))) and _fits(ready.trace, call, training):
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero) == (self.roles, outputs, tuple(map(str, self.passes)), self.zero) and _fits(ready.trace, call, training):
                     self.done[key] = ready
                     return ready
             traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training)), None)
@@ -156,7 +157,7 @@ class _Builder:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), model=self.model)
+            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, model=self.model)
             self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 

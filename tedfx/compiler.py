@@ -114,6 +114,7 @@ class Compilation:
     plan           which factors each axis shards (after `shard_experts`)
     passes         the pipeline that it went through, as text
     example        one rank's size per symbol, where an example was given; `hints` stand for the others
+    zero           ZeRO's stage: where gradients are summed to
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     """
 
@@ -132,6 +133,7 @@ class Compilation:
     example: dict = field(default_factory=dict)
     output_names: list[str] = field(default_factory=list)
     passes: tuple[str, ...] = ()
+    zero: int = 0
     model: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self):

@@ -25,15 +25,18 @@ import torch
 from torch import fx
 
 from tedfx import ops
-from tedfx.activations import repeated, saves
+from tedfx.activations import repeated, saved, saves, viewed
+from tedfx.cuts import Cut
 from tedfx.factors import leaves
 from tedfx.gradients import BUCKET_BYTES
+from tedfx.layouts import placed_on_first
 from tedfx.sizes import Share
 from tedfx.types import I, P, R
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"
 # What the run-time counter (`tedfx.ops.count_collectives`) calls them.
-COUNTED = {"all_reduce": ALL_REDUCE, "all_gather": ALL_GATHER, "reduce_scatter": REDUCE_SCATTER, "all_to_all": ALL_TO_ALL}
+GATHER_PARAMETERS, SCATTER_GRADIENTS = "gather_parameters", "scatter_gradients"  # ZeRO-3's, told apart from those of activations
+COUNTED = {GATHER_PARAMETERS: GATHER_PARAMETERS, SCATTER_GRADIENTS: SCATTER_GRADIENTS, "all_reduce": ALL_REDUCE, "all_gather": ALL_GATHER, "reduce_scatter": REDUCE_SCATTER, "all_to_all": ALL_TO_ALL}
 PHASES = ("forward", "recompute", "backward", "boundary")
 
 Size = "int | sympy.Expr"
@@ -193,31 +196,48 @@ class Cost:
             if "region" in node.meta:
                 regions.setdefault(node.meta["region"], []).append(node)
         again = {n.name for nodes in regions.values() if any(n in reached and saves(n) for n in nodes) for n in repeated(nodes)}
+        again |= self._gathered_again(reached, again)
         return [replace(item, phase="recompute") for item in self.items if item.phase == "forward" and item.node in again]
+
+    def _gathered_again(self, reached: set[fx.Node], again: set[str]) -> set[str]:
+        """Gathers of parameters outside of regions that recompute: backward repeats those of which it reads something."""
+        graph = self.compilation.graph_module.graph
+        if not graph.find_nodes(op="call_function", target=ops.gather_parameters):
+            return set()
+        read = {viewed(value) for node in graph.nodes if node in reached for value in saved(node)}
+        return {n.name for n in graph.nodes if n.target is ops.gather_parameters and n.name not in again and any(whole in read for whole in n.users) and not self._in_work(n)}
+
+    @staticmethod
+    def _in_work(gather: fx.Node) -> bool:
+        """Whether a gather stands in a recompute region with its users."""
+        return "region" in gather.meta and any(user.meta.get("region") == gather.meta["region"] for whole in gather.users for user in whole.users)
 
     # ---- the gradient boundary -----------------------------------------------------------------------------------
 
     def _boundary(self) -> list[Communication]:
-        """One all-reduce per bucket, and one of a flag per parameter (is its gradient there?) for each set of axes."""
+        """One sum per bucket, and one of a flag per parameter (is its gradient there?) for each set of axes."""
         graph, mesh = self.compilation.graph_module.graph, self.compilation.roles.mesh
         position = {node: i for i, node in enumerate(graph.nodes)}
         parameters = [n for n in parameter_nodes(self.compilation) if n.name in self.compilation.trainable]
         parameters.sort(key=lambda n: min((position[u] for u in n.users), default=len(position)))
-        filling: dict[tuple, list[int]] = {}
+        filling: dict[tuple, list[list[int]]] = {}  # [whole elements, elements that travel]
         flags: Counter = Counter()
         for node in reversed(parameters):
             axes = tuple(a for a in mesh.names if node.meta["type"].get(a) == R)
-            if not axes:
+            if not mesh.wide(axes) or any(u.meta.get("in_graph") for u in node.users):
                 continue
             flags[axes] += 1
-            dtype, elements = node.meta["val"].dtype, self.sizes.elements(node)
-            buckets = filling.setdefault((axes, dtype), [0])
-            if (buckets[-1] + elements) * dtype.itemsize > BUCKET_BYTES and buckets[-1]:
-                buckets.append(0)
-            buckets[-1] += elements
+            placed = placed_on_first(self.compilation, node, self.compilation.zero)
+            dtype, elements = node.meta["val"].dtype, placed.whole.numel
+            travels = elements if placed.cut is None else placed.width * len(placed.cut.lengths)
+            buckets = filling.setdefault((axes, dtype, ALL_REDUCE if placed.cut is None else REDUCE_SCATTER), [[0, 0]])
+            if (buckets[-1][0] + elements) * dtype.itemsize > BUCKET_BYTES and buckets[-1][0]:
+                buckets.append([0, 0])
+            buckets[-1][0] += elements
+            buckets[-1][1] += travels
         made = [
-            Communication("(gradients)", ALL_REDUCE, axes, mesh.size(axes), "boundary", elements, dtype)
-            for (axes, dtype), buckets in filling.items() for elements in buckets
+            Communication("(gradients)", op, axes, mesh.size(axes), "boundary", travels, dtype)
+            for (axes, dtype, op), buckets in filling.items() for _, travels in buckets
         ]
         return made + [Communication("(gradient flags)", ALL_REDUCE, axes, mesh.size(axes), "boundary", n, torch.int32) for axes, n in flags.items()]
 
@@ -338,6 +358,16 @@ def _all_reduce_batched(node, cost, reached):
     return cost.make(node, ALL_REDUCE, axes, "forward", sum(cost.sizes.elements(v) for v in values), _dtype(values[0]))
 
 
+def _gather_parameters(node, cost, reached):
+    """The row of this rank's shares; in a compiled graph its adjoint scatters rows of all ranks."""
+    _, axes, cuts, _ = node.args
+    row, dtype = sum(Cut(*cut).width for cut in cuts), _dtype(node.args[0][0])
+    made = cost.make(node, GATHER_PARAMETERS, axes, "forward", row, dtype)
+    if reached and node.meta["in_graph"]:
+        made += cost.make(node, SCATTER_GRADIENTS, axes, "backward", row * cost.compilation.roles.mesh.size(axes), dtype)
+    return made
+
+
 def _nothing(node):
     return None
 
@@ -362,6 +392,7 @@ _COUNT = {
     ops.scatter_slots: _moves(
         lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None, lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None
     ),
+    ops.gather_parameters: _gather_parameters,
     ops.cumsum: _cumsum,
     ops.cumsum_batched: _cumsum_batched,
 }

@@ -8,7 +8,7 @@ from math import prod
 from torch import fx, nn
 
 from tedfx.factors import leaves
-from tedfx.parameters import ParameterLayout
+from tedfx.parameters import ParameterLayout, Placed
 from tedfx.types import R, Shard
 
 
@@ -67,6 +67,23 @@ def layout_of(compilation, node: fx.Node, name: str, requires_grad: bool, aliase
         sources,
         aliases,
     )
+
+
+class _AnyRank:
+    """A mesh as far as shapes go: every rank's shares have the same list of sizes."""
+
+    def __init__(self, shape):
+        self.mesh_dim_names, self.mesh = shape.names, self
+        self.shape = tuple(shape.sizes)
+
+    def get_coordinate(self) -> list[int]:
+        return [0] * len(self.shape)
+
+
+def placed_on_first(compilation, node: fx.Node, stage: int) -> Placed:
+    """Where the parameter of a placeholder lies on the mesh's first rank. Needs no process group."""
+    name = compilation.trace.parameters.get(node.name, node.name)
+    return Placed(layout_of(compilation, node, name, node.name in compilation.trainable), _AnyRank(compilation.roles.mesh), stage)
 
 
 def stack_name(sources: Sequence[str]) -> str:

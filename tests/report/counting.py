@@ -46,6 +46,15 @@ SLOTS = [
     ("capacity_grouped", 1, "ep=2,tp=2", {"expert_tensor": ()}, {}),
 ]
 CASES += SLOTS
+# Where parameters and gradients lie.
+ZERO = [
+    ("mixtral", 2, "dp=2,ep=2", None, dict(zero=1)),
+    ("mixtral", 2, "ep=2,tp=2", None, dict(zero=2)),
+    ("mixtral", 2, "ep=2,tp=2", None, dict(zero=3)),
+    ("deepseek_v3", 2, "dp=2,ep=2", None, dict(zero=3, checkpoint="comm")),
+    ("mixtral", 2, "dp=2,tp=2", {"expert": ("tp",)}, dict(zero=3, checkpoint="selective")),
+]
+CASES += ZERO
 
 
 def prepare():
@@ -56,7 +65,7 @@ def prepare():
             models[name] = CAPACITY[name](layers=layers) if name in CAPACITY else MODELS[name](num_hidden_layers=layers)
             traces[name] = trace(models[name])
         shape = MeshShape.of(mesh)
-        made.append((models[name], compile_trace(Compilation(traces[name], Roles.resolve(shape, roles), set(traces[name].parameters)), default_passes(**switches))))
+        made.append((models[name], compile_trace(Compilation(traces[name], Roles.resolve(shape, roles), set(traces[name].parameters), zero=switches.get("zero", 0)), default_passes(**switches))))
     return made
 
 
@@ -68,7 +77,7 @@ def count(rank, prepared):
     for (_, _, mesh, roles, switches), (model, compilation) in zip(CASES, prepared):
         shape = MeshShape.of(mesh)
         device_mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=shape.names)
-        pm = tedfx.parallelize(model, device_mesh, roles=roles, traces=[compilation], passes=default_passes(**switches))
+        pm = tedfx.parallelize(model, device_mesh, roles=roles, traces=[compilation], **switches)
         fresh = str(pm)
         index, ranks = pm.batch_coordinate
         ids = torch.arange(BATCH * ranks * SEQUENCE).view(BATCH * ranks, SEQUENCE) * 7 % 61

@@ -11,7 +11,7 @@ import pytest
 import sympy
 import torch
 
-from tedfx.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Communication, Cost, format_bytes, format_formula
+from tedfx.cost import GATHER_PARAMETERS, SCATTER_GRADIENTS, ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Communication, Cost, format_bytes, format_formula
 from tests.report.counting import CASES, SLOTS
 
 
@@ -57,7 +57,7 @@ def test_module_prints(counted):
 def test_wire():
     make = lambda op, n: Communication("x", op, ("tp",), n, "forward", 12, torch.float32)
     assert [make(op, 4).payload * make(op, 4).factor for op in (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL)] == [72, 144, 36, 36]
-    assert set(COUNTED.values()) == {ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL}
+    assert set(COUNTED.values()) == {ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, GATHER_PARAMETERS, SCATTER_GRADIENTS}
 
 
 def test_text():
