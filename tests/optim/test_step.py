@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tedfx.optim import ShardedOptimizer
 from tests.module import toy
-from tests.optim.training import OPTIMIZERS, assert_replicas_equal, loss_of, module, parameters, sharded, single, train
+from tests.optim.training import OPTIMIZERS, assert_replicas_equal, module, parameters, sharded, single, train
 
 
 def five_steps(shape, names, cases):

@@ -25,7 +25,7 @@ def module(shape, names, zero, dtype=torch.float64, **options):
 
 
 def loss_of(pm, step, labels=True, rows=8):
-    x, target = (t.to(pm.parameter_dtype if hasattr(pm, "parameter_dtype") else next(pm.parameters()).dtype) for t in toy.shard(pm, *toy.data(step, rows)))
+    x, target = (t.to(next(pm.parameters()).dtype) for t in toy.shard(pm, *toy.data(step, rows)))
     return pm(x, labels=target)["loss"]
 
 
