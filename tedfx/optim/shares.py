@@ -51,7 +51,9 @@ class Share:
         return self.placed.kept is not self.placed.share
 
     def local(self) -> Tensor:
-        return self.parameter.detach().to_local()
+        """The parameter's own local tensor, not a copy that counts its versions apart, as `detach` of a DTensor gives."""
+        with torch.no_grad():
+            return self.parameter.to_local()
 
     def version(self) -> tuple[int, int]:
         """Changes whenever the parameter's values are written to, or its storage is another."""

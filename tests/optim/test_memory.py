@@ -75,3 +75,28 @@ def test_without_tiles_it_grows(ranks):
     """The same measurement sees the spike that tiling removes."""
     (found, _) = ranks(2).run(peaks, 0, torch.bfloat16, None, {})
     assert found[64] > 3 * found[16] and found[64] > 4 * 64 * 16 * 8
+
+
+def by_stage(zero, dtype):
+    pm = experts(6, zero, dtype)
+    optimizer = ShardedOptimizer(pm, torch.optim.AdamW, lr=0.1, tile=100, max_norm=1.0)
+    for _ in range(2):
+        optimizer.step()
+    held = {name: share.master for name, share in optimizer._shares.items()}
+    assert all((master is None) == (dtype == torch.float32) for master in held.values())
+    with Live() as live:
+        optimizer.step()
+    return {name: (tuple(p.to_local().shape), p.full_tensor().float().clone()) for name, p in pm.named_parameters()}, float(optimizer.grad_norm), live.most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_the_parameter_is_the_share(ranks, dtype):
+    """Stage 3: the update is written to the parameter itself, and nothing is gathered."""
+    (whole, norm, _), _ = ranks(2).run(by_stage, 0, dtype)
+    for zero in (1, 2, 3):
+        (found, its_norm, most), _ = ranks(2).run(by_stage, zero, dtype)
+        assert abs(its_norm - norm) < 1e-6 * norm
+        for name, (shape, full) in found.items():
+            assert torch.allclose(full, whole[name][1], rtol=1e-6, atol=1e-7)
+            assert (shape == whole[name][0]) == (zero != 3)
+        assert zero != 3 or most <= 8 * 4 * 100
