@@ -1,5 +1,6 @@
 """tedfx: a compiler over torch.fx for hybrid tensor x expert x data parallel mixture-of-experts training."""
 
+from tedfx import optim
 from tedfx._version import __version__
 from tedfx.api import parallelize
 from tedfx.compiler import default_passes
@@ -7,5 +8,5 @@ from tedfx.errors import CaptureError, ConfigError, ContractError, TedfxError, T
 from tedfx.verify import verify
 
 __all__ = [
-    "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__", "default_passes", "parallelize", "verify",
+    "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__", "default_passes", "optim", "parallelize", "verify",
 ]

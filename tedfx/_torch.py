@@ -172,3 +172,8 @@ def result(x: torch.Tensor) -> torch.Tensor:
     intermediate and is silently zero. A view is another tensor and costs nothing. Public replacement: torch 2.13.
     """
     return x.view_as(x)
+
+
+def version_of(x: torch.Tensor) -> int:
+    """How often the storage of `x` was written to in place. Public replacement: none; autograd's own check of saved tensors."""
+    return x._version

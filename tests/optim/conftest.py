@@ -1,0 +1,1 @@
+from tests.pool import ranks  # noqa: F401
