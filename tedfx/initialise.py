@@ -7,8 +7,8 @@ is first touched. When an operator touches another one, the full tensor is hande
 rank's share, and freed. A tensor that is touched again later is asked for again, with `Slot.fetch`.
 
 The operators are those that a single device would run, in the same order, on tensors of the same strides, so the
-random numbers and the values are the same bit by bit. What is created meanwhile on the meta device (a table as long
-as `weight.device` says) is created on the CPU instead.
+random numbers and the values are the same bit by bit. The model's code is told that its tensors are on the CPU
+(`OnCpu`): `torch.nn.init.orthogonal_`, for one, does nothing to a meta tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tedfx import _torch, _transformers
 from tedfx._torch import TorchDispatchMode, pytree
@@ -96,7 +97,7 @@ class OneAtATime(TorchDispatchMode):
         return pytree.tree_map(lambda y: given.get(id(y), y), result)
 
     def _slot(self, x) -> Slot | None:
-        return self._slots.get(_key(x)) if isinstance(x, Tensor) and x.is_meta else None
+        return self._slots.get(_key(x)) if isinstance(x, Tensor) else None
 
     def _muted(self, func, args, kwargs, written):
         if not written:
@@ -136,6 +137,16 @@ class OneAtATime(TorchDispatchMode):
             self.let_go(slot)
 
 
+class OnCpu(TorchFunctionMode):
+    """Under it, tensors on the meta device say that they are on the CPU."""
+
+    _ANSWERS = {Tensor.is_meta.__get__: lambda meta: False, Tensor.is_cpu.__get__: lambda cpu: True, Tensor.device.__get__: lambda device: torch.device("cpu")}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return self._ANSWERS[func](result) if func in self._ANSWERS and args[0].is_meta else result
+
+
 def _key(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
@@ -165,7 +176,7 @@ def initialise(model: nn.Module, slots: list[Slot], seed: int, init: Callable[[n
         torch.default_generator.manual_seed(seed)
         mode = OneAtATime([*slots, *thrown])
         places = [(table, key, value) for table, key, value in _tensors(model) if id(value) in by_id]
-        with mode:
+        with mode, OnCpu():
             if init is None:
                 own_initialisation(model)
             else:
