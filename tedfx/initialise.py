@@ -158,7 +158,7 @@ def _covers(x, meta: Tensor) -> bool:
 def _sum(full: Tensor) -> int:
     flat = full.contiguous().reshape(-1)
     words = flat.view(torch.int32 if flat.numel() * flat.element_size() % 4 == 0 else torch.uint8)
-    return int(words.sum(dtype=torch.int64)) % _WORDS
+    return sum(int(part.sum(dtype=torch.int64)) for part in words.split(2**20)) % _WORDS  # in parts: torch sums a converted copy
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
