@@ -177,3 +177,22 @@ def result(x: torch.Tensor) -> torch.Tensor:
 def version_of(x: torch.Tensor) -> int:
     """How often the storage of `x` was written to in place. Public replacement: none; autograd's own check of saved tensors."""
     return x._version
+
+
+# ---- a model's own initialisation (tedfx/initialise.py) ----------------------------------------------------------
+
+
+def is_view(func) -> bool:
+    """Whether an operator returns views of its arguments. Public replacement: none; schemas are not public."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def written(func, args, kwargs) -> list:
+    """The arguments that an operator writes to. Public replacement: none, as above."""
+    named = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(func._schema.arguments)]
+    return [value for a, value in named if a.alias_info is not None and a.alias_info.is_write]
+
+
+def op_name(func) -> str:
+    """``normal_`` of ``aten::normal_``. Public replacement: none, as above."""
+    return func._schema.name.split("::")[1]

@@ -43,6 +43,8 @@ def parallelize(
     """The module that this rank runs: the single-device function of the global batch, on ``mesh``. Collective over the mesh.
 
     model           an unmodified single-device module; it is left as it was found, and its storage is not shared. Rank 0's parameters and buffers count.
+                    Made under ``torch.device("meta")`` (on every rank) it has no weights: each rank allocates its share, to be filled by
+                    ``init_weights``, ``load_pretrained`` or ``load_state_dict`` of what is returned. The captured graph is then not run against the model.
     mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
     example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
@@ -75,8 +77,10 @@ def parallelize(
         raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
     if not hasattr(mesh, "device_type"):
         raise ConfigError(f"parallelize runs on a torch.distributed DeviceMesh, not on {mesh!r}: init_device_mesh('cpu', {shape.sizes}, mesh_dim_names={shape.names})")
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise ConfigError("the model's parameters are on the meta device: there are no weights to distribute; materialise it on rank 0 first (model.to_empty, then init)")
+    empty = [p.is_meta for p in model.parameters()]
+    if any(empty) and not all(empty):
+        here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
+        raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
     builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0)
     call = _example(model, example_inputs)
     first = builder.compile(call, model.training)
@@ -102,6 +106,8 @@ def parallelize(
         check_timeout=check_timeout,
         zero=zero or 0,
         gradient_dtype=gradient_dtype,
+        origin=model,
+        empty=any(empty),
     )
     builder.attach(pm, layouts)
     pm.training = model.training
@@ -175,6 +181,8 @@ class _Builder:
                     raise TedfxError(f"parameter {layout.name} is placed as {mine.shards} but this call ({signature}) wants {layout.shards}: pass this call as example_inputs")
             self.module.context.ensure_groups(_groups(compilation, self.roles.mesh))
         parameters = [names[p] for p in placeholders if p in names]
+        if any(constant.is_meta for constant in trace_.constants.values()):
+            raise ConfigError("the model holds a tensor on the meta device that is neither parameter nor buffer: register it as a buffer, or make it with device='cpu'")
         return Program(
             compilation.graph_module,
             parameters,

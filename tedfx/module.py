@@ -31,6 +31,7 @@ from tedfx.ops.gather import gather_parameters
 from tedfx.parameters import ParameterLayout, Placed, materialize
 from tedfx.signature import Path, Signature, bind, flatten, show
 from tedfx.state import StateAccess, broadcast_from_first
+from tedfx.weights import WeightAccess
 
 EXPORT = "to export: model.load_state_dict(pm.gather_parameters(buffers=True)), then use the plain model"
 
@@ -84,7 +85,7 @@ class Program:
         return [name for _, name in sorted(zip(first, self.parameters), key=lambda pair: pair[0])]
 
 
-class ParallelModule(StateAccess, nn.Module):
+class ParallelModule(WeightAccess, StateAccess, nn.Module):
     """One rank's module. Made by `tedfx.parallelize`; collective over the job to construct.
 
     layouts: one per parameter (or stack of them), the same on every rank.
@@ -122,14 +123,17 @@ class ParallelModule(StateAccess, nn.Module):
         zero: int = 0,
         gradient_dtype: torch.dtype | None = None,
         gathers_ahead: int = 1,
+        origin: nn.Module | None = None,
+        empty: bool = False,
     ):
         super().__init__()
         layouts = list(layouts)
         # Step 1: groups, and agreement on what is about to be built.
         self._mesh, self._batch_axes, self._device = device_mesh, tuple(batch_axes), _device(device_mesh)
-        meeting = Meeting(device_mesh, check_timeout)
+        self._meeting = meeting = Meeting(device_mesh, check_timeout)
         shapes = [(layout, tuple(buffers)) for layout in layouts]
-        meeting.agree(repr(shapes) + repr(device_mesh.mesh.tolist()), "the model", "Every rank must parallelize the same model on the same mesh")
+        kinds = ["on the meta device", *(str(source(name).dtype) for layout in layouts for name in layout.names[:1])] if empty else ["with weights"]
+        meeting.agree(", ".join(kinds) + " " + repr(shapes) + repr(device_mesh.mesh.tolist()), "the model", "Every rank must parallelize the same model on the same mesh")
         self._context = RankContext(device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)])
 
         # Step 2: parameters and buffers of the first rank, one at a time.
@@ -138,15 +142,26 @@ class ParallelModule(StateAccess, nn.Module):
             raise ConfigError("two parameter layouts have the same name")
         self._init_state(placed, set(non_persistent))
         group = None if device_mesh.size() == 1 else self._context.group(tuple(device_mesh.mesh_dim_names))
+        absent = []
         for name, each in placed.items():
-            parameter = materialize(each, lambda n: broadcast_from_first(n, source, meeting, group, self._device))
+            if empty:
+                parameter = allocate(each, source, self._device)
+                absent.extend(each.layout.sources or (name,))
+            else:
+                parameter = materialize(each, lambda n: broadcast_from_first(n, source, meeting, group, self._device))
             if gradient_dtype is not None:
                 parameter.grad_dtype = gradient_dtype
             for user_name in dict.fromkeys((name, *each.layout.aliases)):
                 self._place(user_name, parameter)
         for name in buffers:
+            if empty and buffers[name].is_meta:
+                self._place(name, nn.Buffer(torch.empty_like(buffers[name], device=self._device), persistent=name not in self._non_persistent))
+                absent.append(name)
+                continue
             tensor = broadcast_from_first(name, lambda n: buffers[n], meeting, group, self._device)
             self._place(name, nn.Buffer(tensor.clone(), persistent=name not in self._non_persistent))
+
+        self._init_weights_state(origin, absent)
 
         # Step 3: what a call needs.
         seed = meeting.exchange([torch.initial_seed() & (2**62 - 1)], "parallelize")
@@ -168,6 +183,7 @@ class ParallelModule(StateAccess, nn.Module):
 
     def forward(self, *args, **kwargs):
         """The model's forward on this rank's share of the global batch; the model's own output class."""
+        self.require_weights("forward")
         if torch.is_autocast_enabled(self._device.type):
             raise TedfxError("autocast around a ParallelModule: its graph was traced without it; cast the model before parallelize (model.to(torch.bfloat16)), or leave the region")
         flat = self._inputs(args, kwargs)
@@ -313,9 +329,19 @@ class ParallelModule(StateAccess, nn.Module):
     def __getattr__(self, name: str):
         if name == "generate":
             raise AttributeError(f"generate() needs a key-value cache, which a ParallelModule has not; {EXPORT}")
-        if name in ("save_pretrained", "push_to_hub"):
-            raise AttributeError(f"a ParallelModule has no {name}(), it holds one rank's share; {EXPORT}")
+        if name == "push_to_hub":
+            raise AttributeError("a ParallelModule has no push_to_hub(): write a folder with save_pretrained(path) and upload that")
         return super().__getattr__(name)
+
+
+def allocate(placed: Placed, source: Callable[[str], Tensor], device: torch.device) -> nn.Parameter:
+    """This rank's parameter without values, in the dtype of `source`'s tensor (on the meta device)."""
+    layout = placed.layout
+    like = source(layout.names[0])
+    want = layout.shape[1:] if layout.sources else layout.shape
+    if tuple(like.shape) != want:
+        raise ConfigError(f"parameter {layout.names[0]} has shape {tuple(like.shape)}, the layout of {layout.name} expects {want}")
+    return nn.Parameter(placed.dtensor(torch.empty(placed.kept.shape, dtype=like.dtype, device=device)), requires_grad=layout.requires_grad)
 
 
 def _device(mesh) -> torch.device:

@@ -74,8 +74,14 @@ class StateAccess:
 
     # ---- out -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
-        """This rank's share under the user's names; shares storage with the module. `keep_vars` must be False."""
+    def state_dict(self, *, destination: dict | None = None, prefix: str = "", keep_vars: bool = False, to_fill: bool = False) -> dict[str, Tensor]:
+        """This rank's share under the user's names; shares storage with the module. `keep_vars` must be False.
+
+        `to_fill`: entries may have no values yet (a model from the meta device), for `torch.distributed.checkpoint.load` to
+        write into; hand the result to `load_state_dict`.
+        """
+        if not to_fill:
+            self.require_weights("state_dict")
         if keep_vars:
             raise TedfxError("state_dict(keep_vars=True): entries in the user's shape are not the parameters; use named_parameters()")
         state = {} if destination is None else destination
@@ -92,6 +98,7 @@ class StateAccess:
 
         With `buffers`, the persistent ones too: the state dict of the single-device model.
         """
+        self.require_weights("gather_parameters")
         full = {}
         for name, placed in self._placed.items():
             full.update((k, v.clone()) for k, v in placed.gather(self._parameter(name)).items())
@@ -147,6 +154,7 @@ class StateAccess:
         problems += [f"wrong shape: {_few(shapes)}"] * bool(shapes)
         if problems:
             raise StateError("the state dict does not fit: " + "; ".join(problems))
+        self._fill_buffers()
         current = {name: placed.entries(self._parameter(name)) for name, placed in self._placed.items()}
         for name, placed, names in groups:
             given = next((n for n in names if n in state_dict), None)
@@ -157,6 +165,7 @@ class StateAccess:
                 self.get_buffer(name).copy_(value.full_tensor() if isinstance(value, DTensor) else value)
             else:
                 self._copy(name, placed, current[name][given], given, state_dict[given])
+            self._absent.discard(names[0])
         return LoadResult(missing, unexpected)
 
     def _copy(self, name: str, placed: Placed, mine: Tensor, given: str, value: Tensor) -> None:
