@@ -38,6 +38,7 @@ from tedfx.optimizer_state import OptimizerState
 from tedfx.pieces import PiecedTensor
 
 SMALL = "tedfx"
+_AFTER = ("the checkpoints named before it are as they were", "nothing was changed; load another one")
 
 
 class Resumed(NamedTuple):
@@ -211,10 +212,9 @@ class Checkpointer:
             act()
         except dcp.CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise CheckpointError(f"{what} failed on rank {self._ranks[rank]}: {type(cause).__name__}: {_line(cause)}; the checkpoints named before it are as they were") from error
+            raise CheckpointError(f"{what} failed on rank {self._ranks[rank]}: {type(cause).__name__}: {_line(cause)}; {_AFTER[what == 'load']}") from error
         except (RuntimeError, ValueError) as error:
-            lost = lost_rank(error)
-            raise CheckpointError(f"{what}: {lost or _line(error)}; the checkpoints named before it are as they were") from error
+            raise CheckpointError(f"{what}: {lost_rank(error) or _line(error)}; {_AFTER[what == 'load']}") from error
 
 
 # ---- tensors and bytes -----------------------------------------------------------------------------------------------

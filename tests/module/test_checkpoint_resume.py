@@ -1,5 +1,6 @@
 """Checkpointer: a run that is saved and resumed, on its own mesh and on others; writers that are killed; what is refused."""
 
+import json
 import os
 import pickle
 import shutil
@@ -24,12 +25,12 @@ from tests.pool import context
 
 ROOT = Path(__file__).parents[2]
 MESHES = {
-    "ep4": ((4,), ("ep",)), "ep2 tp2": ((2, 2), ("ep", "tp")), "dp2 tp2": ((2, 2), ("dp", "tp")), "tp2 dp2": ((2, 2), ("tp", "dp")), "tp2": ((2,), ("tp",)),
+    "ep4": ((4,), ("ep",)), "ep2 tp2": ((2, 2), ("ep", "tp")), "dp2 tp2": ((2, 2), ("dp", "tp")), "tp2": ((2,), ("tp",)),
 }  # fmt: skip
 
 
 class MoE(nn.Module):
-    """A looped mixture with a tied head, a dropout, and a buffer that is saved."""
+    """A looped mixture: gate and up fused and stacked, down one module per expert; a tied head, a dropout, a buffer that is saved."""
 
     def __init__(self, vocabulary=32, width=16, hidden=24, experts=4):
         super().__init__()
@@ -37,83 +38,76 @@ class MoE(nn.Module):
         self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embed.weight
         self.router, self.norm = nn.Linear(width, experts, bias=False), nn.LayerNorm(width)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(experts))
+        self.gate_up = nn.Parameter(torch.randn(experts, 2 * hidden, width) / 4)
+        self.down = nn.ModuleList(nn.Linear(hidden, width) for _ in range(experts))
         self.register_buffer("scale", torch.tensor(1.5))
 
     def forward(self, input_ids, labels):
         x = F.dropout(self.norm(self.embed(input_ids)).flatten(0, 1), 0.2, self.training)
         weights, ids = self.router(x).softmax(-1).topk(2, -1)
         out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
+        for e, down in enumerate(self.down):
             token, slot = torch.where(ids == e)
-            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+            gate, up = F.linear(x[token], self.gate_up[e]).chunk(2, -1)
+            out.index_add_(0, token, down(F.silu(gate) * up) * weights[token, slot, None])
         return F.cross_entropy(self.head(x + out * self.scale), labels.flatten())
 
 
-def mixtral():
-    from tests import models
-
-    return models.mixtral(num_hidden_layers=1)
+def two_groups(parameters, **options):
+    return [{"params": parameters[1::2], "lr": torch.tensor(3e-3) if options else 3e-3}, {"params": parameters[::2]}]
 
 
-MODELS = {"loop": MoE, "mixtral": mixtral}
 OPTIMIZERS = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9, dampening=0.5),
-    "tensor_lr": lambda groups: torch.optim.Adam(groups, lr=torch.tensor(1e-2), amsgrad=True, foreach=False),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(two_groups(parameters), lr=lr),
+    "sgd": lambda parameters, lr: torch.optim.SGD(two_groups(parameters), lr=lr, momentum=0.9, dampening=0.5),
+    "tensor_lr": lambda parameters, lr: torch.optim.Adam(two_groups(parameters, tensor=True), lr=torch.tensor(lr), amsgrad=True, foreach=False),
 }
 
 
-def run(model, mesh_name, folder, first, last, save_at=(), resume=None, optimizer="adamw", asynchronous=False, **options):
-    """Steps [first, last) of the run; [losses, state after]. `resume`: what `load` is given."""
+def losses_of(mesh_name, folder, first, last, save_at, resume=None):
+    """Steps [first, last) of a run in which everything that a checkpoint holds matters. `resume`: what `load` is given."""
     shape, names = MESHES[mesh_name]
     mesh = context(shape, names).device_mesh
-    torch.manual_seed(5 if resume is None else 77 + dist.get_rank())  # what a new process has is another state
-    pm = tedfx.parallelize(MODELS[model](), mesh)
-    small = [p for n, p in pm.named_parameters() if "norm" in n or "router" in n]
-    known = set(small)
-    groups = [{"params": [p for p in pm.parameters() if p not in known], "weight_decay": 0.1}, {"params": small, "lr": 3e-3}]
-    optimizer = OPTIMIZERS[optimizer](groups)
+    torch.manual_seed(5 if resume is None else 77 + dist.get_rank())  # a new process has another state
+    pm = tedfx.parallelize(MoE(), mesh)
+    is_small = lambda name: "norm" in name or "router" in name  # noqa: E731
+    groups = [{"params": [p for n, p in pm.named_parameters() if not is_small(n)], "weight_decay": 0.1},
+              {"params": [p for n, p in pm.named_parameters() if is_small(n)], "lr": 3e-3}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 4))
     draw = torch.Generator().manual_seed(3 if resume is None else 99)
-    checkpoints = tedfx.Checkpointer(folder, pm, optimizer, scheduler=scheduler, extra={"draw": draw}, **options)
+    checkpoints = tedfx.Checkpointer(folder, pm, optimizer, scheduler=scheduler, extra={"draw": draw})
     if resume is not None:
         resumed = checkpoints.load(resume)
         assert (resumed.step, resumed.position) == (first, {"rows": 8 * first})
     index, count = pm.batch_coordinate
     losses = []
     for step in range(first, last):
-        text = torch.randint(32, (8, 9), generator=draw)
-        rows = text.chunk(count)[index]
-        out = pm(input_ids=rows[:, :-1], labels=rows[:, 1:]) if model == "loop" else pm(input_ids=rows, labels=rows).loss
-        out.backward()
+        rows = torch.randint(32, (8, 9), generator=draw).chunk(count)[index]
+        loss = pm(input_ids=rows[:, :-1], labels=rows[:, 1:])
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(out.item())
+        losses.append(loss.item())
         if step + 1 in save_at:
-            checkpoints.save(step + 1, {"rows": 8 * (step + 1)}, asynchronous)
+            checkpoints.save(step + 1, {"rows": 8 * (step + 1)}, asynchronous=True)
     checkpoints.wait()
-    return losses, checkpoints, pm, optimizer
+    return losses
 
 
-def losses_of(*args, **options):
-    return run(*args, **options)[0]
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_other_meshes_continue(ranks, tmp_path, model):
+def test_other_meshes_continue(ranks, tmp_path):
     """ep4 -> ep2 x tp2 -> dp2 x tp2: the losses of the run that was never interrupted, dropout included."""
-    whole = ranks(4).run(losses_of, model, "ep4", tmp_path, 0, 6, (2,))[0]
+    whole = ranks(4).run(losses_of, "ep4", tmp_path, 0, 6, (2,))[0]
     parts = whole[:2]
     for first, mesh_name in ((2, "ep2 tp2"), (4, "dp2 tp2")):
-        found = ranks(4).run(losses_of, model, mesh_name, tmp_path, first, first + 2, (first + 2,), "auto")
+        found = ranks(4).run(losses_of, mesh_name, tmp_path, first, first + 2, (first + 2,), "auto")
         assert all(each == found[0] for each in found)
         parts += found[0]
     assert (tmp_path / "latest").read_text().split() == ["step-00000006", "step-00000004"]
     assert torch.allclose(torch.tensor(parts), torch.tensor(whole), rtol=1e-5, atol=0), (parts, whole)
-    plain = MODELS[model]()
+    plain = MoE()
     state = plain.state_dict()
     dcp.load({"model": state}, checkpoint_id=tmp_path / "step-00000006", no_dist=True)  # the single device reads it as well
     plain.load_state_dict(state)
@@ -125,21 +119,6 @@ def held(pm, optimizer):
     for p in pm.parameters():
         found += [v.to_local() if hasattr(v, "to_local") else torch.as_tensor(v) for _, v in sorted(optimizer.state.get(p, {}).items())]
     return [t.detach().clone() for t in found]
-
-
-def bitwise(folder, optimizer, asynchronous, mesh_name="dp2 tp2"):
-    losses, _, pm, opt = run("loop", mesh_name, folder, 0, 3, (2,), optimizer=optimizer, asynchronous=asynchronous)
-    again, _, pm_2, opt_2 = run("loop", mesh_name, folder, 2, 3, resume="auto", optimizer=optimizer)
-    assert again == losses[2:]
-    ours, theirs = held(pm, opt), held(pm_2, opt_2)
-    assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    assert [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups] == [{k: v for k, v in g.items() if k != "params"} for g in opt_2.param_groups]
-    assert len(opt.param_groups) == 2 and opt.param_groups[1]["lr"] != opt.param_groups[0]["lr"]
-
-
-@pytest.mark.parametrize("optimizer,asynchronous", [("adamw", False), ("adamw", True), ("sgd", True), ("tensor_lr", False)])
-def test_same_mesh_is_bitwise(ranks, tmp_path, optimizer, asynchronous):
-    ranks(4).run(bitwise, tmp_path, optimizer, asynchronous)
 
 
 # ---- a toy without a compiler: saves and folders ---------------------------------------------------------------------
@@ -158,6 +137,84 @@ def step(pm, optimizer, number):
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def bitwise(folder, name, asynchronous):
+    pm, optimizer = make(optimizer=OPTIMIZERS[name])
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
+    checkpoints = tedfx.Checkpointer(folder, pm, optimizer, scheduler=schedule)
+    for number in (0, 1):
+        step(pm, optimizer, number)
+        schedule.step()
+    checkpoints.save(2, asynchronous=asynchronous)
+    loss = step(pm, optimizer, 2)
+    checkpoints.wait()
+    pm_2, optimizer_2 = make(seed=3, optimizer=OPTIMIZERS[name])
+    schedule_2 = torch.optim.lr_scheduler.StepLR(optimizer_2, 1, 0.7)
+    assert tedfx.Checkpointer(folder, pm_2, optimizer_2, scheduler=schedule_2).load().step == 2
+    assert step(pm_2, optimizer_2, 2) == loss and schedule.state_dict() == schedule_2.state_dict()
+    ours, theirs = held(pm, optimizer), held(pm_2, optimizer_2)
+    assert len(ours) == len(theirs) > len(list(pm.parameters())) + 2 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    options = [[{k: v for k, v in group.items() if k != "params"} for group in each.param_groups] for each in (optimizer, optimizer_2)]
+    assert options[0] == options[1] and len(options[0]) == 2 and options[0][0]["lr"] != options[0][1]["lr"]
+
+
+@pytest.mark.parametrize("name,asynchronous", [("adamw", False), ("adamw", True), ("sgd", True), ("tensor_lr", False)])
+def test_same_mesh_is_bitwise(ranks, tmp_path, name, asynchronous):
+    ranks(4).run(bitwise, tmp_path, name, asynchronous)
+
+
+class Own:
+    """An optimizer that says its own state, as one does that shards it."""
+
+    def __init__(self, pm, parameters):
+        self.inner, self.pm, self.scale = torch.optim.AdamW(parameters, lr=0.05), pm, {"scale": 8.0}
+        self.states = {}
+
+    def create_state(self):
+        for name, placed in self.pm._placed.items():
+            parameter = self.pm._parameter(name)
+            if parameter.requires_grad and name not in self.states:
+                self.states[name] = {"exp_avg": torch.zeros_like(parameter, requires_grad=False), "step": torch.tensor(0.0), "count": 0}
+
+    def named_state(self):
+        return self.states
+
+    def hyperparameters(self):
+        return [{"names": list(self.states), "lr": self.inner.param_groups[0]["lr"]}]
+
+    def load_hyperparameters(self, groups):
+        self.inner.param_groups[0]["lr"] = groups[0]["lr"]
+
+    def scaler_state(self):
+        return dict(self.scale)
+
+    def load_scaler_state(self, state):
+        self.scale = dict(state)
+
+
+def own_state(folder):
+    pm, _ = make()
+    own = Own(pm, list(pm.parameters()))
+    own.create_state()
+    for number, values in enumerate(own.states.values()):
+        values["exp_avg"].to_local().copy_(torch.randn(values["exp_avg"].to_local().shape, generator=torch.Generator().manual_seed(number)))
+        values["step"].fill_(3 + number)
+        values["count"] = number
+    own.inner.param_groups[0]["lr"], own.scale = 0.25, {"scale": 4.0}
+    tedfx.Checkpointer(folder, pm, own).save(3)
+    pm_2, _ = make(seed=2)
+    other = Own(pm_2, list(pm_2.parameters()))
+    other.create_state()
+    tedfx.Checkpointer(folder, pm_2, other).load()
+    assert other.scale == {"scale": 4.0} and other.inner.param_groups[0]["lr"] == 0.25
+    for name, values in own.states.items():
+        found = other.states[name]
+        assert torch.equal(found["exp_avg"].to_local(), values["exp_avg"].to_local()) and found["step"] == values["step"] and found["count"] == values["count"], name
+
+
+def test_an_optimizer_that_says_its_own_state(ranks, tmp_path):
+    ranks(4).run(own_state, tmp_path)
 
 
 def before_the_first_step(folder):
@@ -310,7 +367,7 @@ LINES = {
     "scheduler": "was saved without a learning-rate scheduler",
     "extra": "holds extra=[], this run has ['draw']",
     "groups": "the optimizer has 2 parameter groups, the checkpoint's has 1",
-    "fewer": "parameter group 0 holds 5 parameters, the checkpoint's 6; they differ in ",
+    "fewer": "parameter group 0 holds 4 parameters, the checkpoint's 6; they differ in ",
     "options": "parameter group 0 and the checkpoint's do not have the same options: nesterov",
 }
 
@@ -402,10 +459,10 @@ def test_killed_between_rename_and_name(tmp_path):
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 
-def torchrun(*args, ranks_count, restarts=0, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+def torchrun(*args, ranks_count, restarts=0, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **environment}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks_count), "--max-restarts", str(restarts), *args]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, **options)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def killed_while_saving(folder):
@@ -464,6 +521,26 @@ def test_killed_while_saving(ranks, tmp_path):
         wanted.backward()
         optimizer.step()
     assert abs(loss / wanted.item() - 1) < 1e-12
+
+
+TINY = (
+    "--mesh", "ep=2", "--batch-size", "4", "--sequence-length", "16", "--eval-sequences", "4", "--warmup", "2", "--set", "hidden_size=32", "head_dim=8",
+    "intermediate_size=48", "num_hidden_layers=1", "num_local_experts=4",
+)  # fmt: skip
+
+
+def test_pretrain_restarts(tmp_path):
+    """A rank is killed at step 12 of 14: torchrun starts all again, they go on from step 10, and the losses are those of an undisturbed run."""
+    logs = {}
+    for name, at, more in (("whole", "0", ("--no-check",)), ("killed", "12", ("--save-every", "5", "--resume", "auto"))):
+        result = torchrun("-m", "tests.module.killed_pretrain", *TINY, "--steps", "14", "--out", str(tmp_path / name), *more, ranks_count=2, restarts=1, KILL_AT=at)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        logs[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert ("resumed from" in result.stdout) == (name == "killed") and (name == "whole" or "step-00000010, step 10" in result.stdout)
+    losses = {name: {fields["step"]: fields["loss"] for fields in log if "loss" in fields} for name, log in logs.items()}
+    assert list(losses["killed"]) == list(losses["whole"]) == list(range(1, 15))
+    assert all(abs(losses["killed"][step] / loss - 1) < 1e-5 for step, loss in losses["whole"].items()), losses
+    assert (tmp_path / "killed" / "checkpoints" / "latest").read_text().split() == ["step-00000014", "step-00000010"]
 
 
 def test_pieces_are_those_of_the_state_dict(ranks):
