@@ -4,10 +4,12 @@
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --mesh dp=2,ep=2,tp=2
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh dp=2,tp=2 --roles expert=tp
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --model-type qwen3_moe --set num_hidden_layers=4
+    torchrun --standalone --nproc-per-node 4 --max-restarts 3 examples/pretrain.py --save-every 50 --resume auto   # goes on when a rank dies
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/pretrain.py --mesh dp=4,ep=2,tp=2
 
 The text is the `.py` files of the standard library, shuffled by file; the first of them are held out. The ranks run on
-CUDA when this machine has a GPU for each of them, else on the CPU. Written to --out: log.jsonl and loss.png.
+CUDA when this machine has a GPU for each of them, else on the CPU. Written to --out: log.jsonl and loss.png. With --save-every
+there are checkpoints; --resume goes on from one, on the same mesh or another, with the same batches and the same losses.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tedfx
+from tedfx.checks import lost_rank
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.roles import MeshShape, Roles
 
@@ -88,6 +91,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--warmup", type=int, default=20, metavar="N", help="steps of warm-up (default: 20)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the split of the files and the batches (default: 0)")
 
+    group = parser.add_argument_group("saving")
+    group.add_argument("--save-every", type=int, default=0, metavar="N", help="steps between checkpoints, written while training goes on; there is one at the end too (default: none)")
+    group.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="where they go, a folder that all hosts see (default: OUT/checkpoints)")
+    group.add_argument("--resume", default="no", metavar="WHAT", help="auto: go on from the latest whole checkpoint, if there is one; or the path of one (default: no)")
+
     group = parser.add_argument_group("looking")
     group.add_argument("--eval-every", type=int, default=50, metavar="N", help="steps between validations; there is one at the end too (default: 50)")
     group.add_argument("--eval-sequences", type=int, default=256, metavar="N", help="held-out sequences per validation, rounded up to whole batches (default: 256)")
@@ -98,6 +106,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name in ("steps", "sequence_length", "batch_size", "eval_every", "eval_sequences"):
         if getattr(args, name) < (2 if name == "sequence_length" else 1):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+    if args.save_every < 0:
+        parser.error(f"--save-every {args.save_every} is too small")
+    args.checkpoint_dir = args.checkpoint_dir or args.out / "checkpoints"
     return args
 
 
@@ -161,6 +172,21 @@ def make_model(model_type: str, settings: list[str]) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **chosen))
 
 
+def meet(backend: str, timeout: timedelta) -> None:
+    """init_process_group, also after a restart: torchrun's store outlives the ranks, and the addresses that the dead ones left in it must not be read
+    (pytorch#135712). On one host the number of the restart keeps them apart; several hosts count by themselves, there each start needs its own store.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["TORCHELASTIC_MAX_RESTARTS"] == "0":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    if env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:
+        raise ConfigError("--max-restarts on several hosts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, else restarted ranks read the addresses of the dead ones")
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f"restart-{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]), timeout=timeout)
+
+
 def make_mesh(args: argparse.Namespace):
     """(device mesh, roles), every mistake found before the first collective."""
     if "RANK" not in os.environ:
@@ -185,7 +211,7 @@ def make_mesh(args: argparse.Namespace):
     kind = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    meet("nccl" if kind == "cuda" else "gloo", timedelta(minutes=10))
     return init_device_mesh(kind, shape.sizes, mesh_dim_names=shape.names), given
 
 
@@ -253,7 +279,22 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(pm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     decay = lambda step: 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(1, args.warmup)) * decay(step))
-    draw = torch.Generator().manual_seed(args.seed)
+    draw = torch.Generator().manual_seed(args.seed)  # of the global batch: the same stream on any mesh
+    stream = {name: getattr(args, name) for name in ("seed", "batch_size", "sequence_length")}
+    checkpoints = tedfx.Checkpointer(args.checkpoint_dir, pm, optimizer, scheduler=schedule, extra={"draw": draw})
+    first = 0
+    if args.resume != "no":
+        resumed = checkpoints.load(args.resume)
+        if resumed is not None:
+            first = resumed.step
+            other = [f"--{name.replace('_', '-')} {value}" for name, value in resumed.position.items() if stream[name] != value]
+            if other:
+                raise ConfigError(f"{resumed.path} was saved with {' '.join(other)}: resume with the same, else the batches are others")
+            if first >= args.steps:
+                raise ConfigError(f"{resumed.path} has {first} steps behind it, --steps {args.steps} has nothing left to do: raise --steps")
+            if args.check:
+                model.load_state_dict(pm.gather_parameters(buffers=True))
+        say(f"resumed from {resumed.path}, step {first}" if resumed else f"nothing to resume in {args.checkpoint_dir}: from the start", flush=True)
     held_starts = torch.linspace(0, len(validation) - args.sequence_length, -(-args.eval_sequences // args.batch_size) * args.batch_size).long()
 
     @torch.no_grad()
@@ -273,24 +314,29 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         entropy, held_entropy = bigram(training, validation)
         args.out.mkdir(parents=True, exist_ok=True)
+        earlier = read_log(args.out / "log.jsonl", first) if first else []
         log = open(args.out / "log.jsonl", "w")
         record = lambda **fields: print(json.dumps(fields), file=log, flush=True)
         record(model=type(model).__name__, parameters=weights, mesh=args.mesh, device=device, world=dist.get_world_size(),
                torch=torch.__version__, bigram_entropy=entropy, bigram_held_out=held_entropy,
                **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "mesh"})  # fmt: skip
+        for fields in earlier:
+            record(**fields)
     else:
-        record = lambda **fields: None
+        earlier, record = [], lambda **fields: None
 
     # Step 3: train.
-    bar = tqdm(total=args.steps, disable=rank != 0, unit="step", dynamic_ncols=True, delay=0.1, mininterval=0.5 if sys.stderr.isatty() else 10)
-    losses, validations, speed = [], [], 0.0
-    for step in range(args.steps):
+    bar = tqdm(total=args.steps, initial=first, disable=rank != 0, unit="step", dynamic_ncols=True, delay=0.1, mininterval=0.5 if sys.stderr.isatty() else 10)
+    losses = {fields["step"]: fields["loss"] for fields in earlier if "loss" in fields}
+    validations = [(fields["step"], fields["validation_loss"]) for fields in earlier if "step" in fields and "validation_loss" in fields]
+    speed = 0.0
+    for step in range(first, args.steps):
         began = time.perf_counter()
         starts = torch.randint(len(training) - args.sequence_length, (args.batch_size,), generator=draw)
         ids = windows(training, starts[mine], args.sequence_length, device)
         loss = pm(input_ids=ids, labels=ids).loss  # of the global batch, on every rank
         loss.backward()
-        if step == 0:
+        if step == first:
             if rank == 0:
                 print(pm.explain(batch=mine.stop - mine.start, sequence=args.sequence_length), flush=True)
             if args.check:
@@ -306,24 +352,27 @@ def main(args: argparse.Namespace) -> None:
         schedule.step()
         optimizer.zero_grad()
 
-        losses.append(loss.item())
+        losses[step + 1] = loss.item()
         norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
-        if not math.isfinite(losses[-1]):
-            raise ConfigError(f"the loss is {losses[-1]} at step {step + 1}: a lower --lr may help")
+        if not math.isfinite(losses[step + 1]):
+            raise ConfigError(f"the loss is {losses[step + 1]} at step {step + 1}: a lower --lr may help")
         seconds = time.perf_counter() - began
-        if step:  # the first step traces, compiles and checks
+        if step > first:  # the first step traces, compiles and checks
             now = args.batch_size * args.sequence_length / seconds
             speed = 0.9 * speed + 0.1 * now if speed else now
-        record(step=step + 1, loss=losses[-1], gradient_norm=norm, learning_rate=rate, seconds=seconds)
+        record(step=step + 1, loss=losses[step + 1], gradient_norm=norm, learning_rate=rate, seconds=seconds)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             validations.append((step + 1, validate()))
             record(step=step + 1, validation_loss=validations[-1][1])
-        shown = dict(loss=f"{losses[-1]:.3f}", tokens_per_second=f"{speed:.0f}")
+        if args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            checkpoints.save(step + 1, stream, asynchronous=True)
+        shown = dict(loss=f"{losses[step + 1]:.3f}", tokens_per_second=f"{speed:.0f}")
         if validations:
             shown["validation"] = f"{validations[-1][1]:.3f}"
         bar.set_postfix(shown, refresh=False)
         bar.update()
     bar.close()
+    checkpoints.wait()
 
     # Step 4: what came of it.
     if rank == 0:
@@ -331,21 +380,34 @@ def main(args: argparse.Namespace) -> None:
         record(validation_loss=final, bigram_entropy=entropy, bigram_held_out=held_entropy, tokens_per_second=speed)
         log.close()
         plot(args.out / "loss.png", losses, validations, entropy, f"{args.model_type} on {args.mesh}")
-        print(f"training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {args.steps} steps, {speed:.0f} tokens/s over all ranks")
+        print(f"training loss {losses[min(losses)]:.3f} -> {losses[args.steps]:.3f} in {args.steps} steps, {speed:.0f} tokens/s over all ranks")
         print(f"validation loss {final:.3f} nats/byte; bigrams: entropy {entropy:.3f} (training text), cross-entropy {held_entropy:.3f} (held-out text)")
         print(f"wrote {args.out / 'log.jsonl'} and {args.out / 'loss.png'}")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def plot(path: Path, losses: list[float], validations: list[tuple[int, float]], entropy: float, title: str) -> None:
+def read_log(path: Path, step: int) -> list[dict]:
+    """What the log of the run that is resumed says up to `step`; nothing where there is no log, or its last line was cut off."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError:  # written when the process was killed
+            break
+        if "model" not in fields and fields.get("step", step + 1) <= step:
+            found.append(fields)
+    return found
+
+
+def plot(path: Path, losses: dict[int, float], validations: list[tuple[int, float]], entropy: float, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses, color="#9db4d0", linewidth=1, label="training (with the model's router loss)")
+    axes.plot(*zip(*sorted(losses.items())), color="#9db4d0", linewidth=1, label="training (with the model's router loss)")
     axes.plot(*zip(*validations), color="#1f4e8c", marker="o", markersize=4, label="validation")
     axes.axhline(entropy, color="#888888", linestyle="--", linewidth=1, label=f"bigram entropy, {entropy:.2f}")
     axes.set(xlabel="step", ylabel="nats per byte", title=title)
@@ -354,14 +416,24 @@ def plot(path: Path, losses: list[float], validations: list[tuple[int, float]], 
     figure.savefig(path, dpi=150)
 
 
-if __name__ == "__main__":
-    arguments = parse_args()
+def run(args: argparse.Namespace) -> None:
     try:
-        main(arguments)
-    except TedfxError as error:
+        main(args)
+    except (TedfxError, RuntimeError) as error:
+        lost = lost_rank(error)
+        if lost is not None:
+            # Every rank that notices says it: who lost whom is not the same on all. torchrun ends them, and with --max-restarts starts all again.
+            print(f"pretrain: rank {os.environ['RANK']}: {error if isinstance(error, TedfxError) else lost}", file=sys.stderr, flush=True)
+            os._exit(1)  # without waiting for what is under way with the rank that is gone
+        if not isinstance(error, TedfxError):
+            raise
         # All ranks find the same mistake; one of them says it, before torchrun ends the others.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(parse_args())

@@ -3,10 +3,13 @@
 from tedfx import optim
 from tedfx._version import __version__
 from tedfx.api import parallelize
+from tedfx.checkpoint import Checkpointer
+from tedfx.checkpoint_folder import CheckpointError
 from tedfx.compiler import default_passes
 from tedfx.errors import CaptureError, ConfigError, ContractError, TedfxError, TraceError, TypeCheckError
 from tedfx.verify import verify
 
 __all__ = [
-    "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__", "default_passes", "optim", "parallelize", "verify",
+    "CaptureError", "CheckpointError", "Checkpointer", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__",
+    "default_passes", "optim", "parallelize", "verify",
 ]

@@ -156,6 +156,13 @@ def _bits(tensor: Tensor) -> Tensor:
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
 
 
+def lost_rank(error: BaseException) -> str | None:
+    """The line for the error of a collective whose partner ended or did not come; None for any other error."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+        return f"a rank ended, or did not come in time, while this one waited for it in a collective ({_line(error)}); see that rank's output"
+    return None
+
+
 def fingerprint(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
