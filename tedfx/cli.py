@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--algebra", action=argparse.BooleanOptionalAction, help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order")
     explain.add_argument("--checkpoint", metavar="POLICY", default="none", help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at --batch and --sequence")
     explain.add_argument("--capacity", metavar="WHOSE", help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or local, those of each batch coordinate by itself")
+    explain.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares")
     shown = explain.add_argument_group("what is shown")
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1)")
     shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
@@ -117,7 +118,7 @@ def _explain(options) -> int:
 
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
     passes = pipeline(
-        None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, algebra=options.algebra, checkpoint=options.checkpoint, capacity=options.capacity
+        None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, algebra=options.algebra, checkpoint=options.checkpoint, capacity=options.capacity, zero=options.zero
     )
     model, inputs, title = make_model(options)
     done("make the model")
@@ -126,7 +127,7 @@ def _explain(options) -> int:
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
     outputs = tuple(options.outputs.split(",")) if options.outputs else None
-    compilation = Compilation(traced, roles, trainable, outputs=outputs)
+    compilation = Compilation(traced, roles, trainable, outputs=outputs, zero=options.zero or 0)
     values = default_values(compilation, options.batch, options.sequence)
     compilation.example = {symbol: values[name] for name, symbol in traced.sizes.items()}
     compile_trace(compilation, passes)

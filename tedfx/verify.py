@@ -121,6 +121,7 @@ def verify(
     algebra: bool | None = None,
     checkpoint: str | None = None,
     capacity: str | None = None,
+    zero: int | None = None,
     seed: int = 0,
     timeout: float = 300.0,
     tolerance: Tolerance | None = None,
@@ -135,6 +136,7 @@ def verify(
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
     passes, dedup, sequence_parallel, algebra, checkpoint: as `parallelize` takes them; a budget is for the global batch's sizes.
     capacity       "local": the single device runs the model's own graph with its tokens in as many groups as the mesh has batch coordinates (`verify_run.in_groups`).
+    zero           stage of ZeRO; at 1 and 2 the mesh steps with `tedfx.optim.ShardedOptimizer`.
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
     before         called in each rank first, with its number: a place to break something and see it found.
 
@@ -160,7 +162,7 @@ def verify(
         batch = make_batch(model, batch, sequence, seed)
     check_batch(batch, resolved)
 
-    switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, checkpoint=checkpoint, capacity=capacity)
+    switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, checkpoint=checkpoint, capacity=capacity, zero=zero)
     options = dict(roles=roles, passes=passes, **switches, compile=compile, example_inputs=_example(batch))
     if fork:
         prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]
@@ -174,7 +176,7 @@ def verify(
 
     name = getattr(model_factory, "model_type", None) or getattr(model_factory, "path", None) or type(model).__name__
     with_roles = "".join(f" {role}={'+'.join(axes) if not isinstance(axes, str) else axes}" for role, axes in (roles or {}).items())
-    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}{f', capacity {capacity}' if capacity else ''}, {shape.world} ranks on {device} ({backend})"
+    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}{f', capacity {capacity}' if capacity else ''}{f', zero {zero}' if zero else ''}, {shape.world} ranks on {device} ({backend})"
     result = compare(title, reference, outcomes, tolerance, steps)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--algebra", action=argparse.BooleanOptionalAction, help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order")
     parser.add_argument("--checkpoint", metavar="POLICY", help="what backward computes again: none (default), comm, selective, full or budget=<bytes>")
     parser.add_argument("--capacity", metavar="WHOSE", help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or local, those of each batch coordinate by itself")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU per rank")
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl on cuda, else gloo, whose ranks may share a GPU")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
@@ -89,6 +90,7 @@ def run(args) -> int:
                 algebra=args.algebra,
                 checkpoint=args.checkpoint,
                 capacity=args.capacity,
+                zero=args.zero,
                 device=args.device,
                 backend=args.backend,
                 seed=args.seed,

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from tedfx._torch import pytree
 from tedfx.errors import ConfigError
+from tedfx.optim import ShardedOptimizer
 from tedfx.roles import MeshShape, Roles
 
 IGNORED = -100  # a label that does not count
@@ -160,16 +161,21 @@ def train_reference(model: nn.Module, batch: Mapping[str, Any], recipe: Recipe, 
     return outcome
 
 
-def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict], call: Callable | None = None) -> Outcome:
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=recipe.learning_rate)
+def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict], call: Callable | None = None, sharded: bool = False) -> Outcome:
+    """`sharded`: the module's optimizer is tedfx's, which ZeRO's stages 1 and 2 need."""
+    if sharded:
+        optimizer = ShardedOptimizer(module, torch.optim.AdamW, lr=recipe.learning_rate, max_norm=recipe.max_norm)
+    else:
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=recipe.learning_rate)
     losses, outcome = [], None
     for step in range(recipe.steps):
         optimizer.zero_grad()
         loss, is_global = objective((call or module)(**batch))
         loss.backward()
         first = gradients() if step == 0 else None
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
+        norm = None if sharded else torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
         optimizer.step()
+        norm = optimizer.grad_norm if sharded else norm
         losses.append(float(loss.detach()))
         if step == 0:
             outcome = Outcome(losses, float(norm.full_tensor() if isinstance(norm, DTensor) else norm), first, global_loss=is_global)
@@ -191,7 +197,7 @@ def train_rank(rank, model, batch: Mapping[str, Any], recipe: Recipe, shape: Mes
         index, count = pm.batch_coordinate
         local = split_batch(batch, index, count)
         local = pytree.tree_map(lambda x: x.to(pm.device) if isinstance(x, Tensor) else x, local)
-        outcome = _train(pm, local, recipe, lambda: _on_first(rank, pm.gather_gradients()))
+        outcome = _train(pm, local, recipe, lambda: _on_first(rank, pm.gather_gradients()), sharded=options.get("zero") in (1, 2))
     outcome.parameters = _on_first(rank, pm.gather_parameters())
     outcome.batch_index = index
     outcome.digests = digests(pm)
@@ -211,10 +217,10 @@ def digests(module: nn.Module) -> dict[tuple, str]:
     found = {}
     for name, p in module.named_parameters():
         coordinate = p.device_mesh.get_coordinate()
-        where = tuple((axis, coordinate[i]) for i, axis in enumerate(p.device_mesh.mesh_dim_names) if p.placements[i].is_shard())
-        found[name, where] = _digest(p.detach().to_local())
+        where = lambda placements: tuple((axis, at) for axis, at, placed in zip(p.device_mesh.mesh_dim_names, coordinate, placements) if placed.is_shard())  # noqa: B023, E731
+        found[name, where(p.placements)] = _digest(p.detach().to_local())
         if p.grad is not None:
-            found[f"gradient of {name}", where] = _digest(p.grad.to_local())
+            found[f"gradient of {name}", where(p.grad.placements)] = _digest(p.grad.to_local())
     found.update(((name, ()), _digest(b.detach())) for name, b in module.named_buffers())
     return found
 
@@ -244,10 +250,10 @@ def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
 
     trainable = {placeholder for placeholder, name in trace.parameters.items() if model.get_parameter(name).requires_grad}
     outputs = options.get("outputs")
-    switches = {name: options.get(name) for name in ("dedup", "sequence_parallel", "algebra", "checkpoint", "capacity")}
+    switches = {name: options.get(name) for name in ("dedup", "sequence_parallel", "algebra", "checkpoint", "capacity", "zero")}
     passes = pipeline(options.get("passes"), roles, options.get("compile"), **switches)
     example = example_sizes(trace, options.get("example_inputs") or {})
-    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example), passes)
+    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example, zero=options.get("zero") or 0), passes)
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class Case:
     algebra: bool | None = None
     checkpoint: str | None = None
     capacity: str | None = None
+    zero: int | None = None
     outputs: tuple[str, ...] | None = None
     calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
 
@@ -51,7 +52,7 @@ class Case:
         words = [self.model, self.mesh.replace(",", "x").replace("=", "")]
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
-        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * bool(self.compile) + [self.checkpoint] * bool(self.checkpoint) + [self.capacity] * bool(self.capacity)
+        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * bool(self.compile) + [self.checkpoint] * bool(self.checkpoint) + [self.capacity] * bool(self.capacity) + [f"zero{self.zero}"] * bool(self.zero)
         words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel", "algebra") if (value := getattr(self, name)) is not None]
         return "-".join(words)
 
@@ -128,7 +129,7 @@ def _compiled(case: Case) -> list:
 
 
 def _switches(case: Case) -> dict[str, Any]:
-    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel, "algebra": case.algebra, "checkpoint": case.checkpoint, "capacity": case.capacity}
+    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel, "algebra": case.algebra, "checkpoint": case.checkpoint, "capacity": case.capacity, "zero": case.zero}
 
 
 def _options(case: Case) -> dict[str, Any]:
