@@ -92,7 +92,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the split of the files and the batches (default: 0)")
 
     group = parser.add_argument_group("saving")
-    group.add_argument("--save-every", type=int, default=0, metavar="N", help="steps between checkpoints, written while training goes on; there is one at the end too (default: none)")
+    group.add_argument("--save-every", type=int, default=0, metavar="N", help="steps between checkpoints, written while training goes on, and at the end (default: none)")
     group.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="where they go, a folder that all hosts see (default: OUT/checkpoints)")
     group.add_argument("--resume", default="no", metavar="WHAT", help="auto: go on from the latest whole checkpoint, if there is one; or the path of one (default: no)")
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.module import test_checks, test_compile, test_gradients, test_module, test_state
+from tests.module import test_checkpoint_resume, test_checks, test_compile, test_gradients, test_module, test_state
 
 _MESHES = {}
 
@@ -32,7 +32,7 @@ def main():
         dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     else:
         dist.init_process_group("gloo")
-    for module in (test_checks, test_compile, test_gradients, test_module, test_state):
+    for module in (test_checkpoint_resume, test_checks, test_compile, test_gradients, test_module, test_state):
         module.context = _context
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder, src=0)
@@ -45,6 +45,8 @@ def main():
     jobs += [(test_state.round_trip, name) for name in ("dp2", "tp2", "ep2")]
     for number, (saved, loaded) in enumerate([("tp2", "ep2"), ("ep2", "dp2"), ("ep2", "tp2")]):
         jobs += [(test_state.save, saved, f"{folder[0]}/{number}"), (test_state.load, loaded, f"{folder[0]}/{number}")]
+    jobs += [(test_checkpoint_resume.bitwise, f"{folder[0]}/{name}", name, True) for name in test_checkpoint_resume.OPTIMIZERS]
+    jobs += [(test_checkpoint_resume.bitwise, f"{folder[0]}/sync", "adamw", False), (test_checkpoint_resume.own_state, f"{folder[0]}/own")]
     jobs += [(test_compile.compiled, True)]
     for function, *args in jobs:
         start = time.monotonic()
