@@ -175,7 +175,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         self._gathering.finish()
         for name, share in self._shares.items():
             share.seen = share.version()
-            if share.homes and share.parameter not in self.state:
+            if share.homes and share.parameter not in self.state and not share.tiles[0].provisional:
                 self.state[share.parameter] = self._held(share)
 
     def _gradients(self) -> dict[str, Tensor]:
