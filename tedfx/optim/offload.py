@@ -27,12 +27,17 @@ def available() -> int:
     return found
 
 
-def check_room(shares: Iterable[tuple[int, torch.dtype]], master_dtype: torch.dtype, states: int, group, device) -> None:
+def check_room(shares: Iterable[tuple[int, torch.dtype]], master_dtype: torch.dtype, states: int, group, device, promised: int = 0) -> int:
     """ConfigError, on all ranks alike, where some rank's host has no room for masters, `states` states like them, and gradients of these (elements, dtype) shares.
 
+    promised: bytes that are still to be taken for other shares; returned with what these will take later (states and gradients; masters are made at once).
     The ranks of a host are counted by LOCAL_WORLD_SIZE, which torchrun sets. Collective over `group` (None: one rank).
     """
-    need = sum(numel * (max(dtype.itemsize, master_dtype.itemsize) * (1 + states) + dtype.itemsize) for numel, dtype in shares)
+    masters = later = 0
+    for numel, dtype in shares:
+        size = max(dtype.itemsize, master_dtype.itemsize)
+        masters, later = masters + numel * size, later + numel * (size * states + dtype.itemsize)
+    need = masters + later + promised
     ranks, have = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), available()
     short = torch.tensor(int(need * ranks > have), device=device)
     if group is not None:
@@ -41,3 +46,4 @@ def check_room(shares: Iterable[tuple[int, torch.dtype]], master_dtype: torch.dt
         raise ConfigError(
             f'offload="cpu" without room: masters, {states} states and gradients take {need / 2**30:.3g} GiB on each of {ranks} ranks of this host, which has {have / 2**30:.3g} GiB left (or another host has too little)'
         )
+    return promised + later

@@ -78,6 +78,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         self._batches: list[list[Batch]] = []  # per group
         self._names = {id(module._parameter(name)): name for name in module._placed}
         self._staging, self.grad_norm, self._clipped = Staging(), None, None
+        self._promised = 0  # bytes of the host that states and gradients will take under offload
         mesh = module.device_mesh
         self._world = module.context.group(tuple(mesh.mesh_dim_names)) if mesh.size() > 1 else None
         self._gathering = Gathering(module._boundary._groups, module.device, module._boundary.bucket_bytes)
@@ -125,7 +126,8 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         if self._host:
             kinds = state_kinds(self._inner(group), "cpu", torch.float32) if not problem else {"unknown": torch.zeros(2, 64)}
             states = sum(isinstance(value, Tensor) and value.dim() > 0 for value in kinds.values())
-            check_room([(placed[name].share.numel, self._module._parameter(name).dtype) for name in names], self._master_dtype, states, self._world, self._module.device)
+            sizes = [(placed[name].share.numel, self._module._parameter(name).dtype) for name in names]
+            self._promised = check_room(sizes, self._master_dtype, states, self._world, self._module.device, self._promised)
         return [Share(name, placed[name], self._module._parameter(name), self._master_dtype, self._host) for name in names]
 
     def _inner(self, group: Mapping[str, Any]):
@@ -175,7 +177,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         self._gathering.finish()
         for name, share in self._shares.items():
             share.seen = share.version()
-            if share.homes and share.parameter not in self.state:
+            if share.homes and share.parameter not in self.state and not share.tiles[0].provisional:
                 self.state[share.parameter] = self._held(share)
 
     def _gradients(self) -> dict[str, Tensor]:

@@ -111,16 +111,21 @@ def test_uneven_and_empty_shares(ranks):
 def clip_by_hand(zero):
     """clip_grad_norm_ before step() is what max_norm does; without clipping nothing is measured; max_norm=inf measures only."""
     model, norms = single("AdamW", 2)
-    pm = module((2, 2), ("dp", "tp"), zero)
-    optimizer = sharded(pm, "AdamW", tile=9)
+    pm, third = module((2, 2), ("dp", "tp"), zero), module((2, 2), ("dp", "tp"), zero)
+    optimizer, other = sharded(pm, "AdamW", tile=9), sharded(third, "AdamW", tile=9)
     for step in range(2):
+        other.zero_grad()
+        loss_of(third, step).backward()
+        torch.nn.utils.clip_grad_norm_(third.parameters(), 0.5)
+        other.step()
         optimizer.zero_grad(set_to_none=step == 0)
         loss_of(pm, step).backward()
         norm = optimizer.clip_grad_norm_(0.5)
         assert abs(float(norm) - norms[step]) < 1e-12 * norms[step] and norm.shape == ()
         optimizer.step()
-        assert optimizer.grad_norm is norm
-    assert toy.worst(pm.gather_parameters(), parameters(model)) < 1e-12
+        assert optimizer.grad_norm is norm and other.grad_norm is None
+    for each in (pm, third):
+        assert toy.worst(each.gather_parameters(), parameters(model)) < 1e-12
     free, wide = single("SGD", 1, max_norm=float("inf"))[0], module((2, 2), ("dp", "tp"), zero)
     found = train(wide, sharded(wide, "SGD", max_norm=float("inf")), 1)
     assert abs(found[0] - norms[0]) < 1e-12 * norms[0]

@@ -93,12 +93,18 @@ def test_offload_changes_no_number(ranks):
 def no_room():
     import tedfx.optim.offload as offload
 
-    real, offload.available = offload.available, lambda: 1000 if dist.get_rank() == 1 else 10**12
+    real, offload.available = offload.available, lambda: 1400 if dist.get_rank() == 1 else 10**12
     try:
         pm = module((2,), ("dp",), 0)
         with pytest.raises(ConfigError, match='offload="cpu" without room: masters, 2 states and gradients take .* GiB on each of 1 ranks') as error:
             ShardedOptimizer(pm, torch.optim.AdamW, offload="cpu")
         assert "\n" not in str(error.value)
+        one = offload.check_room([(100, torch.bfloat16)], torch.float32, 2, None, "cpu") if dist.get_rank() == 1 else 1000
+        assert one == 1000  # states and gradients, 1000 bytes, are still to come; the masters, 400, are taken at once
+        if dist.get_rank() == 1:  # 1400 would not fit beside what is promised
+            offload.available = lambda: 2399
+            with pytest.raises(ConfigError, match="without room"):
+                offload.check_room([(100, torch.bfloat16)], torch.float32, 2, None, "cpu", promised=one)
     finally:
         offload.available = real
     assert real() > 2**20

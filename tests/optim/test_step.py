@@ -28,3 +28,21 @@ def test_every_optimizer_in_small_tiles(ranks, names):
 @pytest.mark.parametrize("names", [("dp", "tp"), ("dp", "ep"), ("tp", "dp")])
 def test_tiles_and_buckets_of_any_size(ranks, names):
     ranks(4).run(five_steps, (2, 2), names, [("AdamW", 16, 100), ("AdamW", None, 200), ("AdamW", 10**6, 1)])
+
+
+def kernels(zero):
+    model, _ = single("AdamW", 3)
+    for options in (dict(fused=True), dict(foreach=True), dict(foreach=False)):
+        pm = module((2, 2), ("dp", "ep"), zero)
+        optimizer = sharded(pm, "AdamW", tile=16, max_norm=0.5, **options)
+        train(pm, optimizer, 3)
+        key, value = next(iter(options.items()))
+        assert all(batch.inner.param_groups[0][key] is value for batches in optimizer._batches for batch in batches)
+        assert toy.worst(pm.gather_parameters(), parameters(model)) < 1e-12
+        assert_replicas_equal(pm)
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_the_users_kernels(ranks, zero):
+    """fused and foreach reach the inner optimizers; shares without elements do not disturb them."""
+    ranks(4).run(kernels, zero)
