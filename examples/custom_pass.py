@@ -19,32 +19,35 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import tedfx
-from tedfx import ops
-
-COLLECTIVES = (ops.all_reduce, ops.all_gather, ops.reduce_scatter, ops.all_to_all_single, ops.exchange_counts)
+from tedfx.cost import Cost
 
 
 @dataclass(frozen=True)
 class NameCollectives(Pass):
-    """1. The layer of a collective is the first number in the path of the module that its node comes from.
-    2. Its node is renamed to `{prefix}{layer}_{collective}_{number in the layer}`: the printed graph shows where it belongs.
+    """Count the collectives of each layer and name their nodes after it.
+
+    1. What a node sends is what `tedfx explain` says of it: `Cost` lists the collectives of a compilation, node by node.
+    2. The layer of a collective is the first number in the path of the module that its node comes from.
+    3. Its node is renamed to `{prefix}{layer}_{collective}_{number in the layer}`: the printed graph shows where it belongs.
     """
 
     prefix: str = "layer"
 
-    requires: ClassVar[frozenset[str]] = frozenset({"collectives", "local_experts"})
+    requires: ClassVar[frozenset[str]] = frozenset({"local"})
 
     def __call__(self, program) -> PassResult:
-        result, counts = PassResult(), Counter()
+        result, counts, nodes, sent = PassResult(), Counter(), Counter(), Cost(program).by_node
         for node in program.graph_module.graph.nodes:
-            if node.target not in COLLECTIVES:
+            number = sum(item.phase == "forward" for item in sent.get(node.name, ()))
+            if not number:
                 continue
             result.matches += 1
             paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
             numbers = re.findall(r"\d+", paths[-1]) if paths else []
             place = f"{self.prefix}{numbers[0]}" if numbers else "outside"
-            counts[place] += 1
-            node.name = f"{place}_{node.target.__name__}_{counts[place]}"
+            counts[place] += number
+            nodes[place] += 1
+            node.name = f"{place}_{node.target.__name__.partition('.')[0]}_{nodes[place]}"
             result.changes += 1
         result.notes = [f"{place}: {count} collectives in forward" for place, count in sorted(counts.items())]
         return result
@@ -62,5 +65,5 @@ pm(input_ids=mine, labels=mine).loss.backward()
 if dist.get_rank() == 0:
     record = next(r for r in pm.history if r.name == "name_collectives")
     print(record, *record.result.notes, sep="\n  ")
-    print(*(node.name for node in pm.graph.graph.nodes if node.target in COLLECTIVES))
+    print(*(node.name for node in pm.graph.graph.nodes if re.match(r"(layer\d+|outside)_", node.name)))
 dist.destroy_process_group()

@@ -130,6 +130,9 @@ def _pick(node: fx.Node, known: dict) -> Fact | None:
     if fact.kind == "search":
         return _column(node, name_of(node), fact)
     dim = dim_of(node, len(fact.dims), default=0)
+    if dim is not None and fact.dims[dim] == ():
+        dims = moved(node, name_of(node), fact.dims, _sizes(fact))
+        return replace(fact, dims=dims) if dims is not None else None
     if dim is None or fact.dims[dim] != ("e",) or fact.kind not in ("hit", "miss", "weighed", "gate"):
         return None
     if name_of(node) == "select":

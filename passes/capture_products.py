@@ -121,13 +121,13 @@ def _masked(place: Place, mask: Mask, out) -> Place | None:
     (term,) = mask.terms
     if not term.exact or term.slot is not None or term.routing is not place.queue.routing or (term.merged and not place.queue.merged):
         return None
-    return replace(place, guards=place.guards | term.guards, zeroed=place.zeroed or (term.hit and not place.reduced))
+    return replace(place, guards=place.guards | term.guards, outside=0 if place.outside == 0 or (term.hit and not place.reduced) else None)
 
 
 def reduce(fact, labels: set, dims, node: fx.Node):
     """The sum over dims with these labels; `dims` are left."""
     if isinstance(fact, Place):
-        if labels == {"e"} and fact.zeroed and not fact.queue.merged and not fact.reduced:
+        if labels == {"e"} and fact.outside == 0 and not fact.queue.merged and not fact.reduced:
             return replace(fact, dims=dims, reduced=True)
         return replace(fact, dims=dims) if not labels else None
     if not isinstance(fact, Mask):

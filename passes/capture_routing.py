@@ -78,7 +78,8 @@ def name_of(node) -> str:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return ""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1].removesuffix("_")
+        name = node.target._schema.name.split("::")[1]
+        return name if name.endswith("__") else name.removesuffix("_")
     return getattr(node.target, "__name__", "")
 
 
@@ -142,6 +143,8 @@ def moved(node: fx.Node, name: str, dims: Dims, sizes: dict) -> Dims | None:
         if rank > 1:
             order[one], order[other] = order[other], order[one]
         return tuple(dims[d] for d in order)
+    if name == "select" and dims[dim_of(node, rank)] == () and shape_of(node.args[0])[dim_of(node, rank)] == 1:
+        return tuple(label for d, label in enumerate(dims) if d != dim_of(node, rank))
     if name == "unsqueeze":
         at = node.args[1] % (rank + 1)
         return (*dims[:at], (), *dims[at:])

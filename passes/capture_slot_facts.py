@@ -7,6 +7,7 @@
 | `(place * mask).sum(experts)`, `gather` at the ids | place, reduced to the chosen expert |
 | `mask.sum(tokens)` | totals |
 | `place < capacity` | bit; `>=` its not |
+| `place >= 0` where the place is less wherever the expert was not chosen (`place * mask - 1`) | mask |
 | `one_hot(place, C)`, `place[..., None] == arange(C)`, ones scattered at places | mask of slots |
 | products (`*`, `&`, `where`, `masked_fill`, einsum) of masks, bits, places and any other values; sums over experts and choices | mask, place |
 | `mask + mask`, `mask.bool()`, `mask != 0`, layouts, casts | mask |
@@ -127,12 +128,18 @@ def _compare(node: fx.Node, known: dict, hits: dict):
     if name == "eq" and isinstance(other, Numbers) and other.size is not None and fact.dims and fact.dims[-1] == () and shape_of(node)[:-1] == shape_of(left)[:-1]:
         place = Value(left, fact.dims)
         slot = Slot(fact.queue, fact.first, fact.guards, place, other.size, beyond=other.source)
-        return Mask((*fact.dims[:-1], ("c",)), (Term(fact.queue.routing, slot=slot, exact=True, guards=frozenset(), merged=fact.queue.merged),))
+        hit = _known_outside(fact) and fact.outside < 0  # no slot where the expert was not chosen
+        return Mask((*fact.dims[:-1], ("c",)), (Term(fact.queue.routing, hit=hit, slot=slot, exact=True, guards=frozenset(), merged=fact.queue.merged),))
     if name not in ("lt", "le", "gt", "ge") or shape_of(node) != shape_of(left):
         return None
     limit = _number(right)
     if limit is None and isinstance(right, fx.Node) and isinstance(right.meta["val"], torch.Tensor) and right.meta["val"].dim():
         return None
+    least = limit + (name == "gt") if name in ("gt", "ge") and isinstance(limit, int) else None
+    if least is not None and _known_outside(fact) and fact.outside < least <= fact.first:
+        value = Value(node, fact.dims)  # a place has no less than its first number; where guards are 0 nothing is known of it
+        guards = frozenset({Bit(node=node, source=value)}) if fact.guards else frozenset()
+        return Mask(fact.dims, (Term(fact.queue.routing, hit=True, values=(value,) if guards else (), guards=guards, exact=True),))
     inverted = name in ("gt", "ge")
     value = Value(node, fact.dims, inverted)
     if limit is not None and fact.guards == fact.queue.guards:
@@ -141,6 +148,11 @@ def _compare(node: fx.Node, known: dict, hits: dict):
         bit = Bit(node=node, source=value)
     term = Term(fact.queue.routing, values=(value,), guards=frozenset({bit}), exact=True)
     return Drop(fact.dims, term) if inverted else Mask(fact.dims, (term,))
+
+
+def _known_outside(place: Place) -> bool:
+    """Whether the place says of every (token, choice, expert) whether it was chosen, if one of its numbers does."""
+    return place.outside is not None and not place.reduced and not place.queue.merged and any("e" in dim for dim in place.dims)
 
 
 def _nonnegative(value, depth: int = 24) -> bool:
@@ -202,17 +214,17 @@ def _add(node: fx.Node, known: dict, hits: dict):
         if shape_of(node) != shape_of(left):
             return None
         if isinstance(right, int) and not isinstance(right, bool):
-            return replace(fact, first=fact.first + sign * right, zeroed=fact.zeroed and right == 0)
+            return replace(fact, first=fact.first + sign * right, outside=None if fact.outside is None else fact.outside + sign * right)
         if isinstance(other, Totals) and sign == 1 and not fact.reduced and _same_dims(fact.dims, other.dims):
             if any(total in fact.queue.before for total in other.totals):
                 return None
             old = fact.queue
             queue = replace(old, before=old.before | other.totals)
-            return replace(fact, queue=queue, zeroed=False)
+            return replace(fact, queue=queue, outside=None)
         if isinstance(other, Mask) and len(other.terms) == 1 and _same_dims(fact.dims, other.dims):
             term = other.terms[0]
             if term.exact and term.hit and term.slot is None and term.routing is fact.queue.routing and term.guards <= fact.guards:
-                return replace(fact, first=fact.first + sign, zeroed=fact.zeroed and term.guards == fact.guards)
+                return replace(fact, first=fact.first + sign, outside=fact.outside if term.merged == fact.queue.merged else None)
         return None
     if isinstance(fact, Totals) and isinstance(other, Totals) and sign == 1 and fact.dims == other.dims and not fact.totals & other.totals:
         return replace(fact, totals=fact.totals | other.totals)
@@ -238,12 +250,12 @@ def _clamp(node: fx.Node, known: dict, hits: dict) -> Place | None:
     if not isinstance(fact, Place) or (low is not None and not (isinstance(low, int) and low <= fact.first)):
         return None
     if high is None:
-        return replace(fact, zeroed=fact.zeroed and low <= 0)
+        return replace(fact, outside=None if fact.outside is None else max(fact.outside, low))
     limit = _number(high)
     if limit is None:
         return None
     bit = Bit(fact.queue, as_size(sympy.sympify(limit) + 1 - fact.first))
-    return replace(fact, guards=fact.guards | {bit}, zeroed=False)
+    return replace(fact, guards=fact.guards | {bit}, outside=None)
 
 
 def _gather(node: fx.Node, known: dict, hits: dict) -> Place | None:
@@ -256,7 +268,7 @@ def _gather(node: fx.Node, known: dict, hits: dict) -> Place | None:
         return None
     if ids.dims[:dim] + ids.dims[dim + 1 :] != fact.dims[:dim] + fact.dims[dim + 1 :]:
         return None
-    return replace(fact, dims=ids.dims, zeroed=False, reduced=True)
+    return replace(fact, dims=ids.dims, outside=None, reduced=True)
 
 
 # --- slots ----------------------------------------------------------------------------------------------------------------------

@@ -107,13 +107,13 @@ class Mask:
 
 @dataclass(frozen=True)
 class Place:
-    """`first` + the position in the queue, where the guards are 1; `zeroed`: 0 where they are not or the expert was not chosen."""
+    """`first` + the position in the queue, where the guards are 1; `outside`: its value where the expert was not chosen, if that is known."""
 
     dims: Dims
     queue: Queue
     first: int
     guards: frozenset
-    zeroed: bool = False
+    outside: int | None = None
     reduced: bool = field(default=False)  # at the expert that was chosen
 
 

@@ -213,7 +213,8 @@ def _spend(ledger: Ledger, regions, sizing: Sizing, limit: int, sizes: str) -> l
     if ledger.total > limit:
         raise ConfigError(
             f"checkpoint='budget={limit}': at {sizes} a rank keeps at least {int(-(-ledger.total // 1))} bytes ({format_bytes(ledger.total)}) "
-            "of activations even when every region is recomputed (checkpoint='comm')"
+            "of activations even when every region is recomputed (checkpoint='comm'): take a larger budget, fewer rows per rank, or checkpoint='full', which repeats "
+            "collectives too"
         )
     worth = {}
     for at, nodes in enumerate(regions):

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class ExpandAttention(Pass):
-    """`scaled_dot_product_attention` stays whole, except:
+    """`scaled_dot_product_attention` stays whole, except with grouped heads and with dropout.
 
     1. `enable_gqa` with fewer key than query heads: keys and values are repeated by a view, as models do by hand, so that heads are one factor.
     2. `dropout_p > 0`: scores, softmax, dropout and product apart. The fused kernel draws its mask from each rank's own generator, so heads split over

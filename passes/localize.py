@@ -26,7 +26,7 @@ SIZED = {"aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.new_zeros",
 
 @dataclass(frozen=True)
 class Localize(Pass):
-    """Rewrite what depends on sizes, from dims and types alone:
+    """Rewrite what depends on sizes, from dims and types alone.
 
     1. Views, expands, creations, pieces: their literal and symbolic sizes become local ones.
     2. A range over a sharded dim keeps global numbers: local range plus this coordinate's offset. A mean over a sharded dim becomes a sum over the

@@ -34,7 +34,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class LowerExperts(Pass):
-    """For each `dispatch`, by the type of its tokens on each axis that splits the experts:
+    """Each `dispatch` and its way back, by the type of its tokens on each axis that splits the experts.
 
     1. Tokens that differ there travel: `exchange_counts` (one all-gather, one host copy), `all_to_all_single` there and back, rows regrouped by expert.
     2. Tokens replicated there stay: each rank keeps the assignments of its own experts, and the combined output is a partial sum (PPMoE).

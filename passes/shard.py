@@ -49,7 +49,10 @@ class ShardExperts(Pass):
                 found = program.find_uncaptured()
                 detail = "; ".join(f"{style} at {line}" for style, line in found)
                 if found:
-                    raise CaptureError(f"UnsupportedMoE: {detail}: this style of mixture is not captured, so it cannot be split over {axes}")
+                    raise CaptureError(
+                        f"UnsupportedMoE: {detail}: this style of mixture is not captured, so it cannot be split over {axes}: write it in a style that is "
+                        'captured (README, "What is captured"), or leave the expert axes out'
+                    )
                 raise CaptureError(
                     f"expert axes {axes} of size {mesh.size(axes)}, but no MoE layer was found in the model: use those ranks as dp or tp, or see the "
                     "README's list of captured styles"

@@ -6,9 +6,13 @@ one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint de
 """
 
 import contextlib
+import logging
+import os
+import traceback
 
 import torch
 import torch.distributed as dist
+import torch.export._trace
 import torch.fx.experimental.symbolic_shapes
 
 # Registers the `_c10d_functional` operators. Public replacement: none yet; `torch.distributed.all_reduce` and its kin
@@ -30,6 +34,57 @@ scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatt
 _ops = torch.ops._c10d_functional
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
+
+
+@contextlib.contextmanager
+def frames_of_nodes(keep):
+    """While export traces, the stack trace of a node has the frames that `keep` leaves of all of them, outermost first; torch itself keeps only those of
+    functions named `forward`, so a helper method would have the line of its caller. Public replacement: none."""
+    tracer = torch.fx.proxy.TracerBase
+    before = getattr(tracer, "_filter_traceback_frames", None)
+    if before is None:
+        yield
+        return
+    tracer._filter_traceback_frames = lambda self, frames: traceback.StackSummary.from_list(keep(list(frames)))
+    try:
+        yield
+    finally:
+        tracer._filter_traceback_frames = before
+
+
+@contextlib.contextmanager
+def quiet_export():
+    """What torch says of a model that it then refuses is not printed: the exception has it all. Warnings about a model that it accepts come when it is done.
+    Public replacement: none; the loggers are found by name, and the partial graph is printed by torch.export's module."""
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    held = []
+
+    def hold(record):
+        if record.levelno >= logging.WARNING:
+            held.append(record)
+        return record.levelno < logging.WARNING
+
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.fx.experimental.proxy_tensor", "torch.export._trace", "torch._export.non_strict_utils")]
+    names = vars(torch.export._trace)
+    own = "print" in names
+    for logger in loggers:
+        logger.addFilter(hold)
+    if not own:
+        names["print"] = lambda *args, **kwargs: None
+    try:
+        yield
+    except BaseException:
+        held.clear()
+        raise
+    finally:
+        if not own:
+            del names["print"]
+        for logger in loggers:
+            logger.removeFilter(hold)
+        for record in held:
+            logging.getLogger(record.name).handle(record)
 
 
 def _plain(x: torch.Tensor) -> bool:

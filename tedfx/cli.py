@@ -66,10 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--capacity", metavar="WHOSE", help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or local, those of each batch coordinate by itself")
     explain.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares")
     shown = explain.add_argument_group("what is shown")
-    shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1)")
+    shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1); of verify: those of the global batch")
     shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
     shown.add_argument("--outputs", metavar="NAMES", help="keep only these outputs, e.g. loss (then the full logits never exist)")
-    shown.add_argument("--picture", metavar="FILE", help="draw both graphs of --before to FILE (.svg, .png or .pdf); needs matplotlib")
+    shown.add_argument("--picture", metavar="FILE", help="draw both graphs of one MoE layer, or of --before PATH, to FILE (.svg, .png or .pdf); needs matplotlib")
     shown.add_argument("--all", action="store_true", help="every node, not only layers and what communicates")
     shown.add_argument("--no-fold", action="store_true", help="do not fold identical layers into one")
     shown.add_argument("--before", nargs="?", const="", metavar="PATH", help="instead: the graph of one MoE layer, or of the module at PATH (model.layers.0.mlp), before and after")
@@ -116,6 +116,10 @@ def _explain(options) -> int:
         nonlocal clock
         stages[name], clock = time.perf_counter() - clock, time.perf_counter()
 
+    if options.picture:
+        from tedfx.picture import check_format
+
+        check_format(options.picture)
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
     passes = pipeline(
         None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, algebra=options.algebra, checkpoint=options.checkpoint, capacity=options.capacity, zero=options.zero
@@ -133,9 +137,11 @@ def _explain(options) -> int:
     compile_trace(compilation, passes)
     if options.before is not None or options.picture:
         views = before_after(compilation, traced, layer=options.before or "", batch=options.batch, sequence=options.sequence)
+        if options.before is not None:
+            print(views)
         if options.picture:
             views.draw(options.picture)
-        print(f"{views.path}: drawn to {options.picture}" if options.before is None else views)
+            print("\n" * (options.before is not None) + f"{views.path}: drawn to {options.picture}")
         return 0
     told = explain(
         compilation, rows="all" if options.all else "layers", batch=options.batch, sequence=options.sequence, fold=not options.no_fold,
@@ -213,7 +219,9 @@ def _from_factory(spec: str, arguments: dict[str, Any]):
         for part in name.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{spec}: {error}") from None
+        missing = isinstance(error, ModuleNotFoundError) and error.name and (module + ".").startswith(error.name + ".")
+        hint = f"; modules are looked for in the working directory, {os.getcwd()}, and where Python finds its own" if missing else ""
+        raise ConfigError(f"{spec}: {error}{hint}") from None
     try:
         with torch.device("meta"):
             made = factory(**arguments)
@@ -302,12 +310,11 @@ def _passes(options) -> int:
 
 
 def _summary(kind: type) -> str:
-    """The first sentence of a pass's docstring, or of its module's where it refers to that."""
+    """The first paragraph of a pass's docstring, or of its module's where it refers to that: whole sentences."""
     text = (kind.__doc__ or "").strip()
     if text.startswith("See the module"):
         text = (sys.modules[kind.__module__].__doc__ or "").strip()
-    first = text.split("\n\n")[0].rstrip()
-    return (first if first.endswith((".", ":")) else text).replace(" (see the module's docstring)", "").rstrip(":")
+    return text.split("\n\n")[0].rstrip().replace(" (see the module's docstring)", "")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import re
+import sysconfig
 
 __all__ = ["CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line"]
 
@@ -48,6 +49,27 @@ def _machinery() -> tuple[str, ...]:
 def is_machinery(filename: str) -> bool:
     """Whether a frame of this file is torch's or tedfx's own, not the user's model."""
     return filename.startswith(("<frozen", "<string", "<eval", *_machinery()))
+
+
+_INSTALLED = re.compile(r".*[/\\](?:site|dist)-packages[/\\][^/\\]+")
+
+
+@functools.cache
+def _package(filename: str) -> str:
+    """The installed package that a file belongs to; "" for the user's own."""
+    found = _INSTALLED.match(filename)
+    return found.group() if found else "python" if filename.startswith(sysconfig.get_path("stdlib")) else ""
+
+
+def model_frames(frames: list, above: str) -> list:
+    """Of the frames of a call, those of the model: below the last one of the file `above`, in the user's own code or in a package that has a `forward` among them.
+
+    So a helper of the model is its own line, and a library that it calls is the line of the call.
+    """
+    start = max((i for i, f in enumerate(frames) if f.filename == above), default=-1) + 1
+    inside = [f for f in frames[start:] if not is_machinery(f.filename)]
+    packages = {"", *(_package(f.filename) for f in inside if f.name == "forward")}
+    return [f for f in inside if _package(f.filename) in packages]
 
 
 def user_line(source) -> str:

@@ -6,12 +6,15 @@ items of tuples and arithmetic on sizes are left out; lines lead through them.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
 
 from torch import fx
 
 from tedfx.before_after import Step
 from tedfx.cost import format_bytes
+from tedfx.errors import ConfigError
 
 _LEFT_OUT = frozenset("view reshape getitem to _to_copy contiguous alias transpose unsqueeze squeeze expand flatten unflatten sym_size lane_index".split())
 _OURS = frozenset(
@@ -28,6 +31,20 @@ class Box:
     kind: str  # model, ours or collective
     text: list[str]
     row: int = 0
+
+
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def check_format(path: str) -> None:
+    """ConfigError where `path` cannot be drawn to."""
+    if os.path.splitext(path)[1].lower() not in FORMATS:
+        raise ConfigError(f"--picture {path}: write to a name that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise ConfigError(f"--picture {path}: there is no folder {folder}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--picture needs matplotlib: pip install matplotlib")
 
 
 def draw(before: list[Step], after: list[Step], path: str, title: str) -> None:
@@ -57,7 +74,9 @@ def draw(before: list[Step], after: list[Step], path: str, title: str) -> None:
     for number, (kind, words) in enumerate((("model", "the user's node"), ("ours", "rows sorted, cut, put back: local"), ("collective", "communicates"))):
         axes.add_patch(FancyBboxPatch((0.6 + 6.5 * number, -rows - 0.12), 0.5, 0.3, boxstyle="round,pad=0.02,rounding_size=0.08", facecolor=COLORS[kind], edgecolor="#7a828c", linewidth=0.7))
         axes.text(1.3 + 6.5 * number, -rows + 0.03, words, va="center", fontsize=8)
-    figure.savefig(path, bbox_inches="tight", dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
+    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    with matplotlib.rc_context({"svg.hashsalt": "tedfx"}):  # else the ids of clip paths are drawn by lot
+        figure.savefig(path, bbox_inches="tight", dpi=150, metadata=dates.get(os.path.splitext(path)[1].lower()))
     plt.close(figure)
 
 
@@ -122,4 +141,4 @@ def _sources(node: fx.Node, drawn: dict[fx.Node, Box]) -> list[Box]:
     return sorted(found, key=lambda b: b.row)
 
 
-__all__ = ["draw"]
+__all__ = ["check_format", "draw"]

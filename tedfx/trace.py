@@ -31,8 +31,8 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tedfx._torch import FakeTensorMode, pytree
-from tedfx.errors import TraceError, user_line
+from tedfx._torch import FakeTensorMode, frames_of_nodes, pytree, quiet_export
+from tedfx.errors import TraceError, model_frames, user_line
 from tedfx.passes.base import emit, evaluate
 from tedfx.regions import inline_regions
 
@@ -334,15 +334,17 @@ def trace(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Where opt_einsum is installed, torch asks it for the order of a product of three operands; it takes sizes as numbers, which would fix them.
         stack.enter_context(torch.backends.opt_einsum.flags(enabled=False))
+        stack.enter_context(frames_of_nodes(lambda frames: model_frames(frames, __file__)))
         deferred = False
         for attempt in itertools.count():
             plan = {n: traced[n] if n in free else sizes[n][0] for n in sizes}
             examples = spec.unflatten([example(x, r, plan) for x, r in zip(leaves, leaf_roles)])
             dynamic = spec.unflatten([shapes(x, r, free) for x, r in zip(leaves, leaf_roles)])
             try:
-                exported = torch.export.export(
-                    model, (), examples, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred
-                )
+                with quiet_export():
+                    exported = torch.export.export(
+                        model, (), examples, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred
+                    )
                 break
             except TraceError:  # a frontend's own, with the line
                 raise
@@ -419,8 +421,11 @@ def _trace_error(error: Exception) -> TraceError:
     cause = text.splitlines()[0] if text else type(error).__name__
     where = user_line(error)
     if "data-dependent" in text or type(error).__name__ == "GuardOnDataDependentSymNode":
-        fix = "make the computation independent of tensor values there, or of the number of matching elements"
-    elif "Constraints violated" in text:
+        return TraceError(
+            f"cannot trace: the model's Python asks for a value that is only known when it runs | at {where} | make the computation independent of tensor "
+            f"values there (torch.where in place of an if), or of the number of matching elements ({type(error).__name__}: {cause})"
+        )
+    if "Constraints violated" in text:
         fix = "pass example inputs with sizes that this line accepts"
     else:
         fix = "make this line traceable by torch.export, or take it out of forward"

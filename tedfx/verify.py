@@ -25,7 +25,7 @@ from tedfx._version import __version__
 from tedfx.errors import ConfigError
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
-from tedfx.verify_run import Outcome, Recipe, check_batch, errors, make_batch, prepare, relative, train_rank, train_reference, unequal_replicas
+from tedfx.verify_run import Outcome, Recipe, check_batch, errors, make_batch, prepare, relative, split_batch, train_rank, train_reference, unequal_replicas
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def verify(
     batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments; a
                    factory that returns (model, inputs) gives it as well.
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
-    passes, dedup, sequence_parallel, algebra, checkpoint: as `parallelize` takes them; a budget is for the global batch's sizes.
+    passes, dedup, sequence_parallel, algebra, checkpoint: as `parallelize` takes them; a budget is for the rows of one rank.
     capacity       "local": the single device runs the model's own graph with its tokens in as many groups as the mesh has batch coordinates (`verify_run.in_groups`).
     zero           stage of ZeRO; at 1 and 2 the mesh steps with `tedfx.optim.ShardedOptimizer`.
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else gloo.
@@ -163,7 +163,7 @@ def verify(
     check_batch(batch, resolved)
 
     switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, checkpoint=checkpoint, capacity=capacity, zero=zero)
-    options = dict(roles=roles, passes=passes, **switches, compile=compile, example_inputs=_example(batch))
+    options = dict(roles=roles, passes=passes, **switches, compile=compile, example_inputs=_example(one_call(batch, checkpoint, shape.size(resolved.batch))))
     if fork:
         prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]
         given = model
@@ -206,6 +206,11 @@ def compare(title: str, reference: Outcome, outcomes: Sequence[Outcome], toleran
 def _reference(rank_model, batch, recipe: Recipe, device: str, groups: int) -> Outcome:
     model = rank_model if isinstance(rank_model, nn.Module) else recipe.make(rank_model)[0]
     return train_reference(model, batch, recipe, device, groups)
+
+
+def one_call(batch: Mapping[str, Any], checkpoint: str | None, ranks: int) -> Mapping[str, Any]:
+    """What stands for a rank's call while compiling. A budget counts its bytes; for all else any number of rows will do."""
+    return split_batch(batch, 0, ranks) if (checkpoint or "").startswith("budget") else batch
 
 
 def _example(batch: Mapping[str, Any]) -> dict[str, Any]:

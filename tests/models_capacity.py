@@ -176,8 +176,63 @@ class Ranked(Stacks):
         return y.view(batch, length, hidden), (probs.mean(0) * used.to(probs.dtype)).sum() / tokens
 
 
-LAYERS = {"switch": Switch, "gshard": GShard, "grouped": Grouped, "modules": Modules, "ranked": Ranked}
-FACTORS = {"switch": 1.25, "gshard": 0.6, "grouped": 0.75, "modules": 0.6, "ranked": 0.7}
+class Top1(Stacks):
+    """Top-1 in three ways to say who is kept: below, `dispatch` makes [n,e,c] of the mask and the chosen expert's score."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        capacity = int(self.capacity_factor * flat.shape[0] / self.c.experts)
+        probs = self.router(flat).softmax(-1)
+        gate, index = self.choose(probs)
+        mask = F.one_hot(index, self.c.experts)
+        dispatch = self.dispatch(mask, capacity).to(x.dtype)
+        inputs = einsum("nh,nec->ech", flat, dispatch)
+        outputs = torch.bmm(F.relu(torch.bmm(inputs, self.up) + self.up_bias[:, None]), self.down) + self.down_bias
+        y = einsum("ech,nec->nh", outputs, dispatch * gate[:, None, None])
+        return y.reshape(x.shape), self.c.experts * (mask.to(probs.dtype).mean(0) * probs.mean(0)).sum()
+
+    def choose(self, probs):
+        return probs.max(-1)
+
+
+class Signed(Top1):
+    """A place is -1 at the experts that were not chosen, and who has a place from 0 to the capacity is kept."""
+
+    def dispatch(self, mask, capacity):
+        place = mask.cumsum(0) * mask - 1
+        keep = (place < capacity) & (place >= 0)
+        slot = F.one_hot((place * keep).sum(-1), capacity)
+        return keep.unsqueeze(-1) * slot.unsqueeze(1)
+
+
+class Compared(Top1):
+    """The same place, compared with all slots: -1 is none."""
+
+    def choose(self, probs):
+        index = probs.argmax(-1)
+        return probs.gather(1, index[:, None])[:, 0], index
+
+    def dispatch(self, mask, capacity):
+        place = mask.cumsum(0) * mask
+        return (place[..., None] - 1) == torch.arange(capacity, device=mask.device)
+
+
+class Selected(Top1):
+    """DeepSpeed's top1gating; a top-k of one, of which the first is taken."""
+
+    def choose(self, probs):
+        gate, index = probs.topk(1, -1)
+        return gate[:, 0], index[:, 0]
+
+    def dispatch(self, mask, capacity):
+        locations = torch.cumsum(mask, 0) - 1
+        mask = mask * torch.lt(locations, capacity)
+        slot = F.one_hot(torch.sum(locations * mask, dim=1), capacity)
+        return einsum("se,sc->sec", mask, slot)
+
+
+LAYERS = {"switch": Switch, "gshard": GShard, "grouped": Grouped, "modules": Modules, "ranked": Ranked, "signed": Signed, "compared": Compared, "selected": Selected}
+FACTORS = {"switch": 1.25, "gshard": 0.6, "grouped": 0.75, "modules": 0.6, "ranked": 0.7, "signed": 1.25, "compared": 1.25, "selected": 1.25}
 
 
 def make(layer: str, capacity_factor: float | None = None, **config):

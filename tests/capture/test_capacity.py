@@ -130,9 +130,14 @@ def one_based(mask):
     return mask.cumsum(0) * mask - 1
 
 
+def within(place):
+    return (place < C) & (place > -1)
+
+
 @pytest.mark.parametrize(
     "parts",
     [
+        {"place": one_based, "keep": within},
         {"top": 2}, {"slots": by_comparison, "keep": None, "top": 2}, {"slots": by_scatter}, {"slots": clamped},
         {"keep": lambda place: place <= C - 1, "choose": lambda combine: combine > 0}, {"place": one_based, "keep": lambda place: ~(place >= C)},
         {"place": lambda mask: mask.double().cumsum(0).long() - mask},
@@ -154,6 +159,7 @@ def test_other_words_for_it(parts):
 @pytest.mark.parametrize(
     "parts, why",
     [
+        ({"place": one_based, "keep": lambda place: place >= 0, "slots": lambda place, mask: F.one_hot((place * mask).sum(-1).clamp(max=C - 1), C)}, "beyond the capacity are not masked out"),
         ({"keep": None, "slots": clamped}, "beyond the capacity are not masked out"),
         ({"top": 2, "behind": lambda place, first: place}, "does not queue behind another"),
         ({"top": 2, "behind": lambda place, first: place + first.sum(0) - 1}, "does not queue behind another"),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tedfx.passes.capture_chains import dependence
 from tedfx.passes.capture_masks import facts
+from tedfx.passes.capture_slot_facts import slot_facts
+from tedfx.passes.capture_slots import Drop
 from torch import fx
 
 aten = torch.ops.aten
@@ -56,6 +58,53 @@ def test_ids(d):
     first = d(aten.select.int, d.ids, 1, 0)
     assert fact(d, first).routing.node is first and fact(d, first).routing.choices == 1
     assert fact(d, d(aten.add.Tensor, d.ids, 1)) is None
+
+
+def test_one_choice():
+    """What is left of a dim of size 1 is a view: the same choice of experts."""
+    d = Drawing()
+    ids = d(operator.getitem, d(aten.topk.default, d.input("scores", torch.rand(N, E)), 1), 1)
+    first = fact(d, d(aten.select.int, ids, 1, 0))
+    assert (first.kind, first.dims, first.routing.node) == ("ids", (("t0",),), ids)
+    mask = d(aten.one_hot.default, ids, E)
+    assert fact(d, d(aten.select.int, mask, 1, 0)).dims == (("t0",), ("e",))
+
+
+def place(d, mask=None):
+    """(mask, its cumsum times itself): 0 where the expert was not chosen."""
+    mask = d(aten.one_hot.default, d(aten.argmax.default, d.scores, -1), E) if mask is None else mask
+    return mask, d(aten.mul.Tensor, d(aten.cumsum.default, mask, 0), mask)
+
+
+def slot_fact(d, node):
+    return slot_facts(d.graph).get(node)
+
+
+def test_places_that_know_who_was_chosen(d):
+    mask, at = place(d)
+    less = d(aten.sub.Tensor, at, 1)
+    assert [(slot_fact(d, n).first, slot_fact(d, n).outside) for n in (at, less, d(aten.clamp.default, less, 0))] == [(1, 0), (0, -1), (0, 0)]
+    assert slot_fact(d, d(aten.sub.Tensor, d(aten.cumsum.default, mask, 0), mask)).outside is None
+    (term,) = slot_fact(d, d(aten.ge.Scalar, less, 0)).terms
+    assert (term.hit, term.exact, term.guards, term.values) == (True, True, frozenset(), ())
+    assert slot_fact(d, d(aten.gt.Scalar, at, 0)).terms[0].hit
+    keep = d(aten.__and__.Tensor, d(aten.lt.Scalar, less, 2), d(aten.ge.Scalar, less, 0))
+    (kept,) = slot_fact(d, keep).terms
+    assert kept.hit and kept.exact and len(kept.guards) == 1
+    # a comparison that holds where nobody was chosen, or that not every place passes, says no more than its own bit
+    assert isinstance(slot_fact(d, d(aten.ge.Scalar, less, -1)), Drop) and isinstance(slot_fact(d, d(aten.ge.Scalar, at, 2)), Drop)
+    # a place masked by a bit is 0 or less where the bit is 0: that bit stays a guard
+    masked = d(aten.sub.Tensor, d(aten.mul.Tensor, at, d(aten.lt.Scalar, at, 3)), 1)
+    (term,) = slot_fact(d, d(aten.ge.Scalar, masked, 0)).terms
+    assert term.hit and len(term.guards) == 1 and slot_fact(d, masked).outside == -1
+
+
+def test_slots_by_comparison(d):
+    _, at = place(d)
+    slots = lambda node: slot_fact(d, d(aten.eq.Tensor, d(aten.unsqueeze.default, node, -1), d(aten.arange.default, 3)))
+    found = slots(d(aten.sub.Tensor, at, 1))
+    assert found.dims == (("t0",), ("e",), ("c",)) and found.terms[0].hit and found.terms[0].slot.first == 0
+    assert not slots(at).terms[0].hit  # 0 is a slot, and the place of whoever was not chosen
 
 
 def test_argmax_and_modulo():

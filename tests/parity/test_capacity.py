@@ -18,6 +18,7 @@ CASES = [
     one("capacity_switch", "dp=2"),
     one("capacity_switch", "ep=2"),
     one("capacity_switch", "ep=2,tp=2"),
+    *(one(f"capacity_{name}", "ep=2,tp=2") for name in ("signed", "compared", "selected")),
     one("capacity_switch", "tp=2", roles=PPMOE),
     one("capacity_gshard", "ep=2"),
     one("capacity_gshard", "tp=2"),
@@ -48,6 +49,7 @@ LOCAL = [
     one("capacity_gshard", "ep=2,tp=2", capacity="local", checkpoint="comm", steps=1, batch="odd"),
     one("capacity_gshard", "ep=2", capacity="local", checkpoint="full", steps=1),
     one("capacity_switch", "ep=2,tp=2", capacity="local", batch="one_token_in_second_half"),
+    one("capacity_compared", "ep=2,tp=2", capacity="local"),
     one("capacity_switch", "tp=2", roles=PPMOE, capacity="local"),  # one batch coordinate: the global function
 ]
 # Rows in slots, where a group of tokens is whole on a rank: as most of the above, and a capacity per sequence.

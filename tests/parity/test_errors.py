@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tedfx
+from tedfx.errors import ConfigError
 from tedfx.verify import verify
 from tedfx.verify_models import factory
 from tedfx.verify_run import split_batch
@@ -131,6 +132,11 @@ def test_models_that_cannot_be_verified():
     refused("ConfigError", ["'mixtrul'", "mixtral"], "mixtrul", "dp=2")
     refused("ConfigError", ["hiden_size", "hidden_size"], "mixtral", "dp=2", {"hiden_size": 3})
     refused("ConfigError", ["nowhere:thing"], "nowhere:thing", "dp=2")
+
+
+def test_a_budget_is_for_the_rows_of_one_rank():
+    with pytest.raises(ConfigError, match="at batch = 4, sequence = 12 a rank keeps at least"):
+        verify(factory("mixtral"), "ep=2", checkpoint="budget=1", batch=8, device="cpu")
 
 
 def old_release(model, mesh, kwargs, overrides):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_checkpoint(capsys):
     nodes = [n for layer in json.loads(out)["layers"] if layer["path"] for n in layer["nodes"]]
     assert {n["region"] for n in nodes if n["op"] == "gelu"} == {0} and {n["region"] for n in nodes if n["op"] == "all_reduce"} == {None}
     assert " region\n" not in run(capsys, *arguments)[1]
-    for policy, line in (("some", "'some': one of none"), ("budget=1", "keeps at least")):
+    for policy, line in (("some", "'some': one of none"), ("budget=1", "take a larger budget, fewer rows per rank")):
         status, out, err = run(capsys, *arguments, "--checkpoint", policy)
         assert (status, out, err.count("\n")) == (2, "", 1) and line in err
 
@@ -65,10 +66,20 @@ def test_before(capsys):
     assert "linear(sum_gradient_1, up.weight" in out
 
 
+def test_picture_says_where(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "layer.svg"
+    for before in ((), ("--before", "blocks.1")):
+        status, out, _ = run(capsys, "explain", TOY, "--mesh", "tp=2", "--picture", file, *before)
+        assert status == 0 and out.splitlines()[-1] == f"{before[1] if before else 'blocks.0'}: drawn to {file}" and ("local shapes" in out) == bool(before)
+
+
 def test_passes(capsys):
     status, out, _ = run(capsys, "passes")
     assert status == 0
     assert [line.split()[1] for line in out.splitlines() if line[:2].strip().isdigit()] == [p.name for p in tedfx.default_passes()]
+    summaries = [" ".join(block.split("      (")[0].split("\n")[1:]) for block in re.split(r"\n(?=[ \d]\d  )", out)]
+    assert len(summaries) == len(tedfx.default_passes()) and all(text.split() and text.rstrip().endswith(".") for text in summaries)
     assert "Give every value a type" in out and "requires tensor_plan; provides types" in out
 
 
@@ -98,7 +109,8 @@ def test_version_and_help(capsys):
         (["mixtral", "--mesh", "dp=2", "--set", "hidden_size=8.5"], "--set hidden_size=8.5: expected a value like 4096"),
         (["mixtral", "--mesh", "dp=2", "--dtype", "int8"], "no floating dtype"),
         (["mixtral", "--mesh", "dp=2"] + ["--set", "hidden_act=nosuch", "num_hidden_layers=1"], "mixtral with {"),
-        (["tests.report.nowhere:make", "--mesh", "dp=2"], "No module named 'tests.report.nowhere'"),
+        (["tests.report.nowhere:make", "--mesh", "dp=2"], "No module named 'tests.report.nowhere'; modules are looked for in the working directory"),
+        (["tests.report.nowhere:make", "--mesh", "dp=2", "--picture", "x.docx"], "--picture x.docx: write to a name that ends in .svg, .png or .pdf"),
         (["tests.report.toy:nothing", "--mesh", "dp=2"], "has no attribute 'nothing'"),
         (["tests.report.toy:fails", "--mesh", "dp=2"], "raised RuntimeError: no such thing"),
         (["tests.report.toy:a_string", "--mesh", "dp=2"], "returned a str, not a torch.nn.Module"),

@@ -231,6 +231,8 @@ def test_picture(compilations, traces, tmp_path):
     views.draw(str(tmp_path / "layer.svg"))
     text = (tmp_path / "layer.svg").read_text()
     assert text.startswith("<?xml") and len(text) > 10000
+    views.draw(str(tmp_path / "again.svg"))
+    assert (tmp_path / "again.svg").read_text() == text
 
 
 def test_notes_and_frozen():
