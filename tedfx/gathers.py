@@ -11,7 +11,7 @@ Order is the same on all ranks: that of the graph in forward, the reverse in bac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
