@@ -1,5 +1,6 @@
 """Models made on the meta device: their own initialisation, folders of weights in and out, bit by bit the single device's."""
 
+import itertools
 import os
 from functools import partial
 
@@ -393,3 +394,23 @@ def mixed():
 
 def test_half_meta(ranks):
     ranks(2).run(mixed)
+
+
+def test_boxes_of_converted_tensors():
+    """What is read box by box is what the operations make of the whole: boxes that span parts, too."""
+    from tedfx.lazy import Cat, Cut, Source, Stack, Swap
+
+    files = {f"{kind}{e}": torch.randn(3, 4) for kind in "gu" for e in range(3)}
+    sources = {name: Source(name, (3, 4)) for name in files}
+    halves = [Stack(0, [sources[f"{kind}{e}"] for e in range(3)]) for kind in "gu"]
+    whole = torch.cat([torch.stack([files[f"{kind}{e}"] for e in range(3)]) for kind in "gu"], 1)
+    read = lambda name, box: files[name][box]  # noqa: E731
+    cases = [(Cat(1, halves), whole), (Swap(1, 2, Cat(1, halves)), whole.transpose(1, 2)), (Cut(1, 2, 3, Cat(1, halves)), whole[:, 2:5])]
+    cases.append((Cut(2, 1, 4, Swap(1, 2, Cat(1, halves))), whole.transpose(1, 2)[:, :, 1:5]))
+    for node, expected in cases:
+        assert node.shape == tuple(expected.shape)
+        boxes = [[slice(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in node.shape]
+        for box in itertools.product(*boxes):
+            out = torch.full_like(expected[box], float("nan"), dtype=torch.float64)
+            node.fill(box, out, read)
+            assert torch.equal(out, expected[box].double()), (node, box)
