@@ -82,6 +82,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--checkpoint", default="none", metavar="POLICY",
                        help="what backward computes again instead of keeping it: none, comm (local work only), selective (attention), full (whole layers) "
                             "or budget=<bytes>, e.g. budget=200MB of activations per rank (default: none)")
+    group.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients too, 3 parameters too, in shares (default: 0)")
 
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=150, metavar="N", help="optimizer steps (default: 150)")
@@ -271,12 +272,14 @@ def main(args: argparse.Namespace) -> None:
     example = torch.zeros(rows, args.sequence_length, dtype=torch.int64)
     pm = tedfx.parallelize(
         model, mesh, roles=roles, compile=args.compile, dedup=args.dedup, sequence_parallel=args.sequence_parallel, checkpoint=args.checkpoint,
-        capacity=args.capacity, example_inputs={"input_ids": example, "labels": example},
+        capacity=args.capacity, zero=args.zero, example_inputs={"input_ids": example, "labels": example},
     )
     say(f"parallelize: {time.perf_counter() - start:.1f} s", flush=True)
     index, count = pm.batch_coordinate
     mine = slice(index * args.batch_size // count, (index + 1) * args.batch_size // count)
-    optimizer = torch.optim.AdamW(pm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    options = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    # ZeRO's stages 1 and 2 need an optimizer that knows shares; at 3 the parameters are shares, and this one steps them tile by tile.
+    optimizer = tedfx.optim.ShardedOptimizer(pm, torch.optim.AdamW, **options) if args.zero else torch.optim.AdamW(pm.parameters(), **options)
     decay = lambda step: 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(1, args.warmup)) * decay(step))
     draw = torch.Generator().manual_seed(args.seed)  # of the global batch: the same stream on any mesh
@@ -346,7 +349,7 @@ def main(args: argparse.Namespace) -> None:
                 if not fine[0]:
                     raise SystemExit("pretrain: the first step is not the single device's (above)" if rank == 0 else 1)
             del model
-        norm = torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
+        norm = optimizer.clip_grad_norm_(1.0) if args.zero else torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
         rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()

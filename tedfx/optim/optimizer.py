@@ -72,6 +72,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
             raise ConfigError(f'offload={offload!r}: "cpu" or None')
         if not master_dtype.is_floating_point:
             raise ConfigError(f"master_dtype={master_dtype}: a floating-point dtype")
+        module.require_weights("ShardedOptimizer")
         self._module, self._class, self._options = module, optimizer_class, options
         self.tile, self.max_norm, self._scaler, self._host, self._master_dtype = tile, max_norm, LossScale.of(loss_scale), offload == "cpu", master_dtype
         self._shares: dict[str, Share] = {}  # by layout name, in the order of the groups
