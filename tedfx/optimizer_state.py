@@ -86,7 +86,7 @@ class OptimizerState:
     """Out: `tensors()`, `numbers()`, `groups()`. In: `targets(saved)`, then `check(small)`, then `load(small)`."""
 
     def __init__(self, pm, optimizer):
-        self.pm, self.optimizer, self.kind = pm, optimizer, type(optimizer).__name__
+        self.pm, self.optimizer, self.kind = pm, optimizer, getattr(optimizer, "kind", type(optimizer).__name__)
         self.own = hasattr(optimizer, "named_state")
         if not self.own and not isinstance(optimizer, torch.optim.Optimizer):
             raise CheckpointError(f"{self.kind} is no torch.optim.Optimizer and has no named_state(): its state cannot be saved")
@@ -123,7 +123,7 @@ class OptimizerState:
             mine = {key: plain(value) for key, value in values.items() if not isinstance(value, DTensor)}
             numbers.update((user, mine) for user in self._users(name) if mine)
         groups = [
-            {**{key: plain(value) for key, value in group.items() if key != "names"}, "names": [u for n in group["names"] for u in self._users(n)]}
+            {**{key: plain(value) for key, value in group.items() if key != "names" and key not in _IMPLEMENTATION}, "names": [u for n in group["names"] for u in self._users(n)]}
             for group in self.state.hyperparameters()
         ]
         scaler = self.state.scaler_state() if hasattr(self.state, "scaler_state") else None
@@ -186,6 +186,7 @@ class OptimizerState:
                         values[key].copy_(torch.as_tensor(value))
                     else:
                         values[key] = value
+            self.state.states_changed()
         else:
             self.state.replace(self._targets, numbers)
             self._targets = {}

@@ -206,6 +206,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         """The loss times the loss scale, to call backward on; a 0-dim float16 loss becomes float32. Without a loss scale, the loss itself."""
         return loss if self._scaler is None else loss * torch.tensor(self._scaler.scale, dtype=torch.float32, device=loss.device)
 
+    kind = property(lambda self: self._class.__name__, doc="The class that updates: checkpoints of the same class fit, sharded or not.")
     loss_scale = property(lambda self: 1.0 if self._scaler is None else self._scaler.scale, doc="What `scale` multiplies by now.")
     skipped = property(lambda self: 0 if self._scaler is None else self._scaler.skipped, doc="Steps left out so far, for a gradient that was not finite.")
 

@@ -180,6 +180,9 @@ class Own:
     def named_state(self):
         return self.states
 
+    def states_changed(self):
+        self.told = True
+
     def hyperparameters(self):
         return [{"names": list(self.states), "lr": self.inner.param_groups[0]["lr"]}]
 
@@ -207,7 +210,7 @@ def own_state(folder):
     other = Own(pm_2, list(pm_2.parameters()))
     other.create_state()
     tedfx.Checkpointer(folder, pm_2, other).load()
-    assert other.scale == {"scale": 4.0} and other.inner.param_groups[0]["lr"] == 0.25
+    assert other.told and other.scale == {"scale": 4.0} and other.inner.param_groups[0]["lr"] == 0.25
     for name, values in own.states.items():
         found = other.states[name]
         assert torch.equal(found["exp_avg"].to_local(), values["exp_avg"].to_local()) and found["step"] == values["step"] and found["count"] == values["count"], name
