@@ -316,3 +316,34 @@ def converted():
 
 def test_parameters_keep_their_dtype(ranks):
     ranks(2).run(converted)
+
+
+def summed_wide(stage):
+    """bfloat16 parameters, gradients summed and kept in float32: two micro-batches, one sum."""
+    pm = toy.parallel(context((2, 2), ("dp", "tp")).device_mesh, toy.Mlp(0).to(torch.bfloat16), zero=stage, gradient_dtype=torch.float32)
+    (x, labels), grads = (t.to(torch.bfloat16) for t in toy.shard(pm, *toy.data(0, rows=8))), {}
+    with pm.no_sync():
+        pm(x[:2], labels[:2])["loss"].backward()
+    for name, p in ((name, pm._parameter(name)) for name in pm._placed):
+        grads[name] = None if p.grad is None else p.grad.to_local().clone()
+        assert p.grad is None or p.grad.dtype == p.grad.to_local().dtype == torch.float32
+    pm(x[2:], labels[2:])["loss"].backward()
+    assert all(p.dtype == torch.bfloat16 and (p.grad is None or p.grad.dtype == torch.float32) for p in pm.parameters())
+    assert sum(r.bytes for r in pm.reductions) == 4 * sum(pm._placed[n].whole.numel for n, g in grads.items() if g is not None)
+    expected = {n: g.float() for n, g in named_grads_of_halves(toy.data(0, rows=8)).items()}
+    found = pm.gather_gradients()
+    assert all((found[n] - g).norm() < 0.02 * g.norm() for n, g in expected.items())
+
+
+def named_grads_of_halves(data):
+    """Rows that the two data ranks take first, and those that they take second, each a mean of its own."""
+    model = toy.Mlp(0)
+    x, labels = data
+    for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        model(x[rows], labels[rows])["loss"].backward()
+    return named_grads(model)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gradients_in_a_wider_dtype(ranks, stage):
+    ranks(4).run(summed_wide, stage)

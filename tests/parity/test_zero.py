@@ -94,3 +94,25 @@ def accumulated(pm, batch, rank):
 def test_micro_batches_are_reduced_once(stage):
     for error, before, after in on_ranks(case("llama", "dp=2", zero=stage, overrides={"num_hidden_layers": 1}), accumulated):
         assert error < 1e-6 and (before, after) == (0, 1)
+
+
+def collectives(pm, batch, rank):
+    """What a compiled step runs, forward and backward apart."""
+    index, count = pm.batch_coordinate
+    mine = split_batch(batch, index, count)
+    pm(**mine).loss.backward()
+    found = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as forward:
+        loss = pm(**mine).loss
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as backward:
+        loss.backward()
+    for profile in (forward, backward):
+        names = Counter(event.name.rpartition("::")[2] for event in profile.events() if event.name.startswith("_c10d_functional::"))
+        found.append((names["all_gather_into_tensor"], names["reduce_scatter_tensor"]))
+    return found, len([n for n in pm.graph.graph.nodes if getattr(n.target, "__name__", "") == "gather_parameters"])
+
+
+def test_a_compiled_backward_gathers_again():
+    """Instead of keeping whole weights: all but the embedding's, and each gradient is scattered where it arises."""
+    for (forward, backward), gathers in on_ranks(case("llama", "dp=2", zero=3, compile="aot_eager", dtype="float32"), collectives):
+        assert forward == (gathers, 0) and backward == (gathers - 1, gathers)
