@@ -33,7 +33,7 @@ def _scaled_reduction(factor, axes=None):
 
     def launch(self, overlapped):
         before(self, overlapped)
-        bucket, flat, have, work = self._flying[-1]
+        bucket, flat, have, work, rows = self._flying[-1]
         if axes in (None, bucket.axes):
             work.wait()
             flat.mul_(factor(bucket))
@@ -52,8 +52,8 @@ def boundary_skips(rank):
 
     before = parameters.Placed.__init__
 
-    def init(self, layout, mesh):
-        before(self, dataclasses.replace(layout, reduce_axes=()), mesh)
+    def init(self, layout, mesh, stage=0):
+        before(self, dataclasses.replace(layout, reduce_axes=()), mesh, stage)
 
     parameters.Placed.__init__ = init
 
@@ -64,10 +64,31 @@ def boundary_skips_experts(rank):
 
     before = parameters.Placed.__init__
 
-    def init(self, layout, mesh):
-        before(self, dataclasses.replace(layout, reduce_axes=()) if "experts" in layout.name else layout, mesh)
+    def init(self, layout, mesh, stage=0):
+        before(self, dataclasses.replace(layout, reduce_axes=()) if "experts" in layout.name else layout, mesh, stage)
 
     parameters.Placed.__init__ = init
+
+
+def shares_in_another_order(rank):
+    """ZeRO's rows of the ranks, collected in the wrong order."""
+    from tedfx import cuts
+
+    before = cuts.Cut.collect
+    cuts.Cut.collect = lambda self, rows, out=None: before(self, rows.flip(0), out)
+
+
+def weights_read_back_to_front(rank):
+    """ZeRO-3's backward reads whole weights in another order than forward did."""
+    from tedfx import gathers
+
+    before = gathers.Store._read
+
+    def read(self, note):
+        value = before(self, note)
+        return value.flip(0) if isinstance(note, gathers._Note) else value
+
+    gathers.Store._read = read
 
 
 def groups_swapped(rank):

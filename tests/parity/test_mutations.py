@@ -11,6 +11,7 @@ DP = case("mixtral", "dp=2", steps=1)
 EP = case("mixtral", "ep=2", steps=1)
 EP_TP = case("mixtral", "ep=2,tp=2", steps=1)
 DP_TP = case("llama", "dp=2,tp=2", steps=1)
+ZERO = case("mixtral", "dp=2", steps=1, zero=3)
 DP_EP = case("qwen2_moe", "dp=2,ep=2", steps=1)
 
 # mutation -> (case, rows that must fail)
@@ -21,6 +22,8 @@ MUTATIONS = [
     (mutations.boundary_averages, DP, ("gradients", "gradient norm")),
     (mutations.boundary_skips, DP, ("gradients", "replicas")),
     (mutations.boundary_skips_experts, DP_EP, ("gradients", "replicas")),
+    (mutations.shares_in_another_order, ZERO, ("loss", "gradients")),
+    (mutations.weights_read_back_to_front, ZERO, ("gradients",)),
     (mutations.groups_swapped, DP_TP, ("loss", "gradients")),
     (mutations.label_count_is_local, DP, ("loss", "gradients")),
     (mutations.exchange_forgets_a_row, EP, ("gradients",)),
