@@ -27,16 +27,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import fx, nn
 
-# Private to torch, all of it here; the first is the process group without other ranks of torch's own tests.
-from torch.testing._internal.distributed.fake_pg import FakeStore  # isort: skip
-from torch.distributed._tools.mem_tracker import MemTracker  # isort: skip
-
 from tedfx import ops
-from tedfx._torch import FakeTensorMode, TorchDispatchMode
+from tedfx._torch import FakeTensorMode, TorchDispatchMode, fake_world, memory_tracker
 from tedfx.activations import Ledger, Sizing
 from tedfx.api import _groups  # private to tedfx
 from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes
@@ -167,13 +162,12 @@ def rank_of(program: Compilation) -> Iterator[RankContext]:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh, hook = program.roles.mesh, sys.excepthook
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(mesh.sizes))
     try:
-        context = RankContext(init_device_mesh("cpu", mesh.sizes, mesh_dim_names=mesh.names), [tuple(mesh.names), *map(tuple, _groups(program, mesh))])
-        with use(context):
-            yield context
+        with fake_world(0, math.prod(mesh.sizes)):
+            context = RankContext(init_device_mesh("cpu", mesh.sizes, mesh_dim_names=mesh.names), [tuple(mesh.names), *map(tuple, _groups(program, mesh))])
+            with use(context):
+                yield context
     finally:
-        dist.destroy_process_group()
         sys.excepthook = hook  # each process group adds a prefix to what is printed of an exception
 
 
@@ -248,7 +242,7 @@ def prepare(program: Compilation, real: bool) -> fx.GraphModule:
 
 def kept(program: Compilation, real: bool = False) -> int:
     """Bytes that forward made and that are still there when it has ended, by torch's MemTracker; outputs left out."""
-    module, tracker = prepare(program, real), MemTracker()
+    module, tracker = prepare(program, real), memory_tracker()
     gc.freeze()  # the collection below need not look at what is there already
     with rank_of(program), contextlib.nullcontext() if real else FakeTensorMode():
         given = operands(program)

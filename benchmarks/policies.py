@@ -126,24 +126,35 @@ def measure(rank, args) -> list[dict]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--sequence", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=2, help="sequences per data rank")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--runs", type=int, nargs="+", default=list(range(len(RUNS))), help="numbers of the runs (default: all)")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N most costly kernels of one more step")
-    parser.add_argument("--profile-by", default="self_cuda_time_total", help="or self_cpu_time_total: what keeps the host")
-    parser.add_argument("--timeout", type=float, default=560.0)
-    parser.add_argument("--out", default="policies.jsonl")
-    args = parser.parse_args()
+def parser(description: str, runs: list, steps: int, out: str) -> argparse.ArgumentParser:
+    """What the benchmarks of this model on two GPUs share."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--layers", type=int, default=8)
+    made.add_argument("--hidden", type=int, default=2048)
+    made.add_argument("--sequence", type=int, default=4096)
+    made.add_argument("--batch", type=int, default=2, help="sequences per data rank")
+    made.add_argument("--warmup", type=int, default=2)
+    made.add_argument("--steps", type=int, default=steps)
+    made.add_argument("--runs", type=int, nargs="+", default=list(range(len(runs))), help="numbers of the runs (default: all)")
+    made.add_argument("--timeout", type=float, default=560.0)
+    made.add_argument("--out", default=out)
+    return made
+
+
+def on_two_gpus(measure, made: argparse.ArgumentParser) -> int:
+    """`measure(rank, args)` on two ranks, a GPU each."""
+    args = made.parse_args()
     if torch.cuda.device_count() < 2:
-        parser.error(f"needs two GPUs, {torch.cuda.device_count()} here")
+        made.error(f"needs two GPUs, {torch.cuda.device_count()} here")
     verify_ranks.run(verify_ranks.jobs(measure, (args,), 2, "cuda", "nccl", args.timeout), False, args.timeout)
     return 0
+
+
+def main() -> int:
+    made = parser(__doc__.split("\n\n")[0], RUNS, 5, "policies.jsonl")
+    made.add_argument("--profile", type=int, default=0, metavar="N", help="print the N most costly kernels of one more step")
+    made.add_argument("--profile-by", default="self_cuda_time_total", help="or self_cpu_time_total: what keeps the host")
+    return on_two_gpus(measure, made)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ parameters and optimizer states (and gradients before `zero_grad`), beside it Ze
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -21,9 +20,8 @@ import warnings
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from policies import make_model  # noqa: E402
+from policies import make_model, on_two_gpus, parser  # noqa: E402
 
-from tedfx import verify_ranks  # noqa: E402
 from tedfx.verify import versions  # noqa: E402
 
 RUNS = [
@@ -99,23 +97,5 @@ def measure(rank, args) -> None:
         torch.cuda.empty_cache()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--sequence", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=2, help="sequences per data rank")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--runs", type=int, nargs="+", default=list(range(len(RUNS))), help="numbers of the runs (default: all)")
-    parser.add_argument("--timeout", type=float, default=560.0)
-    parser.add_argument("--out", default="zero.jsonl")
-    args = parser.parse_args()
-    if torch.cuda.device_count() < 2:
-        parser.error(f"needs two GPUs, {torch.cuda.device_count()} here")
-    verify_ranks.run(verify_ranks.jobs(measure, (args,), 2, "cuda", "nccl", args.timeout), False, args.timeout)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(on_two_gpus(measure, parser(__doc__.split("\n\n")[0], RUNS, 4, "zero.jsonl")))

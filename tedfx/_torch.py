@@ -150,6 +150,13 @@ def fake_world(rank: int, size: int):
         dist.destroy_process_group()
 
 
+def memory_tracker():
+    """A context manager that knows every storage alive under it, fake ones too. Public replacement: none; CUDA's own counters see no fake tensor."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    return MemTracker()
+
+
 def group_name(group: dist.ProcessGroup) -> str:
     """The name under which the functional collectives find `group`. Public replacement: passing the group itself."""
     return group.group_name

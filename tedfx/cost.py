@@ -229,7 +229,7 @@ class Cost:
             flags[axes] += 1
             placed = placed_on_first(self.compilation, node, self.compilation.zero)
             dtype, elements = node.meta["val"].dtype, placed.whole.numel
-            travels = elements if placed.cut is None else placed.width * len(placed.cut.lengths)
+            travels = elements if placed.cut is None else placed.cut.width * len(placed.cut.lengths)
             buckets = filling.setdefault((axes, dtype, ALL_REDUCE if placed.cut is None else REDUCE_SCATTER), [[0, 0]])
             if (buckets[-1][0] + elements) * dtype.itemsize > BUCKET_BYTES and buckets[-1][0]:
                 buckets.append([0, 0])

@@ -249,7 +249,7 @@ class GradientBoundary:
             values.append(value.reshape(-1).to(bucket.dtype))
         rows = None
         if bucket.scattered:
-            rows = torch.cat([self.placed[n].spread(v) for n, v in zip(bucket.names, values)], 1)  # a copy: autograd may give two leaves gradients that share storage
+            rows = torch.cat([self.placed[n].cut.spread(v) for n, v in zip(bucket.names, values)], 1)  # a copy: autograd may give two leaves gradients that share storage
             flat = rows.new_empty(rows.shape[1])
             work = _torch.scatter_into(flat, rows.view(-1), op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
         else:
@@ -260,7 +260,7 @@ class GradientBoundary:
         self.reductions.append(Reduction(bucket.axes, bucket.names, sent.numel() * sent.element_size(), overlapped, "all_reduce" if rows is None else "reduce_scatter"))
 
     def _travels(self, bucket: Bucket, name: str) -> int:
-        return self.placed[name].width if bucket.scattered else _numel(self.placed[name])
+        return self.placed[name].cut.width if bucket.scattered else _numel(self.placed[name])
 
     def _hold(self) -> None:
         """Leave this backward's gradients unsynced. Reduced ones become partial on every rank, used here or not."""

@@ -69,6 +69,7 @@ class ParameterLayout:
 class Placed:
     """A layout on a mesh: shapes and intervals on this rank. `mesh` is a DeviceMesh with named axes.
 
+    cut: how `whole` is cut into the ranks' shares (`tedfx.cuts.Cut`), None where the share is the whole.
     stage: of ZeRO (arXiv 1910.02054). From 1 on an optimizer owns this rank's `share` of a parameter, and gradients are summed into it; at 3 the parameter itself is the share.
     """
 
@@ -168,22 +169,6 @@ class Placed:
         if self.share_dim is None:
             return local
         return self.cut.share_of(local, self.index)
-
-    # ---- the ranks' shares side by side: see `tedfx/cuts.py` ----------------------------------------------------------
-
-    width = property(lambda self: self.cut.width, doc="Elements of the largest share: shares travel padded to it.")
-
-    def spread(self, local: Tensor) -> Tensor:
-        """A whole local tensor -> [ranks, width]: row i is the share of rank i of the reduce axes, zeros behind it where it is shorter."""
-        return self.cut.spread(local)
-
-    def collect(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """The inverse of `spread`: [ranks, width] -> the whole local tensor, in `local_shape`; into `out` where given."""
-        return self.cut.collect(rows, out)
-
-    def padded(self, share: Tensor) -> Tensor:
-        """This rank's share, of any shape, as a row of `width`."""
-        return self.cut.padded(share)
 
     def entries(self, held: DTensor) -> dict[str, Tensor]:
         """The user's tensors that `held` (the parameter, its gradient, a moment of the optimizer) consists of.

@@ -41,8 +41,8 @@ class Gathering:
             self._launch(kind, [share], whole=True)
             return
         step = max(limit // (len(placed.cut.lengths) * share.parameter.dtype.itemsize), 1)
-        for start in range(0, placed.width, step):
-            self._launch(kind, [(share, start, min(start + step, placed.width))])
+        for start in range(0, placed.cut.width, step):
+            self._launch(kind, [(share, start, min(start + step, placed.cut.width))])
 
     def finish(self) -> None:
         """All parameters are whole again (on a GPU: for whatever is queued from here on)."""
@@ -56,7 +56,7 @@ class Gathering:
     def _close(self, kind) -> None:
         shares = self._filling.pop(kind, [])
         if shares:
-            self._launch(kind, [(share, 0, share.placed.width) for share in shares])
+            self._launch(kind, [(share, 0, share.placed.cut.width) for share in shares])
 
     @contextlib.contextmanager
     def _aside(self, join: bool = True):
@@ -102,8 +102,8 @@ class Gathering:
 def _collect(share: Share, rows: Tensor, start: int, stop: int) -> None:
     """rows[ranks, stop - start]: elements [start, stop) of every rank's share, into the parameter."""
     placed = share.placed
-    if start == 0 and stop == placed.width:
-        placed.collect(rows, out=share.local())
+    if start == 0 and stop == placed.cut.width:
+        placed.cut.collect(rows, out=share.local())
         return
     for rank, row in enumerate(rows):
         target = share.rows(rank)
@@ -112,4 +112,4 @@ def _collect(share: Share, rows: Tensor, start: int, stop: int) -> None:
 
 
 def _bytes(share: Share) -> int:
-    return share.placed.width * len(share.placed.cut.lengths) * share.parameter.dtype.itemsize
+    return share.placed.cut.width * len(share.placed.cut.lengths) * share.parameter.dtype.itemsize
