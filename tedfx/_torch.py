@@ -66,7 +66,7 @@ def quiet_export():
             held.append(record)
         return record.levelno < logging.WARNING
 
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.fx.experimental.proxy_tensor", "torch.export._trace", "torch._export.non_strict_utils")]
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.fx.experimental.proxy_tensor", "torch.export._trace", "torch._export.non_strict_utils", "torch._subclasses.fake_tensor")]
     names = vars(torch.export._trace)
     own = "print" in names
     for logger in loggers:

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     shown = explain.add_argument_group("what is shown")
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1); of verify: those of the global batch")
     shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
+    shown.add_argument("--micro-batches", type=_positive, metavar="N", help="add what accumulating N micro-batches costs, one after another and layer by layer")
     shown.add_argument("--outputs", metavar="NAMES", help="keep only these outputs, e.g. loss (then the full logits never exist)")
     shown.add_argument("--picture", metavar="FILE", help="draw both graphs of one MoE layer, or of --before PATH, to FILE (.svg, .png or .pdf); needs matplotlib")
     shown.add_argument("--all", action="store_true", help="every node, not only layers and what communicates")
@@ -145,7 +146,7 @@ def _explain(options) -> int:
         return 0
     told = explain(
         compilation, rows="all" if options.all else "layers", batch=options.batch, sequence=options.sequence, fold=not options.no_fold,
-        timings=options.timings, title=title, stages=stages,
+        timings=options.timings, title=title, stages=stages, micro_batches=options.micro_batches,
     )  # fmt: skip
     print(told.dumps() if options.format == "json" else told)
     if options.timings and options.format == "text":

@@ -26,9 +26,9 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.activations import repeated, saved, saves, viewed
+from tedfx.buckets import BUCKET_BYTES
 from tedfx.cuts import Cut
 from tedfx.factors import leaves
-from tedfx.gradients import BUCKET_BYTES
 from tedfx.layouts import placed_on_first
 from tedfx.sizes import Share
 from tedfx.types import I, P, R

@@ -26,12 +26,13 @@ from tedfx.ops.gather import GATHER, pack, wholes
 
 @dataclass(frozen=True)
 class Gathered:
-    """One `gather_parameters` of a graph. names: of the layouts; inside: it stands in a recompute region, which gathers again by itself."""
+    """One `gather_parameters` of a graph. names: of the layouts; inside: it stands in a recompute region, which gathers again by itself; calls: how many micro-batches ask for it."""
 
     axes: tuple[str, ...]
     cuts: tuple[Cut, ...]
     names: tuple[str, ...]
     inside: bool
+    calls: int = 1
 
 
 @dataclass
@@ -53,21 +54,29 @@ class Store:
     """The gathers of one forward and its backward.
 
     plan: all gathers of the graph, in order. shares: layout name -> this rank's share. deliver(name, gradient of the whole local tensor), called once a backward for each.
-    ahead: how many gathers are in flight beyond the one that is used.
+    ahead: how many gathers are in flight beyond the one that is used. sum_dtype: what several gradients of a parameter are added up in, by default their own.
+
+    Micro-batches that run layer by layer (`tedfx/layered.py`) call each gather one after another: the first makes it, the last lets go of it, in both directions.
     """
 
-    def __init__(self, plan: Sequence[Gathered], shares: dict[str, Tensor], ranks: context.RankContext, deliver: Callable[[str, Tensor], None], ahead: int = 1):
-        self.plan, self.shares, self.ranks, self._deliver, self.ahead = plan, shares, ranks, deliver, ahead
+    def __init__(
+        self, plan: Sequence[Gathered], shares: dict[str, Tensor], ranks: context.RankContext, deliver: Callable[[str, Tensor], None], ahead: int = 1,
+        sum_dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        self.plan, self.shares, self.ranks, self._deliver, self.ahead, self._sum_dtype = plan, shares, ranks, deliver, ahead, sum_dtype
         self._flying: dict[int, _Flight] = {}
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}  # storage address -> whose it is
         self._saved: set[int] = {i for i, each in enumerate(plan) if each.inside}
+        self._held: dict[int, tuple[list[Tensor], int]] = {}  # in forward: what is still to be asked for, and how often
         self._again: dict[int, list[Tensor]] = {}
         self._taken: set[int] = set()  # in this backward
-        self._uses = {}
+        self._frozen = {i for i, each in enumerate(plan) if not any(shares[name].requires_grad for name in each.names)}
+        self._uses: dict[str, int] = {}
+        self._calls = {i: each.calls for i, each in enumerate(plan)}
         for each in plan:
             for name in each.names:
                 if shares[name].requires_grad:
-                    self._uses[name] = self._uses.get(name, 0) + 1
+                    self._uses[name] = self._uses.get(name, 0) + each.calls
         self._missing: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
 
@@ -77,7 +86,25 @@ class Store:
         """What `ops.gather_parameters` gives in a call that has a store."""
         if torch.is_grad_enabled() and any(x.requires_grad for x in shares):
             return list(_Through.apply(self, number, *shares))
-        return self._take(number)
+        return self._whole(number)
+
+    def _whole(self, number: int) -> list[Tensor]:
+        """The bucket's whole tensors for one call of its gather."""
+        if _torch.backward_id() != -1:
+            return self._for_backward(number)
+        made, left = self._held.pop(number, (None, self.plan[number].calls))
+        made = self._take(number) if made is None else made
+        if left > 1:
+            self._held[number] = made, left - 1
+        return [whole.detach() for whole in made]  # each call has tensors of its own, of the same storage
+
+    def _for_backward(self, number: int) -> list[Tensor]:
+        """The same in backward, until the bucket's gradients have come. Of a frozen bucket none come: it goes when one before it is asked for."""
+        if number not in self._again:
+            for other in [i for i in self._again if i in self._frozen and i > number]:
+                del self._again[other]
+            self._again[number] = self._take(number)
+        return [whole.detach() for whole in self._again[number]]
 
     def _launch(self, number: int) -> None:
         if number not in self._flying:
@@ -111,6 +138,7 @@ class Store:
             flight.work.wait()
         self._flying.clear()
         self._live.clear()
+        self._held.clear()
 
     # ---- between forward and backward --------------------------------------------------------------------------------
 
@@ -130,24 +158,25 @@ class Store:
     def _read(self, note):
         if not isinstance(note, _Note):
             return note
-        if note.number not in self._again:
-            self._again[note.number] = self._take(note.number)
-        return self._again[note.number][note.index].as_strided(note.size, note.stride, note.offset)
+        return self._for_backward(note.number)[note.index].as_strided(note.size, note.stride, note.offset)
 
     # ---- gradients ---------------------------------------------------------------------------------------------------
 
     def arrived(self, number: int, grads: Sequence[Tensor | None]) -> None:
-        """The bucket's gradients have come: its tensors are not needed any more. A parameter of several buckets waits for the last of them."""
+        """A call's gradients have come: with the last one's, the bucket is not needed any more. A parameter of several calls or buckets waits for the last of them."""
         if not self._missing:
             _torch.queue_callback(self._end_backward)
             self._missing = dict(self._uses)
-        self._again.pop(number, None)
+            self._calls = {i: each.calls for i, each in enumerate(self.plan)}
+        self._calls[number] -= 1
+        if self._calls[number] <= 0:
+            self._again.pop(number, None)
         for name, grad in zip(self.plan[number].names, grads):
             if name not in self._missing:
                 continue
             self._missing[name] -= 1
             if grad is not None:
-                self._sums[name] = self._sums[name] + grad if name in self._sums else grad
+                self._sums[name] = self._sums[name].to(self._sum_dtype or grad.dtype) + grad if name in self._sums else grad
             if self._missing[name] == 0 and name in self._sums:
                 self._deliver(name, self._sums.pop(name))
 
@@ -169,7 +198,7 @@ class _Through(torch.autograd.Function):
     def forward(ctx, store, number, *shares):
         ctx.set_materialize_grads(False)
         ctx.store, ctx.number = store, number
-        return tuple(store._take(number))
+        return tuple(store._whole(number))
 
     @staticmethod
     def backward(ctx, *grads):

@@ -27,7 +27,7 @@ Algorithm of a synced backward (numbers repeated in the body):
 2. When backward ends, the buckets that are left are launched, zeros standing for what got no gradient.
 3. A tiny sum counts, for each parameter, the ranks that have a gradient. It is read only where one is missing here:
    nowhere -> `p.grad` stays as it is (an optimizer skips `None`), somewhere -> this rank takes the sum as well.
-4. The sums are written to `p.grad`.
+4. The sums are written to `p.grad`, or go to who takes them (`tedfx/leaving.py`), and then as soon as the next bucket is launched.
 
 Every rank runs the same backward. A rank that runs none while others do is a hang, as in any data parallelism.
 """
@@ -37,7 +37,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -46,32 +45,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tedfx import _torch
+from tedfx.buckets import BUCKET_BYTES, Bucket, Flight, Reduction, new_group, plan
 from tedfx.errors import TedfxError
+from tedfx.leaving import Leaving
 from tedfx.parameters import Placed
-
-BUCKET_BYTES = 25 * 2**20
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Parameters whose gradients travel together."""
-
-    axes: tuple[str, ...]
-    dtype: torch.dtype
-    scattered: bool  # by reduce-scatter, each rank its share
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """One bucket that was summed in the last synced backward."""
-
-    axes: tuple[str, ...]
-    names: tuple[str, ...]
-    bytes: int
-    overlapped: bool  # launched while backward was running
-    op: str = "all_reduce"
-
 
 class GradientBoundary:
     """Leaves, buckets and reductions of one ParallelModule.
@@ -90,13 +67,14 @@ class GradientBoundary:
         self._groups = {axes: None for axes in sorted({p.reduce_axes for p in placed.values()})}
         for axes in self._groups:
             if axes:
-                self._groups[axes] = _new_group(next(iter(placed.values())).mesh, axes)
+                self._groups[axes] = new_group(next(iter(placed.values())).mesh, axes)
         self._dtypes = {name: parameter(name).dtype for name in placed}
         self._leaves: dict[str, tuple[tuple, Tensor]] = {}
         self._active: dict[str, None] = {}  # every parameter that a program used with gradients; ordered
         self._plan_key, self._buckets = None, []
         self._grads: dict[str, Tensor] = {}  # local gradients taken from the leaves, not yet in p.grad or in a bucket
-        self._flying: list[tuple[Bucket, Tensor, list[bool], dist.Work, Tensor | None]] = []
+        self._flying: list[Flight] = []
+        self.leaving = Leaving()
         self._tasks: set[int] = set()
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -121,6 +99,8 @@ class GradientBoundary:
             leaf = local.view(self.placed[name].kept.shape).detach()
             if parameter.requires_grad:
                 leaf.requires_grad_()
+                if self.gradient_dtype is not None:  # a leaf of several uses, or of several micro-batches, has their gradients summed in it
+                    leaf.grad_dtype = self.gradient_dtype
                 # Weak: a tensor's hooks are no place where the garbage collector finds a cycle, and the boundary holds the leaf.
                 leaf.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), name))
             self._leaves[name] = (key, leaf)
@@ -139,31 +119,8 @@ class GradientBoundary:
             self._plan_key, self._buckets = key, self._plan(key)
 
     def _plan(self, key) -> list[Bucket]:
-        """Fill buckets in reverse order of use; a bucket's place is that of its last member."""
-        filling: dict[tuple, list[str]] = {}
-        filled: dict[tuple, int] = {}
-        done: list[Bucket] = []
-
-        def close(kind):
-            if filling.get(kind):
-                done.append(Bucket(*kind, tuple(filling.pop(kind))))
-                filled[kind] = 0
-
-        last = {}
-        for name, dtype in reversed(key):
-            placed = self.placed[name]
-            if not placed.reduce_axes or self._summed(name):
-                continue
-            dtype = self.gradient_dtype or dtype
-            kind, size = (placed.reduce_axes, dtype, placed.share_dim is not None), _numel(placed) * dtype.itemsize
-            if filled.get(kind, 0) + size > self.bucket_bytes:
-                close(kind)
-            filling.setdefault(kind, []).append(name)
-            filled[kind] = filled.get(kind, 0) + size
-            last[name] = len(last)
-        for kind in list(filling):
-            close(kind)
-        return sorted(done, key=lambda bucket: last[bucket.names[-1]])
+        summed = [(name, self.gradient_dtype or dtype) for name, dtype in key if self.placed[name].reduce_axes and not self._summed(name)]
+        return plan(summed, self.placed, self.bucket_bytes)
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -188,6 +145,9 @@ class GradientBoundary:
                 self.reductions = []
             self._tasks.add(task)
             _torch.queue_callback(partial(self._finish, task))
+        if self.leaving.of(name) is not None and (not self.placed[name].reduce_axes or self._summed(name)):
+            self._leave([(name, grad)])
+            return
         self._grads[name] = self._grads[name] + grad if name in self._grads else grad
         while self.synced and self._next() is not None and all(n in self._grads for n in self._next().names):
             self._launch(overlapped=True)  # Step 1
@@ -214,25 +174,53 @@ class GradientBoundary:
         flying, self._flying = self._flying, []
         # Step 3
         counts = {}
-        for axes in dict.fromkeys(bucket.axes for bucket, *_ in flying):
-            flags = [flag for bucket, _, have, *_ in flying if bucket.axes == axes for flag in have]
-            count = torch.tensor(flags, dtype=torch.int32).to(flying[0][1].device)
+        for axes in dict.fromkeys(flight.bucket.axes for flight in flying):
+            flags = [flag for flight in flying if flight.bucket.axes == axes for flag in flight.have]
+            device = self.parameter(flying[0].bucket.names[0]).device
+            count = torch.tensor(flags, dtype=torch.int32).to(device)
             counts[axes] = (count, dist.all_reduce(count, group=self._groups[axes], async_op=True), not all(flags))
         present = {}
         for axes, (count, work, missing) in counts.items():
             work.wait()
             values = count.tolist() if missing else None
-            names = [name for bucket, *_ in flying if bucket.axes == axes for name in bucket.names]
+            names = [name for flight in flying if flight.bucket.axes == axes for name in flight.bucket.names]
             present.update((name, values is None or values[i] > 0) for i, name in enumerate(names))
         # Step 4
-        for bucket, flat, _, work, rows in flying:
-            work.wait()
-            if rows is not None and self.placed[bucket.names[0]].stage == 1:  # the gradient lives in its place among the whole ones
-                flat = rows[self.placed[bucket.names[0]].index].copy_(flat)
-            for name, value in zip(bucket.names, flat.split([self._travels(bucket, n) for n in bucket.names])):
-                if present[name]:
-                    share = self.placed[name].share
-                    self._add(name, value[: share.numel], share.placements)
+        for flight in flying:
+            self._land(flight, present)
+
+    def _land(self, flight: Flight, present: dict[str, bool]) -> None:
+        """Write a bucket's sums to `.grad`, or send them to who takes them."""
+        if flight.landed:
+            return
+        bucket, flat = flight.bucket, flight.flat
+        parts = dict(zip(bucket.names, flat.split([self._travels(bucket, n) for n in bucket.names])))
+        taken = {name: value[: self.placed[name].share.numel] for name, value in parts.items() if present[name] and self.leaving.of(name) is not None}
+        self._leave(taken.items(), flight.work)
+        flight.landed, flight.flat, rows, flight.rows = True, None, flight.rows, None
+        if all(name in taken or not present[name] for name in parts):
+            return
+        flight.work.wait()
+        if rows is not None and self.placed[bucket.names[0]].stage == 1:  # the gradient lives in its place among the whole ones
+            flat = rows[self.placed[bucket.names[0]].index].copy_(flat)
+            parts = dict(zip(bucket.names, flat.split([self._travels(bucket, n) for n in bucket.names])))
+        for name, value in parts.items():
+            if present[name] and name not in taken:
+                share = self.placed[name].share
+                self._add(name, value[: share.numel], share.placements)
+
+    def _land_early(self) -> None:
+        """Buckets that somebody takes need not wait for the end of backward: this rank has all their gradients, so they exist whatever the other ranks have."""
+        for flight in self._flying[:-1]:
+            if not flight.landed and all(flight.have) and all(self.leaving.of(name) is not None for name in flight.bucket.names):
+                if not self.leaving.ready(flight.work, flight.flat.device):
+                    return
+                self._land(flight, dict.fromkeys(flight.bucket.names, True))
+
+    def _leave(self, values: Iterable[tuple[str, Tensor]], work: dist.Work | None = None) -> None:
+        values = [(name, value.to(self.gradient_dtype or value.dtype)) for name, value in values]
+        if values:
+            self.leaving.send(values, work)
 
     def _launch(self, overlapped: bool) -> None:
         """Sum the next bucket: this backward's gradients and what earlier ones left unsynced."""
@@ -245,7 +233,7 @@ class GradientBoundary:
                 parameter.grad = None
             have.append(value is not None)
             if value is None:
-                value = torch.zeros(_numel(self.placed[name]), dtype=bucket.dtype, device=parameter.device)
+                value = torch.zeros(self.placed[name].whole.numel, dtype=bucket.dtype, device=parameter.device)
             values.append(value.reshape(-1).to(bucket.dtype))
         rows = None
         if bucket.scattered:
@@ -255,12 +243,13 @@ class GradientBoundary:
         else:
             flat = torch.cat(values)
             work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
-        self._flying.append((bucket, flat, have, work, rows))
+        self._flying.append(Flight(bucket, flat, have, work, rows))
         sent = flat if rows is None else rows
         self.reductions.append(Reduction(bucket.axes, bucket.names, sent.numel() * sent.element_size(), overlapped, "all_reduce" if rows is None else "reduce_scatter"))
+        self._land_early()
 
     def _travels(self, bucket: Bucket, name: str) -> int:
-        return self.placed[name].cut.width if bucket.scattered else _numel(self.placed[name])
+        return self.placed[name].cut.width if bucket.scattered else self.placed[name].whole.numel
 
     def _hold(self) -> None:
         """Leave this backward's gradients unsynced. Reduced ones become partial on every rank, used here or not."""
@@ -297,6 +286,9 @@ class GradientBoundary:
 
     def _add(self, name: str, value: Tensor, placements) -> None:
         parameter, placed = self.parameter(name), self.placed[name]
+        if tuple(placements) == placed.share.placements and self.leaving.of(name) is not None:
+            self._leave([(name, value)])
+            return
         value = value.to(self.gradient_dtype or value.dtype)
         if parameter.grad is None:
             parameter.grad = placed.dtensor(value.contiguous(), placements)
@@ -304,13 +296,9 @@ class GradientBoundary:
             parameter.grad.to_local().add_(value.view(placed.extent(placements).held))
 
     def _abandon(self) -> None:
-        for _, _, _, work, _ in self._flying:
-            work.wait()
+        for flight in self._flying:
+            flight.work.wait()
         self._flying, self._grads, self._tasks = [], {}, set()
-
-
-def _numel(placed: Placed) -> int:
-    return torch.Size(placed.local_shape).numel()
 
 
 def _unsynced(grad: DTensor | None, placed: Placed) -> bool:
@@ -323,27 +311,9 @@ def _keeps(placed: Placed) -> bool:
     return all(index == 0 for axis, index in zip(mesh.mesh_dim_names, mesh.get_coordinate()) if axis in placed.reduce_axes)
 
 
-_GROUPS: dict[tuple, dist.ProcessGroup] = {}
-
-
 def _arrived(boundary: weakref.ref, name: str, leaf: Tensor) -> None:
     if leaf.grad is None:  # under ZeRO-3 what autograd brings a share is nothing: `tedfx/gathers.py` has it
         return
     grad, leaf.grad = leaf.grad.detach(), None
     if (alive := boundary()) is not None:
         alive.arrived(name, grad)
-
-
-def _new_group(mesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
-    """A group of this rank over `axes`, apart from the mesh's own; shared between modules. Collective over the job."""
-    picked = [mesh.mesh_dim_names.index(axis) for axis in axes]
-    kept = [dim for dim in range(mesh.mesh.dim()) if dim not in picked]
-    size = torch.Size(mesh.mesh.shape[dim] for dim in picked).numel()
-    rows = sorted(sorted(row) for row in mesh.mesh.permute(kept + picked).reshape(-1, size).tolist())
-    key = (dist.group.WORLD, tuple(map(tuple, rows)))
-    if key not in _GROUPS:
-        for row in rows:
-            group = dist.new_group(row, group_desc="tedfx_gradients_" + "_".join(axes))
-            if dist.get_rank() in row:
-                _GROUPS[key] = group
-    return _GROUPS[key]

@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from tedfx._torch import inductor_options, pytree
+from tedfx.buckets import BUCKET_BYTES
 from tedfx.checks import CallCheck, Meeting
-from tedfx.cuts import Cut
 from tedfx.emission import emit
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.gathers import Gathered, Store
-from tedfx.gradients import BUCKET_BYTES, GradientBoundary
+from tedfx.gradients import GradientBoundary
+from tedfx.layered import interleave
 from tedfx.ops.context import RankContext, use
-from tedfx.ops.gather import gather_parameters
 from tedfx.parameters import ParameterLayout, Placed, materialize
+from tedfx.program import Program
 from tedfx.signature import Path, Signature, bind, flatten, show
 from tedfx.state import StateAccess, broadcast_from_first
 from tedfx.weights import WeightAccess
@@ -37,52 +38,13 @@ EXPORT = "to export: model.load_state_dict(pm.gather_parameters(buffers=True)), 
 
 
 @dataclass
-class Program:
-    """What one call signature compiles to. The text of the graph is the same on every rank.
+class _Ready:
+    """A program that can run: how, with which gathers of parameters, and in which order it uses parameters."""
 
-    graph_module     placeholders: `parameters` (local tensors, user's dims), `buffers`, `constants`, the tensors of the
-                     call at `input_keys`, then the seed (0-dim int64) if `uses_seed`. Outputs: the new values of
-                     `mutated_buffers`, then the leaves of `out_spec`.
-    parameters       layout names.
-    buffers          the user's names.
-    constants        tensors, on the mesh's device.
-    input_keys       path of each tensor input in the call, as in `tedfx.signature`: ("input_ids",).
-    out_spec         pytree spec of the model's output.
-    output_names     a name per leaf of `out_spec`, for reports.
-    history          a result per pass.
-    compilation      whatever the compiler wants to keep for reports.
-    """
-
-    graph_module: fx.GraphModule
-    parameters: list[str]
-    buffers: list[str]
-    constants: list[Tensor]
-    input_keys: list[Path]
-    out_spec: pytree.TreeSpec
-    mutated_buffers: list[str] = field(default_factory=list)
-    uses_seed: bool = False
-    output_names: list[str] = field(default_factory=list)
-    history: list[Any] = field(default_factory=list)
-    compilation: Any = None
-
-    def overwritten(self) -> set[str]:
-        """Placeholders of buffers that a call writes to when the graph has run."""
-        placeholders = self.graph_module.graph.find_nodes(op="placeholder")[len(self.parameters) :]
-        return {node.name for node, name in zip(placeholders, self.buffers) if name in self.mutated_buffers}
-
-    def gathers(self) -> list[Gathered]:
-        """The `gather_parameters` of the graph, by number."""
-        name = dict(zip(self.graph_module.graph.find_nodes(op="placeholder"), self.parameters))
-        nodes = [n for n in self.graph_module.graph.nodes if n.target is gather_parameters]
-        nodes.sort(key=lambda n: n.args[3])
-        return [Gathered(n.args[1], tuple(Cut(*cut) for cut in n.args[2]), tuple(name[p] for p in n.args[0]), "region" in n.meta) for n in nodes]
-
-    def use_order(self) -> list[str]:
-        """Parameters in the order in which the graph first uses them; backward finishes them in about the reverse."""
-        position = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
-        placeholders = self.graph_module.graph.find_nodes(op="placeholder")[: len(self.parameters)]
-        first = [min((position[user] for user in node.users), default=len(position)) for node in placeholders]
-        return [name for _, name in sorted(zip(first, self.parameters), key=lambda pair: pair[0])]
+    program: Program
+    runner: Callable[..., Sequence]
+    gathers: list[Gathered]
+    order: list[str]
 
 
 class ParallelModule(WeightAccess, StateAccess, nn.Module):
@@ -169,14 +131,11 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         self._boundary = GradientBoundary(placed, self._parameter, bucket_bytes, gradient_dtype)
         self._boundary.in_graph = bool(compile)
         self._zero, self._gathers_ahead = zero, gathers_ahead
-        self._gathers: dict[Signature, list[Gathered]] = {}
         self._compile_program, self._compile = compile_program, compile
         self._input_names, self._var_keyword = tuple(input_names), var_keyword
         self._number_inputs, self._check_inputs = frozenset(number_inputs), check_inputs
         self._check = CallCheck(meeting, self._batch_axes)
-        self._programs: dict[Signature, Program] = {}
-        self._runners: dict[Signature, Callable] = {}
-        self._order: dict[Signature, list[str]] = {}
+        self._ready: dict[tuple[Signature, int], _Ready] = {}  # by call and number of micro-batches
         self._last: Signature | None = None
 
     # ---- a call --------------------------------------------------------------------------------------------------
@@ -186,40 +145,61 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         self.require_weights("forward")
         if torch.is_autocast_enabled(self._device.type):
             raise TedfxError("autocast around a ParallelModule: its graph was traced without it; cast the model before parallelize (model.to(torch.bfloat16)), or leave the region")
-        flat = self._inputs(args, kwargs)
-        grad = torch.is_grad_enabled()
-        signature = Signature.of(flat, self.training, grad)
-        tensors = {show(path): leaf for path, leaf in flat.items() if isinstance(leaf, Tensor)}
+        return self._call([self._inputs(args, kwargs)])[0]
+
+    def layered(self, batches: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
+        """What forward returns for each of several micro-batches, run layer by layer: all micro-batches of a layer before the next (arXiv 2106.02679).
+
+        batches: the arguments of a call each, kwargs (a dict) or args (a tuple); alike but for their tensors' values and sizes. Add their losses up, weighted as they are to count, and call
+        backward once: it runs layer by layer too. So a step gathers each parameter once per direction (ZeRO-3) and sums each gradient once, where the layer's micro-batches are done;
+        with gradients and buffers as if one call had followed the other. Activations of all micro-batches are kept, see `explain(micro_batches=)`.
+        """
+        batches = list(batches)
+        if not batches:
+            raise TedfxError("layered() was given no micro-batch: pass the arguments of one call each, layered([{'input_ids': ..}, ..])")
+        self.require_weights("forward")
+        flats = [self._inputs((), batch) if isinstance(batch, Mapping) else self._inputs(tuple(batch), {}) for batch in batches]
+        kinds = [Signature.of(flat, self.training, torch.is_grad_enabled()) for flat in flats]
+        for i, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise TedfxError(f"layered(): micro-batch {i} is another call than the first: {kind} and {kinds[0]}; run calls of different kinds one after another")
+        return self._call(flats)
+
+    def _call(self, flats: list[dict[Path, Any]]) -> list[Any]:
+        """The outputs of one call, or of several layer by layer."""
+        grad, count = torch.is_grad_enabled(), len(flats)
+        signature = Signature.of(flats[0], self.training, grad)
         if self._check_inputs:
+            which = [f"micro-batch {m}: " if count > 1 else "" for m in range(count)]
+            tensors = {which[m] + show(path): leaf for m, flat in enumerate(flats) for path, leaf in flat.items() if isinstance(leaf, Tensor)}
             self._check(str(signature), tensors)
-        program = self._program(signature, flat)
+        ready = self._prepared(signature, flats[0], count)
+        program = ready.program
         if grad:
-            self._boundary.begin(self._order[signature])
-        operands = [
-            *self._boundary.leaves(program.parameters),
-            *(self.get_buffer(name) for name in program.buffers),
-            *program.constants,
-            *(flat[path] for path in program.input_keys),
-        ]
-        if program.uses_seed:
-            operands.append(torch.tensor(self._seed(), dtype=torch.int64, device=self._device))
-        outputs = self._run(signature, program, operands, grad)
+            self._boundary.begin(ready.order)
+        operands = [*self._boundary.leaves(program.parameters), *(self.get_buffer(name) for name in program.buffers), *program.constants]
+        for m, flat in enumerate(flats):
+            operands += [flat[path] for path in program.input_keys]
+            if program.uses_seed:
+                operands.append(torch.tensor(self._seed(m), dtype=torch.int64, device=self._device))
+        outputs = self._run(ready, operands, grad)
         if self.training:
-            self._rng_state = (self._rng_state[0], self._rng_state[1] + 1)
+            self._rng_state = (self._rng_state[0], self._rng_state[1] + count)
+        written = len(program.mutated_buffers)
         with torch.no_grad():
             for name, value in zip(program.mutated_buffers, outputs):
                 self.get_buffer(name).copy_(value)
-        return pytree.tree_unflatten(outputs[len(program.mutated_buffers) :], program.out_spec)
+        leaves = program.out_spec.num_leaves
+        return [pytree.tree_unflatten(outputs[written + m * leaves : written + (m + 1) * leaves], program.out_spec) for m in range(count)]
 
-    def _run(self, signature: Signature, program: Program, operands: list, grad: bool) -> list:
-        plan = self._gathers[signature]
-        if self._compile or not plan:
+    def _run(self, ready: _Ready, operands: list, grad: bool) -> list:
+        if self._compile or not ready.gathers:
             with use(self._context):
-                return list(self._runners[signature](*operands))
-        shares = dict(zip(program.parameters, operands))
-        store = Store(plan, shares, self._context, self._boundary.arrived, self._gathers_ahead)
+                return list(ready.runner(*operands))
+        shares = dict(zip(ready.program.parameters, operands))
+        store = Store(ready.gathers, shares, self._context, self._boundary.arrived, self._gathers_ahead, self._boundary.gradient_dtype)
         with use(self._context.with_store(store)), store.notes() if grad else contextlib.nullcontext():
-            outputs = list(self._runners[signature](*operands))
+            outputs = list(ready.runner(*operands))
         store.end_forward()
         return outputs
 
@@ -239,11 +219,18 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         return flat
 
     def _program(self, signature: Signature, flat: dict[Path, Any]) -> Program:
-        if signature not in self._programs:
-            program = self._compile_program(signature, flat, self.training)
-            unknown = [name for name in program.parameters if name not in self._placed]
-            if unknown:
-                raise TedfxError(f"the program uses parameters without a layout: {', '.join(unknown[:5])}")
+        return self._prepared(signature, flat, 1).program
+
+    def _prepared(self, signature: Signature, flat: dict[Path, Any], count: int) -> _Ready:
+        """The program of a call, or of `count` micro-batches of it."""
+        if (signature, count) not in self._ready:
+            if count == 1:
+                program = self._compile_program(signature, flat, self.training)
+                unknown = [name for name in program.parameters if name not in self._placed]
+                if unknown:
+                    raise TedfxError(f"the program uses parameters without a layout: {', '.join(unknown[:5])}")
+            else:
+                program = interleave(self._prepared(signature, flat, 1).program, count, self._boundary.gradient_dtype if self._compile else None)
             runner = running = emit(program.graph_module, program.overwritten())
             if self._compile:
                 options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
@@ -257,19 +244,22 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
                     with torch._dynamo.config.patch(capture_scalar_outputs=True):
                         return compiled(*operands)
 
-            self._programs[signature], self._runners[signature] = program, runner
-            self._order[signature] = program.use_order()
-            self._gathers[signature] = program.gathers()
+            self._ready[signature, count] = _Ready(program, runner, program.gathers(), program.use_order())
         self._last = signature
-        return self._programs[signature]
+        return self._ready[signature, count]
 
-    def _seed(self) -> int:
+    def _seed(self, ahead: int = 0) -> int:
         base, step = self._rng_state
-        return (base * 0x9E3779B97F4A7C15 + step) & (2**63 - 1)
+        return (base * 0x9E3779B97F4A7C15 + step + ahead) & (2**63 - 1)
 
     def no_sync(self):
         """`with pm.no_sync(): loss.backward()` accumulates without communication; see `tedfx/gradients.py`."""
         return self._boundary.no_sync()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; gradients that an optimizer has taken to the host go too."""
+        super().zero_grad(set_to_none)
+        self._boundary.leaving.drop(zero=not set_to_none)
 
     @property
     def batch_coordinate(self) -> tuple[int, int]:
@@ -289,7 +279,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
     device = property(lambda self: self._device, doc="Where this rank's parameters are and its inputs must be.")
     context = property(lambda self: self._context, doc="The RankContext that programs run in.")
     layouts = property(lambda self: [p.layout for p in self._placed.values()], doc="A ParameterLayout per parameter.")
-    programs = property(lambda self: dict(self._programs), doc="{Signature: Program}, in order of first use.")
+    programs = property(lambda self: {signature: ready.program for (signature, count), ready in self._ready.items() if count == 1}, doc="{Signature: Program}, in order of first use.")
 
     # ---- looking at it -------------------------------------------------------------------------------------------
 
@@ -300,7 +290,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
 
     @property
     def graphs(self) -> dict[Signature, fx.GraphModule]:
-        return {signature: program.graph_module for signature, program in self._programs.items()}
+        return {signature: program.graph_module for signature, program in self.programs.items()}
 
     @property
     def history(self) -> list[Any]:
@@ -315,7 +305,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
     def _last_program(self) -> Program:
         if self._last is None:
             raise TedfxError("nothing is compiled yet: call the module once")
-        return self._programs[self._last]
+        return self._ready[self._last, 1].program
 
     def explain(self, **options):
         """The local graph as a table: see `tedfx.report`."""

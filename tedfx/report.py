@@ -11,7 +11,7 @@ import json
 import operator
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
+from tedfx import accumulation
 from tedfx._version import __version__
 from tedfx.cost import Cost, LocalSizes, format_bytes, format_formula, parameter_nodes
 from tedfx.errors import user_line
@@ -44,6 +45,7 @@ def explain(
     timings: bool = False,
     title: str = "",
     stages: Mapping[str, float] | None = None,
+    micro_batches: int | None = None,
 ) -> "Explanation":
     """Explain a ParallelModule (its last signature) or a Compilation.
 
@@ -51,10 +53,13 @@ def explain(
     batch, sequence  one rank's sizes, for the numbers; 1 and 4096 (less where the model allows less) if not given.
     fold             False: identical layers are not folded.
     timings          add the seconds of each pass, and of `stages` (name -> seconds) before them.
+    micro_batches    add what accumulating so many costs, one after another and layer by layer (`ParallelModule.layered`).
     """
     if rows not in ("layers", "all"):
         raise ValueError(f"rows={rows!r}: 'layers' or 'all'")
-    options = dict(rows=rows, batch=batch, sequence=sequence, fold=fold, timings=timings, title=title, stages=dict(stages or {}))
+    options = dict(rows=rows, batch=batch, sequence=sequence, fold=fold, timings=timings, title=title, stages=dict(stages or {}), micro_batches=micro_batches)
+    if micro_batches is not None and micro_batches < 1:
+        raise ValueError(f"micro_batches={micro_batches}: at least 1")
     if hasattr(source, "graph_module"):
         return Explanation(source, **options)
     return _of_module(source, options)
@@ -74,13 +79,15 @@ def default_values(compilation, batch: int | None = None, sequence: int | None =
 class Explanation:
     """The text is `str(explanation)`; `to_json()` is the same as a dict of plain values."""
 
-    def __init__(self, compilation, *, rows, batch, sequence, fold, timings, title, stages, signature=""):
+    def __init__(self, compilation, *, rows, batch, sequence, fold, timings, title, stages, micro_batches=None, signature=""):
         self.compilation, self.options = compilation, dict(rows=rows, fold=fold, timings=timings)
         self.title, self.stages, self.signature = title, stages, signature or _signature(compilation)
         self.sizes = LocalSizes(compilation)
         self.values = default_values(compilation, batch, sequence, self.sizes)
         self.cost = Cost(compilation, self.sizes)
         self.segments = segments(compilation, self.sizes, fold)
+        self.micro_batches = micro_batches
+        self.schedules = [] if micro_batches is None else accumulation.schedules(compilation, self.cost, self.values, micro_batches)
 
     def number(self, formula):
         return self.cost.number(formula, self.values)
@@ -88,7 +95,8 @@ class Explanation:
     # ---- text ------------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        parts = [self._head(), self._table(), self.communication(), self._passes(), self._notes()]
+        accumulated = accumulation.table(self.schedules, self.micro_batches) if self.schedules else ""
+        parts = [self._head(), self._table(), self.communication(), accumulated, self._passes(), self._notes()]
         return "\n\n".join(p for p in parts if p)
 
     __repr__ = __str__
@@ -279,6 +287,7 @@ class Explanation:
                 }
                 for t in self.cost.totals()
             ],
+            "accumulation": {"micro_batches": self.micro_batches, "schedules": [asdict(s) for s in self.schedules]} if self.schedules else None,
             "redundant": [{"axes": list(r.axes), "copies": list(r.copies), "formula": str(r.payload), "bytes": self.number(r.payload)} for r in self.cost.redundant()],
             "passes": [
                 {"name": r.name, "text": r.text, "matches": r.result.matches, "changes": r.result.changes, "notes": list(r.result.notes), "seconds": r.seconds}

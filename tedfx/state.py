@@ -114,8 +114,13 @@ class StateAccess:
         """
         full = {}
         for name, placed in self._placed.items():
-            if self._parameter(name).grad is not None:
-                full.update((k, v.clone()) for k, v in placed.gather(self._parameter(name).grad).items())
+            parameter, taker = self._parameter(name), self._boundary.leaving.of(name)
+            taken = taker.taken(name) if taker is not None else None
+            found = {} if parameter.grad is None else {k: v.clone() for k, v in placed.gather(parameter.grad).items()}
+            if taken is not None:  # this rank's share is with an optimizer, on the host
+                share = placed.dtensor(taken.to(parameter.device).view(placed.share.shape), placed.share.placements)
+                found = {k: v + found[k] if k in found else v.clone() for k, v in placed.gather(share).items()}
+            full.update(found)
         return full
 
     # ---- in ------------------------------------------------------------------------------------------------------

@@ -435,6 +435,19 @@ def _trace_error(error: Exception) -> TraceError:
 # --- the exported program, made flat ----------------------------------------------------------------------------------------
 
 
+def _renamed(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A placeholder whose name a copy of the graph would keep: `input`, `id` and other names of Python's own get a number there."""
+    kept = fx.Graph().placeholder(node.name).name
+    if kept == node.name:
+        return node
+    with graph.inserting_before(node):
+        made = graph.placeholder(kept)
+    made.meta = node.meta
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+    return made
+
+
 def _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured) -> Trace:
     graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
     graph = graph_module.graph
@@ -476,6 +489,7 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
     roles_of = {}
     for node, (path, value), roles in zip(user, _leaves_with_path(call), leaf_roles, strict=True):
         if isinstance(value, torch.Tensor):
+            node = _renamed(graph, node)
             inputs[node.name] = path
             roles_of[node] = roles
         else:

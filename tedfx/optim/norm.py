@@ -31,7 +31,7 @@ def gradient_norm(grads: Iterable[tuple[Share, Tensor]], group, device, chunk: i
                 norms.append(torch.linalg.vector_norm(part, dtype=torch.float64 if part.dtype == torch.float64 else torch.float32))
     total = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
-        total = torch.stack([norm.double() for norm in norms]).square().sum()
+        total = torch.stack([norm.double() for norm in norms]).square().sum().to(device)
     if group is not None:
         dist.all_reduce(total, group=group)
     return total.sqrt()

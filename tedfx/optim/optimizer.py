@@ -22,7 +22,7 @@ from tedfx.module import ParallelModule
 from tedfx.optim.gathering import Gathering
 from tedfx.optim.norm import clip_factor, gradient_norm
 from tedfx.optim.offload import check_room
-from tedfx.optim.probe import check_class, elementwise, state_kinds
+from tedfx.optim.probe import check_class, elementwise, fuses, state_kinds
 from tedfx.optim.scaling import LossScale
 from tedfx.optim.shares import Share
 from tedfx.optim.states import SavedStates
@@ -30,6 +30,9 @@ from tedfx.optim.tiles import Batch, Staging, cut
 
 TILE = 2**27
 """Elements of a tile by default: a multiple of what vectorised kernels need, near TED's 178,956,971. Not measured yet: to be set by step time and peak memory on a GPU."""
+
+HOST_TILE = 2**22
+"""The same where the update runs on the host: what stays in caches, and in memory that the allocator keeps."""
 
 _NO_OPTIONS = {"params", "param_names"}
 
@@ -41,11 +44,13 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
     optimizer_class a torch.optim.Optimizer class. It must update every element by itself (AdamW, Adam, SGD, RMSprop, Adagrad, ..), which is tried out on a few numbers.
     module          the ParallelModule, where `parameters` are not it.
     tile            elements that are updated at a time: a step's extra memory is a small multiple of that (the gradient in the master dtype, and what the inner optimizer needs), not of the
-                    parameters. None: every parameter as a whole, all at once, in its own shape; an optimizer that is not elementwise (Muon, Adafactor) is taken then if every
+                    parameters. "auto": `TILE`, or `HOST_TILE` where the update runs on the host. None: every parameter as a whole, all at once, in its own shape; an optimizer that is not elementwise (Muon, Adafactor) is taken then if every
                     rank owns whole parameters.
     max_norm        clip the global gradient's 2-norm to this in every step, as torch.nn.utils.clip_grad_norm_ does; float("inf") only measures.
     loss_scale      for float16: "dynamic", a constant, or a `LossScale`; call `optimizer.scale(loss).backward()`.
-    offload         "cpu": masters and states are on the host, where the update runs (ZeRO-Offload, arXiv 2101.06840).
+    offload         "optimizer": masters and states are on the host, where the update runs; "gradients": summed gradients leave for the host, bucket by bucket while backward runs, and are
+                    brought back tile by tile; "cpu": both (ZeRO-Offload, arXiv 2101.06840). Gradients that have left are not in `p.grad`, which is None: clip with max_norm or
+                    `clip_grad_norm_` of this class. On the host the update wants threads: see torch.set_num_threads (torchrun sets OMP_NUM_THREADS to 1).
     master_dtype    parameters of fewer bytes per element have master weights of this dtype, of this rank's share.
     options         of `optimizer_class`: lr, betas, fused, .. and, where groups are given, each group's own.
 
@@ -56,7 +61,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters, optimizer_class, *, module=None, tile: int | None = TILE, max_norm: float | None = None, loss_scale=None, offload: str | None = None,
+        self, parameters, optimizer_class, *, module=None, tile: int | str | None = "auto", max_norm: float | None = None, loss_scale=None, offload: str | None = None,
         master_dtype: torch.dtype = torch.float32, **options,
     ):  # fmt: skip
         check_class(optimizer_class)
@@ -64,17 +69,21 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         module = parameters if given_module else module
         if not isinstance(module, ParallelModule):
             raise ConfigError("ShardedOptimizer needs the ParallelModule that the parameters are of: ShardedOptimizer(groups, torch.optim.AdamW, module=pm, ..)")
+        if tile == "auto":
+            tile = HOST_TILE if offload in ("cpu", "optimizer") else TILE
         if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
-            raise ConfigError(f"tile={tile!r}: a number of elements, at least 1, or None for whole parameters")
+            raise ConfigError(f"tile={tile!r}: a number of elements, at least 1, 'auto', or None for whole parameters")
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"max_norm={max_norm!r}: a positive number, or None")
-        if offload not in (None, "cpu"):
-            raise ConfigError(f'offload={offload!r}: "cpu" or None')
+        if offload not in (None, "cpu", "optimizer", "gradients"):
+            raise ConfigError(f'offload={offload!r}: "cpu" (gradients and optimizer), "optimizer", "gradients" or None')
         if not master_dtype.is_floating_point:
             raise ConfigError(f"master_dtype={master_dtype}: a floating-point dtype")
         module.require_weights("ShardedOptimizer")
-        self._module, self._class, self._options = module, optimizer_class, options
-        self.tile, self.max_norm, self._scaler, self._host, self._master_dtype = tile, max_norm, LossScale.of(loss_scale), offload == "cpu", master_dtype
+        self._module, self._class = module, optimizer_class
+        self._host, self._takes = offload in ("cpu", "optimizer"), offload in ("cpu", "gradients")
+        self._options = {**options, "fused": True} if fuses(optimizer_class, options, self._device) else options
+        self.tile, self.max_norm, self._scaler, self._master_dtype = tile, max_norm, LossScale.of(loss_scale), master_dtype
         self._shares: dict[str, Share] = {}  # by layout name, in the order of the groups
         self._batches: list[list[Batch]] = []  # per group
         self._names = {id(module._parameter(name)): name for name in module._placed}
@@ -109,6 +118,8 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._shares.update((share.name, share) for share in shares)
+        if self._takes:
+            self._module._boundary.leaving.to(self, [share.name for share in shares])
         self._batches.append([Batch(tiles, self._inner(group)) for tiles in cut(shares, self.tile)])
 
     def _make(self, group: Mapping[str, Any]) -> list[Share]:
@@ -195,8 +206,11 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         norm = self._norm(grads) / scale
         factor = clip_factor(norm, max_norm)
         for name in grads:
-            grad = self._shares[name].parameter.grad.to_local()
-            grad.mul_(factor.to(grad.device))
+            share = self._shares[name]
+            left = share.parameter.grad
+            for grad in (left.to_local() if left is not None else None, share.taken()):
+                if grad is not None:
+                    grad.mul_(factor.to(grad.device))
         self._clipped = norm
         return norm
 
@@ -210,11 +224,19 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
     loss_scale = property(lambda self: 1.0 if self._scaler is None else self._scaler.scale, doc="What `scale` multiplies by now.")
     skipped = property(lambda self: 0 if self._scaler is None else self._scaler.skipped, doc="Steps left out so far, for a gradient that was not finite.")
 
-    @torch.no_grad()
-    def on_reduced(self, name: str, grad: Tensor) -> None:
-        """Under offload: the summed gradient of the layout `name`, this rank's share as a local tensor, is in `p.grad`; its copy to the host starts now.
+    # What `tedfx/leaving.py` asks of who takes gradients.
 
-        To be called by the gradient boundary. A gradient that changes afterwards (another backward, clipping) is copied again: at the next call, or in the step.
-        """
-        if self._host and name in self._shares:
-            self._shares[name].arrive(grad)
+    def take(self, name: str, value: Tensor) -> None:
+        self._shares[name].take(value)
+
+    def taken(self, name: str) -> Tensor | None:
+        return self._shares[name].taken()
+
+    def drop(self, name: str, zero: bool) -> None:
+        self._shares[name].drop(zero)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; gradients on the host go too."""
+        super().zero_grad(set_to_none)
+        for share in self._shares.values():
+            share.drop(zero=not set_to_none)

@@ -24,6 +24,17 @@ def check_class(cls) -> None:
         raise ConfigError(f"{cls.__name__} evaluates the model inside its step (a closure): such an optimizer cannot be sharded")
 
 
+def fuses(cls, options: dict[str, Any], device) -> bool:
+    """Whether the class has a fused step on this device, and the options do not choose another implementation: one pass over memory in place of many, and no temporaries."""
+    if "fused" not in inspect.signature(cls).parameters or options.keys() & {"fused", "foreach", "differentiable", "capturable"}:
+        return False
+    try:
+        state_kinds(lambda tensors: cls(tensors, **options, fused=True), device, torch.float32)
+    except RuntimeError:  # which devices have one is no public list; torch's classes raise this where theirs is not among them
+        return False
+    return True
+
+
 def elementwise(make: Make, device) -> str | None:
     """make: [tensors] -> an optimizer. None if stepping two flat halves of random numbers equals stepping the whole, bit by bit, over two steps; else what speaks against it, in a few words."""
     generator = torch.Generator().manual_seed(0)

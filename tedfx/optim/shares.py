@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,9 @@ class Share:
         self.numel, self.tiles, self.homes = placed.share.numel, [], {}
         self.widened = parameter.dtype.itemsize < master_dtype.itemsize
         self.dtype = master_dtype if self.widened else parameter.dtype
-        self.master, self.arrived = None, None  # arrived: (gradient on the host, who it is a copy of, an event or None)
+        self.master = None
+        # (gradient on the host, an event or None); one to be added to it; those of which the copy may be under way
+        self._host, self._more, self._pending, self.has_taken = None, None, [], False
         if self.widened or host:
             pinned = host and parameter.device.type != "cpu"
             self.master = torch.empty(self.numel, dtype=self.dtype, device="cpu" if host else parameter.device, pin_memory=pinned)
@@ -102,7 +105,14 @@ class Share:
     # ---- the gradient ----------------------------------------------------------------------------------------------
 
     def gradient(self) -> Tensor | None:
-        """[share.numel], as backward left it; None where there is none."""
+        """[share.numel], as backward left it, on the device or, where it was taken, on the host; None where there is none."""
+        left, taken = self._left(), self.taken()
+        if left is None or taken is None:
+            return left if taken is None else taken
+        return taken + left.to(taken.device)
+
+    def _left(self) -> Tensor | None:
+        """What is in `.grad`."""
         grad = self.parameter.grad
         if grad is None:
             return None
@@ -117,27 +127,52 @@ class Share:
             raise TedfxError(f"the gradient of {self.name} is not summed over {placed.reduce_axes} yet: the last backward before a step runs outside of no_sync()")
         raise TedfxError(f"the gradient of {self.name} has placements {placements}, expected {placed.share.placements}")
 
-    def arrive(self, grad: Tensor) -> None:
-        """Start to copy a summed gradient to the host."""
-        held = self.arrived[0] if self.arrived else None
-        cuda = grad.device.type != "cpu"
-        if held is None or held.dtype != grad.dtype:
-            held = torch.empty(self.numel, dtype=grad.dtype, pin_memory=cuda)
-        held.copy_(grad.reshape(-1), non_blocking=True)
-        event = torch.get_device_module(grad.device).Event() if cuda else None
+    # ---- a gradient on the host --------------------------------------------------------------------------------------
+
+    def take(self, value: Tensor) -> None:
+        """Start to copy a summed gradient to the host, where it is added to what is there. On the current stream."""
+        if self._host is not None and self._host[0].dtype != value.dtype:
+            self._host = None
+        if self.has_taken:  # the last one has arrived long ago
+            self._add_up()
+            slot = self._more = self._copied(value, self._more)
+        else:
+            slot = self._host = self._copied(value, self._host)
+            self.has_taken = True
+        self._pending.append(slot)
+
+    def _copied(self, value: Tensor, into: tuple | None) -> tuple[Tensor, Any]:
+        """(host tensor, when it is there)"""
+        cuda = value.device.type != "cpu"
+        held = into[0] if into is not None and into[0].dtype == value.dtype else torch.empty(self.numel, dtype=value.dtype, pin_memory=cuda)
+        held.copy_(value, non_blocking=True)
+        event = torch.get_device_module(value.device).Event() if cuda else None
         if event is not None:
             event.record()
-        self.arrived = held, (grad.data_ptr(), _torch.version_of(grad)), event
+        return held, event
 
-    def on_device(self, grad: Tensor) -> Tensor:
-        """`gradient()` where the update runs: under offload what `arrive` copied, if it is still that."""
-        if self.host and self.arrived is not None:
-            held, source, event = self.arrived
-            if source == (grad.data_ptr(), _torch.version_of(grad)):
-                if event is not None:
-                    event.synchronize()
-                return held
-        return grad
+    def _add_up(self) -> None:
+        for held, event in self._pending:
+            if event is not None:
+                event.synchronize()
+            if held is not self._host[0]:
+                self._host[0].add_(held)
+        self._pending = []
+
+    def taken(self) -> Tensor | None:
+        """[share.numel] on the host, as far as backward has come; None where there is none."""
+        if not self.has_taken:
+            return None
+        self._add_up()
+        return self._host[0]
+
+    def drop(self, zero: bool = False) -> None:
+        """Forget the gradient on the host, or make it zero; its memory is kept for the next one."""
+        if self.has_taken:
+            self._add_up()
+            if zero:
+                self._host[0].zero_()
+        self.has_taken = self.has_taken and zero
 
     # ---- as the user's tensors ---------------------------------------------------------------------------------------
 

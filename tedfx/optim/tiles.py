@@ -76,7 +76,7 @@ class Tile:
             weights = self._weights()
             if weights.data_ptr() != self.parameter.data_ptr():  # copied out, or the parameter's storage is another
                 self.parameter.data = weights
-        mine = share.on_device(grad)[self.start : self.stop]
+        mine = grad[self.start : self.stop]
         ready = mine.to(device=share.device, dtype=share.dtype)
         if factor is not None:
             ready = ready * factor if ready.data_ptr() == mine.data_ptr() else ready.mul_(factor)

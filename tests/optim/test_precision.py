@@ -1,5 +1,7 @@
 """16-bit parameters with float32 masters, and loss scaling."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -64,30 +66,66 @@ def test_bfloat16_with_float32_masters(ranks, zero, tile, offload):
     ranks(4).run(masters, zero, tile, offload, torch.bfloat16)
 
 
-def offloaded_float32():
-    """Offload changes nothing in the numbers; float32 masters on the host; gradients that arrive early are used, and not if they are stale."""
-    plain, moved = module(*DATA, 2, dtype=torch.float32), module(*DATA, 2, dtype=torch.float32)
+def offloaded_float32(zero, offload):
+    """Offload changes nothing in the numbers, over two backwards, `no_sync`, clipping and a gradient set to zero; what has left is not on the device any more."""
+    plain, moved = module(*DATA, zero, dtype=torch.float32), module(*DATA, zero, dtype=torch.float32)
     first = ShardedOptimizer(plain, torch.optim.AdamW, lr=0.05, max_norm=0.5, tile=8)
-    second = ShardedOptimizer(moved, torch.optim.AdamW, lr=0.05, max_norm=0.5, tile=8, offload="cpu")
-    for step in range(3):
+    second = ShardedOptimizer(moved, torch.optim.AdamW, lr=0.05, max_norm=0.5, tile=8, offload=offload)
+    leaves = offload != "optimizer"
+    for step in range(4):
         for pm, optimizer in ((plain, first), (moved, second)):
-            optimizer.zero_grad()
+            (pm if step % 2 else optimizer).zero_grad(set_to_none=step < 2)
             loss_of(pm, step).backward()
-            for name in ("mlp.down", "head"):
-                optimizer.on_reduced(name, pm._parameter(name).grad.to_local())
-            if step == 1:
-                pm._parameter("head").grad.to_local().mul_(0.5)  # after it was copied
-            optimizer.step()
-    assert second._shares["head"].arrived is not None and second._shares["mlp.down"].master is not None and "master" not in second.named_state()["mlp.down"]
-    assert all(torch.equal(a, b) for a, b in zip(plain.gather_parameters().values(), moved.gather_parameters().values()))
-    before = second._shares["mlp.down"].homes["exp_avg"].clone()
-    second._shares["mlp.down"].arrived[0].zero_()
-    second.step()  # the same gradients: that of `down` is read from what arrived
-    assert torch.allclose(second._shares["mlp.down"].homes["exp_avg"], before * 0.9, rtol=1e-6)
+            if step > 0:
+                with pm.no_sync():
+                    loss_of(pm, step + 10).backward()
+                loss_of(pm, step + 20).backward()
+            if step == 3:
+                optimizer.clip_grad_norm_(0.3)
+        for share in second._shares.values():
+            grad = share.parameter.grad
+            assert share.has_taken == leaves and (grad is None or not leaves or not grad.to_local().count_nonzero()), share.name  # zero: what set_to_none=False left
+        gradients = plain.gather_gradients(), moved.gather_gradients()
+        assert gradients[0].keys() == gradients[1].keys() and all(torch.allclose(g, gradients[1][name], rtol=1e-5, atol=1e-7) for name, g in gradients[0].items())
+        first.step(), second.step()
+        assert torch.allclose(first.grad_norm, second.grad_norm, rtol=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain.gather_parameters().values(), moved.gather_parameters().values()))
+    assert all((share.master is not None) == (offload != "gradients") for share in second._shares.values()) and "master" not in second.named_state()["mlp.down"]
+    del second, optimizer
+    gc.collect()
+    moved.zero_grad()
+    loss_of(moved, 0).backward()
+    assert all(p.grad is not None for p in moved.parameters() if p.requires_grad)  # nobody takes them any more
 
 
-def test_offload_changes_no_number(ranks):
-    ranks(4).run(offloaded_float32)
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("offload", ["cpu", "optimizer", "gradients"])
+def test_offload_changes_no_number(ranks, zero, offload):
+    ranks(4).run(offloaded_float32, zero, offload)
+
+
+def leaving_early(zero):
+    """Buckets leave while backward runs, each as the next is launched."""
+    import tedfx.leaving as leaving
+
+    real, leaving.Leaving.ready = leaving.Leaving.ready, lambda self, work, device: True
+    try:
+        pm = module(*DATA, zero, dtype=torch.float32)
+        pm._boundary.bucket_bytes = 1
+        optimizer = ShardedOptimizer(pm, torch.optim.AdamW, lr=0.05, offload="cpu")
+        seen, take, finish = [], optimizer.take, pm._boundary._finish
+        optimizer.take = lambda name, value: (seen.append(name), take(name, value))
+        pm._boundary._finish = lambda task: (seen.append("end"), finish(task))
+        loss_of(pm, 0).backward()
+    finally:
+        leaving.Leaving.ready = real
+    buckets = len({r.names for r in pm.reductions})
+    assert buckets > 3 and len(seen[: seen.index("end")]) >= buckets - 1 and sorted(seen) == sorted([*optimizer._shares, "end"])
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_gradients_leave_bucket_by_bucket(ranks, zero):
+    ranks(4).run(leaving_early, zero)
 
 
 def no_room():

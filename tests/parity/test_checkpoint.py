@@ -135,7 +135,7 @@ def compiled(pm, batch, rank):
 
     plain = lambda module, inputs: make_boxed_func(module.forward)  # noqa: E731
     pm._compile = {"backend": aot_autograd(fw_compiler=plain, bw_compiler=watch, partition_fn=min_cut_rematerialization_partition)}
-    pm._programs.clear()
+    pm._ready.clear()
     loss = pm(**split_batch(batch, *pm.batch_coordinate)).loss
     loss.backward()
     return float(loss.detach()), pm.gather_gradients(), sum(counters["graph_break"].values()), backward
