@@ -147,9 +147,3 @@ class CompressedMean:
         packed, scales, flags = messages.split(sizes, 1)
         signs = packed.unsqueeze(-1).bitwise_and(self._powers).ne(0)
         return self._signed(signs, scales.contiguous().view(self.dtype)), flags
-
-
-def ring_bytes(collective: str, size: int, ranks: int) -> float:
-    """Bytes that a rank of `ranks` sends, in a ring, for a collective over a tensor of `size` bytes: the whole tensor, so the input of an all-reduce, reduce-scatter or all-to-all, and the output of an
-    all-gather."""
-    return size * (ranks - 1) / ranks * (2 if collective == "all_reduce" else 1)

@@ -15,7 +15,6 @@ of a tensor; where v is small that magnitude, divided by sqrt(v), would be a ste
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -26,29 +25,13 @@ from torch.distributed.tensor import DTensor
 
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.module import ParallelModule
-from tedfx.optim.compression import CompressedMean, ring_bytes
+from tedfx.optim.compression import CompressedMean
 from tedfx.optim.onebit_state import OneBitState
 from tedfx.optim.shares import Share
+from tedfx.optim.volume import Volume, gradient_dtype, reduced, ring_bytes, uncompressed
 
 BUCKET = 2**25
 """Elements that are exchanged together by default: 4 MiB of signs, as many bytes as a bucket of gradients has after compression to a sixth. Not tuned."""
-
-
-@dataclass
-class Volume:
-    """Bytes that this rank sent for gradients and momenta, by the ring formulas of `tedfx.optim.compression.ring_bytes`.
-
-    steps: counted so far. sent: in all of them; last: in the last one. uncompressed: what all-reduces of the gradients, in their own dtype, would have sent. ratio: uncompressed / sent.
-    """
-
-    steps: int = 0
-    sent: float = 0.0
-    last: float = 0.0
-    uncompressed: float = 0.0
-
-    @property
-    def ratio(self) -> float:
-        return self.uncompressed / self.sent if self.sent else 1.0
 
 
 class OneBitAdam(OneBitState, torch.optim.Optimizer):
@@ -137,8 +120,9 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         grads = {name: self._local(share) if self.compressed and share.placed.reduce_axes else share.gradient() for name, share in self._shares.items()}
         for share in self._shares.values():
             share.follow(max(share.numel, 1))
-        sent = self._reduced() if not self.compressed else 0.0
+        sent, boundary = 0.0, self._module._boundary
         if not self.compressed:  # Step 1
+            sent = reduced(boundary)
             for share, group in self._each():
                 if grads[share.name] is not None:
                     self._adamw(share, grads[share.name], group)
@@ -150,7 +134,7 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
                     self._adamw(share, grads[share.name], groups[share.name])
             for exchange, shares in self._exchanges:
                 sent += self._exchange(exchange, shares, grads, groups)
-        self.volume = Volume(self.volume.steps + 1, self.volume.sent + sent, sent, self.volume.uncompressed + self._uncompressed())
+        self.volume = self.volume.after(sent, uncompressed(boundary, self._shares.values()))
         self.steps += 1
         for share in self._shares.values():
             share.seen = share.version()
@@ -203,7 +187,7 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         for name in self._exact:
             if name in self._module._boundary._active:  # else no program uses it, on any rank
                 share = self._shares[name]
-                kinds.setdefault((share.placed.reduce_axes, self._gradient_dtype(share)), []).append(share)
+                kinds.setdefault((share.placed.reduce_axes, gradient_dtype(self._module._boundary, share)), []).append(share)
         for (axes, dtype), shares in kinds.items():
             group, have = self._module._boundary._groups[axes], [grads[share.name] is not None for share in shares]
             parts = [grads[share.name].to(dtype) if mine else torch.zeros(share.numel, dtype=dtype, device=share.device) for share, mine in zip(shares, have)]
@@ -276,24 +260,6 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         if self.compressed:
             raise TedfxError("clip_grad_norm_ after the warm-up of 1-bit Adam: no rank has the global gradient then; call it while not optimizer.compressed")
         return torch.nn.utils.clip_grad_norm_(list(self._module.parameters()), max_norm)
-
-    # ---- bytes -------------------------------------------------------------------------------------------------------
-
-    def _reduced(self) -> float:
-        """Bytes that the last backward sent for gradients, the counts of who has one included."""
-        boundary, sent, names = self._module._boundary, 0.0, {}
-        for reduction in boundary.reductions:
-            sent += ring_bytes(reduction.op, reduction.bytes, dist.get_world_size(boundary._groups[reduction.axes]))
-            names[reduction.axes] = names.get(reduction.axes, 0) + len(reduction.names)
-        return sent + sum(ring_bytes("all_reduce", 4 * count, dist.get_world_size(boundary._groups[axes])) for axes, count in names.items())
-
-    def _uncompressed(self) -> float:
-        boundary = self._module._boundary
-        shares = [share for share in self._shares.values() if share.placed.reduce_axes and share.name in boundary._active]
-        return sum(ring_bytes("all_reduce", share.numel * self._gradient_dtype(share).itemsize, dist.get_world_size(boundary._groups[share.placed.reduce_axes])) for share in shares)
-
-    def _gradient_dtype(self, share: Share) -> torch.dtype:
-        return self._module._boundary.gradient_dtype or share.parameter.dtype
 
 
 def _tensors(share: Share) -> tuple[int, int]:

@@ -8,7 +8,8 @@ import tedfx
 from tedfx.checkpoint_folder import CheckpointError
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim import OneBitAdam
-from tedfx.optim.compression import CompressedMean, ring_bytes
+from tedfx.optim.compression import CompressedMean
+from tedfx.optim.volume import ring_bytes
 from tedfx.state import StateError
 from tests.module import toy
 from tests.optim.training import assert_replicas_equal, loss_of, mesh, module, parameters
@@ -86,11 +87,11 @@ def means():
     assert [tuple(value.shape) for value in first] == sizes
 
     total = [value.clone() for value in first]
-    for _ in range(399):
+    for _ in range(199):
         for have, value in zip(total, each.mean(mine, [True] * 4)):
             have += value
     for index, (have, value) in enumerate(zip(total, want)):
-        assert (have / 400 - value).abs().max() < 0.1 * value.abs().max(), index
+        assert (have / 200 - value).abs().max() < 0.1 * value.abs().max(), index
         others = [torch.empty_like(have) for _ in range(4)]
         dist.all_gather(others, have)
         assert all(torch.equal(other, have) for other in others)
@@ -103,7 +104,7 @@ def means():
     dist.all_gather(servers, each.server_error)
     left = errors + torch.cat(servers)
     for index, (have, value) in enumerate(zip(total, want)):
-        assert torch.allclose(have + each._take(left, index), 400 * value, rtol=1e-9, atol=1e-9 * float(value.abs().max())), index
+        assert torch.allclose(have + each._take(left, index), 200 * value, rtol=1e-9, atol=1e-9 * float(value.abs().max())), index
     padding = each._rows([torch.ones(size, dtype=torch.float64) for size in sizes]) == 0
     assert padding.any() and not each.worker_error[padding].any() and not each.server_error[0][padding[rank]].any()
 
@@ -262,8 +263,6 @@ def experts():
     torch.manual_seed(0)
     want = frozen_adam(Experts().double(), 5, 2, lambda model, step: model(*tokens(step)))
     assert toy.worst(both.gather_parameters(), parameters(want)) < 1e-11
-    adam = Experts().double()
-    adam.load_state_dict(model.state_dict())
     assert max(float((a - b).abs().max()) for a, b in zip(alone.gather_parameters().values(), both.gather_parameters().values())) > 1e-6  # AdamW's own variance there
 
 
@@ -274,11 +273,11 @@ def test_experts_and_dense_parameters_have_their_own_axes(ranks):
 # ---- error feedback ------------------------------------------------------------------------------------------------
 
 
-def descend(feedback, steps=80, warm=5):
+def descend(feedback, steps=60, warm=5):
     """How far above its minimum the loss ends, at a falling rate: least squares in one bias, where the ranks' own gradients do not vanish at the minimum."""
     pm = module((2,), ("dp",), 0)
-    optimizer = OneBitAdam([pm._parameter("mlp.bias")], module=pm, warmup_steps=warm, lr=0.1, betas=(0.5, 0.9), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 10))
+    optimizer = OneBitAdam([pm._parameter("mlp.bias")], module=pm, warmup_steps=warm, lr=0.2, betas=(0.5, 0.9), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.92)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = loss_of(pm, 0)
@@ -289,7 +288,7 @@ def descend(feedback, steps=80, warm=5):
                 exchange.server_error.zero_()
         optimizer.step()
         schedule.step()
-    model, batch = toy.Mlp(), toy.data(0)
+    model, batch = toy.Mlp().requires_grad_(False), toy.data(0)
     loss_at = lambda bias: torch.func.functional_call(model, {"mlp.bias": bias, "tied": bias}, batch)["loss"]  # noqa: E731
     start = model.mlp.bias.detach()
     gradient, curvature = torch.func.grad(loss_at)(start), torch.func.hessian(loss_at)(start)
@@ -302,7 +301,7 @@ def feedback():
 
 def test_error_feedback_converges_where_signs_alone_do_not(ranks):
     fed, unfed = ranks(2).run(feedback)[0]
-    assert 0 <= fed < unfed / 8 and unfed > 5e-3, (fed, unfed)
+    assert 0 <= fed < unfed / 20 and unfed > 5e-3, (fed, unfed)
 
 
 # ---- variances of zero, gradients that are missing -----------------------------------------------------------------
