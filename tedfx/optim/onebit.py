@@ -31,7 +31,7 @@ from tedfx.optim.shares import Share
 from tedfx.optim.volume import Volume, gradient_dtype, reduced, ring_bytes, uncompressed
 
 BUCKET = 2**25
-"""Elements that are exchanged together by default: 4 MiB of signs, as many bytes as a bucket of gradients has after compression to a sixth. Not tuned."""
+"""Elements that are exchanged together by default: 4 MiB of signs. Not tuned."""
 
 
 class OneBitAdam(OneBitState, torch.optim.Optimizer):
