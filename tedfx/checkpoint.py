@@ -153,7 +153,7 @@ class Checkpointer:
             live.update((f"model.{name}", entry) for name, entry in self._pm.state_dict().items())
             _fits(found, {key: entry for key, entry in saved.items() if key.startswith("model.")}, live)
             state.check(small["optimizer"])
-            moments = {key: entry for key, entry in saved.items() if not key.startswith("model.")}
+            moments = {key: entry for key, entry in saved.items() if not key.startswith("model.") and state.reads(key)}
             targets = state.targets({key: entry.properties.dtype for key, entry in moments.items()})
             _fits(found, moments, targets)
             live.update(targets)

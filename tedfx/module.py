@@ -261,6 +261,10 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         super().zero_grad(set_to_none)
         self._boundary.leaving.drop(zero=not set_to_none)
 
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
+        """Whether backward sums gradients, from now on, as FSDP2's method of this name: False leaves `p.grad` as `no_sync()` does, this rank's part of a sum, `Partial` on the axes to be summed."""
+        self._boundary.synced = bool(requires_gradient_sync)
+
     @property
     def batch_coordinate(self) -> tuple[int, int]:
         """(index, count) of this rank's share of the global batch, over the batch axes, first axis major."""

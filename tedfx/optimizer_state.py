@@ -11,6 +11,14 @@ parameter here holds (the experts of a stack).
     create_state()                                     allocates what is missing
     hyperparameters() -> [{"names": [layout names], "lr": .., ...}], load_hyperparameters(groups)
     scaler_state() -> dict, load_scaler_state(dict)    of its loss scaler
+
+and, where there are tensors that are a rank's own and have no place in a parameter's shape (errors of a compression):
+
+    phase_state() -> dict                              plain values; the first rank's is kept
+    check_phase(dict)                                  CheckpointError where it does not fit
+    same_ranks(dict) -> bool                           whether tensors saved in this phase are of these ranks; else they are not read
+    rank_state(dict | None) -> {key: tensor}           this rank's; of a phase: tensors to read into, of equal shapes on all ranks
+    load_phase(dict)                                   go on in it, with what was read
 """
 
 from __future__ import annotations
@@ -22,6 +30,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tedfx.checkpoint_folder import CheckpointError
+from tedfx.pieces import PiecedTensor
+
+RANK = "optimizer_rank/"
+"""Keys of what is a rank's own: {key: [ranks of the mesh, *shape]}, a row for each rank."""
 
 # How a step is computed, not what: stays as it is here.
 _IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
@@ -92,6 +104,7 @@ class OptimizerState:
             raise CheckpointError(f"{self.kind} is no torch.optim.Optimizer and has no named_state(): its state cannot be saved")
         self.state = optimizer if self.own else _TorchOptimizer(pm, optimizer)
         self._targets: dict[str, dict[str, DTensor]] = {}
+        self._phase: dict[str, Any] | None = None  # that of the checkpoint that is being loaded
 
     def _users(self, name: str) -> tuple[str, ...]:
         """The user's names of a parameter; of a tied one, the first."""
@@ -113,7 +126,18 @@ class OptimizerState:
                 if isinstance(value, DTensor):
                     entries = self.pm._placed[name].entries(value)
                     found.update((f"optimizer/{user}/{key}", entries[user]) for user in self._users(name))
+        if self.own and hasattr(self.state, "rank_state") and (self._phase is None or self.state.same_ranks(self._phase)):
+            found.update((RANK + key, self._row(value)) for key, value in self.state.rank_state(self._phase).items())
         return found
+
+    def _row(self, value: Tensor) -> PiecedTensor:
+        mesh = self.pm.device_mesh
+        offsets = (mesh.mesh.flatten().tolist().index(mesh.get_rank()),) + (0,) * value.dim()
+        return PiecedTensor((mesh.size(), *value.shape), [(offsets, value.unsqueeze(0))], mesh, tuple(mesh.mesh_dim_names), value.dtype, value.device)
+
+    def reads(self, key: str) -> bool:
+        """Whether a key of the checkpoint is read here: not what is another mesh's ranks' own. After `check`."""
+        return not key.startswith(RANK) or self._phase is None or self.state.same_ranks(self._phase)
 
     def small(self, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Numbers, groups and the scaler, in plain Python and CPU tensors, by the user's names."""
@@ -127,7 +151,8 @@ class OptimizerState:
             for group in self.state.hyperparameters()
         ]
         scaler = self.state.scaler_state() if hasattr(self.state, "scaler_state") else None
-        return {"kind": self.kind, "numbers": numbers, "groups": groups, "scaler": scaler}
+        phase = self.state.phase_state() if hasattr(self.state, "phase_state") else None
+        return {"kind": self.kind, "numbers": numbers, "groups": groups, "scaler": scaler, "phase": phase}
 
     # ---- in ------------------------------------------------------------------------------------------------------
 
@@ -167,6 +192,9 @@ class OptimizerState:
                 raise CheckpointError(f"parameter group {index} and the checkpoint's do not have the same options: {', '.join(options)}; resume with the same optimizer")
         for name in self.pm._placed:
             self._number(name, small["numbers"])
+        if small.get("phase") is not None:
+            self.state.check_phase(small["phase"])
+            self._phase = small["phase"]
 
     def _number(self, name: str, numbers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         first, *rest = [numbers.get(user, {}) for user in self._users(name)]
@@ -187,6 +215,10 @@ class OptimizerState:
                     else:
                         values[key] = value
             self.state.states_changed()
+            if self._phase is not None:
+                if not self.state.same_ranks(self._phase):
+                    self.state.rank_state(self._phase)  # nothing was read into them
+                self.state.load_phase(self._phase)
         else:
             self.state.replace(self._targets, numbers)
             self._targets = {}
