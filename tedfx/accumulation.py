@@ -9,7 +9,6 @@ from tabulate import tabulate
 from torch import fx
 
 from tedfx.activations import Ledger, Sizing
-from tedfx.buckets import BUCKET_BYTES
 from tedfx.cost import GATHER_PARAMETERS, SCATTER_GRADIENTS, Cost, format_bytes, parameter_nodes
 from tedfx.layered import segments
 from tedfx.layouts import placed_on_first
@@ -79,7 +78,7 @@ def _gradients(compilation) -> tuple[int, int]:
         if not stays:
             first = min((place[u] for u in node.users if u in place), default=0)
             layer[first] = layer.get(first, 0) + whole
-    return apart, shares + max(layer.values(), default=0) + (min(BUCKET_BYTES, sum(layer.values())) if layer else 0)
+    return apart, shares + max(layer.values(), default=0) + (min(compilation.bucket_bytes, sum(layer.values())) if layer else 0)
 
 
 def table(found: list[Schedule], count: int) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
+from tedfx.buckets import BUCKET_BYTES
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
@@ -36,6 +37,9 @@ def parallelize(
     capacity: str | None = None,
     zero: int | None = None,
     gradient_dtype: torch.dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    gather_bytes: int | None = None,
+    prefetch: int = 1,
     check_inputs: bool = True,
     check_timeout: float = 60.0,
     traces: Sequence[Trace | Compilation] = (),
@@ -61,6 +65,9 @@ def parallelize(
     zero            stage of ZeRO over the data axes, expert and other parameters each over those that their gradient is summed over: 1, optimizer states of this rank's share
                     only (``tedfx.optim.ShardedOptimizer``); 2, gradients too; 3, parameters too, gathered where a layer uses them.
     gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's dtype.
+    bucket_bytes    gradients that are summed together, whole ones on a rank (default 25 MiB).
+    gather_bytes    with zero=3: whole parameters of a layer that are gathered together (default 256 MiB).
+    prefetch        with zero=3: gathers in flight beyond the one in use (default 1); a compiled graph has no use for it.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
     traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
 
@@ -72,7 +79,10 @@ def parallelize(
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
     resolved = Roles.resolve(shape, roles)
-    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, capacity=capacity, zero=zero)
+    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, capacity=capacity, zero=zero, gather_bytes=gather_bytes)
+    for name, value, least in (("bucket_bytes", bucket_bytes, 1), ("prefetch", prefetch, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r}: a whole number, at least {least}")
     if (checkpoint or "").startswith("budget") and example_inputs is None:
         raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
     if not hasattr(mesh, "device_type"):
@@ -81,7 +91,7 @@ def parallelize(
     if any(empty) and not all(empty):
         here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
         raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
-    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0)
+    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes)
     call = _example(model, example_inputs)
     first = builder.compile(call, model.training)
     layouts = layouts_of(model, first, builder.frozen)
@@ -104,8 +114,10 @@ def parallelize(
         non_persistent=[name for name in buffers if name not in persistent],
         check_inputs=check_inputs,
         check_timeout=check_timeout,
+        bucket_bytes=bucket_bytes,
         zero=zero or 0,
         gradient_dtype=gradient_dtype,
+        gathers_ahead=prefetch,
         origin=model,
         empty=any(empty),
     )
@@ -131,8 +143,8 @@ def _example(model: nn.Module, given) -> dict[str, Any]:
 class _Builder:
     """Compiles a program per call signature; keeps what `parallelize` was told."""
 
-    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces, zero: int):
-        self.zero = zero
+    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces, zero: int, bucket_bytes: int):
+        self.zero, self.bucket_bytes = zero, bucket_bytes
         self.model, self.roles, self.device = model, roles, torch.device(device)
         self.passes, self.outputs, self.traces = passes, outputs, traces
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -149,7 +161,7 @@ class _Builder:
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero) == (self.roles, outputs, tuple(map(str, self.passes)), self.zero) and _fits(ready.trace, call, training):
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes) == (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes) and _fits(ready.trace, call, training):
                     self.done[key] = ready
                     return ready
             traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training)), None)
@@ -163,7 +175,7 @@ class _Builder:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, model=self.model)
+            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, bucket_bytes=self.bucket_bytes, model=self.model)
             self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 

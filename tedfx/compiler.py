@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from tedfx._torch import pytree
+from tedfx.buckets import BUCKET_BYTES
 from tedfx.errors import ConfigError
 from tedfx.factors import Factor, as_size
 from tedfx.passes.annotate import Annotate
@@ -43,7 +44,8 @@ CAPACITIES = ("global", "local")
 
 
 def default_passes(
-    *, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none", capacity: str = "global", zero: int = 0
+    *, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none", capacity: str = "global", zero: int = 0,
+    gather_bytes: int | None = None,
 ) -> list[Pass]:
     """The passes of `parallelize`, in order.
 
@@ -54,9 +56,12 @@ def default_passes(
     capacity           whose tokens a capacity counts: "global", those of the global batch; "local", those of a batch coordinate, each by itself. ConfigError for
                        anything else.
     zero               the stage of ZeRO; as far as the graph goes, 3 gathers parameters where layers use them.
+    gather_bytes       with zero=3: whole parameters that one gather makes, see `tedfx.passes.gather_parameters`. ConfigError without it.
     """
     if capacity not in CAPACITIES:
         raise ConfigError(f"capacity={capacity!r}: one of {', '.join(CAPACITIES)}")
+    if gather_bytes is not None and (zero != 3 or isinstance(gather_bytes, bool) or not isinstance(gather_bytes, int) or gather_bytes < 1):
+        raise ConfigError(f"gather_bytes={gather_bytes!r} with zero={zero}: a whole number of bytes, at least 1, and only with zero=3")
     return [
         Functionalize(),
         SimplifyMasks(),
@@ -78,7 +83,7 @@ def default_passes(
         Localize(),
         *[BatchCollectives()] * algebra,
         Checkpoint(checkpoint),
-        *[GatherParameters()] * (zero == 3),
+        *[GatherParameters() if gather_bytes is None else GatherParameters(gather_bytes)] * (zero == 3),
     ]
 
 
@@ -115,6 +120,7 @@ class Compilation:
     passes         the pipeline that it went through, as text
     example        one rank's size per symbol, where an example was given; `hints` stand for the others
     zero           ZeRO's stage: where gradients are summed to
+    bucket_bytes   gradients that are summed together
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     """
 
@@ -134,6 +140,7 @@ class Compilation:
     output_names: list[str] = field(default_factory=list)
     passes: tuple[str, ...] = ()
     zero: int = 0
+    bucket_bytes: int = BUCKET_BYTES
     model: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self):

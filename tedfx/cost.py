@@ -26,7 +26,6 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.activations import repeated, saved, saves, viewed
-from tedfx.buckets import BUCKET_BYTES
 from tedfx.cuts import Cut
 from tedfx.factors import leaves
 from tedfx.layouts import placed_on_first
@@ -231,7 +230,7 @@ class Cost:
             dtype, elements = node.meta["val"].dtype, placed.whole.numel
             travels = elements if placed.cut is None else placed.cut.width * len(placed.cut.lengths)
             buckets = filling.setdefault((axes, dtype, ALL_REDUCE if placed.cut is None else REDUCE_SCATTER), [[0, 0]])
-            if (buckets[-1][0] + elements) * dtype.itemsize > BUCKET_BYTES and buckets[-1][0]:
+            if (buckets[-1][0] + elements) * dtype.itemsize > self.compilation.bucket_bytes and buckets[-1][0]:
                 buckets.append([0, 0])
             buckets[-1][0] += elements
             buckets[-1][1] += travels
