@@ -518,6 +518,9 @@ def activations(options) -> None:
             file.writelines(json.dumps({**asdict(row), "torch": torch.__version__}) + "\n" for row in found)
 
 
+STATE_TABLES = ["zero", "offload", "ted", "spike", "experts", "40B"]
+
+
 def state(options) -> None:
     from memory_state import run
 
@@ -537,7 +540,7 @@ def main() -> None:
     command.add_argument("--dedup", action=argparse.BooleanOptionalAction, default=True)
     command.set_defaults(run=activations)
     command = commands.add_parser("state", help="parameters, gradients, optimizer state and the spike of a step, per rank")
-    command.add_argument("--tables", nargs="+", choices=["zero", "offload", "ted", "spike", "40B"], default=["zero", "offload", "ted", "spike", "40B"], help="default: all")
+    command.add_argument("--tables", nargs="+", choices=STATE_TABLES, default=STATE_TABLES, help="default: all")
     command.add_argument("--json", metavar="FILE", help="one JSON line per row, in bytes")
     command.set_defaults(run=state)
     options = parser.parse_args()

@@ -80,28 +80,40 @@ def ted_rows(memory: float = MEMORY, degrees=(1, 2, 4, 8), experts: int = EXPERT
             yield replace(row, formula=ted_memory(shape.base, tensor, experts, ranks))
 
 
-STEPPERS = [{"tile": None, "fused": True}, {"tile": TED_TILE, "fused": True}, {"tile": TILE, "fused": True}]
+WHOLE, *TILED = [{"tile": tile, "fused": True} for tile in (None, TED_TILE, TILE)]
 
 
-def spike_rows(shape: Shape = TED_7B, runs=((4, 4), (16, 16), (64, 32)), ranks: int = 32, steppers=STEPPERS) -> Iterator[Row]:
-    """runs: (experts, expert degree)."""
+def with_spikes(row: Row, layers: int, steppers=TILED) -> Iterator[Row]:
+    """An extrapolated row, and those with tiles, whose spike is measured with so many layers: a tiled spike is that of one batch of tiles, as soon as there is more than one."""
+    yield row
+    for tiled in measure(row.table, replace(row.model, layers=layers), row.mesh, row.stage, steppers=steppers):
+        assert tiled.share > 1.1 * tiled.tile, "too few layers for several batches"
+        yield replace(row, tile=tiled.tile, options=tiled.options, spike=tiled.spike)
+
+
+def spike_rows(shape: Shape = TED_7B, expert: int = 16, ranks: int = 32, layers: int = 8) -> Iterator[Row]:
+    """expert: the expert degree."""
+    (row,) = extrapolated("spike", shape, mesh_of(1, expert, ranks), 1, steppers=[WHOLE])
+    yield from with_spikes(replace(row, formula=ted_spike(shape, ranks)), layers)
+
+
+def experts_rows(shape: Shape = replace(TED_7B, layers=8), runs=((4, 4), (16, 16), (64, 32)), tile: int = 2**25, ranks: int = 32) -> Iterator[Row]:
+    """runs: (experts, expert degree). The last row is for torch's foreach kernels, its default on a GPU."""
     for experts, expert in runs:
-        mine = replace(shape, experts=experts)
-        more = [{"tile": TILE, "foreach": True}] if experts == shape.experts else []
-        for row in measure("spike", mine, mesh_of(1, expert, ranks), 1, steppers=[*steppers, *more]):
+        mine, more = replace(shape, experts=experts), [{"tile": tile, "foreach": True}] if experts == runs[-1][0] else []
+        for row in measure("experts", mine, mesh_of(1, expert, ranks), 1, steppers=[WHOLE, {"tile": tile, "fused": True}, *more]):
             yield replace(row, formula=ted_spike(mine, ranks))
 
 
-def forty_rows(shape: Shape = TED_7B, ranks: int = 128, memory: float = MEMORY) -> Iterator[Row]:
-    """Tensor degrees up to the first that fits. That one is measured with all its layers, since a tiled spike is no sum over layers."""
+def forty_rows(shape: Shape = TED_7B, ranks: int = 128, memory: float = MEMORY, layers: int = 16) -> Iterator[Row]:
+    """Tensor degrees up to the first that fits."""
     for tensor in (1, 2, 4, 8):
-        mesh, formula = mesh_of(tensor, shape.experts, ranks), ted_memory(shape.base, tensor, shape.experts, ranks)
-        (row,) = extrapolated("40B", shape, mesh, 1, steppers=STEPPERS[:1])
+        (row,) = extrapolated("40B", shape, mesh_of(tensor, shape.experts, ranks), 1, steppers=[WHOLE])
+        row = replace(row, formula=ted_memory(shape.base, tensor, shape.experts, ranks))
         if row.total <= memory:
-            for row in measure("40B", shape, mesh, 1, steppers=STEPPERS):
-                yield replace(row, formula=formula)
+            yield from with_spikes(row, layers, TILED[-1:])
             return
-        yield replace(row, formula=formula)
+        yield row
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------
@@ -136,16 +148,16 @@ def ted_table(rows: list[Row], memory: float = MEMORY) -> str:
 
 
 def _tile(row: Row) -> str:
-    names = {None: "none", TED_TILE: "DeepSpeed's", TILE: "default"}
-    return names.get(row.tile, str(row.tile)) + (", foreach" if row.options.get("foreach") else "")
+    return ("none" if row.tile is None else f"{row.tile:,}") + (", foreach" if row.options.get("foreach") else "")
 
 
 def spike_table(rows: list[Row]) -> str:
     cells = []
     for r in rows:
-        most = 4 * r.share if r.tile is None else 4 * min(r.tile, r.share)
-        cells.append([r.model.experts, r.mesh, _tile(r), gb(r.formula) if r.tile is None else "", gb(most), gb(r.spike), f"{r.spike / most:.3f}"])
-    return table(cells, ["experts", "mesh", "tile", "TED, experts only", "at most", "measured", "ratio"], words=3)
+        most = (8 if r.options.get("foreach") else 4) * (r.share if r.tile is None else min(r.tile, r.share))
+        ted = r.formula if r.tile is None else 4 * r.tile / MeshShape.of(r.mesh).size(("dp",))
+        cells.append([r.model.experts, r.mesh, _tile(r), gb(ted), gb(most), gb(r.spike), f"{r.spike / most:.3f}"])
+    return table(cells, ["experts", "mesh", "tile", "TED's formula", "bound", "measured", "measured / bound"], words=3)
 
 
 def forty_table(rows: list[Row], memory: float = MEMORY) -> str:
@@ -161,6 +173,7 @@ TABLES = {
     "offload": ("Offload, bytes per parameter", offload_rows, offload_table),
     "ted": ("The largest base model of TED, 16 GB, 128 ranks", ted_rows, ted_table),
     "spike": ("The spike of the update, 32 ranks, GB", spike_rows, spike_table),
+    "experts": ("The spike against the number of experts, 8 layers, 32 ranks, GB", experts_rows, spike_table),
     "40B": ("40B on 128 ranks of 16 GB, GB", forty_rows, forty_table),
 }
 

@@ -44,7 +44,7 @@ def test_teds_expression(state, gpt):
 
 def test_layers_add_up(state, gpt):
     shape = dataclasses.replace(gpt(), layers=3)
-    whole, sum_ = (make("", shape, "dp=2,tp=2", 1, steppers=state.STEPPERS[:1])[0] for make in (state.measure, state.extrapolated))
+    whole, sum_ = (make("", shape, "dp=2,tp=2", 1, steppers=[state.WHOLE])[0] for make in (state.measure, state.extrapolated))
     for name in ("model", "psi", "share", "parameters", "gradients", "states"):
         assert getattr(whole, name) == getattr(sum_, name), name
 
