@@ -41,12 +41,12 @@ def ted_spike(shape: Shape, ranks: int) -> float:
     return 4 * 4 * shape.experts * shape.layers * shape.hidden**2 / ranks
 
 
-def largest_shape(base: float, experts: int, heads_of: int = 128, step: int = 256) -> Shape:
-    """The GPT with the most parameters that is no larger than this; an even number of layers from 8 to 48."""
+def largest_shape(base: float, experts: int, heads: int = 16, step: int = 256) -> Shape:
+    """The GPT with the most parameters that is no larger than this; an even number of layers from 8 to 48. Every T divides its heads."""
     found = []
     for layers in range(8, 50, 2):
         hidden = int((base / 12 / layers) ** 0.5) // step * step
-        while (shape := Shape("gpt", hidden, layers, hidden // heads_of, experts)).base > base:
+        while (shape := Shape("gpt", hidden, layers, heads, experts)).base > base:
             hidden -= step
         found.append(shape)
     return max(found, key=lambda shape: shape.base)
