@@ -4,6 +4,7 @@
     python benchmarks/memory.py activations --json memory.jsonl    and a JSON line per row
     python benchmarks/memory.py activations --detail gpt --mesh tp=8 --checkpoint selective
     python benchmarks/memory.py activations --detail mixtral --mesh ep=2,tp=2 --no-sequence-parallel       which op keeps what, in one layer
+    python benchmarks/memory.py state [--json state.jsonl]         parameters, gradients, optimizer state, the spike of a step: see benchmarks/memory_state.py
 
 A row is one rank's graph as tedfx compiles it from an unmodified model, its forward run in this process: the process group is torch's fake one (any
 number of ranks), tensors are fake, so sizes are those of real models. Bytes are counted by torch's own `MemTracker`: storages that forward made
@@ -517,6 +518,15 @@ def activations(options) -> None:
             file.writelines(json.dumps({**asdict(row), "torch": torch.__version__}) + "\n" for row in found)
 
 
+STATE_TABLES = ["zero", "offload", "ted", "spike", "experts", "40B"]
+
+
+def state(options) -> None:
+    from memory_state import run
+
+    run(options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
@@ -529,6 +539,10 @@ def main() -> None:
     command.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, default=True)
     command.add_argument("--dedup", action=argparse.BooleanOptionalAction, default=True)
     command.set_defaults(run=activations)
+    command = commands.add_parser("state", help="parameters, gradients, optimizer state and the spike of a step, per rank")
+    command.add_argument("--tables", nargs="+", choices=STATE_TABLES, default=STATE_TABLES, help="default: all")
+    command.add_argument("--json", metavar="FILE", help="one JSON line per row, in bytes")
+    command.set_defaults(run=state)
     options = parser.parse_args()
     options.run(options)
 

@@ -141,6 +141,7 @@ def fake_world(rank: int, size: int):
 
     Public replacement: none; the backend "fake" is registered by torch's testing package.
     """
+    import torch.distributed._tools.fake_collectives  # noqa: F401  what collectives that work in place do to fake tensors
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
@@ -148,6 +149,13 @@ def fake_world(rank: int, size: int):
         yield
     finally:
         dist.destroy_process_group()
+
+
+def with_values():
+    """A context manager under which tensors have values again where a FakeTensorMode is on. Public replacement: none; nor has the mode one."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
 
 
 def memory_tracker():

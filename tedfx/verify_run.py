@@ -30,13 +30,14 @@ IGNORED = -100  # a label that does not count
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: the same on the single device and on every rank."""
+    """How to train: the same on the single device and on every rank. sharded: options of the `ShardedOptimizer` that ranks step with; None: torch's own AdamW, where ZeRO's stage lets it."""
 
     steps: int = 3
     learning_rate: float = 1e-3
     max_norm: float = 1.0
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    sharded: Mapping[str, Any] | None = None
 
     def make(self, factory: Callable[[], Any]) -> tuple[nn.Module, dict[str, Any] | None]:
         """(the model, the global batch if the factory gives one)."""
@@ -161,10 +162,10 @@ def train_reference(model: nn.Module, batch: Mapping[str, Any], recipe: Recipe, 
     return outcome
 
 
-def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict], call: Callable | None = None, sharded: bool = False) -> Outcome:
-    """`sharded`: the module's optimizer is tedfx's, which ZeRO's stages 1 and 2 need."""
-    if sharded:
-        optimizer = ShardedOptimizer(module, torch.optim.AdamW, lr=recipe.learning_rate, max_norm=recipe.max_norm)
+def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict], call: Callable | None = None, sharded: Mapping[str, Any] | None = None) -> Outcome:
+    """`sharded`: the module's optimizer is tedfx's, which ZeRO's stages 1 and 2 need, with these options."""
+    if sharded is not None:
+        optimizer = ShardedOptimizer(module, torch.optim.AdamW, lr=recipe.learning_rate, max_norm=recipe.max_norm, **sharded)
     else:
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=recipe.learning_rate)
     losses, outcome = [], None
@@ -173,9 +174,9 @@ def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict], call: C
         loss, is_global = objective((call or module)(**batch))
         loss.backward()
         first = gradients() if step == 0 else None
-        norm = None if sharded else torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
+        norm = None if sharded is not None else torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
         optimizer.step()
-        norm = optimizer.grad_norm if sharded else norm
+        norm = optimizer.grad_norm if sharded is not None else norm
         losses.append(float(loss.detach()))
         if step == 0:
             outcome = Outcome(losses, float(norm.full_tensor() if isinstance(norm, DTensor) else norm), first, global_loss=is_global)
@@ -197,7 +198,8 @@ def train_rank(rank, model, batch: Mapping[str, Any], recipe: Recipe, shape: Mes
         index, count = pm.batch_coordinate
         local = split_batch(batch, index, count)
         local = pytree.tree_map(lambda x: x.to(pm.device) if isinstance(x, Tensor) else x, local)
-        outcome = _train(pm, local, recipe, lambda: _on_first(rank, pm.gather_gradients()), sharded=options.get("zero") in (1, 2))
+        sharded = {} if recipe.sharded is None and options.get("zero") in (1, 2) else recipe.sharded
+        outcome = _train(pm, local, recipe, lambda: _on_first(rank, pm.gather_gradients()), sharded=sharded)
     outcome.parameters = _on_first(rank, pm.gather_parameters())
     outcome.batch_index = index
     outcome.digests = digests(pm)

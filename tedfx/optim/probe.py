@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tedfx import _torch
 from tedfx.errors import ConfigError
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -24,6 +25,7 @@ def check_class(cls) -> None:
         raise ConfigError(f"{cls.__name__} evaluates the model inside its step (a closure): such an optimizer cannot be sharded")
 
 
+@_torch.with_values()
 def fuses(cls, options: dict[str, Any], device) -> bool:
     """Whether the class has a fused step on this device, and the options do not choose another implementation: one pass over memory in place of many, and no temporaries."""
     if "fused" not in inspect.signature(cls).parameters or options.keys() & {"fused", "foreach", "differentiable", "capturable"}:
@@ -35,6 +37,7 @@ def fuses(cls, options: dict[str, Any], device) -> bool:
     return True
 
 
+@_torch.with_values()  # what a class does can be asked also where the run's own tensors are fake
 def elementwise(make: Make, device) -> str | None:
     """make: [tensors] -> an optimizer. None if stepping two flat halves of random numbers equals stepping the whole, bit by bit, over two steps; else what speaks against it, in a few words."""
     generator = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ RANK_TIMEOUT = 400.0
 @dataclasses.dataclass(frozen=True)
 class Case:
     """model: a name in tests.models, tests.models_plain or tests.models_capacity. change: name in `variants`, applied to the model.
-    batch: name in `data`. calls: which signatures the ranks will make, the first being the example."""
+    batch: name in `data`. sharded: options of the `ShardedOptimizer` that ranks step with, see `Recipe`. calls: which signatures the ranks will make, the first being the example."""
 
     model: str
     mesh: str
@@ -45,6 +45,7 @@ class Case:
     checkpoint: str | None = None
     capacity: str | None = None
     zero: int | None = None
+    sharded: tuple[tuple[str, Any], ...] | None = None
     outputs: tuple[str, ...] | None = None
     calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
 
@@ -53,12 +54,15 @@ class Case:
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
         words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * bool(self.compile) + [self.checkpoint] * bool(self.checkpoint) + [self.capacity] * bool(self.capacity) + [f"zero{self.zero}"] * bool(self.zero)
+        words += [f"{k}={v}" for k, v in self.sharded or ()]
         words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel", "algebra") if (value := getattr(self, name)) is not None]
         return "-".join(words)
 
 
 def case(model: str, mesh: str, **kwargs) -> Case:
-    """Dicts for `roles` and `overrides`."""
+    """Dicts for `roles`, `overrides` and `sharded`."""
+    if kwargs.get("sharded") is not None:
+        kwargs["sharded"] = tuple(kwargs["sharded"].items())
     roles = tuple((r, (a,) if isinstance(a, str) else tuple(a)) for r, a in kwargs.pop("roles", {}).items())
     return Case(model, mesh, roles, tuple(kwargs.pop("overrides", {}).items()), **kwargs)
 
@@ -140,7 +144,7 @@ def _options(case: Case) -> dict[str, Any]:
 
 
 def _recipe(case: Case) -> Recipe:
-    return Recipe(steps=case.steps, dtype=getattr(torch, case.dtype))
+    return Recipe(steps=case.steps, dtype=getattr(torch, case.dtype), sharded=None if case.sharded is None else dict(case.sharded))
 
 
 def _fork(case: Case, function: Callable, arguments: tuple, single: list = ()) -> list:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tedfx.ops import count_collectives
+from tedfx.optim import ShardedOptimizer
 from tedfx.verify_run import split_batch
 from tests.parity.cases import case, on_ranks, verified
 
+TILE = 500
 PPMOE, FOLDED = {"expert": "tp"}, {"expert": ("ep", "tp")}
 CASES = [
     case("mixtral", "ep=2,tp=2", zero=1),
@@ -22,6 +24,10 @@ CASES = [
     case("plain", "dp=2,ep=2", zero=3, steps=1),  # experts stacked
     case("mixtral", "dp=2,ep=2", zero=3, compile="aot_eager", dtype="float32", steps=1),
     case("mixtral", "dp=2,ep=2", zero=3, compile="aot_eager", dtype="float32", checkpoint="comm", steps=1),
+    # whole steps, as in `benchmarks/parity.py --zero`: tiles that cut parameters, and none
+    case("mixtral", "dp=2,ep=2,tp=2", zero=2, sharded={"tile": TILE}, steps=5),
+    case("deepseek_v3", "dp=2,ep=2,tp=2", zero=1, sharded={"tile": None}, steps=5),
+    case("deepseek_v3", "ep=2,tp=2", zero=3, sharded={"tile": TILE}, checkpoint="comm", steps=5),
 ]
 
 
@@ -29,6 +35,19 @@ CASES = [
 def test_matches_the_single_device(case):
     result = verified(case)
     assert result.ok, f"\n{result}"
+
+
+def tiles(pm, batch, rank):
+    """How many parameters a tile cuts; the most tiles of one."""
+    optimizer = ShardedOptimizer(pm, torch.optim.AdamW, tile=TILE)
+    counts = [len(share.tiles) for share in optimizer._shares.values()]
+    return sum(count > 1 for count in counts), max(counts)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_these_tiles_cut_parameters(stage):
+    for cut, most in on_ranks(case("mixtral", "dp=2,ep=2,tp=2", zero=stage), tiles):
+        assert cut >= 4 and most >= 2  # the experts' two stacks in each of two layers
 
 
 def step(pm, batch, rank):
