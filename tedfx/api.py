@@ -15,6 +15,7 @@ from tedfx.frontends import default_frontends
 from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
 from tedfx.passes.base import Pass
+from tedfx.precision import cast_parameters, parameter_dtypes
 from tedfx.roles import MeshShape, Roles
 from tedfx.signature import Signature, bind, flatten
 from tedfx.trace import Trace, infer_inputs, trace
@@ -35,6 +36,7 @@ def parallelize(
     algebra: bool | None = None,
     capacity: str | None = None,
     zero: int | None = None,
+    precision: str | None = None,
     gradient_dtype: torch.dtype | None = None,
     check_inputs: bool = True,
     check_timeout: float = 60.0,
@@ -60,6 +62,8 @@ def parallelize(
                     batch coordinate by themselves, as DeepSpeed and GShard do under data parallelism: see ``tedfx/passes/local_capacity.py``.
     zero            stage of ZeRO over the data axes, expert and other parameters each over those that their gradient is summed over: 1, optimizer states of this rank's share
                     only (``tedfx.optim.ShardedOptimizer``); 2, gradients too; 3, parameters too, gathered where a layer uses them.
+    precision       "bf16", "fp16" or "fp32": the dtype of the floating-point parameters, and so of what is computed from them, see ``tedfx/precision.py``; by default
+                    the model's own. Buffers, float inputs and what a Hugging Face model keeps in float32 stay as they are.
     gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's dtype.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
     traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
@@ -81,7 +85,8 @@ def parallelize(
     if any(empty) and not all(empty):
         here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
         raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
-    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0)
+    dtypes = parameter_dtypes(model, precision)
+    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, dtypes)
     call = _example(model, example_inputs)
     first = builder.compile(call, model.training)
     layouts = layouts_of(model, first, builder.frozen)
@@ -91,7 +96,7 @@ def parallelize(
     buffers = dict(model.named_buffers())
     pm = ParallelModule(
         layouts,
-        lambda name: state[name].detach(),
+        lambda name: state[name].detach().to(dtypes[name]),
         buffers,
         mesh,
         builder.program,
@@ -108,6 +113,7 @@ def parallelize(
         gradient_dtype=gradient_dtype,
         origin=model,
         empty=any(empty),
+        precision=precision,
     )
     builder.attach(pm, layouts)
     pm.training = model.training
@@ -131,8 +137,8 @@ def _example(model: nn.Module, given) -> dict[str, Any]:
 class _Builder:
     """Compiles a program per call signature; keeps what `parallelize` was told."""
 
-    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces, zero: int):
-        self.zero = zero
+    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces, zero: int, dtypes: Mapping[str, torch.dtype]):
+        self.zero, self.dtypes = zero, dtypes
         self.model, self.roles, self.device = model, roles, torch.device(device)
         self.passes, self.outputs, self.traces = passes, outputs, traces
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -149,21 +155,22 @@ class _Builder:
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero) == (self.roles, outputs, tuple(map(str, self.passes)), self.zero) and _fits(ready.trace, call, training):
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero) == (self.roles, outputs, tuple(map(str, self.passes)), self.zero) and _fits(ready.trace, call, training, self.dtypes):
                     self.done[key] = ready
                     return ready
-            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training)), None)
+            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training, self.dtypes)), None)
             if traced is None:
                 was = self.model.training
                 try:
                     if was != training:
                         self.model.train(training)
-                    traced = trace(self.model, kwargs=_roomy(call), device=self.device)
+                    with cast_parameters(self.model, self.dtypes, values=False):
+                        traced = trace(self.model, kwargs=_roomy(call), device=self.device)
                 finally:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, model=self.model)
+            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, model=self.model, dtypes=self.dtypes)
             self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
@@ -206,8 +213,12 @@ def _kind(leaf) -> str:
     return f"{leaf.dtype}[{leaf.dim()}]" if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
-def _fits(traced: Trace, call, training: bool) -> bool:
+def _fits(traced: Trace, call, training: bool, dtypes: Mapping[str, torch.dtype]) -> bool:
     if traced.training != training:
+        return False
+    nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
+    names = {**traced.parameters, **{p: sources[0] for p, sources in traced.stacked.items()}}
+    if any(nodes[p].meta["val"].dtype != dtypes.get(name) for p, name in names.items() if p in nodes):
         return False
     mine = flatten(call)
     tensors = {path for path, leaf in mine.items() if isinstance(leaf, torch.Tensor)}
@@ -216,7 +227,6 @@ def _fits(traced: Trace, call, training: bool) -> bool:
     values = {path: leaf for path, leaf in mine.items() if not isinstance(leaf, torch.Tensor)}
     if {k: v for k, v in traced.values.items() if v is not None} != values:
         return False
-    nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
     return all(nodes[p].meta["val"].dtype == mine[path].dtype and nodes[p].meta["val"].dim() == mine[path].dim() for p, path in traced.inputs.items())
 
 

@@ -116,6 +116,7 @@ class Compilation:
     example        one rank's size per symbol, where an example was given; `hints` stand for the others
     zero           ZeRO's stage: where gradients are summed to
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
+    dtypes         the dtype of each of its parameters as traced; empty: the model's own
     """
 
     trace: Trace
@@ -135,6 +136,7 @@ class Compilation:
     passes: tuple[str, ...] = ()
     zero: int = 0
     model: nn.Module | None = field(default=None, repr=False)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         """Work on a copy: one trace serves any number of meshes."""

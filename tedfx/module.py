@@ -125,6 +125,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         gathers_ahead: int = 1,
         origin: nn.Module | None = None,
         empty: bool = False,
+        precision: str | None = None,
     ):
         super().__init__()
         layouts = list(layouts)
@@ -133,6 +134,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         self._meeting = meeting = Meeting(device_mesh, check_timeout)
         shapes = [(layout, tuple(buffers)) for layout in layouts]
         kinds = ["on the meta device", *(str(source(name).dtype) for layout in layouts for name in layout.names[:1])] if empty else ["with weights"]
+        kinds += [f"precision {precision}"] * (precision is not None)
         meeting.agree(", ".join(kinds) + " " + repr(shapes) + repr(device_mesh.mesh.tolist()), "the model", "Every rank must parallelize the same model on the same mesh")
         self._context = RankContext(device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)])
 
