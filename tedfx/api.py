@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
+from tedfx.autocast import Autocast, region
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
@@ -88,7 +89,8 @@ def parallelize(
     dtypes = parameter_dtypes(model, precision)
     builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, dtypes)
     call = _example(model, example_inputs)
-    first = builder.compile(call, model.training)
+    around = Autocast.around(mesh.device_type)
+    first = builder.compile(call, model.training, around)
     layouts = layouts_of(model, first, builder.frozen)
 
     state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
@@ -119,7 +121,7 @@ def parallelize(
     pm.training = model.training
     pm.roles = resolved
     flat = flatten(call)
-    pm._program(Signature.of(flat, model.training, True), flat)  # so that there is a graph to look at before the first call
+    pm._program(Signature.of(flat, model.training, True, around), flat)  # so that there is a graph to look at before the first call
     return pm
 
 
@@ -150,33 +152,34 @@ class _Builder:
     def attach(self, module: ParallelModule, layouts) -> None:
         self.module, self.layouts = module, {layout.name: layout for layout in layouts}
 
-    def compile(self, call: Mapping[str, Any], training: bool) -> Compilation:
-        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training)
+    def compile(self, call: Mapping[str, Any], training: bool, around: Autocast | None = None) -> Compilation:
+        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around)
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero) == (self.roles, outputs, tuple(map(str, self.passes)), self.zero) and _fits(ready.trace, call, training, self.dtypes):
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero) == (self.roles, outputs, tuple(map(str, self.passes)), self.zero) and _fits(ready.trace, call, training, self.dtypes, around):
                     self.done[key] = ready
                     return ready
-            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training, self.dtypes)), None)
+            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training, self.dtypes, around)), None)
             if traced is None:
                 was = self.model.training
                 try:
                     if was != training:
                         self.model.train(training)
-                    with cast_parameters(self.model, self.dtypes, values=False):
+                    with cast_parameters(self.model, self.dtypes, values=False), region(around, self.device.type):
                         traced = trace(self.model, kwargs=_roomy(call), device=self.device)
                 finally:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
             compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, model=self.model, dtypes=self.dtypes)
-            self.done[key] = compile_trace(compilation, self.passes)
+            with region(None, self.device.type):
+                self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
     def program(self, signature, flat: dict, training: bool) -> Program:
         """What `ParallelModule` asks for at the first call of a signature."""
-        compilation = self.compile(_unflatten(flat), training)
+        compilation = self.compile(_unflatten(flat), training, signature.autocast)
         trace_, graph = compilation.trace, compilation.graph_module.graph
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         stacked = getattr(trace_, "stacked", {})
@@ -213,8 +216,8 @@ def _kind(leaf) -> str:
     return f"{leaf.dtype}[{leaf.dim()}]" if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
-def _fits(traced: Trace, call, training: bool, dtypes: Mapping[str, torch.dtype]) -> bool:
-    if traced.training != training:
+def _fits(traced: Trace, call, training: bool, dtypes: Mapping[str, torch.dtype], around: Autocast | None) -> bool:
+    if (traced.training, traced.autocast) != (training, around):
         return False
     nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
     names = {**traced.parameters, **{p: sources[0] for p, sources in traced.stacked.items()}}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tedfx._torch import inductor_options, pytree
+from tedfx.autocast import Autocast, region
 from tedfx.checks import CallCheck, Meeting
 from tedfx.cuts import Cut
 from tedfx.emission import emit
@@ -186,11 +187,14 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
     def forward(self, *args, **kwargs):
         """The model's forward on this rank's share of the global batch; the model's own output class."""
         self.require_weights("forward")
-        if torch.is_autocast_enabled(self._device.type):
-            raise TedfxError("autocast around a ParallelModule: its graph was traced without it; cast the model before parallelize (model.to(torch.bfloat16)), or leave the region")
+        around = Autocast.around(self._device.type)
+        with region(None, self._device.type):  # the casts of the region around the call are in the graph
+            return self._forward(args, kwargs, around)
+
+    def _forward(self, args, kwargs, around: Autocast | None):
         flat = self._inputs(args, kwargs)
         grad = torch.is_grad_enabled()
-        signature = Signature.of(flat, self.training, grad)
+        signature = Signature.of(flat, self.training, grad, around)
         tensors = {show(path): leaf for path, leaf in flat.items() if isinstance(leaf, Tensor)}
         if self._check_inputs:
             self._check(str(signature), tensors)
