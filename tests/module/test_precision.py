@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import tedfx
+from tedfx.checkpoint_folder import CheckpointError
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim import LossScale, ShardedOptimizer
 from tedfx.precision import cast_model, check_precision, parameter_dtypes
@@ -141,7 +142,7 @@ def test_autocast_around_a_call(ranks):
 
 def regions(shape, names):
     """Regions in the model and around it: much nearer to one device under the same autocast than that is to float32, on every parameter together."""
-    found = {}
+    found, losses = {}, {}
     for kind in ("inside", "around", "float32"):
         model = made(Mixture, kind == "inside")
         pm = tedfx.parallelize(model, mesh(shape, names))
@@ -149,7 +150,8 @@ def regions(shape, names):
             with torch.autocast("cpu", torch.bfloat16, enabled=kind == "around"):
                 loss = module(**batch)
             loss.backward()
-            found[kind, module is pm] = {"loss": loss.detach(), **(pm.gather_gradients() if module is pm else gradients(model))}
+            found[kind, module is pm] = pm.gather_gradients() if module is pm else gradients(model)
+            losses[kind, module is pm] = float(loss.detach())
         dtypes = {n.meta["val"].dtype for n in pm.graph.graph.nodes if "linear" in n.name and n.target is not torch.ops.aten.linear.default and isinstance(n.meta.get("val"), torch.Tensor)}
         assert dtypes == {torch.float32 if kind == "float32" else torch.bfloat16}, (kind, dtypes)
     total = lambda a, b: float(torch.cat([(a[n] - b[n]).flatten() for n in b]).norm() / torch.cat([b[n].flatten() for n in b]).norm())  # noqa: E731
@@ -157,6 +159,7 @@ def regions(shape, names):
     for kind in ("inside", "around"):
         near, far = total(found[kind, True], found[kind, False]), total(found[kind, False], found["float32", False])
         assert near < 4e-3 and near < 0.7 * far, (kind, near, far)
+        assert abs(losses[kind, True] / losses[kind, False] - 1) < 1e-3, losses
     return {kind: (total(found[kind, True], found[kind, False]), total(found[kind, False], found["float32", False])) for kind in ("inside", "around")}
 
 
@@ -192,7 +195,22 @@ def by_hand():
     return start, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def overflow(shape, names, zero):
+def saved(pm, optimizer, shape, names, zero, folder):
+    """A checkpoint has the loss scale; a run of another precision is refused, in one line."""
+    tedfx.Checkpointer(folder, pm, optimizer).save(STEPS)
+    for precision in ("fp16", "bf16"):
+        other = tedfx.parallelize(made(Mixture), mesh(shape, names), precision=precision, zero=zero, traces=list(p.compilation for p in pm.programs.values()))
+        again = ShardedOptimizer(other, torch.optim.AdamW, lr=0.02, max_norm=1.0, loss_scale="dynamic")
+        if precision == "bf16":
+            with pytest.raises(CheckpointError, match="other dtypes") as error:
+                tedfx.Checkpointer(folder, other, again).load()
+            assert "\n" not in str(error.value)
+        else:
+            assert tedfx.Checkpointer(folder, other, again).load().step == STEPS
+            assert (again.loss_scale, again.skipped) == (optimizer.loss_scale, optimizer.skipped) == (SCALE / 4, 2)
+
+
+def overflow(shape, names, zero, folder):
     """A loss that overflows on one rank alone: nobody steps, all halve the scale; the rest is the single device's run."""
     pm = tedfx.parallelize(made(Mixture), mesh(shape, names), precision="fp16", zero=zero)
     optimizer = ShardedOptimizer(pm, torch.optim.AdamW, lr=0.02, max_norm=1.0, loss_scale=LossScale(init_scale=SCALE))
@@ -210,6 +228,7 @@ def overflow(shape, names, zero):
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, history)
     assert everyone[0] == everyone[1] and history == [(SCALE, 0), (SCALE / 2, 1), (SCALE / 2, 1), (SCALE / 4, 2), (SCALE / 4, 2), (SCALE / 4, 2)]
+    saved(pm, optimizer, shape, names, zero, folder)
     start, end = by_hand()
     moved, apart = worst(end, start), worst(pm.gather_parameters(), end)
     assert apart < 1e-2 and moved > 0.1, (apart, moved)
@@ -217,5 +236,5 @@ def overflow(shape, names, zero):
 
 
 @pytest.mark.parametrize("axis,zero", [("ep", 0), ("dp", 2)])
-def test_float16_overflow_on_one_rank(ranks, axis, zero):
-    print(ranks(2).run(overflow, (2,), (axis,), zero))
+def test_float16_overflow_on_one_rank(ranks, axis, zero, tmp_path):
+    print(ranks(2).run(overflow, (2,), (axis,), zero, str(tmp_path)))
