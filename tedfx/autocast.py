@@ -3,7 +3,7 @@
 Autocast acts below what torch.export records: a graph traced under it has `linear(x, w)` of float32 operands, whose value is bfloat16. Here every such node
 gets its casts as nodes of their own, so that types, gradients and passes see plain casts, and the graph runs with autocast off.
 
-What autocast does to an operator is not written down but observed, on the fake operands of the node (`_observe`):
+What autocast does to an operator is not written down but observed, on fake operands like those of the node, their sizes made numbers (`_observe`):
 
 1. The operator runs under autocast, and what it dispatches to is noted: casts of its own operands first, then the rest.
 2. It runs without. If the rest and the dtypes of the results are the same, autocast leaves it alone.
@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tedfx._torch import TorchDispatchMode, is_view, pytree
+from tedfx._torch import TorchDispatchMode, hint, is_view, pytree, scratch_mode
 from tedfx.errors import TraceError, user_line
-from tedfx.passes.base import emit, evaluate
+from tedfx.passes.base import emit
 
 aten = torch.ops.aten
 REGION = "autocast"  # node.meta: the regions around a node, innermost first
@@ -152,27 +152,41 @@ def _attempt(node: fx.Node, change: Change) -> "_Seen | None":
 
 
 def _run(node: fx.Node, change: Change, setting: Autocast | None) -> "_Seen":
-    """What `node` dispatches to, on its fake operands after `change`, with or without autocast."""
-    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
-    seen = None
+    """What `node` dispatches to, on fake operands like its own after `change`, with or without autocast."""
+    spec = pytree.tree_flatten((node.args, node.kwargs))[1]
     device_type = setting.device_type if setting is not None else next(v.device.type for v in _values(node) if _is_float(v))
-
-    def call(*given):
-        nonlocal seen
-        args, kwargs = pytree.tree_unflatten(change.leaves(list(given), lambda x, dtype: x.to(dtype)), spec)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), scratch_mode():
+        same: dict[int, Any] = {}  # an operand that stands twice is one object here too
+        given = [same.setdefault(id(value), _concrete(value)) if isinstance(value, Tensor) else _concrete(value) for value in _values(node)]
+        args, kwargs = pytree.tree_unflatten(change.leaves(given, lambda x, dtype: x.to(dtype)), spec)
         seen = _Seen(given)
-        with sdpa_kernel(SDPBackend.MATH), region(setting, device_type), seen:
-            return node.target(*args, **change.keywords(kwargs))
-
-    out = evaluate(node.graph, call, tuple(leaves), {})
+        with region(setting, device_type), seen:
+            out = node.target(*args, **change.keywords(kwargs))
     seen.out = tuple(x.dtype for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
     return seen
+
+
+def _concrete(value: Any) -> Any:
+    """An operand with numbers for its sizes: composites ask for those, and no answer about a symbol must stay with the graph."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided([_number(n) for n in value.shape], [_number(n) for n in value.stride()], dtype=value.dtype, device=value.device)
+    if isinstance(value, torch.SymInt):
+        return _number(value)
+    return True if isinstance(value, torch.SymBool) else 1.0 if isinstance(value, torch.SymFloat) else value
+
+
+def _number(size: int | torch.SymInt) -> int:
+    """A size with a number for each of its symbols: the traced one, or 8 where it is data."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expr, env = size.node.expr, size.node.shape_env
+    return int(expr.subs({symbol: hint(env, symbol, 8) for symbol in expr.free_symbols}))
 
 
 class _Seen(TorchDispatchMode):
     """`casts`: operands that are cast before anything else happens, by position. `rest`: the operators on tensors, views and casts apart, with the dtypes of what they take and give."""
 
-    def __init__(self, operands: tuple):
+    def __init__(self, operands: list):
         super().__init__()
         self._positions: dict[int, list[int]] = {}
         for i, x in enumerate(operands):
