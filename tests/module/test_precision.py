@@ -163,9 +163,9 @@ def regions(shape, names):
     return {kind: (total(found[kind, True], found[kind, False]), total(found[kind, False], found["float32", False])) for kind in ("inside", "around")}
 
 
-@pytest.mark.parametrize("axis", ["ep", "tp"])
+@pytest.mark.parametrize("axis", ["tp"])
 def test_autocast_on_two_ranks(ranks, axis):
-    print(ranks(2).run(regions, (2,), (axis,))[0])
+    ranks(2).run(regions, (2,), (axis,))
 
 
 # ---- float16 ---------------------------------------------------------------------------------------------------------------
@@ -231,10 +231,10 @@ def overflow(shape, names, zero, folder):
     saved(pm, optimizer, shape, names, zero, folder)
     start, end = by_hand()
     moved, apart = worst(end, start), worst(pm.gather_parameters(), end)
-    assert apart < 1e-2 and moved > 0.1, (apart, moved)
+    assert apart < 2e-3 and moved > 0.1, (apart, moved)
     return apart, moved
 
 
 @pytest.mark.parametrize("axis,zero", [("ep", 0), ("dp", 2)])
 def test_float16_overflow_on_one_rank(ranks, axis, zero, tmp_path):
-    print(ranks(2).run(overflow, (2,), (axis,), zero, str(tmp_path)))
+    ranks(2).run(overflow, (2,), (axis,), zero, str(tmp_path))
