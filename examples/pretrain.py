@@ -4,6 +4,7 @@
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --mesh dp=2,ep=2,tp=2
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh dp=2,tp=2 --roles expert=tp
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --model-type qwen3_moe --set num_hidden_layers=4
+    torchrun --standalone --nproc-per-node 4 examples/pretrain.py --precision bf16
     torchrun --standalone --nproc-per-node 4 --max-restarts 3 examples/pretrain.py --save-every 50 --resume auto   # goes on when a rank dies
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/pretrain.py --mesh dp=4,ep=2,tp=2
 
@@ -38,10 +39,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tedfx
 from tedfx.checks import lost_rank
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.precision import cast_model
 from tedfx.roles import MeshShape, Roles
 
 BYTES = 256
-TOLERANCE = 1e-4  # of the check of the first step, in float32
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}  # of the check of the first step, by precision
 
 # The default sizes, for every model type whose config knows the name.
 SMALL = dict(
@@ -84,6 +86,9 @@ def parse_args(argv=None) -> argparse.Namespace:
                             "or budget=<bytes>, e.g. budget=200MB of activations per rank (default: none)")
     group.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients too, 3 parameters too, in shares (default: 0)")
 
+    group.add_argument("--precision", choices=tuple(TOLERANCE), default="fp32",
+                       help="dtype of parameters and compute; bf16 and fp16 have float32 master weights, and fp16 a dynamic loss scale (default: fp32)")
+
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=150, metavar="N", help="optimizer steps (default: 150)")
     group.add_argument("--sequence-length", type=int, default=128, metavar="N", help="bytes per sequence (default: 128)")
@@ -101,7 +106,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--eval-every", type=int, default=50, metavar="N", help="steps between validations; there is one at the end too (default: 50)")
     group.add_argument("--eval-sequences", type=int, default=256, metavar="N", help="held-out sequences per validation, rounded up to whole batches (default: 256)")
     group.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
-                       help=f"compare loss and gradients of the first step with the plain model on one device; exit 1 where they differ by more than {TOLERANCE:g}")
+                       help=f"compare loss and gradients of the first step with the plain model on one device; exit 1 where they differ by more than {', '.join(f'{bound:g} in {name}' for name, bound in TOLERANCE.items())}")
     group.add_argument("--out", type=Path, default=Path("out/pretrain"), metavar="DIR", help="where log.jsonl and loss.png go (default: out/pretrain)")
     args = parser.parse_args(argv)
     for name in ("steps", "sequence_length", "batch_size", "eval_every", "eval_sequences"):
@@ -219,11 +224,11 @@ def make_mesh(args: argparse.Namespace):
 # ---- the check against the single device -----------------------------------------------------------------------------
 
 
-def check_first_step(model, loss: torch.Tensor, gradients: dict[str, torch.Tensor], batch: torch.Tensor) -> bool:
-    """Run the plain model on the whole global batch, on this one device, and print how far the parallel step is from it."""
-    model.to(batch.device).zero_grad()
+def check_first_step(model, loss: torch.Tensor, gradients: dict[str, torch.Tensor], batch: torch.Tensor, precision: str, scale: float) -> bool:
+    """Run the plain model, its parameters cast alike, on the whole global batch, on this one device, and print how far the parallel step is from it."""
+    cast_model(model, precision).to(batch.device).zero_grad()
     wanted_loss = model(input_ids=batch, labels=batch).loss
-    wanted_loss.backward()
+    (wanted_loss.float() * scale).backward()
     wanted = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
@@ -236,11 +241,11 @@ def check_first_step(model, loss: torch.Tensor, gradients: dict[str, torch.Tenso
         ("loss", wanted_loss.item(), loss.item(), abs(loss.item() / wanted_loss.item() - 1)),
         ("gradient norm", total, found, abs(found / total - 1)),
     ]
-    print(f"First step against the single device (float32, tolerance {TOLERANCE:g}):")
+    print(f"First step against the single device ({precision}{f', gradients of the loss times {scale:g}' if scale != 1 else ''}, tolerance {TOLERANCE[precision]:g}):")
     for what, one, many, difference in rows:
         print(f"  {what:14} {one:<12.7g} {many:<12.7g} relative difference {difference:.1e}")
     print(f"  worst parameter gradient {worst}: relative difference {apart[worst]:.1e}", flush=True)
-    return all(difference <= TOLERANCE for *_, difference in rows)
+    return all(difference <= TOLERANCE[precision] for *_, difference in rows)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -272,14 +277,17 @@ def main(args: argparse.Namespace) -> None:
     example = torch.zeros(rows, args.sequence_length, dtype=torch.int64)
     pm = tedfx.parallelize(
         model, mesh, roles=roles, compile=args.compile, dedup=args.dedup, sequence_parallel=args.sequence_parallel, checkpoint=args.checkpoint,
-        capacity=args.capacity, zero=args.zero, example_inputs={"input_ids": example, "labels": example},
+        capacity=args.capacity, zero=args.zero, precision=args.precision, example_inputs={"input_ids": example, "labels": example},
     )
     say(f"parallelize: {time.perf_counter() - start:.1f} s", flush=True)
     index, count = pm.batch_coordinate
     mine = slice(index * args.batch_size // count, (index + 1) * args.batch_size // count)
     options = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     # ZeRO's stages 1 and 2 need an optimizer that knows shares; at 3 the parameters are shares, and this one steps them tile by tile.
-    optimizer = tedfx.optim.ShardedOptimizer(pm, torch.optim.AdamW, **options) if args.zero else torch.optim.AdamW(pm.parameters(), **options)
+    # So do 16-bit parameters, for their float32 masters, and the loss scale of float16.
+    sharded = args.zero or args.precision != "fp32"
+    scaled = dict(loss_scale="dynamic") if args.precision == "fp16" else {}
+    optimizer = tedfx.optim.ShardedOptimizer(pm, torch.optim.AdamW, **scaled, **options) if sharded else torch.optim.AdamW(pm.parameters(), **options)
     decay = lambda step: 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(1, args.warmup)) * decay(step))
     draw = torch.Generator().manual_seed(args.seed)  # of the global batch: the same stream on any mesh
@@ -338,18 +346,18 @@ def main(args: argparse.Namespace) -> None:
         starts = torch.randint(len(training) - args.sequence_length, (args.batch_size,), generator=draw)
         ids = windows(training, starts[mine], args.sequence_length, device)
         loss = pm(input_ids=ids, labels=ids).loss  # of the global batch, on every rank
-        loss.backward()
+        (optimizer.scale(loss) if sharded else loss).backward()
         if step == first:
             if rank == 0:
                 print(pm.explain(batch=mine.stop - mine.start, sequence=args.sequence_length), flush=True)
             if args.check:
                 gradients = pm.gather_gradients()
-                fine = [rank != 0 or check_first_step(model, loss, gradients, windows(training, starts, args.sequence_length, device))]
+                fine = [rank != 0 or check_first_step(model, loss, gradients, windows(training, starts, args.sequence_length, device), args.precision, optimizer.loss_scale if sharded else 1.0)]
                 dist.broadcast_object_list(fine)
                 if not fine[0]:
                     raise SystemExit("pretrain: the first step is not the single device's (above)" if rank == 0 else 1)
             del model
-        norm = optimizer.clip_grad_norm_(1.0) if args.zero else torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
+        norm = optimizer.clip_grad_norm_(1.0) if sharded else torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
         rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tedfx.capture_check import check_program
 from tedfx.passes.base import Pass, PassResult
+from tedfx.precision import cast_parameters, parameter_dtypes
 
 
 @dataclass(frozen=True)
@@ -21,4 +22,5 @@ class CheckCapture(Pass):
         model, program.model = program.model, None
         if model is None:
             return PassResult(notes=["not checked against the model: no weights at hand"])
-        return PassResult(matches=len(program.trace.captured), notes=[check_program(program, model)])
+        with cast_parameters(model, program.dtypes or parameter_dtypes(model, None), values=True):
+            return PassResult(matches=len(program.trace.captured), notes=[check_program(program, model)])

@@ -29,7 +29,7 @@ class Place(Pass):
     2. Nodes in order: per axis `placing.decide` says what each operand must be and what the output is. Conversions go one axis at a time and are made
        once per (value, target): the first reduction of a value serves all its users.
     3. Outputs: batch rows stay with their rank; everything else becomes I. A loss that is a partial sum is reduced here.
-    4. Parameters whose every use on an axis is R become R there: their gradient is summed at the boundary, once, not per use.
+    4. Parameters whose every use on an axis, casts apart, is R become R there: their gradient is summed at the boundary, once, not per use.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
@@ -189,21 +189,28 @@ class _Placement:
         node.meta["types"] = [a.meta.get("type") for a in node.all_input_nodes]
 
     def boundary(self) -> None:
-        """Parameters all of whose uses on an axis go through I -> R are R there."""
+        """Parameters all of whose uses on an axis go through I -> R are R there, and so are casts of them (autocast): the sum is of the gradient in the parameter's dtype."""
         for node in list(self.graph.nodes):
             if node.op != "placeholder" or node.name not in self.program.parameter_names:
                 continue
-            changed = True
-            while changed:
-                changed = False
-                users = list(node.users)
-                if len(users) == 1 and users[0].target is convert and users[0].meta["conversion"][1:] == (I, R):
-                    (user,) = users
-                    node.meta["type"] = user.meta["type"]
-                    user.replace_all_uses_with(node)
+            while (uses := _uses(node)) and all(user.target is convert for user in uses) and len({user.meta["conversion"] for user in uses}) == 1:
+                axis, source, target = uses[0].meta["conversion"]
+                if (source, target) != (I, R):
+                    break
+                for value in {node, *(user.args[0] for user in uses)}:
+                    value.meta["type"] = {**value.meta["type"], axis: R}
+                for user in uses:
+                    user.replace_all_uses_with(user.args[0])
                     self.graph.erase_node(user)
                     self.result.changes -= 1
-                    changed = True
+
+
+def _uses(parameter: fx.Node) -> list[fx.Node]:
+    """The users of a parameter and of its casts, casts apart."""
+    found = []
+    for user in parameter.users:
+        found.extend(user.users if op_name(user) == "aten.to" else [user])
+    return found
 
 
 def route(value: fx.Node, current, target, scatters: bool = True) -> list:

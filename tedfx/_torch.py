@@ -189,6 +189,16 @@ def known(condition) -> bool:
     return torch.fx.experimental.symbolic_shapes.statically_known_true(condition)
 
 
+def scratch_mode() -> FakeTensorMode:
+    """A fake mode of its own, whose symbols (sizes that are data) are nobody else's. Public replacement: none, as for FakeTensorMode."""
+    return FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
+
+
+def hint(env, symbol, otherwise: int) -> int:
+    """The size that a symbol had in the example that was traced; `otherwise` where it is data. Public replacement: none."""
+    return int(env.backed_var_to_val.get(symbol, otherwise))
+
+
 def inductor_options() -> dict:
     """What `torch.compile` is told where the user gives no options of his own. Public names all; the reasons are not.
 

@@ -1,7 +1,7 @@
 """Every private thing of transformers that tedfx uses to give weights to a model and to write them, in one place.
 
 The library is never loaded from here for a model that is not its own. What is used (releases 5.17 to 5.23): a model's
-`initialize_weights` and `all_tied_weights_keys`, the weight conversions between checkpoints and modules
+`initialize_weights` and `all_tied_weights_keys`, the dtypes that it keeps whatever dtype it is loaded in, the weight conversions between checkpoints and modules
 (`conversion_mapping`, `core_model_loading`), and what a model says to ignore in a checkpoint. Public replacement of
 all of it: none; `from_pretrained` and `save_pretrained` hold whole models.
 """
@@ -30,6 +30,18 @@ def is_pretrained(module: nn.Module) -> bool:
 def tied(model) -> dict[str, str]:
     """{name: the name that it is tied to}."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def dtype_plan(model, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """{parameter: its dtype} for those that `from_pretrained(dtype=dtype)` would load in another (`_keep_in_fp32_modules` and its strict form)."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return {}
+    pattern, names, _ = build_glob_alternation(list(plan))
+    found = {name: pattern.search(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: plan[names[match.lastgroup]] for name, match in found.items() if match}
 
 
 # ---- from a checkpoint's names to the model's ------------------------------------------------------------------------

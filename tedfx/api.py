@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
+from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
@@ -16,6 +17,7 @@ from tedfx.frontends import default_frontends
 from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
 from tedfx.passes.base import Pass
+from tedfx.precision import cast_parameters, parameter_dtypes
 from tedfx.roles import MeshShape, Roles
 from tedfx.signature import Signature, bind, flatten
 from tedfx.trace import Trace, infer_inputs, trace
@@ -36,10 +38,11 @@ def parallelize(
     algebra: bool | None = None,
     capacity: str | None = None,
     zero: int | None = None,
+    precision: str | None = None,
     gradient_dtype: torch.dtype | None = None,
     bucket_bytes: int = BUCKET_BYTES,
     gather_bytes: int | None = None,
-    prefetch: int = 1,
+    prefetch: int = 2,
     check_inputs: bool = True,
     check_timeout: float = 60.0,
     traces: Sequence[Trace | Compilation] = (),
@@ -64,10 +67,12 @@ def parallelize(
                     batch coordinate by themselves, as DeepSpeed and GShard do under data parallelism: see ``tedfx/passes/local_capacity.py``.
     zero            stage of ZeRO over the data axes, expert and other parameters each over those that their gradient is summed over: 1, optimizer states of this rank's share
                     only (``tedfx.optim.ShardedOptimizer``); 2, gradients too; 3, parameters too, gathered where a layer uses them.
+    precision       "bf16", "fp16" or "fp32": the dtype of the floating-point parameters, and so of what is computed from them, see ``tedfx/precision.py``; by default
+                    the model's own. Buffers, float inputs and what a Hugging Face model keeps in float32 stay as they are.
     gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's dtype.
-    bucket_bytes    gradients that are summed together, whole ones on a rank (default 25 MiB).
+    bucket_bytes    gradients that are summed together, whole ones on a rank (default 128 MiB).
     gather_bytes    with zero=3: whole parameters of a layer that are gathered together (default 256 MiB).
-    prefetch        with zero=3: gathers in flight beyond the one in use (default 1); a compiled graph has no use for it.
+    prefetch        with zero=3: gathers in flight beyond the one in use (default 2); a compiled graph has no use for it.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
     traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
 
@@ -91,9 +96,11 @@ def parallelize(
     if any(empty) and not all(empty):
         here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
         raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
-    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes)
+    dtypes = parameter_dtypes(model, precision)
+    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes, dtypes)
     call = _example(model, example_inputs)
-    first = builder.compile(call, model.training)
+    around = Autocast.around(mesh.device_type)
+    first = builder.compile(call, model.training, around)
     layouts = layouts_of(model, first, builder.frozen)
 
     state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
@@ -101,7 +108,7 @@ def parallelize(
     buffers = dict(model.named_buffers())
     pm = ParallelModule(
         layouts,
-        lambda name: state[name].detach(),
+        lambda name: state[name].detach().to(dtypes[name]),
         buffers,
         mesh,
         builder.program,
@@ -120,12 +127,13 @@ def parallelize(
         gathers_ahead=prefetch,
         origin=model,
         empty=any(empty),
+        precision=precision,
     )
     builder.attach(pm, layouts)
     pm.training = model.training
     pm.roles = resolved
     flat = flatten(call)
-    pm._program(Signature.of(flat, model.training, True), flat)  # so that there is a graph to look at before the first call
+    pm._program(Signature.of(flat, model.training, True, around), flat)  # so that there is a graph to look at before the first call
     return pm
 
 
@@ -143,8 +151,8 @@ def _example(model: nn.Module, given) -> dict[str, Any]:
 class _Builder:
     """Compiles a program per call signature; keeps what `parallelize` was told."""
 
-    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces, zero: int, bucket_bytes: int):
-        self.zero, self.bucket_bytes = zero, bucket_bytes
+    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces, zero: int, bucket_bytes: int, dtypes: Mapping[str, torch.dtype]):
+        self.zero, self.bucket_bytes, self.dtypes = zero, bucket_bytes, dtypes
         self.model, self.roles, self.device = model, roles, torch.device(device)
         self.passes, self.outputs, self.traces = passes, outputs, traces
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -156,32 +164,35 @@ class _Builder:
     def attach(self, module: ParallelModule, layouts) -> None:
         self.module, self.layouts = module, {layout.name: layout for layout in layouts}
 
-    def compile(self, call: Mapping[str, Any], training: bool) -> Compilation:
-        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training)
+    def compile(self, call: Mapping[str, Any], training: bool, around: Autocast | None = None) -> Compilation:
+        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around)
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes) == (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes) and _fits(ready.trace, call, training):
+                mine = (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes)
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes) == mine and _fits(ready.trace, call, training, self.dtypes, around):
                     self.done[key] = ready
                     return ready
-            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training)), None)
+            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training, self.dtypes, around)), None)
             if traced is None:
                 was = self.model.training
                 try:
                     if was != training:
                         self.model.train(training)
-                    traced = trace(self.model, kwargs=_roomy(call), device=self.device)
+                    with cast_parameters(self.model, self.dtypes, values=False), region(around, self.device.type):
+                        traced = trace(self.model, kwargs=_roomy(call), device=self.device)
                 finally:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, bucket_bytes=self.bucket_bytes, model=self.model)
-            self.done[key] = compile_trace(compilation, self.passes)
+            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, bucket_bytes=self.bucket_bytes, model=self.model, dtypes=self.dtypes)
+            with region(None, self.device.type):
+                self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
     def program(self, signature, flat: dict, training: bool) -> Program:
         """What `ParallelModule` asks for at the first call of a signature."""
-        compilation = self.compile(_unflatten(flat), training)
+        compilation = self.compile(_unflatten(flat), training, signature.autocast)
         trace_, graph = compilation.trace, compilation.graph_module.graph
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         stacked = getattr(trace_, "stacked", {})
@@ -218,8 +229,12 @@ def _kind(leaf) -> str:
     return f"{leaf.dtype}[{leaf.dim()}]" if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
-def _fits(traced: Trace, call, training: bool) -> bool:
-    if traced.training != training:
+def _fits(traced: Trace, call, training: bool, dtypes: Mapping[str, torch.dtype], around: Autocast | None) -> bool:
+    if (traced.training, traced.autocast) != (training, around):
+        return False
+    nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
+    names = {**traced.parameters, **{p: sources[0] for p, sources in traced.stacked.items()}}
+    if any(nodes[p].meta["val"].dtype != dtypes.get(name) for p, name in names.items() if p in nodes):
         return False
     mine = flatten(call)
     tensors = {path for path, leaf in mine.items() if isinstance(leaf, torch.Tensor)}
@@ -228,7 +243,6 @@ def _fits(traced: Trace, call, training: bool) -> bool:
     values = {path: leaf for path, leaf in mine.items() if not isinstance(leaf, torch.Tensor)}
     if {k: v for k, v in traced.values.items() if v is not None} != values:
         return False
-    nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
     return all(nodes[p].meta["val"].dtype == mine[path].dtype and nodes[p].meta["val"].dim() == mine[path].dim() for p, path in traced.inputs.items())
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from tedfx._torch import pytree
+from tedfx.autocast import region
 from tedfx.errors import CaptureError
 from tedfx.trace import Trace
 
@@ -26,6 +27,8 @@ def check_program(program: Any, model: nn.Module) -> str:
     device = next(iter(model.parameters()), torch.empty(0)).device
     if device.type == "meta":
         return "not checked against the model: its parameters are on the meta device"
+    if program.trace.lowered and program.trace.device.type != device.type:
+        return f"not checked against the model: its weights are on {device.type}, where autocast is another than on {program.trace.device.type}"
     program.graph_module.recompile()
     captured = _on_device(dataclasses.replace(program.trace, graph_module=program.graph_module), device)
     random = next((n for n in captured.graph_module.graph.nodes if _draws(n)), None)
@@ -68,19 +71,24 @@ def check_capture(
             with contextlib.ExitStack() as stack:
                 for frontend in frontends:
                     stack.enter_context(frontend.reference(model))
-                expected = pytree.tree_leaves(model(*args, **(kwargs or {})))
+                with region(captured.autocast, captured.device.type):
+                    expected = pytree.tree_leaves(model(*args, **(kwargs or {})))
         finally:
             for hook in hooks:
                 hook.remove()
         put_back()
-        outputs = captured.graph_module(*captured.state(model), *captured.flatten(args, kwargs))
+        with region(None, captured.device.type):
+            outputs = captured.graph_module(*captured.state(model), *captured.flatten(args, kwargs))
         actual = list(outputs)[len(captured.mutated_buffers) :]
         pairs = [(a, e) for a, e in zip(actual, expected) if a is not None]  # None: an output that was not asked for
-        worst = max((_difference(a, e) / _tolerance(e) for a, e in pairs), default=0.0)
+        coarse = _coarsest(captured)
+        worst = max((_difference(a, e) / max(_tolerance(e), coarse) for a, e in pairs), default=0.0)
         if not worst <= 1.0 or len(actual) != len(expected):
             put_back()
-            half = any(isinstance(e, torch.Tensor) and e.dtype in _HALF for e in (*expected, *model.parameters()))
-            name, error = _module_alone(model, frontends, seen) if half and seen else _first_difference(model, captured, seen, args, kwargs or {})
+            half = coarse > 0 or any(isinstance(e, torch.Tensor) and e.dtype in _HALF for e in (*expected, *model.parameters()))
+            with region(captured.autocast, captured.device.type):
+                alone = _module_alone(model, frontends, seen) if half and seen else None
+            name, error = alone if alone is not None else _first_difference(model, captured, seen, args, kwargs or {})
             if name:
                 raise CaptureError(
                     f"the captured graph does not compute what the model does: {name} differs by {error:.1e} relative "
@@ -112,6 +120,11 @@ def _difference(actual: Any, expected: Any) -> float:
     if torch.equal(a, e):
         return 0.0
     return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _coarsest(captured: Trace) -> float:
+    """The tolerance of the coarsest dtype that autocast brings something to, 0 without: outputs in float32 then hold no more digits."""
+    return max((_TOLERANCE[dtype] for dtype in captured.lowered), default=0.0)
 
 
 def _tolerance(expected: Any) -> float:

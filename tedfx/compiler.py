@@ -122,6 +122,7 @@ class Compilation:
     zero           ZeRO's stage: where gradients are summed to
     bucket_bytes   gradients that are summed together
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
+    dtypes         the dtype of each of its parameters as traced; empty: the model's own
     """
 
     trace: Trace
@@ -142,6 +143,7 @@ class Compilation:
     zero: int = 0
     bucket_bytes: int = BUCKET_BYTES
     model: nn.Module | None = field(default=None, repr=False)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         """Work on a copy: one trace serves any number of meshes."""

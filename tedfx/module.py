@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tedfx._torch import inductor_options, pytree
+from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
 from tedfx.checks import CallCheck, Meeting
 from tedfx.emission import emit
@@ -84,9 +85,10 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         bucket_bytes: int = BUCKET_BYTES,
         zero: int = 0,
         gradient_dtype: torch.dtype | None = None,
-        gathers_ahead: int = 1,
+        gathers_ahead: int = 2,
         origin: nn.Module | None = None,
         empty: bool = False,
+        precision: str | None = None,
     ):
         super().__init__()
         layouts = list(layouts)
@@ -95,6 +97,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         self._meeting = meeting = Meeting(device_mesh, check_timeout)
         shapes = [(layout, tuple(buffers)) for layout in layouts]
         kinds = ["on the meta device", *(str(source(name).dtype) for layout in layouts for name in layout.names[:1])] if empty else ["with weights"]
+        kinds += [f"precision {precision}"] * (precision is not None)
         meeting.agree(", ".join(kinds) + " " + repr(shapes) + repr(device_mesh.mesh.tolist()), "the model", "Every rank must parallelize the same model on the same mesh")
         self._context = RankContext(device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)])
 
@@ -143,8 +146,6 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
     def forward(self, *args, **kwargs):
         """The model's forward on this rank's share of the global batch; the model's own output class."""
         self.require_weights("forward")
-        if torch.is_autocast_enabled(self._device.type):
-            raise TedfxError("autocast around a ParallelModule: its graph was traced without it; cast the model before parallelize (model.to(torch.bfloat16)), or leave the region")
         return self._call([self._inputs(args, kwargs)])[0]
 
     def layered(self, batches: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
@@ -159,7 +160,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
             raise TedfxError("layered() was given no micro-batch: pass the arguments of one call each, layered([{'input_ids': ..}, ..])")
         self.require_weights("forward")
         flats = [self._inputs((), batch) if isinstance(batch, Mapping) else self._inputs(tuple(batch), {}) for batch in batches]
-        kinds = [Signature.of(flat, self.training, torch.is_grad_enabled()) for flat in flats]
+        kinds = [self._signature(flat) for flat in flats]
         for i, kind in enumerate(kinds):
             if kind != kinds[0]:
                 raise TedfxError(f"layered(): micro-batch {i} is another call than the first: {kind} and {kinds[0]}; run calls of different kinds one after another")
@@ -167,8 +168,15 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
 
     def _call(self, flats: list[dict[Path, Any]]) -> list[Any]:
         """The outputs of one call, or of several layer by layer."""
-        grad, count = torch.is_grad_enabled(), len(flats)
-        signature = Signature.of(flats[0], self.training, grad)
+        signature = self._signature(flats[0])
+        with region(None, self._device.type):  # the casts of the region around the call are in the graph
+            return self._ran(signature, flats)
+
+    def _signature(self, flat: dict[Path, Any]) -> Signature:
+        return Signature.of(flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type))
+
+    def _ran(self, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
+        grad, count = signature.grad, len(flats)
         if self._check_inputs:
             which = [f"micro-batch {m}: " if count > 1 else "" for m in range(count)]
             tensors = {which[m] + show(path): leaf for m, flat in enumerate(flats) for path, leaf in flat.items() if isinstance(leaf, Tensor)}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import operator
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
-from tedfx.errors import TraceError, user_line
+from tedfx.autocast import mark
+from tedfx.errors import TraceError, model_frames, user_line
 from tedfx.passes.base import emit, evaluate
 
 aten = torch.ops.aten
@@ -18,7 +22,7 @@ def inline_regions(graph_module: fx.GraphModule) -> None:
     """Inline no-grad and autocast regions.
 
     A value computed in a no-grad region is detached where it leaves the region (or enters a region inside it that has
-    gradients on), so gradients stay exact. An autocast region that is disabled is plain code; an enabled one is refused.
+    gradients on), so gradients stay exact. Nodes of an autocast region are marked with it, for `tedfx.autocast.explicit_casts`.
     """
     hop = torch.ops.higher_order
     for node in list(graph_module.graph.nodes):
@@ -29,12 +33,7 @@ def inline_regions(graph_module: fx.GraphModule) -> None:
             _inline(graph_module, node, body, operands, enabled)
         elif node.target is hop.wrap_with_autocast:
             device_type, dtype, enabled, _, body, *operands = node.args
-            if enabled:
-                raise TraceError(
-                    f"autocast to {dtype} on {device_type} | at {_first_line(graph_module, body)} | cast the model (model.to({dtype})) "
-                    "instead of tracing it under autocast"
-                )
-            _inline(graph_module, node, body, operands, True)
+            _inline(graph_module, node, body, operands, True, lambda new: mark(new, device_type, dtype, enabled))  # noqa: B023
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             raise TraceError(f"{node.target} is a region of code that tedfx cannot look into | at {user_line(node)} | write it as plain code")
     graph_module.graph.eliminate_dead_code()
@@ -45,7 +44,7 @@ def _first_line(graph_module: fx.GraphModule, body: fx.Node) -> str:
     return next((user_line(n) for n in nodes if n.op == "call_function"), "an unknown line")
 
 
-def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands: list[Any], gradient: bool) -> None:
+def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands: list[Any], gradient: bool, note: Callable[[fx.Node], None] = lambda node: None) -> None:
     region = graph_module.get_submodule(body.target)
     inline_regions(region)
     if not gradient:
@@ -63,6 +62,7 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
                 if node.op == "get_attr":
                     raise TraceError(f"a constant inside a no-grad region | at {_first_line(graph_module, body)} | make it a buffer")
                 new = graph.node_copy(node, lambda n: values[n])
+                note(new)
                 if not gradient and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
                     raise TraceError(f"enable_grad inside no_grad | at {user_line(node)} | take it out")
                 if _aliases(new):  # its fake value anew, so that it shares storage with its operand as the real one would
@@ -126,3 +126,28 @@ def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
         return node
     return emit(graph, aten.detach.default, (node,), like=node)
+
+
+class NoGradInsideAutocast(TorchFunctionMode):
+    """While a model is traced: refuses to turn gradients off or on inside an autocast region of the model, which torch.export (2.11, 2.13) drops without a word.
+
+    It splits the graph at both, in this order, and puts the region's entry in front of the switch, which it then does not find. `above`: the file whose frames the model's are below.
+    """
+
+    def __init__(self, above: str):
+        super().__init__()
+        self._above, self._outside = above, _nesting()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch._C._set_grad_enabled and _nesting() > self._outside and args[0] != torch.is_grad_enabled():
+            frames = model_frames(traceback.extract_stack(), self._above)
+            line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown line"
+            raise TraceError(f"no_grad (or enable_grad) inside an autocast region, which torch.export would lose | at {line} | put the autocast region inside it, or detach()")
+        return function(*args, **(kwargs or {}))
+
+
+def _nesting() -> int:
+    """How many autocast regions are open."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth

@@ -2,7 +2,7 @@
 
 A call is bound to the names of the model's forward and flattened to leaves, each with its path: `("input_ids",)`,
 `("images", 0)`. Tensors are data: of them the signature keeps the number of dims, the dtype and whether they take
-gradients. Every other leaf is a constant, and its value is part of the signature. `None` is as good as absent.
+gradients. Every other leaf is a constant, and its value is part of the signature, as is the autocast region around the call. `None` is as good as absent.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tedfx._torch import pytree
+from tedfx.autocast import Autocast
 from tedfx.errors import ConfigError
 
 Path = tuple
@@ -26,14 +27,15 @@ class Signature:
     leaves: tuple[tuple[Path, str], ...]
     training: bool
     grad: bool
+    autocast: Autocast | None = None
 
     @classmethod
-    def of(cls, flat: Mapping[Path, Any], training: bool, grad: bool) -> "Signature":
-        return cls(tuple((path, _describe(leaf)) for path, leaf in flat.items()), training, grad)
+    def of(cls, flat: Mapping[Path, Any], training: bool, grad: bool, autocast: Autocast | None = None) -> "Signature":
+        return cls(tuple((path, _describe(leaf)) for path, leaf in flat.items()), training, grad, autocast)
 
     def __str__(self) -> str:
         words = [f"{show(path)}: {text}" for path, text in self.leaves]
-        return f"forward({', '.join(words)}) {'train' if self.training else 'eval'}{'' if self.grad else ' no_grad'}"
+        return f"forward({', '.join(words)}) {'train' if self.training else 'eval'}{'' if self.grad else ' no_grad'}{f' {self.autocast}' if self.autocast else ''}"
 
 
 def bind(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str], var_keyword: bool = True) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Steps:
 1. Bind the example inputs to the names of `forward`, give every tensor its own object and the two sizes their Dims.
 2. Swap parameters and buffers for fakes, let the frontends prepare the model, export, and put everything back.
 3. A size that the model fixes or bounds is exported again so, and written down in `Trace.static`.
-4. Flatten: inline no-grad regions, drop assertions and dead code, keep one placeholder per tied weight.
+4. Flatten: inline no-grad and autocast regions, drop assertions and dead code, keep one placeholder per tied weight, write out what autocast casts.
 
 Terms: a *path* is where an input sits in the call, ("input_ids",) or ("images", 0); FQN is a name in `model.state_dict()`.
 """
@@ -32,9 +32,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedfx._torch import FakeTensorMode, frames_of_nodes, pytree, quiet_export
+from tedfx.autocast import Autocast, explicit_casts, region
 from tedfx.errors import TraceError, model_frames, user_line
 from tedfx.passes.base import emit, evaluate
-from tedfx.regions import inline_regions
+from tedfx.regions import NoGradInsideAutocast, inline_regions
 
 __all__ = ["Trace", "infer_inputs", "trace"]
 
@@ -69,6 +70,8 @@ class Trace:
     conditions        what the sizes of a call must satisfy besides, as expressions in the size symbols.
     static            one line for every size that the model fixes or bounds.
     values            path -> value of inputs that are not tensors; a call must pass the same.
+    autocast          the autocast region around the call that was traced; its casts are in the graph, as are those of regions inside the model.
+    lowered           the dtypes of the autocast regions that changed something.
     """
 
     graph_module: fx.GraphModule
@@ -91,6 +94,8 @@ class Trace:
     captured: list[str] = dataclasses.field(default_factory=list)
     conditions: list[sympy.Basic] = dataclasses.field(default_factory=list)
     stacked: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    autocast: Autocast | None = None
+    lowered: frozenset[torch.dtype] = frozenset()
 
     @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
@@ -282,7 +287,7 @@ def trace(
     device: torch.device | str | None = None,
     frontends: Sequence[Any] | None = None,
 ) -> Trace:
-    """Trace `model` as it stands (its training flag, its dtypes) into one graph. See the module's docstring.
+    """Trace `model` as it stands (its training flag, its dtypes, the autocast region around this call) into one graph. See the module's docstring.
 
     Only shapes and dtypes of the example inputs matter; without any, `infer_inputs` makes them. `device` is where the graph
     will run, by default the device of the parameters; a model on the meta device needs none to exist.
@@ -300,6 +305,7 @@ def trace(
     if device.type not in ("cpu", "meta") and not torch.get_device_module(device).is_available():
         raise TraceError(f"device {device} is not available here: pass device='cpu' to trace without it")
 
+    around = Autocast.around(device.type)
     signature = inspect.signature(model.forward)
     call = _bind(signature, tuple(args), dict(kwargs or {}))
     static: list[str] = []
@@ -330,6 +336,8 @@ def trace(
         captured = [name for f in used for name in f.captured(model)]
         stack.enter_context(_fake_state(model, mode, device))
         stack.enter_context(_named_forward(model, list(call)))
+        stack.enter_context(region(around, device.type))
+        stack.enter_context(NoGradInsideAutocast(__file__))
         # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA would fix the length to their alignment.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Where opt_einsum is installed, torch asks it for the order of a product of three operands; it takes sizes as numbers, which would fix them.
@@ -367,7 +375,7 @@ def trace(
                         static.append(f"{name}: the model only accepts {fix}")
                         free[name] = fix
 
-    return _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured)
+    return _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured, around)
 
 
 @contextlib.contextmanager
@@ -448,7 +456,7 @@ def _renamed(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return made
 
 
-def _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured) -> Trace:
+def _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured, around: Autocast | None) -> Trace:
     graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
     graph = graph_module.graph
     inline_regions(graph_module)
@@ -485,6 +493,7 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise TraceError(f"output {spec.arg.name} is a {spec.kind.name.lower()}, which tedfx does not expect")
 
+    lowered = explicit_casts(graph, device.type, around)
     inputs, values = {}, {}
     roles_of = {}
     for node, (path, value), roles in zip(user, _leaves_with_path(call), leaf_roles, strict=True):
@@ -536,6 +545,8 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
         device=device,
         captured=captured,
         conditions=conditions,
+        autocast=around,
+        lowered=lowered,
     )
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from tedfx import verify_ranks
 from tedfx._version import __version__
 from tedfx.errors import ConfigError
+from tedfx.precision import cast_parameters, check_precision, parameter_dtypes
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tedfx.verify_run import Outcome, Recipe, check_batch, errors, make_batch, prepare, relative, split_batch, train_rank, train_reference, unequal_replicas
@@ -108,7 +109,8 @@ def verify(
     mesh_shape: Mapping[str, int] | str,
     *,
     roles: Mapping[str, Sequence[str]] | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
+    precision: str | None = None,
     steps: int = 3,
     batch: int | Mapping[str, Any] | None = None,
     sequence: int = 12,
@@ -131,6 +133,8 @@ def verify(
 
     model_factory  makes the single-device model; called with `seed` set. Dropout must be 0: the two draw differently.
     mesh_shape     axis name -> size, or "dp=2,ep=2,tp=2".
+    dtype          of the model as it is made: float64, or float32 under `precision`.
+    precision      as `parallelize` takes it; the single device's parameters are cast alike, and the tolerance is that of this dtype.
     batch          rows of the global batch (default: 8, or 2 per batch rank), or the global batch itself as forward's keyword arguments; a
                    factory that returns (model, inputs) gives it as well.
                    Random labels are -100 in about a third of the first half of the rows and in all but one place of the second.
@@ -145,8 +149,10 @@ def verify(
     start = time.perf_counter()
     shape = MeshShape.of(mesh_shape)
     resolved = Roles.resolve(shape, roles)
-    recipe = Recipe(steps=steps, dtype=dtype, seed=seed)
-    tolerance = tolerance or TOLERANCES.get(dtype)
+    parameters = check_precision(precision)
+    dtype = dtype or (torch.float64 if precision is None else torch.float32)
+    recipe = Recipe(steps=steps, dtype=dtype, seed=seed, precision=precision)
+    tolerance = tolerance or TOLERANCES.get(parameters or dtype)
     if tolerance is None or steps < 1:
         raise ConfigError(f"verify: dtype is one of {', '.join(str(d).removeprefix('torch.') for d in TOLERANCES)} and steps at least 1")
     device, backend = _place(shape.world, device, backend)
@@ -163,9 +169,11 @@ def verify(
     check_batch(batch, resolved)
 
     switches = dict(dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, checkpoint=checkpoint, capacity=capacity, zero=zero)
-    options = dict(roles=roles, passes=passes, **switches, compile=compile, example_inputs=_example(one_call(batch, checkpoint, shape.size(resolved.batch))))
+    options = dict(precision=precision, roles=roles, passes=passes, **switches, compile=compile, example_inputs=_example(one_call(batch, checkpoint, shape.size(resolved.batch))))
     if fork:
-        prepared = [prepare(model, trace(model, kwargs=_example(batch)), resolved, options)]
+        with cast_parameters(model, parameter_dtypes(model, precision), values=False):
+            traced = trace(model, kwargs=_example(batch), device=device)
+        prepared = [prepare(model, traced, resolved, options)]
         given = model
     else:
         prepared, given = [], model_factory
@@ -176,7 +184,7 @@ def verify(
 
     name = getattr(model_factory, "model_type", None) or getattr(model_factory, "path", None) or type(model).__name__
     with_roles = "".join(f" {role}={'+'.join(axes) if not isinstance(axes, str) else axes}" for role, axes in (roles or {}).items())
-    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}{f', capacity {capacity}' if capacity else ''}{f', zero {zero}' if zero else ''}, {shape.world} ranks on {device} ({backend})"
+    title = f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}{f', capacity {capacity}' if capacity else ''}{f', zero {zero}' if zero else ''}{f', precision {precision}' if precision else ''}, {shape.world} ranks on {device} ({backend})"
     result = compare(title, reference, outcomes, tolerance, steps)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result

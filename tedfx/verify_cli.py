@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", required=True, metavar="AXES", help="axis sizes, major first: dp=2,ep=2,tp=2; one local process per rank")
     parser.add_argument("--roles", nargs="+", action="extend", default=[], metavar="ROLE=AXES", help="axes of a role, e.g. expert=tp or expert=ep,tp; what is not named keeps its default")
     parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides", metavar="KEY=VALUE", help="override the tiny config (or the factory's arguments), e.g. hidden_size=64")
-    parser.add_argument("--dtype", default="float64", choices=_DTYPES, help="default float64")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the model as it is made (default float64, or float32 with --precision)")
+    parser.add_argument("--precision", metavar="P", help="parallelize(precision=P): bf16, fp16 or fp32; the single device's parameters are cast alike")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="AdamW steps with clipping (default 3)")
     parser.add_argument("--batch", type=int, metavar="N", help="rows of the global batch, which the batch ranks share (default 8, or 2 per batch rank); of explain: those of one rank")
     parser.add_argument("--sequence", type=int, default=12, metavar="N", help="tokens per row (default 12)")
@@ -80,7 +81,8 @@ def run(args) -> int:
                 factory(name, parse_overrides(args.overrides)),
                 args.mesh,
                 roles=parse_roles(args.roles) if args.roles else None,
-                dtype=getattr(torch, args.dtype),
+                dtype=getattr(torch, args.dtype) if args.dtype else None,
+                precision=args.precision,
                 steps=args.steps,
                 batch=args.batch,
                 sequence=args.sequence,

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from tedfx._torch import pytree
 from tedfx.errors import ConfigError
 from tedfx.optim import ShardedOptimizer
+from tedfx.precision import cast_model, parameter_dtypes
 from tedfx.roles import MeshShape, Roles
 
 IGNORED = -100  # a label that does not count
@@ -38,6 +39,7 @@ class Recipe:
     dtype: torch.dtype = torch.float64
     seed: int = 0
     sharded: Mapping[str, Any] | None = None
+    precision: str | None = None
 
     def make(self, factory: Callable[[], Any]) -> tuple[nn.Module, dict[str, Any] | None]:
         """(the model, the global batch if the factory gives one)."""
@@ -152,7 +154,7 @@ def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callab
 def train_reference(model: nn.Module, batch: Mapping[str, Any], recipe: Recipe, device: str = "cpu", groups: int = 1) -> Outcome:
     """The unmodified model on the whole global batch; with `groups`, see `in_groups`."""
     start = time.perf_counter()
-    model.to(device)
+    cast_model(model, recipe.precision).to(device)
     batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(batch))
     with as_authored(model):
         call = model if groups == 1 else in_groups(model, batch, groups)
@@ -254,8 +256,9 @@ def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
     outputs = options.get("outputs")
     switches = {name: options.get(name) for name in ("dedup", "sequence_parallel", "algebra", "checkpoint", "capacity", "zero")}
     passes = pipeline(options.get("passes"), roles, options.get("compile"), **switches)
+    dtypes = parameter_dtypes(model, options.get("precision"))
     example = example_sizes(trace, options.get("example_inputs") or {})
-    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example, zero=options.get("zero") or 0), passes)
+    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example, zero=options.get("zero") or 0, dtypes=dtypes), passes)
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------

@@ -38,11 +38,19 @@ def dispatch(x: Tensor, ids: Tensor, num_experts: int, tail: bool = False) -> tu
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False, tail: bool = False) -> Tensor:
     """rows[M,I] times each expert's matrix -> [M,O]; weight[E,O,I], or [E,I,O] if transposed.
 
-    bfloat16 on CUDA is one grouped matmul; any other dtype or device is one matmul per expert, and copies the counts
+    Under autocast the operands are cast as those of `linear`. bfloat16 on CUDA is one grouped matmul; any other dtype or device is one matmul per expert, and copies the counts
     to the host. ValueError for shapes or dtypes that do not fit (on the second path, also for counts that do not sum
     to M; with a tail, that sum to more).
     """
+    rows, weight = _as_linear_casts(rows), _as_linear_casts(weight)
     return torch.ops.tedfx.grouped_linear(rows, weight, counts, transposed, tail)
+
+
+def _as_linear_casts(x: Tensor) -> Tensor:
+    """What autocast does to an operand of `linear`, which grouped_linear stands for: torch's registration of casts for custom ops takes one dtype, not that of the region."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
 def expert_rows(param: Tensor, counts: Tensor, rows: Tensor, tail: bool = False) -> Tensor:

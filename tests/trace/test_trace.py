@@ -251,24 +251,6 @@ def test_no_grad_regions():
     assert not any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in t.graph_module.graph.nodes)
 
 
-def test_autocast():
-    class Cast(nn.Module):
-        def __init__(self, enabled):
-            super().__init__()
-            self.l, self.enabled = nn.Linear(8, 8), enabled
-
-        def forward(self, x):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
-                return self.l(x)
-
-    model = Cast(False)
-    t = trace(model, kwargs={"x": torch.randn(6, 10, 8)})
-    x = torch.randn(2, 3, 8)
-    assert torch.equal(t(model, x), model(x))
-    with pytest.raises(TraceError, match="autocast"):
-        trace(Cast(True), kwargs={"x": torch.randn(6, 10, 8)})
-
-
 def test_dropout_stays_dropout():
     model = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.3))
     t = trace(model, args=(torch.randn(6, 10, 32),))
