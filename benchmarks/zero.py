@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from policies import make_model, on_two_gpus, parser  # noqa: E402
 
+from tedfx.buckets import BUCKET_BYTES  # noqa: E402
 from tedfx.verify import versions  # noqa: E402
 
 RUNS = [
@@ -39,15 +40,15 @@ RUNS = [
     # sizes: of tiles, of buckets of gradients, of gathers, and how many gathers ahead
     ({"zero": 2}, {"tile": 2**21}),
     ({"zero": 2}, {"tile": 2**23}),
-    ({"zero": 2}, {"tile": 2**25}),
-    ({"zero": 2}, {"tile": 2**29}),
+    ({"zero": 2}, {"tile": 2**27}),
     ({"zero": 2, "bucket_bytes": 2**22}, {}),
-    ({"zero": 2, "bucket_bytes": 2**27}, {}),
+    ({"zero": 2, "bucket_bytes": 25 * 2**20}, {}),
     ({"zero": 2, "bucket_bytes": 2**29}, {}),
     ({"zero": 3, "gather_bytes": 2**26}, {}),
     ({"zero": 3, "gather_bytes": 2**30}, {}),
     ({"zero": 3, "prefetch": 0}, {}),
-    ({"zero": 3, "prefetch": 2}, {}),
+    ({"zero": 3, "prefetch": 1}, {}),
+    ({"zero": 3, "prefetch": 3}, {}),
     # offload
     ({"zero": 2}, {"offload": "gradients"}),
     ({"zero": 2}, {"offload": "optimizer"}),
@@ -124,7 +125,7 @@ def measure(rank, args) -> None:
             optimizer.zero_grad()
             times.append((time.perf_counter() - begin, backward))
         record = {
-            **{"checkpoint": "none", "compile": False, **options}, "tile": "default", **kinds, "step_ms": round(1e3 * statistics.median(t for t, _ in times[args.warmup :]), 1),
+            **{"checkpoint": "none", "compile": False, "bucket_bytes": BUCKET_BYTES, "prefetch": 2, **options}, **kinds, "tile": optimizer.tile, "step_ms": round(1e3 * statistics.median(t for t, _ in times[args.warmup :]), 1),
             "backward_ms": round(1e3 * statistics.median(t for _, t in times[args.warmup :]), 1), "threads": torch.get_num_threads(),
             "peak_gib": round((peak - before) / 2**30, 2), "stored_gib": round((held - before) / 2**30, 2), "formula_gib": round(formula(options["zero"], psi, 2, kinds.get("offload")) / 2**30, 2),
             "optimizer_extra_gib": round(step_peak / 2**30, 3), "parameters": psi, "layers": args.layers, "hidden": args.hidden, "batch": args.batch, "sequence": args.sequence,

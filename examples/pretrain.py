@@ -26,6 +26,7 @@ import random
 import sys
 import sysconfig
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--steps", type=int, default=150, metavar="N", help="optimizer steps (default: 150)")
     group.add_argument("--sequence-length", type=int, default=128, metavar="N", help="bytes per sequence (default: 128)")
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences per step over all ranks (default: 16)")
+    group.add_argument("--micro-batches", type=int, default=1, metavar="N", help="run a step's sequences in N parts and add their gradients up, one reduction per step (default: 1)")
+    group.add_argument("--layered", action="store_true", help="run the micro-batches layer by layer: parameters are gathered and gradients summed once per layer, more activations are kept")
     group.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate of AdamW: linear warm-up, then cosine to a tenth (default: 2e-3)")
     group.add_argument("--warmup", type=int, default=20, metavar="N", help="steps of warm-up (default: 20)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the split of the files and the batches (default: 0)")
@@ -109,7 +112,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                        help=f"compare loss and gradients of the first step with the plain model on one device; exit 1 where they differ by more than {', '.join(f'{bound:g} in {name}' for name, bound in TOLERANCE.items())}")
     group.add_argument("--out", type=Path, default=Path("out/pretrain"), metavar="DIR", help="where log.jsonl and loss.png go (default: out/pretrain)")
     args = parser.parse_args(argv)
-    for name in ("steps", "sequence_length", "batch_size", "eval_every", "eval_sequences"):
+    for name in ("steps", "sequence_length", "batch_size", "micro_batches", "eval_every", "eval_sequences"):
         if getattr(args, name) < (2 if name == "sequence_length" else 1):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
     if args.save_every < 0:
@@ -214,6 +217,8 @@ def make_mesh(args: argparse.Namespace):
             f"--batch-size {args.batch_size} does not split over the {shares} ranks of the batch axes ({', '.join(roles.batch)}): "
             f"use {' or '.join(map(str, fits))}"
         )
+    if args.batch_size // shares % args.micro_batches:
+        raise ConfigError(f"--micro-batches {args.micro_batches} does not split the {args.batch_size // shares} sequences of a rank: use a divisor of them")
     kind = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -221,14 +226,32 @@ def make_mesh(args: argparse.Namespace):
     return init_device_mesh(kind, shape.sizes, mesh_dim_names=shape.names), given
 
 
+def backward(pm, parts, layered: bool, scale) -> torch.Tensor:
+    """Forward and backward of a step's micro-batches, of equally many tokens each; the mean loss of the global batch. Gradients are summed over ranks once."""
+    if layered:
+        loss = sum(out.loss for out in pm.layered([{"input_ids": ids, "labels": ids} for ids in parts])) / len(parts)
+        scale(loss).backward()
+        return loss.detach()
+    total = 0.0
+    for i, ids in enumerate(parts):
+        with pm.no_sync() if i + 1 < len(parts) else nullcontext():
+            loss = pm(input_ids=ids, labels=ids).loss / len(parts)
+            scale(loss).backward()
+        total = total + loss.detach()
+    return total
+
+
 # ---- the check against the single device -----------------------------------------------------------------------------
 
 
-def check_first_step(model, loss: torch.Tensor, gradients: dict[str, torch.Tensor], batch: torch.Tensor, precision: str, scale: float) -> bool:
+def check_first_step(model, loss: torch.Tensor, gradients: dict[str, torch.Tensor], batches: list[torch.Tensor], precision: str, scale: float) -> bool:
     """Run the plain model, its parameters cast alike, on the whole global batch, on this one device, and print how far the parallel step is from it."""
-    cast_model(model, precision).to(batch.device).zero_grad()
-    wanted_loss = model(input_ids=batch, labels=batch).loss
-    (wanted_loss.float() * scale).backward()
+    cast_model(model, precision).to(batches[0].device).zero_grad()
+    wanted_loss = 0.0
+    for batch in batches:
+        part = model(input_ids=batch, labels=batch).loss.float() / len(batches)
+        (part * scale).backward()
+        wanted_loss = wanted_loss + part.detach()
     wanted = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
@@ -345,14 +368,15 @@ def main(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         starts = torch.randint(len(training) - args.sequence_length, (args.batch_size,), generator=draw)
         ids = windows(training, starts[mine], args.sequence_length, device)
-        loss = pm(input_ids=ids, labels=ids).loss  # of the global batch, on every rank
-        (optimizer.scale(loss) if sharded else loss).backward()
+        loss = backward(pm, ids.chunk(args.micro_batches), args.layered, optimizer.scale if sharded else lambda x: x)
         if step == first:
             if rank == 0:
-                print(pm.explain(batch=mine.stop - mine.start, sequence=args.sequence_length), flush=True)
+                print(pm.explain(batch=rows // args.micro_batches, sequence=args.sequence_length, micro_batches=args.micro_batches if args.micro_batches > 1 else None), flush=True)
             if args.check:
                 gradients = pm.gather_gradients()
-                fine = [rank != 0 or check_first_step(model, loss, gradients, windows(training, starts, args.sequence_length, device), args.precision, optimizer.loss_scale if sharded else 1.0)]
+                parts = starts.view(count, args.micro_batches, -1).transpose(0, 1)  # what all ranks run at a time
+                whole = [windows(training, part.reshape(-1), args.sequence_length, device) for part in parts] if rank == 0 else []
+                fine = [rank != 0 or check_first_step(model, loss, gradients, whole, args.precision, optimizer.loss_scale if sharded else 1.0)]
                 dist.broadcast_object_list(fine)
                 if not fine[0]:
                     raise SystemExit("pretrain: the first step is not the single device's (above)" if rank == 0 else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -80,7 +81,7 @@ class ShardTensors(Pass):
     A factor is a candidate when some weight of two or more dims carries it, its size divides by the degree, and no op needs it whole (softmax over it, a
     slice across it): a shard of it then runs from the ops that produce it (column-parallel) to those that contract it (row-parallel), and each
     contraction closes with one reduction. Cost: elements reduced per element of weight split. Candidates are taken in order of that cost,
-    unless a value would carry two factors on one axis. What is not taken stays replicated, with a note where only divisibility failed.
+    unless a value would carry two factors on one axis, or the factor twice (the weight of `x + linear(x)`). What is not taken stays replicated, with a note where only divisibility failed.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -101,10 +102,10 @@ class ShardTensors(Pass):
             for factor in roots(relation.contracted):
                 cost[factor] = cost.get(factor, 0.0) + sum(plan.elements(o) for o in outs)
             for dims in outs:
-                self._meet(together, dims)
+                blocked |= self._meet(together, dims)
         for node in graph.nodes:
             if node.op == "placeholder" and "dims" in node.meta:
-                self._meet(together, node.meta["dims"])
+                blocked |= self._meet(together, node.meta["dims"])
                 if node.name in program.trace.parameters or node.name in getattr(program.trace, "stacked", {}):
                     if len(node.meta["dims"]) >= 2:
                         for factor in roots(f for d in node.meta["dims"] for f in d):
@@ -140,7 +141,9 @@ class ShardTensors(Pass):
         return result
 
     @staticmethod
-    def _meet(together: dict, dims) -> None:
-        factors = roots(f for d in dims for f in d)
-        for factor in factors:
-            together.setdefault(factor, set()).update(factors - {factor})
+    def _meet(together: dict, dims) -> set:
+        """Which factors a value carries together; those that it carries twice are returned."""
+        carried = Counter(f.root() for dim in dims for f in leaves(dim))
+        for factor in carried:
+            together.setdefault(factor, set()).update(carried.keys() - {factor})
+        return {factor for factor, times in carried.items() if times > 1}

@@ -52,7 +52,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
                     brought back tile by tile; "cpu": both (ZeRO-Offload, arXiv 2101.06840). Gradients that have left are not in `p.grad`, which is None: clip with max_norm or
                     `clip_grad_norm_` of this class. On the host the update wants threads: see torch.set_num_threads (torchrun sets OMP_NUM_THREADS to 1).
     master_dtype    parameters of fewer bytes per element have master weights of this dtype, of this rank's share.
-    options         of `optimizer_class`: lr, betas, fused, .. and, where groups are given, each group's own.
+    options         of `optimizer_class`: lr, betas, .. (its fused step is taken where it has one and no other is chosen) and, where groups are given, each group's own.
 
     Collective to make with offload, and to step; all ranks call alike. At ZeRO's stage 0 each rank owns all elements that it holds; from stage 1 on its share over the axes that gradients are summed over.
     It is a torch.optim.Optimizer: schedulers change `param_groups`, which hold the module's own parameters. `step` takes no closure. Raises ConfigError for what cannot be sharded.
@@ -82,7 +82,11 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         module.require_weights("ShardedOptimizer")
         self._module, self._class = module, optimizer_class
         self._host, self._takes = offload in ("cpu", "optimizer"), offload in ("cpu", "gradients")
-        self._options = {**options, "fused": True} if fuses(optimizer_class, options, self._device) else options
+        self._options = options
+        defaults = self._defaults()
+        if fuses(optimizer_class, options, self._device):
+            self._options = {**options, "fused": True}
+            defaults = self._defaults()
         self.tile, self.max_norm, self._scaler, self._master_dtype = tile, max_norm, LossScale.of(loss_scale), master_dtype
         self._shares: dict[str, Share] = {}  # by layout name, in the order of the groups
         self._batches: list[list[Batch]] = []  # per group
@@ -93,7 +97,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         self._world = module.context.group(tuple(mesh.mesh_dim_names)) if mesh.size() > 1 else None
         self._gathering = Gathering(module._boundary._groups, module.device, module._boundary.bucket_bytes)
 
-        super().__init__([p for p in module.parameters() if p.requires_grad] if given_module else parameters, self._defaults())
+        super().__init__([p for p in module.parameters() if p.requires_grad] if given_module else parameters, defaults)
 
     def _defaults(self) -> dict[str, Any]:
         try:

@@ -59,6 +59,24 @@ def test_expert_axes_without_a_mixture_are_refused():
     upto(m.make(m.Mlp), "tp=2", m.inputs(), "shard_experts", {"expert": ("tp",)})  # the ranks have other work
 
 
+class Residual(torch.nn.Module):
+    """Both dims of a weight are the hidden factor: a shard of one cannot be told from a shard of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.square = torch.nn.Linear(8, 8)
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = x + self.square(x)
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_a_factor_that_a_weight_carries_twice_stays_whole():
+    program, _ = upto(m.make(Residual), "tp=2", m.inputs(), "shard_tensors")
+    assert [size for _, size in planned(program, "tp")] == [16]
+
+
 def test_a_batch_that_the_model_fixes_is_not_split():
     class Fixed(m.Mlp):
         def __init__(self):
