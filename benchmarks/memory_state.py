@@ -65,8 +65,8 @@ def zero_rows(shape: Shape = ZERO_7B, ranks: int = 64) -> Iterator[Row]:
 
 
 def offload_rows(shape: Shape = SMALL) -> Iterator[Row]:
-    for options in ({}, {"offload": "cpu"}):
-        yield from measure("offload", shape, "dp=1", 0, steppers=[{"fused": True, **options}])
+    for where in (None, "gradients", "optimizer", "cpu"):
+        yield from measure("offload", shape, "dp=1", 0, steppers=[{"fused": True, "offload": where}])
 
 
 def mesh_of(tensor: int, expert: int, ranks: int) -> str:
@@ -130,12 +130,9 @@ def zero_table(rows: list[Row]) -> str:
 
 def offload_table(rows: list[Row]) -> str:
     """In bytes per parameter of the model."""
-    paper = {False: "16 M", True: "4 M"}
-    cells = [
-        ["masters and states on the host" if r.host else "none", paper[bool(r.host)], *(f"{x / r.psi:.3f} M" for x in (r.total - r.host, r.idle - r.host, r.host))]
-        for r in rows
-    ]  # fmt: skip
-    return table(cells, ["offload", "ZeRO-Offload", "device, before the update", "device, after zero_grad", "host"], words=1)
+    paper = {None: "16 M", "gradients": "14 M", "optimizer": "4 M", "cpu": "2 M"}
+    cells = [[str(r.options["offload"]).lower(), paper[r.options["offload"]], *(f"{x / r.psi:.3f} M" for x in (r.total - r.host, r.idle - r.host, r.host))] for r in rows]
+    return table(cells, ["offload", "ZeRO-Offload", "device, before the update", "device, after zero_grad", "host, before the update"], words=1)
 
 
 def ted_table(rows: list[Row], memory: float = MEMORY) -> str:

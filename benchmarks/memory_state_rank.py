@@ -147,23 +147,29 @@ def rank_of(shape: Shape, mesh: str, stage: int, real: bool = False) -> Iterator
         gc.unfreeze()
 
 
+def backward(pm) -> None:
+    output = pm(**call(1))
+    (output if isinstance(output, torch.Tensor) else output.loss).backward()
+
+
 def measure(table: str, shape: Shape, mesh: str, stage: int, *, steppers: Sequence[Mapping] = ({"fused": True},), real: bool = False) -> list[Row]:
     """A row per optimizer; steppers: options of ShardedOptimizer over AdamW. A spike is that of the second step: the first makes the states."""
     rows = []
     with rank_of(shape, mesh, stage, real) as (pm, live):
-        output = pm(**call(1))
-        (output if isinstance(output, torch.Tensor) else output.loss).backward()
-        del output
+        backward(pm)
         for options in steppers:
             stepper = tedfx.optim.ShardedOptimizer(pm, torch.optim.AdamW, lr=1e-4, max_norm=1.0, **options)
+            if options.get("offload"):  # gradients leave while backward runs, to an optimizer that is there
+                pm.zero_grad()
+                backward(pm)
             stepper.step()
             gc.collect()
             before = live.most = live.now
             stepper.step()
             shares = list(stepper._shares.values())
             mine = held(x for share in shares for x in (share.master, *share.homes.values()))
-            host = held(x for share in shares if share.host for x in (share.master, *share.homes.values(), *(share.arrived or ())[:1]))
-            parameters, gradients = held(p.to_local() for p in pm.parameters()), held(p.grad.to_local() for p in pm.parameters())
+            host = held(x for share in shares for x in (*((share.master, *share.homes.values()) if share.host else ()), share.taken()))
+            parameters, gradients = held(p.to_local() for p in pm.parameters()), held(p.grad.to_local() for p in pm.parameters() if p.grad is not None)
             psi, owned = sum(p.numel() for p in traced(shape)[0].parameters()), sum(share.numel for share in shares)
             rows.append(Row(table, shape, mesh, stage, stepper.tile, dict(options), psi, owned, parameters, gradients, mine, before, live.most - before, None, host))
             if options is steppers[-1]:

@@ -360,6 +360,7 @@ def main(args: argparse.Namespace) -> None:
         earlier, record = [], lambda **fields: None
 
     # Step 3: train.
+    model = model if args.check else None
     bar = tqdm(total=args.steps, initial=first, disable=rank != 0, unit="step", dynamic_ncols=True, delay=0.1, mininterval=0.5 if sys.stderr.isatty() else 10)
     losses = {fields["step"]: fields["loss"] for fields in earlier if "loss" in fields}
     validations = [(fields["step"], fields["validation_loss"]) for fields in earlier if "step" in fields and "validation_loss" in fields]
@@ -369,18 +370,21 @@ def main(args: argparse.Namespace) -> None:
         starts = torch.randint(len(training) - args.sequence_length, (args.batch_size,), generator=draw)
         ids = windows(training, starts[mine], args.sequence_length, device)
         loss = backward(pm, ids.chunk(args.micro_batches), args.layered, optimizer.scale if sharded else lambda x: x)
-        if step == first:
-            if rank == 0:
-                print(pm.explain(batch=rows // args.micro_batches, sequence=args.sequence_length, micro_batches=args.micro_batches if args.micro_batches > 1 else None), flush=True)
-            if args.check:
-                gradients = pm.gather_gradients()
+        if step == first and rank == 0:
+            print(pm.explain(batch=rows // args.micro_batches, sequence=args.sequence_length, micro_batches=args.micro_batches if args.micro_batches > 1 else None), flush=True)
+        if model is not None:
+            gradients, scale = pm.gather_gradients(), optimizer.loss_scale if sharded else 1.0
+            if args.precision == "fp16" and not all(g.isfinite().all() for g in gradients.values()):  # the same on all ranks
+                say(f"step {step + 1}: gradients overflow at loss scale {scale:g}; it is left out, and the check waits for the next", flush=True)
+            else:
                 parts = starts.view(count, args.micro_batches, -1).transpose(0, 1)  # what all ranks run at a time
                 whole = [windows(training, part.reshape(-1), args.sequence_length, device) for part in parts] if rank == 0 else []
-                fine = [rank != 0 or check_first_step(model, loss, gradients, whole, args.precision, optimizer.loss_scale if sharded else 1.0)]
+                fine = [rank != 0 or check_first_step(model, loss, gradients, whole, args.precision, scale)]
                 dist.broadcast_object_list(fine)
                 if not fine[0]:
                     raise SystemExit("pretrain: the first step is not the single device's (above)" if rank == 0 else 1)
-            del model
+                model = None
+            del gradients
         norm = optimizer.clip_grad_norm_(1.0) if sharded else torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
         rate = schedule.get_last_lr()[0]
         optimizer.step()

@@ -70,7 +70,7 @@ def parallelize(
     precision       "bf16", "fp16" or "fp32": the dtype of the floating-point parameters, and so of what is computed from them, see ``tedfx/precision.py``; by default
                     the model's own. Buffers, float inputs and what a Hugging Face model keeps in float32 stay as they are.
     gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's dtype.
-    bucket_bytes    gradients that are summed together, whole ones on a rank (default 128 MiB).
+    bucket_bytes    gradients that are summed together, whole ones on a rank (default 25 MiB).
     gather_bytes    with zero=3: whole parameters of a layer that are gathered together (default 256 MiB).
     prefetch        with zero=3: gathers in flight beyond the one in use (default 2); a compiled graph has no use for it.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.

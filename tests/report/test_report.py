@@ -150,7 +150,7 @@ def test_module_without_a_compilation():
 
 
 SCHEMA = {
-    "": {"schema", "tedfx", "torch", "title", "mesh", "world", "roles", "signature", "outputs", "sizes", "parameters", "layers", "totals", "redundant", "passes", "stages", "notes"},
+    "": {"schema", "tedfx", "torch", "title", "mesh", "world", "roles", "signature", "outputs", "sizes", "parameters", "layers", "totals", "accumulation", "redundant", "passes", "stages", "notes"},
     "parameters": {"tensors", "total", "local", "total_bytes", "local_bytes", "groups", "whole"},
     "layers": {"path", "count", "members", "nodes"},
     "nodes": {"name", "state", "op", "line", "module", "inputs", "shape", "dtype", "type", "region", "communication"},
