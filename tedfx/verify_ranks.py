@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ def run(work: Sequence[Job], fork: bool, timeout: float) -> list[Any]:
         for pipe, (_, process) in started.items():
             process.join()
             pipe.close()
+        for store in {job.arguments[0].store for job in work if job.arguments and isinstance(job.arguments[0], Rank)}:
+            Path(store).unlink(missing_ok=True)  # ranks that are killed leave it
 
 
 def _collect(work: Sequence[Job], started: dict, timeout: float) -> list[Any]:

@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ class RankPool:
     def __init__(self, world: int):
         self.world = world
         self._ranks: list[tuple[Any, Any]] = []
+        self._store: str | None = None  # the file in which they met
 
     def run(self, fn: Callable, *args, timeout: float = DEFAULT_TIMEOUT) -> list:
         """Call fn(*args) on every rank; the list of what the ranks return.
@@ -81,9 +83,11 @@ class RankPool:
         for process, _ in self._ranks:
             process.join()
         self._ranks = []
+        if self._store is not None:
+            Path(self._store).unlink(missing_ok=True)
 
     def _launch(self) -> None:
-        store = tempfile.mktemp(prefix="tedfx_pool_")
+        store = self._store = tempfile.mktemp(prefix="tedfx_pool_")
         for rank in range(self.world):
             mine, theirs = _start.Pipe()
             process = _start.Process(target=_serve, args=(rank, self.world, store, theirs), daemon=True)
