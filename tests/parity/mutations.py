@@ -33,10 +33,10 @@ def _scaled_reduction(factor, axes=None):
 
     def launch(self, overlapped):
         before(self, overlapped)
-        bucket, flat, have, work, rows = self._flying[-1]
-        if axes in (None, bucket.axes):
-            work.wait()
-            flat.mul_(factor(bucket))
+        flight = self._flying[-1]
+        if axes in (None, flight.bucket.axes):
+            flight.work.wait()
+            flight.flat.mul_(factor(flight.bucket))
 
     gradients.GradientBoundary._launch = launch
 
