@@ -276,3 +276,7 @@ def written(func, args, kwargs) -> list:
 def op_name(func) -> str:
     """``normal_`` of ``aten::normal_``. Public replacement: none, as above."""
     return func._schema.name.split("::")[1]
+
+
+set_grad_enabled_function = torch._C._set_grad_enabled
+"""What no_grad and enable_grad call, as a TorchFunctionMode sees it. Public replacement: none; torch.set_grad_enabled is a class that calls it."""

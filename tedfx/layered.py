@@ -10,7 +10,6 @@ Nothing else has to know: checkpoint regions, dropout's draws (a seed per micro-
 
 from __future__ import annotations
 
-import copy
 import heapq
 from collections.abc import Iterable
 from dataclasses import replace
@@ -31,11 +30,7 @@ def interleave(program: Program, count: int, sum_dtype: torch.dtype | None = Non
     """
     made = _Interleaving(program, count, sum_dtype)
     module = fx.GraphModule(program.graph_module, made.graph)
-    compilation = program.compilation
-    if compilation is not None:
-        compilation = copy.copy(compilation)
-        compilation.graph_module, compilation.output_names = module, list(program.output_names) * count
-    return replace(program, graph_module=module, output_names=list(program.output_names) * count, compilation=compilation)
+    return replace(program, graph_module=module, output_names=list(program.output_names) * count, compilation=None)
 
 
 def segments(graph: fx.Graph) -> dict[fx.Node, int]:

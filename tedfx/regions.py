@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
+from tedfx._torch import set_grad_enabled_function
 from tedfx.autocast import mark
 from tedfx.errors import TraceError, model_frames, user_line
 from tedfx.passes.base import emit, evaluate
@@ -139,7 +140,7 @@ class NoGradInsideAutocast(TorchFunctionMode):
         self._above, self._outside = above, _nesting()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch._C._set_grad_enabled and _nesting() > self._outside and args[0] != torch.is_grad_enabled():
+        if function is set_grad_enabled_function and _nesting() > self._outside and args[0] != torch.is_grad_enabled():
             frames = model_frames(traceback.extract_stack(), self._above)
             line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown line"
             raise TraceError(f"no_grad (or enable_grad) inside an autocast region, which torch.export would lose | at {line} | put the autocast region inside it, or detach()")
