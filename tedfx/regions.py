@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tedfx._torch import set_grad_enabled_function
 from tedfx.autocast import mark
+from tedfx.dtypes import has_gradient
 from tedfx.errors import TraceError, model_frames, user_line
 from tedfx.passes.base import emit, evaluate
 
@@ -153,14 +154,14 @@ def _carries_gradient(node: fx.Node) -> bool:
         if n.op == "placeholder" and isinstance(val, torch.Tensor) and val.requires_grad:
             return True
         cut = n.target in (aten.detach.default, torch.ops.higher_order.wrap_with_set_grad_enabled)
-        if not cut and not (isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex())):
+        if not cut and not (isinstance(val, torch.Tensor) and not has_gradient(val.dtype)):
             todo.extend(n.all_input_nodes)
     return False
 
 
 def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
     val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
+    if not isinstance(val, torch.Tensor) or not has_gradient(val.dtype):
         return node
     return emit(graph, aten.detach.default, (node,), like=node)
 
