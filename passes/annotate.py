@@ -9,6 +9,7 @@ import torch
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
+from tedfx.dtypes import has_gradient
 from tedfx.factors import Factor, as_size
 from tedfx.rules import Annotator, Relation, rule_for
 from tedfx.rules.base import is_tensor, operands
@@ -23,7 +24,7 @@ class Annotate(Pass):
     1. Inputs: each size symbol is one factor, each static size a fresh one. The dims that the trace marks as batch carry the batch factor.
     2. Parameters, buffers, constants: a fresh factor per dim; uses refine and unify them.
     3. Ops: `Annotator.annotate` with the op's rule; where factorisations do not agree a `regroup_barrier` is inserted.
-    4. `differentiable`: a float value with a differentiable operand, down from the parameters that require gradients.
+    4. `differentiable`: a float or complex value with a differentiable operand, down from the parameters that require gradients.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional", "row_losses"})
@@ -81,7 +82,7 @@ class Annotate(Pass):
         values = [value] if isinstance(value, torch.Tensor) else [v for v in value if isinstance(v, torch.Tensor)]
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in _CUTS_GRADIENT:
             return False
-        if not any(v.dtype.is_floating_point for v in values):
+        if not any(has_gradient(v.dtype) for v in values):
             return False
         sources = operands(node) or [n for n in node.all_input_nodes]
         return any(n.meta.get("differentiable", False) for n in sources)

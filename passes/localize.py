@@ -16,6 +16,7 @@ from tedfx.ops.random import RAGGED, SHARE
 from tedfx.plan import roots
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
+from tedfx.rules.views import reads_bits
 from tedfx.sizes import Share, Sizes
 from tedfx.types import Shard, sharding_axes
 
@@ -70,7 +71,7 @@ class _Localizer:
     # one node -------------------------------------------------------------------------------------------------------------
     def visit(self, node: fx.Node) -> None:
         name = op_name(node)
-        if name in VIEWS:
+        if name in VIEWS and not reads_bits(node):
             if name not in ("aten.view", "aten._unsafe_view"):
                 node.target = aten.reshape.default
             node.args, node.kwargs = (node.args[0], self.view_shape(node)), {}

@@ -6,6 +6,7 @@ one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint de
 """
 
 import contextlib
+import functools
 import logging
 import os
 import traceback
@@ -26,6 +27,8 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  public replacement: none
 from torch.utils._sympy.functions import FloorDiv  # noqa: F401  as sizes of a trace have it; public replacement: sympy.floor of a quotient
+
+from tedfx.dtypes import as_real
 
 # torch 2.13 renamed these two and warns of the old names; both are public.
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -92,8 +95,19 @@ def _plain(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
+def _of_numbers(collective):
+    """A collective of complex values is one of their real and imaginary parts: no backend is asked to know them, nor lazy conjugation and negation."""
+
+    def of_numbers(x: torch.Tensor, *args):
+        out = collective(as_real(x), *args)
+        return torch.view_as_complex(out) if x.is_complex() else out
+
+    return functools.wraps(collective)(of_numbers)
+
+
 # The four collectives: `name` is that of the group, what comes back may be read. Public replacement of the traced forms: a public functional
 # collective, `torch.distributed.nn.functional` without the autograd; of `_resolve_process_group`: passing the group itself.
+@_of_numbers
 def all_reduce(x: torch.Tensor, op: str, name: str) -> torch.Tensor:
     """The "sum" or "max" of x over the ranks."""
     if not _plain(x):
@@ -103,6 +117,7 @@ def all_reduce(x: torch.Tensor, op: str, name: str) -> torch.Tensor:
     return out
 
 
+@_of_numbers
 def all_gather(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
     """x[n,..] of every rank, along dim 0: [size * n,..]."""
     if not _plain(x):
@@ -112,6 +127,7 @@ def all_gather(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
     return out
 
 
+@_of_numbers
 def reduce_scatter(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
     """This rank's piece [n / size,..] of the sum of x[n,..] over the ranks."""
     if not _plain(x):
@@ -121,6 +137,7 @@ def reduce_scatter(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
     return out
 
 
+@_of_numbers
 def all_to_all(x: torch.Tensor, recv: list[int], send: list[int], name: str) -> torch.Tensor:
     """send[g] rows of x to each rank, recv[g] from each."""
     if not _plain(x):

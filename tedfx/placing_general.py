@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from tedfx.dtypes import has_gradient, precision
 from tedfx.factors import leaves
 from tedfx.plan import Decision, differentiable, roots
 from tedfx.rules import Relation, operands
@@ -106,7 +107,8 @@ def _casts(node, nodes, partial) -> bool:
     """Whether the op changes the precision of a partial sum: it is summed before, in the precision that it was made in, with one rounding after."""
     value = node.meta["val"]
     value = value[0] if isinstance(value, (tuple, list)) else value
-    return any(nodes[i].meta["val"].dtype.is_floating_point and nodes[i].meta["val"].dtype != value.dtype for i in partial)
+    dtypes = [nodes[i].meta["val"].dtype for i in partial]
+    return any(has_gradient(dtype) and precision(dtype) != precision(value.dtype) for dtype in dtypes)
 
 
 def _may_pass(nodes, types, diff, dims, group, partial, plan, relation) -> bool:

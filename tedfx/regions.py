@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tedfx._torch import set_grad_enabled_function
 from tedfx.autocast import mark
+from tedfx.dtypes import has_gradient
 from tedfx.errors import TraceError, model_frames, user_line
 from tedfx.passes.base import emit, evaluate
 
@@ -23,7 +24,10 @@ def inline_regions(graph_module: fx.GraphModule) -> None:
     """Inline no-grad and autocast regions.
 
     A value computed in a no-grad region is detached where it leaves the region (or enters a region inside it that has
-    gradients on), so gradients stay exact. Nodes of an autocast region are marked with it, for `tedfx.autocast.explicit_casts`.
+    gradients on), so gradients stay exact. An operator that returned its own operand (a cast to the dtype at hand) made no value:
+    it stands for the operand, gradient and all, as it does in eager mode; torch.export names the operand by it from there on.
+    What is written in such a region into a value from outside is detached before, so that no name of that memory has a gradient
+    from it. Nodes of an autocast region are marked with it, for `tedfx.autocast.explicit_casts`.
     """
     hop = torch.ops.higher_order
     for node in list(graph_module.graph.nodes):
@@ -52,6 +56,7 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
         _check_no_grad_writes(region, operands)
     graph = graph_module.graph
     values: dict[fx.Node, Any] = {}
+    own: set[fx.Node] = set()  # made in the region
     feed = iter(operands)
     with graph.inserting_before(call):
         for node in region.graph.nodes:
@@ -66,10 +71,19 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
                 note(new)
                 if not gradient and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
                     raise TraceError(f"enable_grad inside no_grad | at {user_line(node)} | take it out")
+                write = not gradient and _is_write(new)
+                if write:
+                    _detach_written(graph, new)
+                itself = None if gradient or write else _returned_operand(graph, new)
+                if itself is not None:
+                    graph.erase_node(new)
+                    values[node] = itself
+                    continue
                 if _aliases(new):  # its fake value anew, so that it shares storage with its operand as the real one would
                     new.meta["val"] = evaluate(graph, new.target, new.args, new.kwargs)
                 values[node] = new
-        own = {v for n, v in values.items() if n.op != "placeholder"}
+                if not write or new.args[0] in own:
+                    own.add(new)
         if not gradient:
             outputs = fx.map_arg(outputs, lambda n: _detached(graph, n) if n in own else n)
     single = not isinstance(outputs, (tuple, list))
@@ -80,6 +94,29 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
     if single and call.users:
         call.replace_all_uses_with(outputs)
     graph.erase_node(call)
+
+
+def _returned_operand(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """The operand that the operator gave back as it was, the same object and not a view of it; None where it made a value."""
+    val = node.meta.get("val")
+    if node.target is operator.getitem or not isinstance(val, torch.Tensor):
+        return None
+    alike = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dtype == val.dtype and n.meta["val"].dim() == val.dim()]
+    made = evaluate(graph, node.target, node.args, node.kwargs) if alike else None
+    return next((n for n in alike if n.meta["val"] is made), None)
+
+
+def _is_write(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and bool(node.args) and isinstance(node.args[0], fx.Node)
+
+
+def _detach_written(graph: fx.Graph, node: fx.Node) -> None:
+    """What an in-place operator of a no-grad region writes, without its gradient."""
+    first, *rest = node.args
+    with graph.inserting_before(node):
+        rest, node.kwargs = fx.map_arg((tuple(rest), node.kwargs), lambda n: _detached(graph, n) if _carries_gradient(n) else n)
+    node.args = (first, *rest)
 
 
 def _aliases(node: fx.Node) -> bool:
@@ -117,14 +154,14 @@ def _carries_gradient(node: fx.Node) -> bool:
         if n.op == "placeholder" and isinstance(val, torch.Tensor) and val.requires_grad:
             return True
         cut = n.target in (aten.detach.default, torch.ops.higher_order.wrap_with_set_grad_enabled)
-        if not cut and not (isinstance(val, torch.Tensor) and not val.is_floating_point()):
+        if not cut and not (isinstance(val, torch.Tensor) and not has_gradient(val.dtype)):
             todo.extend(n.all_input_nodes)
     return False
 
 
 def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
     val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
+    if not isinstance(val, torch.Tensor) or not has_gradient(val.dtype):
         return node
     return emit(graph, aten.detach.default, (node,), like=node)
 

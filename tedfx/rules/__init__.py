@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from tedfx.rules import contractions, creation, experts, indexing, pointwise, views  # noqa: F401  (they register)
+from tedfx.rules import complexes, contractions, creation, experts, indexing, pointwise, views  # noqa: F401  (they register)
 from tedfx.rules.base import RULES, Annotator, Relation, is_tensor, op_name, operands, whole_everywhere
 
 

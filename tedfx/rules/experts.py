@@ -8,9 +8,27 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.factors import Factor, as_size
-from tedfx.rules.base import Annotator, Relation, argument, rule
+from tedfx.errors import TraceError, user_line
+from tedfx.rules.base import Annotator, Relation, argument, operands
+from tedfx.rules.base import rule as any_rule
 
 ONE = (frozenset({0}),)
+
+
+def rule(name: str):
+    """A rule of an op whose adjoint (`tedfx/ops/experts.py`) is that of real values."""
+
+    def register(fn):
+        def checked(node: fx.Node, ctx: Annotator) -> Relation:
+            if any(n.meta["val"].is_complex() for n in operands(node)):
+                raise TraceError(
+                    f"complex values in experts or their weights have no parallel form | at {user_line(node)} | give experts real values, torch.view_as_real(..).flatten(-2)"
+                )
+            return fn(node, ctx)
+
+        return any_rule(name)(checked)
+
+    return register
 
 
 @rule("tedfx.dispatch")

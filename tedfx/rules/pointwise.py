@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from tedfx.dtypes import has_gradient
 from tedfx.rules.base import Annotator, Relation, argument, is_tensor, op_name, operands, rule
 
 
@@ -21,7 +22,7 @@ def broadcast(node: fx.Node, ctx: Annotator, nodes=None) -> list:
 def linear_groups(node: fx.Node) -> tuple:
     name, tensors = op_name(node), operands(node)
     first = frozenset({0})
-    floats = node.meta["val"].dtype.is_floating_point
+    floats = has_gradient(node.meta["val"].dtype)
     if name in ("aten.add", "aten.sub"):
         return (frozenset({0, 1}),) if len(tensors) == 2 else ()
     if name == "aten.mul":

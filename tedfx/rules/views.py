@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.factors import Factor, as_size, dim_size, refine_dim, regroup
-from tedfx.rules.base import Annotator, Relation, argument, operands, rule, whole_everywhere
+from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule, whole_everywhere
 
 ONE = (frozenset({0}),)
 
@@ -14,10 +14,18 @@ def _wrap(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
+def reads_bits(node: fx.Node) -> bool:
+    """Whether a view is `view(dtype)`: the memory's bits read as another dtype, of the same sizes but for the last dim."""
+    return op_name(node) == "aten.view" and node.target._overloadname == "dtype"
+
+
 @rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten._reshape_copy", "aten.view_as", "aten.squeeze", "aten.unsqueeze")
 def view(node: fx.Node, ctx: Annotator) -> Relation:
     """Factors keep their order and are grouped anew. Where sizes cut a factor that cannot be refined, the dims in between are whole."""
     x = operands(node)[0]
+    if reads_bits(node):
+        same = x.meta["val"].dtype.itemsize == node.meta["val"].dtype.itemsize
+        return Relation(out=ctx.dims(x)) if same else whole_everywhere(node, ctx)
     old, sizes = ctx.dims(x), [as_size(s) for s in node.meta["val"].shape]
     shape_only = {k: tuple(f for d in ctx.dims(n) for f in d) for k, n in enumerate(operands(node)) if k}  # view_as gives a shape only
     dims = regroup(old, sizes)

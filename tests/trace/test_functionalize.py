@@ -153,6 +153,26 @@ def after_no_grad(self, y):
     return y / scale + mask
 
 
+def named_by_no_grad(self, y):
+    """A cast to the dtype at hand returns its operand, gradient and all, and torch.export names the operand by it from there on."""
+    with torch.no_grad():
+        itself = y.to(y.dtype).contiguous()
+        scale = itself.exp()
+        view = itself.view(-1)
+    return y * scale + itself + view.view_as(y) * 2
+
+
+def written_under_no_grad(self, y):
+    """What was written there has no gradient, by whatever name it is read."""
+    mean = y.mean((0, 1))
+    load = torch.zeros(8, device=y.device)
+    part = load[2:]
+    with torch.no_grad():
+        load.mul_(0.5).add_(mean)
+    load += mean * 0.25
+    return y * load + part.sum()
+
+
 def diagonal(self, y):
     gram = y.transpose(1, 2) @ y
     gram.diagonal(dim1=1, dim2=2).add_(1)
@@ -160,7 +180,7 @@ def diagonal(self, y):
 
 
 CASES = [view_chain, aliases_see_the_write, halves_into_empty, one_slice_only, one_row, parts, rearranged, by_index, fills,
-         mixed_types, activations, noise, after_no_grad, diagonal]  # fmt: skip
+         mixed_types, activations, noise, after_no_grad, named_by_no_grad, written_under_no_grad, diagonal]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)

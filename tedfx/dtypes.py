@@ -1,0 +1,32 @@
+"""What a dtype says of a value: whether it has a gradient, how precise it is, and a complex value as a real one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_real", "has_gradient", "precision", "widest"]
+
+
+def has_gradient(dtype: torch.dtype) -> bool:
+    """Whether autograd follows values of this dtype: floating-point and complex ones."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def precision(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the real and imaginary parts of a complex dtype; any other is its own."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def widest(x: Tensor) -> Tensor:
+    """In double precision, to compare: complex stays complex, as `.double()` drops imaginary parts."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def as_real(x: Tensor) -> Tensor:
+    """What goes through a buffer of plain numbers: pending conjugations and negations carried out, complex[..] seen as real[.., 2]. Others as they are.
+
+    `torch.view_as_complex` is the way back.
+    """
+    x = x.resolve_conj().resolve_neg()
+    return torch.view_as_real(x) if x.is_complex() else x
