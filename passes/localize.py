@@ -55,7 +55,7 @@ class _Localizer:
         for node in list(self.graph.nodes):
             if node.op != "call_function" or "relation" not in node.meta:
                 continue
-            before = (node.target, node.args, node.kwargs)
+            before, self.sizes.current = (node.target, node.args, node.kwargs), node
             self.visit(node)
             self.numbers(node)
             self.result.matches += 1
