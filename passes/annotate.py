@@ -10,6 +10,7 @@ from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.dtypes import has_gradient
+from tedfx.errors import user_line
 from tedfx.factors import Factor, as_size
 from tedfx.rules import Annotator, Relation, rule_for
 from tedfx.rules.base import is_tensor, operands
@@ -45,11 +46,9 @@ class Annotate(Pass):
                     if d == 0 and program.is_batch_input(node):
                         batch = batch or Factor(size, "B")
                         if not isinstance(size, int):
-                            ctx.symbols[size] = batch
+                            ctx.give(size, batch)
                     elif not isinstance(size, int):
-                        ctx.symbols.setdefault(size, Factor(size, str(size)))
-        program.batch_factor = batch
-        program.sequence_factor = ctx.symbols.get(trace.sizes.get("sequence"))
+                        ctx.give(size, Factor(size, str(size)))
         for node in list(graph.nodes):
             if node.op == "placeholder":
                 node.meta["differentiable"] = node.name in learned
@@ -66,10 +65,21 @@ class Annotate(Pass):
                 result.matches += 1
                 node.meta["differentiable"] = self._differentiable(node)
                 ctx.annotate(node, rule_for(node))
+                self._pieces(program, node, ctx)
             elif node.op not in ("output", "call_function"):
                 raise AssertionError(f"unexpected node {node.op} {node.target}")
+        # of a size that the model's pairs refined, the part that a shard cuts
+        sequence = ctx.symbols.get(getattr(trace, "extents", {}).get("sequence"))
+        program.batch_factor, program.sequence_factor = (f and f.leaves()[0] for f in (batch, sequence))
         result.changes, result.notes = ctx.barriers, ctx.notes
         return result
+
+    @staticmethod
+    def _pieces(program, node: fx.Node, ctx: Annotator) -> None:
+        """An op that takes neighbours of an input's dim together: its line, for who calls with a number of rows that does not fit."""
+        for factor in ctx.given.values():
+            if len(factor.leaves()) > 1 and factor.leaves()[0] not in program.pieces:
+                program.pieces[factor.leaves()[0]] = user_line(node)
 
     @staticmethod
     def _has_tensor(node: fx.Node) -> bool:

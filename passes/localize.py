@@ -11,12 +11,12 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.errors import TraceError, user_line
-from tedfx.factors import leaves
+from tedfx.factors import as_size, leaves
 from tedfx.ops.random import RAGGED, SHARE
 from tedfx.plan import roots
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
-from tedfx.rules.views import reads_bits
+from tedfx.rules.views import piece_of, reads_bits
 from tedfx.sizes import Share, Sizes
 from tedfx.types import Shard, sharding_axes
 
@@ -55,7 +55,7 @@ class _Localizer:
         for node in list(self.graph.nodes):
             if node.op != "call_function" or "relation" not in node.meta:
                 continue
-            before = (node.target, node.args, node.kwargs)
+            before, self.sizes.current = (node.target, node.args, node.kwargs), node
             self.visit(node)
             self.numbers(node)
             self.result.matches += 1
@@ -159,7 +159,7 @@ class _Localizer:
         rank = len(x.meta["dims"])
         narrow = op_name(node) == "aten.narrow"
         d = (node.args[1] if narrow else argument(node, 1, "dim", 0)) % rank
-        whole, local = x.meta["val"].shape[d], self.sizes.dim(x.meta["dims"][d], x.meta["type"])
+        whole, local = as_size(x.meta["val"].shape[d]), self.sizes.dim(x.meta["dims"][d], x.meta["type"])
         if not any(sharding_axes(x.meta["type"], f) for f in leaves(x.meta["dims"][d])):
             return
         length = self.sizes.dim(node.meta["dims"][d], node.meta["type"])
@@ -167,12 +167,12 @@ class _Localizer:
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
         start, step = (node.args[2], 1) if narrow else (argument(node, 2, "start") or 0, argument(node, 4, "step", 1))
-        start = start + whole if start < 0 else start
         if step == 1:
-            start = start * local // int(whole)
-            end = start + length
+            start = as_size(start.meta["val"] if isinstance(start, fx.Node) else start)
+            index = piece_of(start + whole if isinstance(start, int) and start < 0 else start, as_size(node.meta["val"].shape[d]), whole)
+            start, end = self.sizes.node(index * length), self.sizes.node((index + 1) * length)
         else:
-            end = local
+            end = self.sizes.node(local)
         node.target, node.args, node.kwargs = aten.slice.Tensor, (x, d, start, end, step), {}
 
     def split(self, node: fx.Node) -> None:

@@ -38,6 +38,7 @@ class LowerCollectives(Pass):
                 graph.erase_node(node)
             elif node.target is convert:
                 result.matches += 1
+                sizes.current = node
                 axis, source, target = node.meta["conversion"]
                 if source == P and isinstance(target, Shard):
                     node = self._before_dropout(node)
@@ -95,14 +96,12 @@ class LowerCollectives(Pass):
             return ops.partial, axes, (source,)
         factor = (source if isinstance(source, Shard) else target).factor
         dim, place = find_dim(node.meta["dims"], factor)
-        outer = 1
-        for leaf in leaves(node.meta["dims"][dim])[:place]:
-            outer = outer * sizes.factor(leaf, node.meta["type"])
-        at = (dim, sizes.node(outer))
+        outer, inner = (sizes.dim(part, node.meta["type"]) for part in (leaves(node.meta["dims"][dim])[:place], leaves(node.meta["dims"][dim])[place + 1 :]))
+        at, split = (dim, sizes.node(outer)), (node.args[0] if isinstance(source, Shard) else node).meta["type"]
+        behind = (sizes.node(inner),) if isinstance(sizes.factor(factor, split), Share) and inner != 1 else ()  # a share need not be an equal piece
         if isinstance(source, Shard):
-            whole = sizes.factor(factor, node.meta["type"])  # what is gathered, in one piece; a share of it need not be an equal one
-            even = not isinstance(sizes.factor(factor, node.args[0].meta["type"]), Share)
-            return ops.all_gather, axes, (*at, target) if even else (*at, target, sizes.node(whole))
+            whole = sizes.factor(factor, node.meta["type"])
+            return ops.all_gather, axes, (*at, target, sizes.node(whole), *behind) if isinstance(sizes.factor(factor, split), Share) else (*at, target)
         if source == P:
-            return ops.reduce_scatter, axes, at
-        return ops.shard, axes, (*at, source)
+            return ops.reduce_scatter, axes, (*at, *behind)
+        return ops.shard, axes, (*at, source, *behind)

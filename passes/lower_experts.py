@@ -63,7 +63,7 @@ class LowerExperts(Pass):
         for node in list(graph.nodes):
             if node.op != "call_function" or "relation" not in node.meta:
                 continue
-            kind = node.meta["relation"].kind
+            kind, sizes.current = node.meta["relation"].kind, node
             if kind == "dispatch" and (slotted := in_slots(program, node, sizes)) is not None:
                 layers[slotted.order] = slotted
                 result.matches += 1

@@ -12,6 +12,7 @@ from tedfx._torch import pytree
 from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
+from tedfx.derived import fits
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
 from tedfx.layouts import layouts_of, stack_name
@@ -218,6 +219,7 @@ class _Builder:
             output_names=compilation.output_names,
             history=compilation.history,
             compilation=compilation,
+            fits=fits(compilation),
         )
 
 

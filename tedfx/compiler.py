@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from tedfx._torch import pytree
 from tedfx.buckets import BUCKET_BYTES
+from tedfx.derived import solve, symbol_of
 from tedfx.errors import ConfigError
 from tedfx.factors import Factor, as_size
 from tedfx.passes.annotate import Annotate
@@ -121,6 +122,7 @@ class Compilation:
     example        one rank's size per symbol, where an example was given; `hints` stand for the others
     zero           ZeRO's stage: where gradients are summed to
     bucket_bytes   gradients that are summed together
+    pieces         factors of inputs that an op refined, and the op's line
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     dtypes         the dtype of each of its parameters as traced; empty: the model's own
     """
@@ -135,6 +137,7 @@ class Compilation:
     shardable: list[Factor] = field(default_factory=list)
     uses_seed: bool = False
     size_sources: dict = field(default_factory=dict)
+    pieces: dict[Factor, str] = field(default_factory=dict)
     history: list = field(default_factory=list)
     outputs: tuple[str, ...] | None = None
     example: dict = field(default_factory=dict)
@@ -195,8 +198,9 @@ class Compilation:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
                 for size in value.shape:
-                    if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                        found[size.node.expr] = 8 if size.node.expr == self.trace.sizes.get("batch") else 2048
+                    symbol = symbol_of(size)
+                    if symbol is not None and (symbol not in found or symbol == as_size(size)):
+                        found[symbol] = solve(size, 8 if symbol == self.trace.sizes.get("batch") else 2048)
         return found
 
     @property
@@ -210,9 +214,8 @@ class Compilation:
         value = node.meta["val"]
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return False
-        symbol = self.trace.sizes.get("batch")
-        size = as_size(value.shape[0])
-        return size == symbol if symbol is not None else False
+        batch = self.trace.extents.get("batch")
+        return batch is not None and as_size(value.shape[0]) == batch
 
     def find_uncaptured(self) -> list:
         return find_uncaptured(self.graph_module.graph)
@@ -225,8 +228,8 @@ def example_sizes(trace: Trace, call: Mapping[str, Any]) -> dict:
         value = leaves.get(trace.inputs.get(node.name))
         if isinstance(value, torch.Tensor):
             for size, actual in zip(node.meta["val"].shape, value.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                    found[size.node.expr] = int(actual)
+                if symbol_of(size) is not None:
+                    found[symbol_of(size)] = int(actual)
     return found
 
 

@@ -63,7 +63,7 @@ class Factor:
     def refine(self, sizes: Sequence[int]) -> tuple["Factor", ...]:
         """Replace this leaf by an ordered product of factors of these sizes."""
         root = self.root()
-        assert root._parts is None and sympy.prod(sizes) == root._size, (root, sizes)
+        assert root._parts is None and sympy.expand(sympy.prod(sizes) - root._size) == 0, (root, sizes)
         root._parts = tuple(Factor(size, f"{root.name}.{i}" if root.name else "") for i, size in enumerate(sizes))
         return root._parts
 
@@ -97,7 +97,7 @@ def dim_size(dim: Iterable[Factor]):
 
 
 @functools.cache
-def _divides(small, big) -> bool:
+def divides(small, big) -> bool:
     """Whether ``big / small`` is a whole number for all values of the symbols."""
     if isinstance(small, int) and isinstance(big, int):
         return big % small == 0
@@ -107,14 +107,32 @@ def _divides(small, big) -> bool:
 
 
 @functools.cache
-def _quotient(big, small):
+def quotient(big, small):
     return as_size(sympy.cancel(sympy.sympify(big) / sympy.sympify(small)))
+
+
+@functools.cache
+def parts(big, small):
+    """The size of what follows when a factor of size ``big`` is refined into (``small``, ..); None where it is not.
+
+    A size with symbols is refined into (symbols, number), pairs of neighbours: any shard of the first part is a shard of the whole. In (number, symbols), the halves, a
+    shard of the whole is none of either part: such a dim is whole, behind a barrier.
+    """
+    if isinstance(small, int) != isinstance(big, int) or small == 1 or small == big or not divides(small, big):
+        return None
+    rest = quotient(big, small)
+    return rest if isinstance(rest, int) and rest > 1 else None
+
+
+def is_data(size) -> bool:
+    """A size that only the data tells: how many elements match, how many rows an expert has."""
+    return isinstance(size, sympy.Symbol) and size.name.startswith(("u", "zuf"))
 
 
 def settle(a: Sequence[Factor], b: Sequence[Factor]) -> None:
     """A size that only the data tells (``u0``: the number of bins, of matches) is, where it meets a known size, that size: the op asserts it at run time."""
     for one, other in ((leaves(a), leaves(b)), (leaves(b), leaves(a))):
-        if len(one) == 1 and isinstance(one[0].size, sympy.Symbol) and one[0].size.name.startswith(("u", "zuf")):
+        if len(one) == 1 and is_data(one[0].size):
             if dim_size(other) != one[0].size:
                 one[0].root()._size = dim_size(other)
             return
@@ -139,12 +157,12 @@ def unify(a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor
         elif size_l == size_r:  # the last part of a refined leaf
             refinements.setdefault(left[i] if rest_l is not None else right[j], []).append(left[i] if rest_l is None else right[j])
             i, j, rest_l, rest_r = i + 1, j + 1, None, None
-        elif rest_r is None and isinstance(size_l, int) and isinstance(size_r, int) and size_l > size_r and size_l % size_r == 0:
+        elif rest_r is None and parts(size_l, size_r) is not None:
             refinements.setdefault(left[i], []).append(right[j])
-            rest_l, j = size_l // size_r, j + 1
-        elif rest_l is None and isinstance(size_l, int) and isinstance(size_r, int) and size_r > size_l and size_r % size_l == 0:
+            rest_l, j = parts(size_l, size_r), j + 1
+        elif rest_l is None and parts(size_r, size_l) is not None:
             refinements.setdefault(right[j], []).append(left[i])
-            rest_r, i = size_r // size_l, i + 1
+            rest_r, i = parts(size_r, size_l), i + 1
         else:
             return False
     if i < len(left) or j < len(right):
@@ -177,12 +195,12 @@ def regroup(dims: Sequence[Sequence[Factor]], sizes: Sequence) -> list[tuple[Fac
             if position == len(flat):
                 return None
             leaf = flat[position]
-            if _divides(leaf.size, remaining):
+            if divides(leaf.size, remaining):
                 taken.append(leaf)
-                remaining = _quotient(remaining, leaf.size)
+                remaining = quotient(remaining, leaf.size)
                 position += 1
-            elif isinstance(remaining, int) and isinstance(leaf.size, int) and leaf.size % remaining == 0:
-                first, second = leaf.refine([remaining, leaf.size // remaining])
+            elif parts(leaf.size, remaining) is not None:
+                first, second = leaf.refine([remaining, parts(leaf.size, remaining)])
                 flat[position : position + 1] = [second]
                 # the same leaf may stand again further on
                 flat = flat[: position + 1] + [part for f in flat[position + 1 :] for part in f.leaves()]

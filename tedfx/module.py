@@ -183,6 +183,9 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
             self._check(str(signature), tensors)
         ready = self._prepared(signature, flats[0], count)
         program = ready.program
+        for fit in program.fits:
+            for flat in flats:
+                fit.check(flat)
         if grad:
             self._boundary.begin(ready.order)
         operands = [*self._boundary.leaves(program.parameters), *(self.get_buffer(name) for name in program.buffers), *program.constants]

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from tedfx._torch import pytree
 from tedfx.cuts import Cut
+from tedfx.derived import Fit
 from tedfx.gathers import Gathered
 from tedfx.ops.gather import gather_parameters
 from tedfx.signature import Path
@@ -30,6 +31,7 @@ class Program:
     output_names     a name per leaf of `out_spec`, for reports.
     history          a result per pass.
     compilation      whatever the compiler wants to keep for reports.
+    fits             what sizes of inputs have to be, of a model that does not take any.
     """
 
     graph_module: fx.GraphModule
@@ -43,6 +45,7 @@ class Program:
     output_names: list[str] = field(default_factory=list)
     history: list[Any] = field(default_factory=list)
     compilation: Any = None
+    fits: list[Fit] = field(default_factory=list)
 
     def overwritten(self) -> set[str]:
         """Placeholders of buffers that a call writes to when the graph has run."""

@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedfx._torch import FakeTensorMode, frames_of_nodes, pytree, quiet_export
 from tedfx.autocast import Autocast, explicit_casts, region
+from tedfx.derived import multiple, solve, symbol_of
 from tedfx.errors import TraceError, model_frames, user_line
 from tedfx.passes.base import emit, evaluate
 from tedfx.regions import NoGradInsideAutocast, inline_regions
@@ -67,6 +68,7 @@ class Trace:
     in_spec, out_spec pytree specs of ((args), {kwargs}) and of the model's outputs.
     mutated_buffers   FQNs of buffers that the model changes (filled by the `functionalize` pass).
     sizes             "batch" and "sequence" -> size symbol, those that the model leaves free.
+    extents           "batch" and "sequence" -> the size itself: its symbol, or 2*s where the model only accepts even ones (`tedfx/derived.py`).
     conditions        what the sizes of a call must satisfy besides, as expressions in the size symbols.
     static            one line for every size that the model fixes or bounds.
     values            path -> value of inputs that are not tensors; a call must pass the same.
@@ -96,6 +98,7 @@ class Trace:
     stacked: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     autocast: Autocast | None = None
     lowered: frozenset[torch.dtype] = frozenset()
+    extents: dict[str, sympy.Expr] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
@@ -130,6 +133,11 @@ class Trace:
                     low, high = self.bounds.get(expr, (1, None))
                     if actual < low or (high is not None and actual > high):
                         raise TraceError(f"dim {dim} of {_show(path)} is {actual}; the model was traced for {low} to {high}")
+                elif (symbol := symbol_of(expr)) is not None:
+                    step, start = multiple(expr)
+                    if (actual - start) % step or actual < start:
+                        raise TraceError(f"dim {dim} of {_show(path)} is {actual}; the model only accepts {expr}, s a whole number")
+                    expected, actual = found.setdefault(symbol, solve(expr, actual)), solve(expr, actual)
                 elif expr.free_symbols:
                     continue
                 else:
@@ -515,12 +523,12 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
     graph.lint()
     graph_module.recompile()
 
-    symbols, bounds = {}, {}
+    symbols, extents, bounds = {}, {}, {}
     for node, roles in roles_of.items():
         for dim, size_name in roles.items():
             size = node.meta["val"].shape[dim]
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                symbols[size_name] = size.node.expr
+            if isinstance(size, torch.SymInt) and symbol_of(size) is not None:
+                symbols[size_name], extents[size_name] = symbol_of(size), size.node.expr
     for name, symbol in symbols.items():
         dim = free.get(name)
         low, high = getattr(dim, "min", None), getattr(dim, "max", None)
@@ -538,6 +546,7 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
         training=model.training,
         signature=signature,
         sizes=symbols,
+        extents=extents,
         bounds=bounds,
         static=static,
         notes=notes,

@@ -16,6 +16,8 @@ whole * (i + 1) // n. Collectives then pad to the largest piece.
 
 `outer` is the product of the factors before the sharded one inside `dim`: the dim is seen as (outer, rest) and `rest`
 is what is cut in `size` pieces. For a plain dim outer is 1; a fused gate|up dim (2, F) sharded on F has outer 2.
+`inner` is the product of the factors behind it. Equal pieces are cut alike whatever stands behind; pieces that may be
+unequal are pieces of the sharded factor: of 13 tokens x 2 choices, 6 x 2 and 7 x 2, not 13 and 13.
 """
 
 import torch
@@ -42,20 +44,20 @@ def sum_gradient(x: Tensor, axes: Axes) -> Tensor:
     return x if span.size == 1 else _SumGradient.apply(x, span)
 
 
-def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R", whole: int | None = None) -> Tensor:
+def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R", whole: int | None = None, inner: int = 1) -> Tensor:
     """S -> R or S -> I. x[.., outer * local, ..] -> [.., outer * size * local, ..].
 
     to="R": the cotangent is partial on each rank, backward is a reduce-scatter. to="I": it is whole on each rank,
-    backward keeps this rank's slice. `whole`: the sum of the pieces, where they may be unequal: -> [.., outer * whole, ..].
+    backward keeps this rank's slice. `whole`: the sum of the pieces, where they may be unequal: -> [.., outer * whole * inner, ..].
     """
     span = context.span(axes)
     _choice("all_gather", "to", to)
     if span.size == 1:
         return x
-    return _AllGather.apply(x, span, _dim(x, dim), outer, to, whole)
+    return _along(x, dim, inner, lambda x, dim: _AllGather.apply(x, span, dim, outer, to, whole))
 
 
-def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
+def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1, inner: int = 1) -> Tensor:
     """P -> S. Sum over the ranks and keep this rank's piece: [.., outer * whole, ..] -> [.., outer * piece, ..].
 
     ValueError when the dim is no multiple of `outer`.
@@ -63,12 +65,11 @@ def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
     span = context.span(axes)
     if span.size == 1:
         return x
-    dim = _dim(x, dim)
-    _divides("reduce_scatter", x, dim, outer, span)
-    return _ReduceScatter.apply(x, span, dim, outer)
+    _divides("reduce_scatter", x, dim, outer * inner, span)
+    return _along(x, dim, inner, lambda x, dim: _ReduceScatter.apply(x, span, dim, outer))
 
 
-def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, source: str = "R") -> Tensor:
+def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, source: str = "R", inner: int = 1) -> Tensor:
     """R -> S or I -> S. This rank's piece, a copy: [.., outer * whole, ..] -> [.., outer * piece, ..].
 
     source="R": the cotangent of the whole is partial, zeros around this rank's piece. source="I": it is replicated,
@@ -78,9 +79,16 @@ def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, source: str = "R") ->
     _choice("shard", "source", source)
     if span.size == 1:
         return x
+    _divides("shard", x, dim, outer * inner, span)
+    return _along(x, dim, inner, lambda x, dim: _Shard.apply(x, span, dim, outer, source))
+
+
+def _along(x: Tensor, dim: int, inner: int, convert) -> Tensor:
+    """The conversion on the dim without what stands behind the sharded factor in it."""
     dim = _dim(x, dim)
-    _divides("shard", x, dim, outer, span)
-    return _Shard.apply(x, span, dim, outer, source)
+    if isinstance(inner, int) and inner == 1:
+        return convert(x, dim)
+    return convert(x.reshape(*x.shape[:dim], x.shape[dim] // inner, inner, *x.shape[dim + 1 :]), dim).flatten(dim, dim + 1)
 
 
 def partial(x: Tensor, axes: Axes, source: str = "R") -> Tensor:
@@ -207,7 +215,7 @@ def _dim(x: Tensor, dim: int) -> int:
 
 
 def _divides(name: str, x: Tensor, dim: int, outer: int, span: Span) -> None:
-    if x.shape[dim] % outer != 0:
+    if x.shape[_dim(x, dim)] % outer != 0:
         raise ValueError(f"{name}: dim {dim} of shape {tuple(x.shape)} does not divide into {outer} runs to cut over axes {span.axes}")
 
 

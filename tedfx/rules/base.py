@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from tedfx import ops
-from tedfx.factors import Factor, as_size, dim_size, leaves, settle, unify
+from tedfx.factors import Factor, as_size, dim_size, divides, is_data, leaves, quotient, settle, unify
 
 _BATCHED = frozenset(ops.BATCHED.values())
 
@@ -102,6 +102,7 @@ class Annotator:
     def __init__(self, graph: fx.Graph, tensor_degree: int = 1):
         self.graph, self.tensor_degree = graph, tensor_degree
         self.symbols: dict[sympy.Expr, Factor] = {}
+        self.given: dict[sympy.Expr, Factor] = {}  # those of the inputs, the batch first
         self.node: fx.Node | None = None
         self._replaced: dict[fx.Node, fx.Node] = {}
         self.barriers = 0
@@ -112,17 +113,25 @@ class Annotator:
         node = self._replaced.get(node, node)
         return [leaves(dim) for dim in node.meta["dims"]]
 
+    def give(self, size, factor: Factor) -> None:
+        """A size of the inputs: its factor stands for every created dim of that size."""
+        factor = self.symbols.setdefault(size, factor)
+        self.given.setdefault(size, factor)
+
     def dim_of(self, size, name: str = "") -> tuple[Factor, ...]:
-        """The dim of a created size: a fresh factor for a number, the canonical factors for symbols (products of symbols in input order)."""
+        """The dim of a created size: a fresh factor for a number, the canonical factors for symbols (products of input sizes in input order)."""
         size = as_size(size)
         if isinstance(size, int):
             return () if size == 1 else (Factor(size, name),)
         if size in self.symbols:
             return (self.symbols[size],)
-        if size.is_Mul and all(s in self.symbols or s.is_Integer for s in size.args):
-            parts = sorted((self.symbols[s] for s in size.args if s in self.symbols), key=lambda f: f.uid)
-            numbers = [int(s) for s in size.args if s.is_Integer]
-            return tuple(parts) + tuple(Factor(n, name) for n in numbers if n != 1)
+        rest, parts = size, []
+        for one, factor in self.given.items():
+            if not isinstance(rest, int) and divides(one, rest):
+                rest = quotient(rest, one)
+                parts.append(factor)
+        if isinstance(rest, int):
+            return tuple(parts) + ((Factor(rest, name),) if rest != 1 else ())
         self.symbols[size] = Factor(size, name or str(size))
         return (self.symbols[size],)
 
@@ -143,27 +152,39 @@ class Annotator:
     def match(self, *places: tuple[fx.Node, int]) -> tuple[Factor, ...]:
         """State that these dims of operands are one dim (size-1 dims broadcast and are left out); its factors.
 
-        Where two factorisations do not agree, a barrier is put before the later operand, which then is whole on that dim.
+        Where two factorisations do not agree, a barrier is put before the later operand, which then is whole on that dim; before all of them, where it has parts that
+        no single factor refines into.
         """
         wide = [(n, d) for n, d in places if self.dims(n)[d] != ()]
         if not wide:
             return ()
+        dim = lambda place: self.dims(place[0])[place[1]]
         first = wide[0]
         for other in wide[1:]:
-            settle(self.dims(first[0])[first[1]], self.dims(other[0])[other[1]])
-            if not unify(self.dims(first[0])[first[1]], self.dims(other[0])[other[1]], self.may_refine):
+            settle(dim(first), dim(other))
+            if not unify(dim(first), dim(other), self.may_refine):
                 self.barrier(*other)
-                if not unify(self.dims(first[0])[first[1]], self.dims(other[0])[other[1]], self.may_refine):
-                    raise AssertionError(f"{self.node}: dims {self.dims(first[0])} and {self.dims(other[0])} differ in size")
-        return self.dims(first[0])[first[1]]
+                if not unify(dim(first), dim(other), self.may_refine):
+                    return self.whole(wide)
+        return dim(first)
 
-    def barrier(self, operand: fx.Node, dim: int) -> None:
+    def whole(self, places: list[tuple[fx.Node, int]]) -> tuple[Factor, ...]:
+        """These dims as one new factor, each behind a barrier. Their sizes may be written in different ways (`min(256, s)` for s, a total of counts): that they are equal
+        the op itself asks for, here and on a single device; the plainest one stays."""
+        plain = lambda size: (isinstance(size, sympy.Expr) and any(is_data(s) for s in size.free_symbols), sympy.sympify(size).count_ops(), str(size))
+        size = min((dim_size(self.dims(n)[d]) for n, d in places), key=plain)
+        joint = Factor(size)
+        for n, d in places:
+            self.barrier(n, d, (joint,))
+        return (joint,)
+
+    def barrier(self, operand: fx.Node, dim: int, fresh: tuple[Factor, ...] | None = None) -> None:
         current = self._replaced.get(operand, operand)
         old = [leaves(d) for d in current.meta["dims"]]
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(regroup_barrier, (current,))
         new.meta.update({k: v for k, v in current.meta.items() if k in ("val", "stack_trace", "nn_module_stack", "differentiable")})
-        new.meta["dims"] = [self.fresh(d) if i == dim else d for i, d in enumerate(old)]
+        new.meta["dims"] = [(fresh or self.fresh(d)) if i == dim else d for i, d in enumerate(old)]
         new.meta["relation"] = Relation(out=new.meta["dims"], whole={0: old[dim]}, linear=(frozenset({0}),), created=new.meta["dims"][dim])
         self._replaced[operand] = new
         self.barriers += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.factors import Factor, as_size, dim_size, refine_dim, regroup
+from tedfx.factors import Factor, as_size, dim_size, divides, quotient, refine_dim, regroup
 from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule, whole_everywhere
 
 ONE = (frozenset({0}),)
@@ -83,6 +83,14 @@ def expand(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=out, linear=ONE, created=tuple(created), kind="expand")
 
 
+def piece_of(start, length, size) -> int | None:
+    """i where [start, start + length) is the i-th of the equal pieces of a dim; None where it is none."""
+    if length == 0 or not (divides(length, size) and isinstance(quotient(size, length), int)):
+        return None
+    index = quotient(start, length)
+    return index if isinstance(index, int) and divides(length, start) else None
+
+
 @rule("aten.slice", "aten.narrow")
 def slice_(node: fx.Node, ctx: Annotator) -> Relation:
     """``[a:b:s]`` of a dim of size n: all of it; an aligned piece (n = pieces x m) keeps the factors of m; a stride s | n keeps those of n/s; any other
@@ -97,18 +105,18 @@ def slice_(node: fx.Node, ctx: Annotator) -> Relation:
     size, length = dim_size(dims[d]), as_size(node.meta["val"].shape[d])
     if length == size and step == 1:
         return Relation(out=dims, linear=ONE)
-    if isinstance(size, int) and isinstance(length, int) and isinstance(start, int):
-        start = start + size if start < 0 else start
-        if step == 1 and length and size % length == 0 and start % length == 0:
-            parts = refine_dim(dims[d], [size // length, length])
-            if parts is not None:
-                dims = ctx.dims(x)
-                return Relation(out=dims[:d] + [parts[1]] + dims[d + 1 :], whole={0: parts[0]}, linear=ONE)
-        if step > 1 and size % step == 0 and length == size // step:
-            parts = refine_dim(dims[d], [length, step])
-            if parts is not None:
-                dims = ctx.dims(x)
-                return Relation(out=dims[:d] + [parts[0]] + dims[d + 1 :], whole={0: parts[1]}, linear=ONE)
+    start = as_size(start.meta["val"] if isinstance(start, fx.Node) else start)
+    start = start + size if isinstance(start, int) and start < 0 else start
+    if step == 1 and piece_of(start, length, size) is not None:
+        parts = refine_dim(dims[d], [quotient(size, length), length])
+        if parts is not None:
+            dims = ctx.dims(x)
+            return Relation(out=dims[:d] + [parts[1]] + dims[d + 1 :], whole={0: parts[0]}, linear=ONE)
+    if step > 1 and isinstance(start, int) and 0 <= start < step and as_size(length * step) == size:
+        parts = refine_dim(dims[d], [length, step])
+        if parts is not None:
+            dims = ctx.dims(x)
+            return Relation(out=dims[:d] + [parts[0]] + dims[d + 1 :], whole={0: parts[1]}, linear=ONE)
     new = () if length == 1 else (Factor(length),)
     return Relation(out=dims[:d] + [new] + dims[d + 1 :], whole={0: dims[d]}, linear=ONE, created=new)
 
@@ -133,7 +141,7 @@ def split(node: fx.Node, ctx: Annotator) -> Relation:
     lengths = [as_size(p.shape[d]) for p in pieces]
     if len(lengths) == 1:
         return Relation(out=[dims], linear=ONE, several=True)
-    if len(set(lengths)) == 1 and isinstance(size, int):
+    if len(set(lengths)) == 1 and as_size(len(lengths) * lengths[0]) == size:
         parts = refine_dim(dims[d], [len(lengths), lengths[0]])
         if parts is not None:
             dims = ctx.dims(x)

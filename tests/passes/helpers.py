@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import weakref
 
-import sympy
 import torch
 from tedfx.passes.base import run_pipeline
 from torch import fx
 
 from tedfx.compiler import Compilation, compile_trace, default_passes
-from tedfx.factors import as_size
+from tedfx.derived import solve, symbol_of
 from tedfx.roles import MeshShape, Roles
 from tedfx.rules import op_name
 from tedfx.trace import trace
@@ -89,9 +88,8 @@ def run_ranks(program, model, call: dict, cotangents=None):
             (name,) = trace_.inputs[node.name]
             values[node.name] = call[name]
             for size, actual in zip(node.meta["val"].shape, call[name].shape):
-                expr = as_size(size)
-                if isinstance(expr, sympy.Symbol):
-                    known[expr] = actual
+                if symbol_of(size) is not None:
+                    known[symbol_of(size)] = solve(size, actual)
         elif node.name != "seed":
             fqn = trace_.parameters.get(node.name) or trace_.buffers.get(node.name)
             values[node.name] = state[fqn].detach() if fqn else trace_.constants[node.name]

@@ -66,6 +66,8 @@ def test_symbols_unify_with_themselves_only():
     assert unify(dim(s), dim(s)) and not unify(dim(s), dim(b)) and not unify(dim(s), dim(4))
     x, y = dim(s, 8), dim(s, 2, 4)
     assert unify(x, y) and sizes(x) == [s, 2, 4]
+    x, y = dim(2 * s), dim(s, 2)
+    assert unify(x, y) and sizes(x) == [s, 2] and not unify(dim(2 * s), dim(2, s))
 
 
 def test_regroup_merges_and_splits_in_order():
@@ -80,7 +82,9 @@ def test_regroup_with_symbols():
     x = [dim(b), dim(s), dim(8)]
     assert [sizes(d) for d in regroup(x, [b * s, 8])] == [[b, s], [8]]
     assert [sizes(d) for d in regroup([(*x[0], *x[1]), x[2]], [b, s, 2, 4])] == [[b], [s], [2], [4]]
-    assert regroup([dim(b * 4)], [b, 4]) is None  # a product that came as one symbol cannot be cut
+    pairs = dim(b * 4)
+    assert regroup([dim(b * 4)], [4, b]) is None  # the quarters: a shard of the whole is none of either part
+    assert [sizes(d) for d in regroup([pairs], [2 * b, 2])] == [[2 * b], [2]] and sizes(pairs) == [2 * b, 2]
     assert regroup([dim(b), dim(4)], [4, b]) is None
 
 
