@@ -22,7 +22,7 @@ class Schedule:
     gathers, gathered      gathers of parameters (ZeRO-3) and what they send on the wire.
     sums, summed           collectives that sum gradients, and what they send on the wire.
     activations            kept from forward to backward, at most; rows after routing as if balanced.
-    gradients              held at most, in the parameters' dtype: whole ones as far as they are not in shares.
+    gradients              held at most, in the dtype that they are summed in: whole ones as far as they are not in shares.
     """
 
     name: str
@@ -68,7 +68,7 @@ def _gradients(compilation) -> tuple[int, int]:
     for node in parameter_nodes(compilation):
         if node.name not in compilation.trainable:
             continue
-        size, placed = node.meta["val"].dtype.itemsize, placed_on_first(compilation, node, stage)
+        size, placed = (compilation.gradient_dtype or node.meta["val"].dtype).itemsize, placed_on_first(compilation, node, stage)
         whole, share = placed.whole.numel * size, placed.share.numel * size
         summed = any(p == R for p in node.meta["type"].values()) and placed.cut is not None
         inside = any(u.meta.get("in_graph") for u in node.users)

@@ -98,7 +98,7 @@ def parallelize(
         here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
         raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
     dtypes = parameter_dtypes(model, precision)
-    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes, dtypes)
+    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes, gradient_dtype, dtypes)
     call = _example(model, example_inputs)
     around = Autocast.around(mesh.device_type)
     first = builder.compile(call, model.training, around)
@@ -152,8 +152,10 @@ def _example(model: nn.Module, given) -> dict[str, Any]:
 class _Builder:
     """Compiles a program per call signature; keeps what `parallelize` was told."""
 
-    def __init__(self, model, roles: Roles, device: str, passes, outputs, traces, zero: int, bucket_bytes: int, dtypes: Mapping[str, torch.dtype]):
-        self.zero, self.bucket_bytes, self.dtypes = zero, bucket_bytes, dtypes
+    def __init__(
+        self, model, roles: Roles, device: str, passes, outputs, traces, zero: int, bucket_bytes: int, gradient_dtype: torch.dtype | None, dtypes: Mapping[str, torch.dtype],
+    ):  # fmt: skip
+        self.zero, self.bucket_bytes, self.gradient_dtype, self.dtypes = zero, bucket_bytes, gradient_dtype, dtypes
         self.model, self.roles, self.device = model, roles, torch.device(device)
         self.passes, self.outputs, self.traces = passes, outputs, traces
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -170,8 +172,8 @@ class _Builder:
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                mine = (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes)
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes) == mine and _fits(ready.trace, call, training, self.dtypes, around):
+                mine = (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes, self.gradient_dtype)
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes, ready.gradient_dtype) == mine and _fits(ready.trace, call, training, self.dtypes, around):
                     self.done[key] = ready
                     return ready
             traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training, self.dtypes, around)), None)
@@ -186,7 +188,10 @@ class _Builder:
                     if was != training:
                         self.model.train(was)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, bucket_bytes=self.bucket_bytes, model=self.model, dtypes=self.dtypes)
+            compilation = Compilation(
+                traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, bucket_bytes=self.bucket_bytes,
+                gradient_dtype=self.gradient_dtype, model=self.model, dtypes=self.dtypes,
+            )  # fmt: skip
             with region(None, self.device.type):
                 self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]

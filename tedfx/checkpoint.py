@@ -28,11 +28,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
-from tedfx.checkpoint_folder import CheckpointError, Folder, Writer, read_metadata
+from tedfx.checkpoint_checksums import ALGORITHM, CHECKSUMS
+from tedfx.checkpoint_choice import Choice
+from tedfx.checkpoint_folder import CheckpointError, Folder, Writer
 from tedfx.checks import lost_rank
 from tedfx.optimizer_state import OptimizerState
 from tedfx.pieces import PiecedTensor
@@ -55,11 +57,11 @@ class Checkpointer:
     optimizer: a torch.optim.Optimizer over pm.parameters(), or one that shards its state (`tedfx/optimizer_state.py`).
     scheduler: its learning-rate scheduler. extra: {name: object} with state_dict() and load_state_dict(), or get_state()
     and set_state() (a torch.Generator): a loss scaler, a data loader. What they hold, and `position`, is global: the first
-    rank's is kept, and every rank gets it. keep: how many checkpoints to keep.
+    rank's is kept, and every rank gets it. keep: how many checkpoints to keep. verify: at load, compare every file with its checksum first (`tedfx/checkpoint_checksums.py`).
     timeout: seconds that ranks wait for each other while they save or load; a rank that ended is noticed at once.
     """
 
-    def __init__(self, folder, pm, optimizer, *, scheduler=None, extra: Mapping[str, Any] | None = None, keep: int = 2, timeout: float = 1800.0):
+    def __init__(self, folder, pm, optimizer, *, scheduler=None, extra: Mapping[str, Any] | None = None, keep: int = 2, timeout: float = 1800.0, verify: bool = True):
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least one checkpoint must stay")
         if dist.get_backend() == "fake":
@@ -68,9 +70,13 @@ class Checkpointer:
         self._ranks = pm.device_mesh.mesh.flatten().tolist()
         # a group of its own: an asynchronous save talks while the run does
         self._group = dist.new_group(self._ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout), group_desc="tedfx_checkpoints")
-        self._first, self._pending = dist.get_rank(self._group) == 0, None
+        self._first, self._pending, self._verify = dist.get_rank(self._group) == 0, None, verify
 
     # ---- saving --------------------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Make the folder this run's, as the first save does: CheckpointError while another run that lives writes to it. So it is known before the first step."""
+        self._together("claim", lambda: self._folder.claim() if self._first else None)
 
     def save(self, step: int, position: Any = None, asynchronous: bool = False) -> None:
         """Write folder/step-{step}. Call it between an optimizer step and the next forward; gradients are not saved.
@@ -112,7 +118,7 @@ class Checkpointer:
         return {
             "step": step, "position": position, "rng_state": tuple(self._pm.rng_state), "generators": generators[:1] if alike else generators,
             "mesh": self._mesh(), "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "extra": {name: each.state_dict() if hasattr(each, "state_dict") else each.get_state() for name, each in self._extra.items()},
+            "checksums": ALGORITHM, "extra": {name: each.state_dict() if hasattr(each, "state_dict") else each.get_state() for name, each in self._extra.items()},
         }  # fmt: skip
 
     def _mesh(self) -> tuple:
@@ -120,26 +126,21 @@ class Checkpointer:
 
     # ---- loading -------------------------------------------------------------------------------------------------
 
-    def load(self, path: str | os.PathLike = "auto") -> Resumed | None:
+    def load(self, path: str | os.PathLike = "auto", older: bool = False) -> Resumed | None:
         """Go on from the latest whole checkpoint of the folder ("auto"; None where there is none), or from `path`.
 
-        All of it is compared with this run (keys, shapes, dtypes, groups) and read into host memory before anything is
-        changed; every rank raises the same CheckpointError.
+        All of it is compared with this run (keys, shapes, dtypes, groups), its files with their checksums, and read into host memory before anything is
+        changed; every rank raises the same CheckpointError. One that is damaged is refused, and the line says which older ones are whole; `older=True`
+        takes the newest of those, with a warning.
         """
         self.wait()
         # Step 1: the same one on every rank, whole, and its small object.
-        found = self._together("load", lambda: self._folder.find(path) if self._first else None)[0]
+        choice = Choice(lambda act: self._together("load", act), dist.get_rank(self._group), len(self._ranks), self._verify)
+        found, metadata = choice.choose(self._folder, path, older)
         if found is None:
             return None
-        metadata: Metadata = None
-
-        def read():
-            nonlocal metadata
-            metadata = read_metadata(found)
-            if SMALL not in metadata.state_dict_metadata:
-                raise CheckpointError(f"{found} was not written by a Checkpointer; for its weights alone: dcp.load and pm.load_state_dict")
-
-        self._together("load", read)
+        if SMALL not in metadata.state_dict_metadata:
+            raise CheckpointError(f"{found} was not written by a Checkpointer; for its weights alone: dcp.load and pm.load_state_dict")
         packed = {SMALL: b""}
         self._run("load", lambda: dcp.load(packed, checkpoint_id=found, process_group=self._group))
 
@@ -148,6 +149,10 @@ class Checkpointer:
 
         def compare():
             small.update(_unpack(packed[SMALL], found))
+            if self._verify and not (found / CHECKSUMS).is_file():
+                if "checksums" in small:
+                    raise CheckpointError(f"{found} is damaged, {CHECKSUMS} is not there; load another one")
+                choice.warn(f"{found} has no checksums, it was written before there were any: damage in its files may not be seen")
             self._compare(found, small)
             saved = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
             live.update((f"model.{name}", entry) for name, entry in self._pm.state_dict().items())

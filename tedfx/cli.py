@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--checkpoint", metavar="POLICY", default="none", help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at --batch and --sequence")
     explain.add_argument("--capacity", metavar="WHOSE", help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or local, those of each batch coordinate by itself")
     explain.add_argument("--precision", metavar="P", help="parallelize(precision=P): bf16, fp16 or fp32, the parameters' dtype (default: the model's own)")
+    explain.add_argument("--gradient-dtype", metavar="P", help="parallelize(gradient_dtype=..): what gradients are summed in, bf16, fp16 or fp32 (default: each parameter's dtype)")
     explain.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares")
     shown = explain.add_argument_group("what is shown")
     shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1); of verify: those of the global batch")
@@ -108,7 +109,7 @@ def _positive(text: str) -> int:
 def _explain(options) -> int:
     from tedfx.compiler import Compilation, compile_trace, pipeline
     from tedfx.before_after import before_after
-    from tedfx.precision import cast_parameters, parameter_dtypes
+    from tedfx.precision import cast_parameters, check_precision, parameter_dtypes
     from tedfx.report import default_values, explain
     from tedfx.roles import MeshShape, Roles
     from tedfx.trace import trace
@@ -127,6 +128,7 @@ def _explain(options) -> int:
     passes = pipeline(
         None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, algebra=options.algebra, checkpoint=options.checkpoint, capacity=options.capacity, zero=options.zero
     )
+    gradient_dtype = check_precision(options.gradient_dtype)
     model, inputs, title = make_model(options)
     done("make the model")
     dtypes = parameter_dtypes(model, options.precision)
@@ -136,7 +138,7 @@ def _explain(options) -> int:
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
     outputs = tuple(options.outputs.split(",")) if options.outputs else None
-    compilation = Compilation(traced, roles, trainable, outputs=outputs, zero=options.zero or 0, dtypes=dtypes)
+    compilation = Compilation(traced, roles, trainable, outputs=outputs, zero=options.zero or 0, gradient_dtype=gradient_dtype, dtypes=dtypes)
     values = default_values(compilation, options.batch, options.sequence)
     compilation.example = {symbol: values[name] for name, symbol in traced.sizes.items()}
     compile_trace(compilation, passes)

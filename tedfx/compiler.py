@@ -123,6 +123,7 @@ class Compilation:
     zero           ZeRO's stage: where gradients are summed to
     bucket_bytes   gradients that are summed together
     pieces         factors of inputs that an op refined, and the op's line
+    gradient_dtype what they are summed in, by default each parameter's dtype
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     dtypes         the dtype of each of its parameters as traced; empty: the model's own
     """
@@ -145,6 +146,7 @@ class Compilation:
     passes: tuple[str, ...] = ()
     zero: int = 0
     bucket_bytes: int = BUCKET_BYTES
+    gradient_dtype: torch.dtype | None = None
     model: nn.Module | None = field(default=None, repr=False)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
 

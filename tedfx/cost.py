@@ -6,8 +6,9 @@ arrives: the value is differentiable and the loss (without one, any output) depe
 to their last saved tensor. The gradient boundary is counted from the types of
 the parameters, with the buckets that `tedfx/gradients.py` fills.
 
-Terms: the **payload** is the operand that this rank hands to the collective. **Wire** bytes are what it sends: of a buffer of S bytes on n ranks,
-2 S (n-1)/n for an all-reduce, S (n-1)/n for the others, where S is the whole buffer (for an all-gather, n payloads).
+Terms: the **payload** is the operand that this rank hands to the collective. **Wire** bytes are what it sends, in a ring of n ranks: of a buffer of S bytes
+2 S (n-1)/n for an all-reduce, S (n-1)/n for the others, where S is the whole buffer: the input of an all-reduce, reduce-scatter or all-to-all, the output of
+an all-gather, which is n payloads (`_WIRE`). ZeRO-3's gathers of parameters are all-gathers, and its scatters of gradients are reduce-scatters.
 
 Rows after routing are ragged: their number is only known at run time. They are counted as if the router spread its choices evenly over the
 experts (`ragged=True` marks them), and dropped none; everything else is exact, rows in slots (`tedfx/ops/slots.py`) too.
@@ -38,6 +39,13 @@ GATHER_PARAMETERS, SCATTER_GRADIENTS = "gather_parameters", "scatter_gradients" 
 COUNTED = {GATHER_PARAMETERS: GATHER_PARAMETERS, SCATTER_GRADIENTS: SCATTER_GRADIENTS, "all_reduce": ALL_REDUCE, "all_gather": ALL_GATHER, "reduce_scatter": REDUCE_SCATTER, "all_to_all": ALL_TO_ALL}
 PHASES = ("forward", "recompute", "backward", "boundary")
 
+# Wire bytes per byte of payload, on n ranks. Whoever adds a collective says it here.
+_WIRE = {
+    ALL_REDUCE: lambda n: sympy.Rational(2 * (n - 1), n),
+    **dict.fromkeys((ALL_GATHER, GATHER_PARAMETERS), lambda n: sympy.Integer(n - 1)),
+    **dict.fromkeys((REDUCE_SCATTER, SCATTER_GRADIENTS, ALL_TO_ALL), lambda n: sympy.Rational(n - 1, n)),
+}
+
 Size = "int | sympy.Expr"
 
 
@@ -62,8 +70,7 @@ class Communication:
     @property
     def factor(self) -> sympy.Rational:
         """Wire bytes per byte of payload."""
-        n = self.ranks
-        return {ALL_REDUCE: sympy.Rational(2 * (n - 1), n), ALL_GATHER: sympy.Integer(n - 1)}.get(self.op, sympy.Rational(n - 1, n))
+        return _WIRE[self.op](self.ranks)
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,7 @@ class Cost:
                 continue
             flags[axes] += 1
             placed = placed_on_first(self.compilation, node, self.compilation.zero)
-            dtype, elements = node.meta["val"].dtype, placed.whole.numel
+            dtype, elements = self.compilation.gradient_dtype or node.meta["val"].dtype, placed.whole.numel
             travels = elements if placed.cut is None else placed.cut.width * len(placed.cut.lengths)
             buckets = filling.setdefault((axes, dtype, ALL_REDUCE if placed.cut is None else REDUCE_SCATTER), [[0, 0]])
             if (buckets[-1][0] + elements) * dtype.itemsize > self.compilation.bucket_bytes and buckets[-1][0]:

@@ -19,6 +19,7 @@ from torch import nn
 
 import tedfx
 from tedfx.checkpoint import _pieces
+from tedfx.checkpoint_checksums import sum_of, write_checksums
 from tedfx.checkpoint_folder import Folder, read_metadata, tiles
 from tests.module import toy
 from tests.pool import context
@@ -261,8 +262,8 @@ def overlapping(folder):
 
 def test_asynchronous_saves(ranks, tmp_path):
     first, second = ranks(4).run(overlapping, tmp_path)[0]
-    assert first == ["latest", "step-00000002", "step-00000003"]
-    assert second == ["latest", "step-00000003", "step-00000003-2"]
+    assert first == ["latest", "owner", "step-00000002", "step-00000003"]
+    assert second == ["latest", "owner", "step-00000003", "step-00000003-2"]
 
 
 def replicas_once(folder):
@@ -305,17 +306,16 @@ def spoil(path, how):
         os.remove(path / ".metadata")
     elif how == "torn metadata":
         (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:100])
+    elif how == "no checksums":
+        os.remove(path / "checksums.json")
     elif how == "short":
         with open(path / "__1_0.distcp", "r+b") as file:
             file.truncate(100)
     elif how == "gone":
         os.remove(path / "__2_0.distcp")
-    elif how == "folder":
-        shutil.rmtree(path)
-    elif how == "bits":  # the first of a tensor's numbers that rank 1 reads
+    elif how == "bit":
         data = bytearray((path / "__1_0.distcp").read_bytes())
-        at = data.index(b"data.pkl") + 10
-        data[at : at + 20] = b"\xff" * 20
+        data[len(data) // 2] ^= 4
         (path / "__1_0.distcp").write_bytes(bytes(data))
     else:
         metadata = pickle.loads((path / ".metadata").read_bytes())
@@ -331,6 +331,7 @@ def spoil(path, how):
         elif how == "no moment":
             del entries["optimizer/scales.1.weight/exp_avg"]
         (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        write_checksums(path, {file.name: sum_of(file) for file in path.iterdir() if file.name != "checksums.json"})  # written so, not damaged since
 
 
 def refused(folder, how, path="auto"):
@@ -354,12 +355,12 @@ def refused(folder, how, path="auto"):
 
 
 LINES = {
-    "no metadata": "is not a whole checkpoint, it has no .metadata: its writers did not finish",
-    "torn metadata": "is damaged, its .metadata cannot be read (",
+    "no metadata": "is damaged, has no .metadata: its writers did not finish; whole: step-00000001; load('",
+    "torn metadata": "is damaged, .metadata has 100 of ",
     "short": "is damaged, __1_0.distcp has 100 of ",
-    "gone": "is damaged, __2_0.distcp is not there; load another one",
-    "folder": "names step-00000002, which is not there: give the path of another checkpoint (others named: step-00000001)",
-    "bits": "load failed on rank 1: ",
+    "gone": "is damaged, __2_0.distcp is not there; whole: step-00000001; load('",
+    "bit": "is damaged, __1_0.distcp does not have the checksum with which it was written; whole: step-00000001; load('",
+    "no checksums": "is damaged, checksums.json is not there; load another one",
     "lost piece": "pieces of model.mlp.gate_up (72 elements) do not tile its shape (16, 6): ",
     "twice": "pieces of optimizer/mlp.down/exp_avg (48 elements) do not tile its shape (6, 8): ",
     "plain": "was not written by a Checkpointer",
@@ -453,10 +454,10 @@ def test_killed_between_rename_and_name(tmp_path):
         folder.end(name)
     (tmp_path / "step-00000003").mkdir()
     (tmp_path / "step-00000004.tmp").mkdir()
-    assert folder.find("auto").name == "step-00000002"
+    assert [path.name for path in folder.find("auto")[0]] == ["step-00000002", "step-00000001"]
     folder.begin("step-00000003")
     folder.end("step-00000003")
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000002", "step-00000003"] and not os.listdir(tmp_path / "step-00000003")
+    assert sorted(os.listdir(tmp_path)) == ["latest", "owner", "step-00000002", "step-00000003"] and not os.listdir(tmp_path / "step-00000003")
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
@@ -512,10 +513,10 @@ def after_the_kill(folder):
 def test_killed_while_saving(ranks, tmp_path):
     result = torchrun("-m", "tests.module.test_checkpoint_resume", str(tmp_path), ranks_count=2)
     assert result.returncode != 0
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001", "step-00000002.tmp"], result.stderr[-2000:]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "owner", "step-00000001", "step-00000002.tmp"], result.stderr[-2000:]
     assert "LINE save of step 2: a rank ended, or did not come in time" in result.stdout, result.stdout + result.stderr[-2000:]
     loss, names = ranks(2).run(after_the_kill, tmp_path)[0]
-    assert names == ["latest", "step-00000001", "step-00000002"]
+    assert names == ["latest", "owner", "step-00000001", "step-00000002"]
     expected = toy.Mlp()
     optimizer = torch.optim.AdamW([p for p in expected.parameters() if p.requires_grad], lr=0.05)
     for number in (0, 1):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import pickle
 import sys
 from collections import Counter
+from math import prod
 
 import torch
 
 import tedfx
 from tedfx import verify_ranks
 from tedfx.compiler import Compilation, compile_trace, default_passes
-from tedfx.cost import ALL_TO_ALL, COUNTED, Cost
+from tedfx.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, GATHER_PARAMETERS, Cost
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tests.models import MODELS
@@ -46,12 +47,14 @@ SLOTS = [
     ("capacity_grouped", 1, "ep=2,tp=2", {"expert_tensor": ()}, {}),
 ]
 CASES += SLOTS
-# Where parameters and gradients lie.
+# Where parameters and gradients lie, and what gradients are summed in.
+WIDE = dict(gradient_dtype=torch.float64, bucket_bytes=40_000)
 ZERO = [
-    ("mixtral", 2, "dp=2,ep=2", None, dict(zero=1)),
+    ("mixtral", 2, "dp=2,ep=2", None, dict(zero=0, **WIDE)),
+    ("mixtral", 2, "dp=2,ep=2", None, dict(zero=1, **WIDE)),
     ("mixtral", 2, "ep=2,tp=2", None, dict(zero=2)),
     ("mixtral", 2, "ep=2,tp=2", None, dict(zero=3)),
-    ("deepseek_v3", 2, "dp=2,ep=2", None, dict(zero=3, checkpoint="comm")),
+    ("deepseek_v3", 2, "dp=2,ep=2", None, dict(zero=3, checkpoint="comm", **WIDE)),
     ("mixtral", 2, "dp=2,tp=2", {"expert": ("tp",)}, dict(zero=3, checkpoint="selective")),
 ]
 CASES += ZERO
@@ -64,9 +67,16 @@ def prepare():
         if name not in models:
             models[name] = CAPACITY[name](layers=layers) if name in CAPACITY else MODELS[name](num_hidden_layers=layers)
             traces[name] = trace(models[name])
-        shape = MeshShape.of(mesh)
-        made.append((models[name], compile_trace(Compilation(traces[name], Roles.resolve(shape, roles), set(traces[name].parameters), zero=switches.get("zero", 0)), default_passes(**switches))))
+        shape, passes = MeshShape.of(mesh), {name: value for name, value in switches.items() if name not in WIDE}
+        mine = {name: value for name, value in switches.items() if name in ("zero", *WIDE)}
+        made.append((models[name], compile_trace(Compilation(traces[name], Roles.resolve(shape, roles), set(traces[name].parameters), **mine), default_passes(**passes))))
     return made
+
+
+def on_the_wire(op: str, ranks: int, size: int) -> float:
+    """What a rank sends in a ring for a collective that ran with an operand of `size` bytes: n - 1 times its own part of the whole buffer, twice for an all-reduce."""
+    part = size if op in (ALL_GATHER, GATHER_PARAMETERS) else size / ranks
+    return (2 if op == ALL_REDUCE else 1) * (ranks - 1) * part
 
 
 def count(rank, prepared):
@@ -86,6 +96,7 @@ def count(rank, prepared):
             pm(input_ids=mine, labels=mine).loss.backward()
 
         cost, values = Cost(compilation), {"batch": BATCH, "sequence": SEQUENCE}
+        ranks_of = lambda axes: prod(shape.size((axis,)) for axis in axes)  # noqa: E731
         number = lambda item: cost.number(item.payload, values)  # noqa: E731
         answers.append(
             {
@@ -94,6 +105,7 @@ def count(rank, prepared):
                 "ran": Counter((c.phase, COUNTED[c.op], c.axes, c.bytes) for c in log),
                 "predicted_buckets": Counter((i.axes, number(i)) for i in cost.items if i.node == "(gradients)"),
                 "ran_buckets": Counter((r.axes, r.bytes) for r in pm.reductions),
+                "other_wire": [i for i in cost.items if cost.number(i.payload * i.factor, values) != on_the_wire(i.op, ranks_of(i.axes), number(i))],
                 "predicted_rows": sum(number(i) for i in cost.items if i.op == ALL_TO_ALL),
                 "ran_rows": sum(c.bytes for c in log if c.op == "all_to_all"),
                 "copies": sum(e.what == "host copy" for e in events),
