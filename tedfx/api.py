@@ -11,10 +11,12 @@ from torch import nn
 from tedfx._torch import pytree
 from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
+from tedfx.checks import told
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 from tedfx.derived import fits
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
+from tedfx.input_sizes import with_room
 from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
 from tedfx.passes.base import Pass
@@ -24,6 +26,7 @@ from tedfx.signature import Signature, bind, flatten
 from tedfx.trace import Trace, infer_inputs, trace
 
 
+@told("parallelize")
 def parallelize(
     model: nn.Module,
     mesh,
@@ -183,7 +186,7 @@ class _Builder:
                     if was != training:
                         self.model.train(training)
                     with cast_parameters(self.model, self.dtypes, values=False), region(around, self.device.type):
-                        traced = trace(self.model, kwargs=_roomy(call), device=self.device)
+                        traced = with_room(call, lambda roomy: trace(self.model, kwargs=roomy, device=self.device))
                 finally:
                     if was != training:
                         self.model.train(was)
@@ -208,7 +211,6 @@ class _Builder:
                 mine = self.layouts.get(layout.name)
                 if mine is not None and layout.name in names.values() and (mine.shards, mine.reduce_axes, mine.view) != (layout.shards, layout.reduce_axes, layout.view):
                     raise TedfxError(f"parameter {layout.name} is placed as {mine.shards} but this call ({signature}) wants {layout.shards}: pass this call as example_inputs")
-            self.module.context.ensure_groups(_groups(compilation, self.roles.mesh))
         parameters = [names[p] for p in placeholders if p in names]
         if any(constant.is_meta for constant in trace_.constants.values()):
             raise ConfigError("the model holds a tensor on the meta device that is neither parameter nor buffer: register it as a buffer, or make it with device='cpu'")
@@ -222,6 +224,8 @@ class _Builder:
             mutated_buffers=list(trace_.mutated_buffers),
             uses_seed=compilation.uses_seed,
             output_names=compilation.output_names,
+            call=compilation.call,
+            groups=_groups(compilation, self.roles.mesh),
             history=compilation.history,
             compilation=compilation,
             fits=fits(compilation),
@@ -269,15 +273,6 @@ def _unflatten(flat: Mapping[tuple, Any]) -> dict[str, Any]:
         return [tree[i] for i in range(len(tree))] if tree and all(isinstance(k, int) for k in tree) else tree
 
     return finish(root)
-
-
-def _roomy(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The example with a batch of at least 2: a size of 1 would be taken for a constant."""
-    first = next((leaf for _, leaf in _leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
-    if first is None or first.shape[0] != 1:
-        return dict(call)
-    grow = lambda x: x.expand(2, *x.shape[1:]).clone() if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[0] == 1 else x
-    return pytree.tree_map(grow, dict(call))
 
 
 def _groups(compilation: Compilation, mesh: MeshShape) -> list[tuple[str, ...]]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tedfx.groups import group_among
 from tedfx.parameters import Placed
 
 BUCKET_BYTES = 25 * 2**20
@@ -77,15 +78,12 @@ _GROUPS: dict[tuple, dist.ProcessGroup] = {}
 
 
 def new_group(mesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
-    """A group of this rank over `axes`, apart from the mesh's own; shared between modules. Collective over the job."""
+    """A group of this rank over `axes`, apart from the mesh's own; shared between modules. Collective over the mesh."""
     picked = [mesh.mesh_dim_names.index(axis) for axis in axes]
     kept = [dim for dim in range(mesh.mesh.dim()) if dim not in picked]
     size = torch.Size(mesh.mesh.shape[dim] for dim in picked).numel()
     rows = sorted(sorted(row) for row in mesh.mesh.permute(kept + picked).reshape(-1, size).tolist())
     key = (dist.group.WORLD, tuple(map(tuple, rows)))
     if key not in _GROUPS:
-        for row in rows:
-            group = dist.new_group(row, group_desc="tedfx_gradients_" + "_".join(axes))
-            if dist.get_rank() in row:
-                _GROUPS[key] = group
+        _GROUPS[key] = group_among(rows, group_desc="tedfx_gradients_" + "_".join(axes))
     return _GROUPS[key]

@@ -35,7 +35,8 @@ from torch.distributed.tensor import DTensor
 from tedfx.checkpoint_checksums import ALGORITHM, CHECKSUMS
 from tedfx.checkpoint_choice import Choice
 from tedfx.checkpoint_folder import CheckpointError, Folder, Writer
-from tedfx.checks import lost_rank
+from tedfx.failures import lost_rank
+from tedfx.groups import group_among
 from tedfx.optimizer_state import OptimizerState
 from tedfx.pieces import PiecedTensor
 
@@ -69,7 +70,7 @@ class Checkpointer:
         self._folder, self._pm, self._optimizer, self._scheduler, self._extra = Folder(folder, keep), pm, optimizer, scheduler, dict(extra or {})
         self._ranks = pm.device_mesh.mesh.flatten().tolist()
         # a group of its own: an asynchronous save talks while the run does
-        self._group = dist.new_group(self._ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout), group_desc="tedfx_checkpoints")
+        self._group = group_among([self._ranks], backend="gloo", timeout=datetime.timedelta(seconds=timeout), group_desc="tedfx_checkpoints")
         self._first, self._pending, self._verify = dist.get_rank(self._group) == 0, None, verify
 
     # ---- saving --------------------------------------------------------------------------------------------------

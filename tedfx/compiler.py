@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from tedfx._torch import pytree
 from tedfx.buckets import BUCKET_BYTES
+from tedfx.call_check import CallRules
 from tedfx.derived import solve, symbol_of
 from tedfx.errors import ConfigError
 from tedfx.factors import Factor, as_size
@@ -126,6 +127,7 @@ class Compilation:
     gradient_dtype what they are summed in, by default each parameter's dtype
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     dtypes         the dtype of each of its parameters as traced; empty: the model's own
+    call           what a call must satisfy by itself
     """
 
     trace: Trace
@@ -149,9 +151,11 @@ class Compilation:
     gradient_dtype: torch.dtype | None = None
     model: nn.Module | None = field(default=None, repr=False)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
+    call: CallRules = field(init=False, repr=False)
 
     def __post_init__(self):
         """Work on a copy: one trace serves any number of meshes."""
+        self.call = CallRules(self.trace, self.roles.mesh.size(self.roles.batch))
         source = self.trace.graph_module
         graph = fx.Graph()
         result = graph.graph_copy(source.graph, {})

@@ -13,7 +13,7 @@ from typing import Any
 
 import sympy
 
-from tedfx.errors import TraceError
+from tedfx.errors import CallError
 from tedfx.factors import as_size, dim_size, leaves
 from tedfx.signature import show
 from tedfx.types import sharding_axes
@@ -67,17 +67,11 @@ class Fit:
     line: str
 
     def check(self, flat: Mapping[tuple, Any]) -> None:
-        """TraceError where the call does not fit; `flat`: its leaves by path."""
+        """CallError where the call does not fit; `flat`: its leaves by path. Of which form the size is, `SizeCheck` asks."""
         actual = flat[self.path].shape[self.dim]
-        step, start = multiple(self.size)
-        whole = actual * self.degree
-        name = show(self.path)
-        if (whole - start) % step or whole < start:
-            over = f"{actual} on each of {self.degree} ranks" if self.degree > 1 else str(actual)
-            raise TraceError(f"dim {self.dim} of {name} is {over}; the model only accepts {self.size} of them, with a whole number {symbol_of(self.size)}: pass as many")
         if actual % self.piece:
-            raise TraceError(
-                f"dim {self.dim} of {name} is {actual} on a rank, and the model takes {self.piece} neighbours at a time | at {self.line} | pass a multiple of {self.piece} per rank, so "
+            raise CallError(
+                f"dim {self.dim} of {show(self.path)} is {actual} on a rank, and the model takes {self.piece} neighbours at a time | at {self.line} | pass a multiple of {self.piece} per rank, so "
                 "that none of them lie on two ranks"
             )
 

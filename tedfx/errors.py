@@ -8,7 +8,7 @@ import os
 import re
 import sysconfig
 
-__all__ = ["CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line"]
+__all__ = ["CallError", "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line"]
 
 
 class TedfxError(Exception):
@@ -17,6 +17,10 @@ class TedfxError(Exception):
 
 class TraceError(TedfxError):
     """The model cannot be traced into one graph."""
+
+
+class CallError(TraceError):
+    """A call does not fit what was traced: its sizes, or values that are looked up."""
 
 
 class CaptureError(TedfxError):

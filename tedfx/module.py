@@ -25,6 +25,7 @@ from tedfx.buckets import BUCKET_BYTES
 from tedfx.checks import CallCheck, Meeting
 from tedfx.emission import emit
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.failures import noting
 from tedfx.gathers import Gathered, Store
 from tedfx.gradients import GradientBoundary
 from tedfx.layered import interleave
@@ -145,8 +146,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
 
     def forward(self, *args, **kwargs):
         """The model's forward on this rank's share of the global batch; the model's own output class."""
-        self.require_weights("forward")
-        return self._call([self._inputs(args, kwargs)])[0]
+        return self._call([(args, kwargs)])[0]
 
     def layered(self, batches: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
         """What forward returns for each of several micro-batches, run layer by layer: all micro-batches of a layer before the next (arXiv 2106.02679).
@@ -158,34 +158,55 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         batches = list(batches)
         if not batches:
             raise TedfxError("layered() was given no micro-batch: pass the arguments of one call each, layered([{'input_ids': ..}, ..])")
-        self.require_weights("forward")
-        flats = [self._inputs((), batch) if isinstance(batch, Mapping) else self._inputs(tuple(batch), {}) for batch in batches]
-        kinds = [self._signature(flat) for flat in flats]
-        for i, kind in enumerate(kinds):
-            if kind != kinds[0]:
-                raise TedfxError(f"layered(): micro-batch {i} is another call than the first: {kind} and {kinds[0]}; run calls of different kinds one after another")
-        return self._call(flats)
+        return self._call([((), batch) if isinstance(batch, Mapping) else (tuple(batch), {}) for batch in batches])
 
-    def _call(self, flats: list[dict[Path, Any]]) -> list[Any]:
-        """The outputs of one call, or of several layer by layer."""
-        signature = self._signature(flats[0])
-        with region(None, self._device.type):  # the casts of the region around the call are in the graph
-            return self._ran(signature, flats)
+    def _call(self, calls: list[tuple[tuple, Mapping[str, Any]]]) -> list[Any]:
+        """The outputs of one call, or of several layer by layer. What a rank can refuse it refuses before the first collective, and the others raise its line."""
+        with self._meeting.telling("forward") if self._check_inputs else contextlib.nullcontext():
+            self.require_weights("forward")
+            flats = [self._inputs(*call) for call in calls]
+            kinds = [self._signature(flat) for flat in flats]
+            for i, kind in enumerate(kinds):
+                if kind != kinds[0]:
+                    raise TedfxError(f"layered(): micro-batch {i} is another call than the first: {kind} and {kinds[0]}; run calls of different kinds one after another")
+            with region(None, self._device.type):  # the casts of the region around the call are in the graph
+                ready = self._agreed(kinds[0], flats)
+        with region(None, self._device.type), noting(self._meeting.ranks):
+            self._context.ensure_groups(ready.program.groups)
+            return self._ran(ready, kinds[0], flats)
+
+    def _agreed(self, signature: Signature, flats: list[dict[Path, Any]]) -> _Ready:
+        """The program of this call, which all ranks make alike and which its inputs fit."""
+        ready = self._ready.get((signature, len(flats)))
+        if self._compare(ready, signature, flats):
+            ready = self._prepared(signature, flats[0], len(flats))
+            self._compare(ready, signature, flats)
+        self._last = signature
+        return ready
+
+    def _compare(self, ready: _Ready | None, signature: Signature, flats: list[dict[Path, Any]]) -> bool:
+        """Whether the call is still to be compiled, here or on another rank. Raises where it does not fit its program, or ranks differ."""
+        which = [f"micro-batch {m}: " if len(flats) > 1 else "" for m in range(len(flats))]
+        rules = ready.program.call if ready is not None else None
+        if rules is not None:
+            for flat in flats:
+                rules.check_sizes(flat)
+                for fit in ready.program.fits:
+                    fit.check(flat)
+        if not self._check_inputs:
+            return ready is None
+        tensors = {which[m] + show(path): leaf for m, flat in enumerate(flats) for path, leaf in flat.items() if isinstance(leaf, Tensor)}
+        shared, data = (), None
+        if rules is not None:
+            shared = {which[m] + show(path) for m in range(len(flats)) for path in rules.shared_inputs}
+            data = rules.check_values(flats, tensors, shared, self._meeting.alone)
+        return self._check(str(signature), tensors, ready is not None, shared, data)
 
     def _signature(self, flat: dict[Path, Any]) -> Signature:
         return Signature.of(flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type))
 
-    def _ran(self, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
-        grad, count = signature.grad, len(flats)
-        if self._check_inputs:
-            which = [f"micro-batch {m}: " if count > 1 else "" for m in range(count)]
-            tensors = {which[m] + show(path): leaf for m, flat in enumerate(flats) for path, leaf in flat.items() if isinstance(leaf, Tensor)}
-            self._check(str(signature), tensors)
-        ready = self._prepared(signature, flats[0], count)
-        program = ready.program
-        for fit in program.fits:
-            for flat in flats:
-                fit.check(flat)
+    def _ran(self, ready: _Ready, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
+        grad, count, program = signature.grad, len(flats), ready.program
         if grad:
             self._boundary.begin(ready.order)
         operands = [*self._boundary.leaves(program.parameters), *(self.get_buffer(name) for name in program.buffers), *program.constants]
@@ -230,7 +251,11 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         return flat
 
     def _program(self, signature: Signature, flat: dict[Path, Any]) -> Program:
-        return self._prepared(signature, flat, 1).program
+        """The program of a call, compiled ahead of it. Collective over the mesh."""
+        ready = self._prepared(signature, flat, 1)
+        self._last = signature
+        self._context.ensure_groups(ready.program.groups)
+        return ready.program
 
     def _prepared(self, signature: Signature, flat: dict[Path, Any], count: int) -> _Ready:
         """The program of a call, or of `count` micro-batches of it."""
@@ -256,7 +281,6 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
                         return compiled(*operands)
 
             self._ready[signature, count] = _Ready(program, runner, program.gathers(), program.use_order())
-        self._last = signature
         return self._ready[signature, count]
 
     def _seed(self, ahead: int = 0) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from tedfx._torch import pytree
+from tedfx.call_check import CallRules
 from tedfx.cuts import Cut
 from tedfx.derived import Fit
 from tedfx.gathers import Gathered
@@ -30,6 +31,8 @@ class Program:
     out_spec         pytree spec of the model's output.
     output_names     a name per leaf of `out_spec`, for reports.
     history          a result per pass.
+    call             what a call must satisfy by itself, see `tedfx/call_check.py`; None: anything goes.
+    groups           tuples of axes whose process groups the graph uses.
     compilation      whatever the compiler wants to keep for reports.
     fits             what sizes of inputs have to be, of a model that does not take any.
     """
@@ -44,6 +47,8 @@ class Program:
     uses_seed: bool = False
     output_names: list[str] = field(default_factory=list)
     history: list[Any] = field(default_factory=list)
+    call: CallRules | None = None
+    groups: list[tuple[str, ...]] = field(default_factory=list)
     compilation: Any = None
     fits: list[Fit] = field(default_factory=list)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -33,8 +34,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedfx._torch import FakeTensorMode, frames_of_nodes, pytree, quiet_export
 from tedfx.autocast import Autocast, explicit_casts, region
-from tedfx.derived import multiple, solve, symbol_of
+from tedfx.call_check import SizeCheck
+from tedfx.derived import symbol_of
 from tedfx.errors import TraceError, model_frames, user_line
+from tedfx.input_sizes import as_given, plan_sizes, settle
 from tedfx.passes.base import emit, evaluate
 from tedfx.regions import NoGradInsideAutocast, inline_regions
 
@@ -116,38 +119,8 @@ class Trace:
             raise TraceError(f"traced without {_show(path)}: trace again with it")
         for path in wanted - given.keys():
             raise TraceError(f"traced with {_show(path)}: the call has none")
-        self._check_sizes(given)
+        SizeCheck(self)(given)
         return [given[path] for path in self.inputs.values()]
-
-    def _check_sizes(self, given: dict[tuple, torch.Tensor]) -> None:
-        found: dict[sympy.Symbol, int] = {}
-        placeholders = {n.name: n for n in self.graph_module.graph.find_nodes(op="placeholder")}
-        for name, path in self.inputs.items():
-            fake, real = placeholders[name].meta["val"], given[path]
-            if fake.dim() != real.dim():
-                raise TraceError(f"{_show(path)} was traced with {fake.dim()} dims and has {real.dim()}")
-            for dim, (size, actual) in enumerate(zip(fake.shape, real.shape)):
-                expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-                if expr.is_Symbol:
-                    expected = found.setdefault(expr, actual)
-                    low, high = self.bounds.get(expr, (1, None))
-                    if actual < low or (high is not None and actual > high):
-                        raise TraceError(f"dim {dim} of {_show(path)} is {actual}; the model was traced for {low} to {high}")
-                elif (symbol := symbol_of(expr)) is not None:
-                    step, start = multiple(expr)
-                    if (actual - start) % step or actual < start:
-                        raise TraceError(f"dim {dim} of {_show(path)} is {actual}; the model only accepts {expr}, s a whole number")
-                    expected, actual = found.setdefault(symbol, solve(expr, actual)), solve(expr, actual)
-                elif expr.free_symbols:
-                    continue
-                else:
-                    expected = int(expr)
-                if expected != actual:
-                    raise TraceError(f"dim {dim} of {_show(path)} is {actual}; expected {expected}")
-        for condition in self.conditions:
-            if condition.subs(found) == sympy.false:
-                sizes = ", ".join(f"{name} = {found[s]}" for name, s in self.sizes.items() if s in found)
-                raise TraceError(f"the model only accepts sizes with {condition}; the call has {sizes}")
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The model's own output from the graph's outputs (new values of mutated buffers are dropped)."""
@@ -211,44 +184,6 @@ def _show(path: tuple) -> str:
     return str(path[0]) + "".join(f"[{p!r}]" for p in path[1:])
 
 
-def _plan_sizes(call: dict[str, Any], taken: set[int], static: list[str]) -> tuple[dict[str, tuple[int, int]], Any]:
-    """Which dims of which inputs are batch and sequence, and the sizes to trace with.
-
-    Returns {"batch": (given, traced), ...} and, per leaf, {dim: "batch" or "sequence"}. The first tensor's dim 0 is the batch,
-    its dim 1 the sequence; others share them by position and size. The given sizes are kept unless they coincide with each
-    other or with a size of a parameter; then the smallest free multiples are used, which keeps divisibility.
-    """
-    tensors = [x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor)]
-    if not tensors:
-        raise TraceError("no input is a tensor: pass example inputs, as in trace(model, kwargs={'x': torch.randn(6, 10, 64)})")
-    given = dict(zip(("batch", "sequence"), tensors[0].shape))
-    for name in [n for n, size in given.items() if size == 1]:
-        static.append(f"{name} = 1: the example input has size 1 there; trace with more to leave it free")
-        del given[name]
-    sizes: dict[str, tuple[int, int]] = {}
-    for name, size in given.items():
-        used = taken | {t for _, t in sizes.values()}
-        traced = next(size * k for k in itertools.count(1) if size * k not in used and size * k > 1)
-        sizes[name] = (size, traced)
-
-    def dims(x: Any) -> dict[int, str] | None:
-        if not isinstance(x, torch.Tensor):
-            return None
-        found = {}
-        batch, sequence = given.get("batch"), given.get("sequence")
-        if x.dim() and x.shape[0] == batch:
-            found[0] = "batch"
-        elif x.dim() == 1 and x.shape[0] == sequence:
-            found[0] = "sequence"
-        if x.dim() > 1 and x.shape[1] == sequence:
-            found[1] = "sequence"
-        if x.dim() == 4 and x.shape[1] == 1:  # an attention mask: (batch, 1, queries, keys)
-            found.update({d: "sequence" for d in (2, 3) if x.shape[d] == sequence})
-        return found
-
-    return sizes, pytree.tree_map(dims, call)
-
-
 # --- the model while it is traced ------------------------------------------------------------------------------------------
 
 
@@ -294,11 +229,13 @@ def trace(
     *,
     device: torch.device | str | None = None,
     frontends: Sequence[Any] | None = None,
+    reading: frozenset[int] | None = None,
 ) -> Trace:
     """Trace `model` as it stands (its training flag, its dtypes, the autocast region around this call) into one graph. See the module's docstring.
 
     Only shapes and dtypes of the example inputs matter; without any, `infer_inputs` makes them. `device` is where the graph
-    will run, by default the device of the parameters; a model on the meta device needs none to exist.
+    will run, by default the device of the parameters; a model on the meta device needs none to exist. `reading`: which dims are the batch, see
+    `tedfx/input_sizes.py`; found where it is not given.
     """
     if frontends is None:
         from tedfx.frontends import default_frontends
@@ -316,10 +253,14 @@ def trace(
     around = Autocast.around(device.type)
     signature = inspect.signature(model.forward)
     call = _bind(signature, tuple(args), dict(kwargs or {}))
+    if reading is None:
+        again = functools.partial(trace, model, args, kwargs, device=device, frontends=frontends)
+        return settle(call, [_show(path) for path, _ in _leaves_with_path(call)], lambda reading: again(reading=reading))
     static: list[str] = []
     notes: list[str] = []
     taken = {size for t in model.parameters() for size in t.shape}
-    sizes, roles = _plan_sizes(call, taken, static)
+    sizes, leaf_roles, fixed = plan_sizes(call, taken, reading)
+    static += fixed
     used = [f for f in frontends if f.applies(model)]
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -335,7 +276,6 @@ def trace(
         return {d: free[n] for d, n in dims.items() if n in free} or None if isinstance(x, torch.Tensor) else None
 
     leaves, spec = pytree.tree_flatten(call)
-    leaf_roles = _aligned(leaves, roles)
     free: dict[str, Any] = {name: torch.export.Dim(name) for name in sizes}
     traced = {name: size for name, (_, size) in sizes.items()}
     with contextlib.ExitStack() as stack:
@@ -371,8 +311,8 @@ def trace(
                 if not deferred and "Constraints violated" in str(error) and "Suggested fixes:" not in str(error):
                     deferred = True  # a condition that export cannot solve for a size: let it stand in the graph, see `_conditions`
                     continue
-                if not fixes and any(traced[n] != sizes[n][0] for n in sizes):
-                    traced = {n: size for n, (size, _) in sizes.items()}  # our sizes do not suit the model: the given ones
+                if not fixes and traced != as_given(sizes):
+                    traced = as_given(sizes)  # our sizes do not suit the model: the given ones
                 elif not fixes:
                     raise _trace_error(error) from error
                 for name, fix in fixes.items():
@@ -406,13 +346,6 @@ def _named_forward(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             model.forward = forward
         else:
             del model.forward
-
-
-def _aligned(leaves: list[Any], roles: Any) -> list[dict[int, str] | None]:
-    """The role dicts of `roles`, one per leaf (they were made by a map over the same tree)."""
-    found = pytree.tree_leaves(roles, is_leaf=lambda r: r is None or (isinstance(r, dict) and all(isinstance(k, int) for k in r)))
-    assert len(found) == len(leaves)
-    return found
 
 
 def _suggested(message: str, free: dict[str, Any]) -> dict[str, Any]:

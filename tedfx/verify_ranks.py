@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tedfx.checks import RanksDisagree
 from tedfx.errors import TedfxError
+from tedfx.failures import RankFailed, RanksDisagree
 
 # After one process failed, how long the others may take to say why as well.
 GRACE = 2.0
@@ -141,6 +141,8 @@ def _consequence(failure) -> int:
     """0 for an error of its own, 1 for a rank that only noticed that another one was gone. Ties: the first to report."""
     kind, line, _ = failure
     words = ("connection closed", "connection reset", "a rank ended while", "did not come within", "broken pipe", "timed out")
+    if kind == RankFailed.__name__:
+        return 1
     return int(kind in (None, RanksDisagree.__name__, "RuntimeError", "DistBackendError") and any(w in line.lower() for w in words))
 
 

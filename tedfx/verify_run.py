@@ -12,7 +12,7 @@ import functools
 import hashlib
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from tedfx._torch import pytree
 from tedfx.errors import ConfigError
+from tedfx.input_sizes import is_batch
 from tedfx.optim import ShardedOptimizer
 from tedfx.precision import cast_model, parameter_dtypes
 from tedfx.roles import MeshShape, Roles
+from tedfx.signature import Path
 
 IGNORED = -100  # a label that does not count
 
@@ -94,16 +96,21 @@ def _vocabulary(model: nn.Module) -> int:
     return min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
 
 
-def split_batch(batch: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
-    """The share of batch coordinate `index` of `count`: rows of dim 0; scalars are global and stay."""
-    cut = lambda x: x.chunk(count)[index] if isinstance(x, Tensor) and x.dim() else x  # noqa: E731
-    return pytree.tree_map(cut, dict(batch))
+def split_batch(batch: Mapping[str, Any], index: int, count: int, inputs: Collection[Path] | None = None) -> dict[str, Any]:
+    """The share of batch coordinate `index` of `count`: rows of what has a batch dim. Scalars, positions of shape [S], masks of shape [S, S] are global and stay.
+
+    inputs: paths of the inputs with a batch dim, where a trace has decided; else as the sizes say.
+    """
+    leaves, spec = pytree.tree_flatten(dict(batch))
+    paths = [tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path) for path, _ in pytree.tree_flatten_with_path(dict(batch))[0]]
+    cut = is_batch(batch) if inputs is None else [path in inputs for path in paths]
+    return pytree.tree_unflatten([x.chunk(count)[index] if is_cut else x for x, is_cut in zip(leaves, cut)], spec)
 
 
 def check_batch(batch: Mapping[str, Any], roles: Roles) -> None:
     mesh, axes = roles.mesh, roles.mesh.wide(roles.batch)
     count = mesh.size(roles.batch)
-    rows = {x.shape[0] for x in pytree.tree_leaves(dict(batch)) if isinstance(x, Tensor) and x.dim()}
+    rows = {x.shape[0] for x, is_cut in zip(pytree.tree_leaves(dict(batch)), is_batch(batch)) if is_cut}
     for size in sorted(rows):
         if size % count:
             over = ", ".join(f"{a}={mesh.size((a,))}" for a in axes)
@@ -198,7 +205,7 @@ def train_rank(rank, model, batch: Mapping[str, Any], recipe: Recipe, shape: Mes
     with on_mesh(rank, model, shape, options, prepared) as pm:
         built = time.perf_counter()
         index, count = pm.batch_coordinate
-        local = split_batch(batch, index, count)
+        local = split_batch(batch, index, count, next(iter(pm.programs.values())).call.batch_inputs)
         local = pytree.tree_map(lambda x: x.to(pm.device) if isinstance(x, Tensor) else x, local)
         sharded = {} if recipe.sharded is None and options.get("zero") in (1, 2) else recipe.sharded
         outcome = _train(pm, local, recipe, lambda: _on_first(rank, pm.gather_gradients()), sharded=sharded)

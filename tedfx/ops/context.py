@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tedfx import _torch
+from tedfx.groups import group_among
 
 Axes = tuple[str, ...]
 
@@ -132,12 +133,7 @@ class RankContext:
         rows = [sorted(row) for row in self.groups(axes)]
         if rows == [list(range(dist.get_world_size()))]:
             return dist.group.WORLD  # one communicator less
-        mine = None
-        for row in rows:  # new_group is collective over the job: every rank creates every group, in the same order
-            group = dist.new_group(row, group_desc="tedfx_" + "_".join(axes))
-            if dist.get_rank() in row:
-                mine = group
-        return mine
+        return group_among(rows, group_desc="tedfx_" + "_".join(axes))
 
     def _span(self, axes: Axes) -> Span:
         group = self._groups[frozenset(axes)]
