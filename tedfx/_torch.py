@@ -297,3 +297,57 @@ def op_name(func) -> str:
 
 set_grad_enabled_function = torch._C._set_grad_enabled
 """What no_grad and enable_grad call, as a TorchFunctionMode sees it. Public replacement: none; torch.set_grad_enabled is a class that calls it."""
+
+
+# ---- what a model holds beside its tables (tedfx/held.py, tedfx/hooks.py, tedfx/observed.py) ----------------------
+
+MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
+"""Attributes of a bare module: tables, hooks and flags of torch's own. Public replacement: none needed, no name is spelled here."""
+
+
+def backward_hooks(x) -> list[str]:
+    """Which kinds of backward hooks are registered on a tensor or a module, by the name of what registers them. Public replacement: none; hooks can be registered, not listed."""
+    if isinstance(x, torch.Tensor):
+        kinds = {"_backward_hooks": "register_hook", "_post_accumulate_grad_hooks": "register_post_accumulate_grad_hook"}
+    else:
+        kinds = {"_backward_hooks": "register_full_backward_hook", "_backward_pre_hooks": "register_full_backward_pre_hook"}
+    return [kind for attribute, kind in kinds.items() if getattr(x, attribute, None)]
+
+
+def global_backward_hooks() -> list[str]:
+    """The same of hooks on all modules. Public replacement: none, as above."""
+    module = torch.nn.modules.module
+    kinds = {"_global_backward_hooks": "register_module_full_backward_hook", "_global_backward_pre_hooks": "register_module_full_backward_pre_hook"}
+    return [kind for attribute, kind in kinds.items() if getattr(module, attribute, None)]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile(module)` made it, or `module.compile()` was called on it. Public replacement: none."""
+    return isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+@contextlib.contextmanager
+def around_call(module: torch.nn.Module, wrap):
+    """While it is open, a call of this module, its forward hooks included, goes through `wrap(call)`. By its class, as export calls a stand-in that shares the module's attributes.
+    Public replacement: none; forward hooks do not see each other."""
+    cls, inside = type(module), []
+    original = cls._call_impl
+
+    def call(self, *args, **kwargs):
+        if inside or self.__dict__ is not module.__dict__:
+            return original(self, *args, **kwargs)
+        inside.append(True)
+        try:
+            return wrap(lambda: original(self, *args, **kwargs))
+        finally:
+            inside.pop()
+
+    own = vars(cls).get("_call_impl")
+    cls._call_impl = call
+    try:
+        yield
+    finally:
+        if own is None:
+            del cls._call_impl
+        else:
+            cls._call_impl = own

@@ -35,11 +35,6 @@ def solve(size, value):
     return as_size((sympy.sympify(value) - start) / step)
 
 
-def multiple(size) -> tuple[int, int]:
-    """(2, 1) for `2*s + 1`: which numbers a size can be."""
-    return _line(as_size(size), symbol_of(size))
-
-
 def _line(size, symbol) -> tuple:
     if size == symbol:
         return 1, 0
@@ -50,29 +45,26 @@ def _line(size, symbol) -> tuple:
 
 @dataclass(frozen=True)
 class Fit:
-    """What the size of an input's dim has to be on a rank.
+    """What a dim of an input has to be on a rank, besides what the model accepts (`tedfx/call_check.py`).
 
     path, dim   where it is in the call
-    size        the dim on the whole mesh, as the model accepts it
-    degree      ranks that split it
     piece       neighbours that an op takes together: a rank must hold whole pieces
     line        the op's, in the model
     """
 
     path: tuple
     dim: int
-    size: sympy.Expr
-    degree: int
     piece: int
     line: str
 
     def check(self, flat: Mapping[tuple, Any]) -> None:
-        """CallError where the call does not fit; `flat`: its leaves by path. Of which form the size is, `SizeCheck` asks."""
+        """CallError where the call does not fit; `flat`: its leaves by path."""
         actual = flat[self.path].shape[self.dim]
         if actual % self.piece:
             raise CallError(
-                f"dim {self.dim} of {show(self.path)} is {actual} on a rank, and the model takes {self.piece} neighbours at a time | at {self.line} | pass a multiple of {self.piece} per rank, so "
-                "that none of them lie on two ranks"
+                f"dim {self.dim} of {show(self.path)} is {actual} on a rank, and the model takes {self.piece} "
+                f"neighbours at a time | at {self.line} | pass a multiple of {self.piece} per rank, so that none of "
+                "them lie on two ranks"
             )
 
 
@@ -83,9 +75,9 @@ def fits(compilation) -> list[Fit]:
         if node.name not in inputs:
             continue
         for d, dim in enumerate(node.meta["dims"]):
-            size, parts = dim_size(leaves(dim)), leaves(dim)
-            if symbol_of(size) is not None and size != symbol_of(size):
-                axes = {a for f in parts for a in sharding_axes(node.meta["type"], f)}
-                piece = dim_size(parts[1:]) if axes else 1
-                found.append(Fit(inputs[node.name], d, size, compilation.roles.mesh.size(axes), piece, compilation.pieces.get(parts[0].root(), "an unknown line")))
+            parts = leaves(dim)
+            derived = symbol_of(dim_size(parts)) not in (None, dim_size(parts))
+            if derived and len(parts) > 1 and any(sharding_axes(node.meta["type"], f) for f in parts):
+                line = compilation.pieces.get(parts[0].root(), "an unknown line")
+                found.append(Fit(inputs[node.name], d, dim_size(parts[1:]), line))
     return found

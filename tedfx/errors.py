@@ -65,6 +65,11 @@ def _package(filename: str) -> str:
     return found.group() if found else "python" if filename.startswith(sysconfig.get_path("stdlib")) else ""
 
 
+def is_installed(filename: str) -> bool:
+    """Whether a file belongs to an installed package or to Python."""
+    return _package(filename) != ""
+
+
 def model_frames(frames: list, above: str) -> list:
     """Of the frames of a call, those of the model: below the last one of the file `above`, in the user's own code or in a package that has a `forward` among them.
 

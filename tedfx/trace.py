@@ -37,7 +37,9 @@ from tedfx.autocast import Autocast, explicit_casts, region
 from tedfx.call_check import SizeCheck
 from tedfx.derived import symbol_of
 from tedfx.errors import TraceError, model_frames, user_line
+from tedfx.hooks import refuse_hooks
 from tedfx.input_sizes import as_given, plan_sizes, settle
+from tedfx.observed import Observation
 from tedfx.passes.base import emit, evaluate
 from tedfx.regions import NoGradInsideAutocast, inline_regions
 
@@ -77,6 +79,7 @@ class Trace:
     values            path -> value of inputs that are not tensors; a call must pass the same.
     autocast          the autocast region around the call that was traced; its casts are in the graph, as are those of regions inside the model.
     lowered           the dtypes of the autocast regions that changed something.
+    observed          what of the model's Python the graph depends on, and the values that were traced: see `tedfx/reads.py`.
     """
 
     graph_module: fx.GraphModule
@@ -102,6 +105,7 @@ class Trace:
     autocast: Autocast | None = None
     lowered: frozenset[torch.dtype] = frozenset()
     extents: dict[str, sympy.Expr] = dataclasses.field(default_factory=dict)
+    observed: dict[tuple, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
@@ -243,6 +247,7 @@ def trace(
         frontends = default_frontends()
     if not args and not kwargs:
         kwargs = infer_inputs(model)
+    refuse_hooks(model)
     state = [*model.parameters(), *model.buffers()]
     if device is None:
         device = next((t.device for t in state if t.device.type != "meta"), torch.get_default_device())
@@ -278,6 +283,7 @@ def trace(
     leaves, spec = pytree.tree_flatten(call)
     free: dict[str, Any] = {name: torch.export.Dim(name) for name in sizes}
     traced = {name: size for name, (_, size) in sizes.items()}
+    observation = Observation(model)
     with contextlib.ExitStack() as stack:
         for frontend in used:
             stack.enter_context(frontend.prepare(model, notes))
@@ -291,16 +297,21 @@ def trace(
         # Where opt_einsum is installed, torch asks it for the order of a product of three operands; it takes sizes as numbers, which would fix them.
         stack.enter_context(torch.backends.opt_einsum.flags(enabled=False))
         stack.enter_context(frames_of_nodes(lambda frames: model_frames(frames, __file__)))
+        stack.enter_context(observation.watching())
         deferred = False
         for attempt in itertools.count():
             plan = {n: traced[n] if n in free else sizes[n][0] for n in sizes}
             examples = spec.unflatten([example(x, r, plan) for x, r in zip(leaves, leaf_roles)])
             dynamic = spec.unflatten([shapes(x, r, free) for x, r in zip(leaves, leaf_roles)])
-            try:
+
+
+            def export():
                 with quiet_export():
-                    exported = torch.export.export(
-                        model, (), examples, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred
-                    )
+                    return torch.export.export(model, (), examples, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred)  # noqa: B023
+
+            try:
+                exported = export()
+                observation.settle(lambda: str(export().graph))
                 break
             except TraceError:  # a frontend's own, with the line
                 raise
@@ -323,7 +334,8 @@ def trace(
                         static.append(f"{name}: the model only accepts {fix}")
                         free[name] = fix
 
-    return _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured, around)
+    flat = _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured, around)
+    return dataclasses.replace(flat, observed=observation.observed())
 
 
 @contextlib.contextmanager
