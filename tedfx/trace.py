@@ -21,6 +21,7 @@ import dataclasses
 import inspect
 import itertools
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ class Trace:
     values            path -> value of inputs that are not tensors; a call must pass the same.
     autocast          the autocast region around the call that was traced; its casts are in the graph, as are those of regions inside the model.
     lowered           the dtypes of the autocast regions that changed something.
+    checked           model -> what the capture check found of this trace after which passes, so that it is made once (`tedfx.capture_check`).
     """
 
     graph_module: fx.GraphModule
@@ -96,6 +98,7 @@ class Trace:
     stacked: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     autocast: Autocast | None = None
     lowered: frozenset[torch.dtype] = frozenset()
+    checked: weakref.WeakKeyDictionary = dataclasses.field(default_factory=weakref.WeakKeyDictionary, repr=False, compare=False)
 
     @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
@@ -103,7 +106,7 @@ class Trace:
 
     def flatten(self, args: tuple = (), kwargs: dict[str, Any] | None = None) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the input placeholders; a call unlike the traced one is refused."""
-        given = dict(_leaves_with_path(_bind(self.signature, args, kwargs or {})))
+        given = dict(leaves_with_path(_bind(self.signature, args, kwargs or {})))
         given = {path: value for path, value in given.items() if value is not None}
         for path, value in self.values.items():
             if value is not None and (path not in given or given.pop(path) != value):
@@ -147,7 +150,10 @@ class Trace:
 
     def state(self, model: nn.Module) -> list[torch.Tensor]:
         """The model's tensors for the leading placeholders: parameters, buffers, constants."""
-        tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+        return self.state_of(dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))))
+
+    def state_of(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """`state` of parameters and buffers by their names."""
         return [
             self.constants[name] if name in self.constants
             else torch.stack([tensors[fqn] for fqn in self.stacked[name]]) if name in self.stacked
@@ -194,7 +200,7 @@ def _bind(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> 
     return call
 
 
-def _leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
+def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
     leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     return [(tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path), x) for path, x in leaves]
 
@@ -496,7 +502,7 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
     lowered = explicit_casts(graph, device.type, around)
     inputs, values = {}, {}
     roles_of = {}
-    for node, (path, value), roles in zip(user, _leaves_with_path(call), leaf_roles, strict=True):
+    for node, (path, value), roles in zip(user, leaves_with_path(call), leaf_roles, strict=True):
         if isinstance(value, torch.Tensor):
             node = _renamed(graph, node)
             inputs[node.name] = path
