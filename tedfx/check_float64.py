@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tedfx._torch import TorchDispatchMode, is_view, op_name, pytree, written
+from tedfx._torch import TorchDispatchMode, is_view, op_name, written
 
 __all__ = ["Draws", "Float64", "NoFloat64", "reading", "wide"]
 
@@ -71,10 +71,9 @@ class Float64(TorchDispatchMode):
                 return wide(x)
             if isinstance(x, torch.Tensor) and not moves and id(x) not in keep and x.dtype != wide(x.dtype):
                 return x.to(wide(x.dtype))
-            return x
+            return [read(each) for each in x] if isinstance(x, (list, tuple)) else x
 
-        args, kwargs = pytree.tree_map(read, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*map(read, args), **{key: read(value) for key, value in kwargs.items()})
 
 
 def _mean(func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
