@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tedfx._torch import FakeTensorMode, frames_of_nodes, pytree, quiet_export
 from tedfx.autocast import Autocast, explicit_casts, region
 from tedfx.errors import TraceError, model_frames, user_line
+from tedfx.own_error import own_error
 from tedfx.passes.base import emit, evaluate
 from tedfx.regions import NoGradInsideAutocast, inline_regions
 
@@ -321,6 +322,7 @@ def trace(
     used = [f for f in frontends if f.applies(model)]
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    failure: Exception | None = None
 
     def example(x: Any, dims: dict[int, str] | None, plan: dict[str, int]) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -365,14 +367,16 @@ def trace(
             except Exception as error:
                 fixes = _suggested(str(error), free)
                 if attempt == 6:
-                    raise _trace_error(error) from error
+                    failure = error
+                    break
                 if not deferred and "Constraints violated" in str(error) and "Suggested fixes:" not in str(error):
                     deferred = True  # a condition that export cannot solve for a size: let it stand in the graph, see `_conditions`
                     continue
                 if not fixes and any(traced[n] != sizes[n][0] for n in sizes):
                     traced = {n: size for n, (size, _) in sizes.items()}  # our sizes do not suit the model: the given ones
                 elif not fixes:
-                    raise _trace_error(error) from error
+                    failure = error
+                    break
                 for name, fix in fixes.items():
                     if isinstance(fix, int):
                         static.append(f"{name} = {sizes[name][0]}: the model fixes this size")
@@ -381,6 +385,9 @@ def trace(
                         static.append(f"{name}: the model only accepts {fix}")
                         free[name] = fix
 
+    if failure is not None:
+        own = own_error(model, call, used, around, lambda fakes: _fake_state(model, fakes, torch.device("cpu")))
+        raise (own or _trace_error(failure)) from failure
     return _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured, around)
 
 
