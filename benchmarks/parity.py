@@ -137,8 +137,8 @@ def write(lines: list[Line], which: Set, dtype: str, path: Path) -> None:
         f"Written by {f'`python benchmarks/parity.py --{which.flag}`' if which.flag else '`make parity` (`benchmarks/parity.py`)'}. {versions()}, {dtype}, gloo ranks on the CPU, {seconds / 60:.0f} minutes.",
         "",
         "Each pair trains the unmodified model on the whole global batch on one device (eager experts) and `tedfx.parallelize`'s module on local ranks, in the same "
-        f"run: loss, gradient norm as `clip_grad_norm_` returns it, every parameter's gradient, every parameter after {which.steps} AdamW steps with clipping, replicas bit by "
-        "bit. The auxiliary loss is on where the model has one; 30% of the labels in the first half of the rows are -100, and all but one in the second half. An "
+        f"run: {which.steps} AdamW steps with clipping, each with the rows on other ranks and another learning rate. Loss, gradient norm as `clip_grad_norm_` returns it, every parameter's gradient (here of the "
+        "first step; those of the others, and buffers, are part of the verdict), every parameter after the last step, replicas bit by bit. The auxiliary loss is on where the model has one; 30% of the labels in the first half of the rows are -100, and all but one in the second half. An "
         "error is the norm of the difference over the larger of the reference's norm and 1e-6 of the total norm; of gradients and parameters the worst one counts. "
         "The models compute some steps in float32 whatever their dtype (softmax, norms, the loss), which is where the errors come from.",
         "",

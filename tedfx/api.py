@@ -47,6 +47,7 @@ def parallelize(
     bucket_bytes: int = BUCKET_BYTES,
     gather_bytes: int | None = None,
     prefetch: int = 2,
+    check: str | None = None,
     check_inputs: bool = True,
     check_timeout: float = 60.0,
     traces: Sequence[Trace | Compilation] = (),
@@ -55,11 +56,11 @@ def parallelize(
 
     model           an unmodified single-device module; it is left as it was found, and its storage is not shared. Rank 0's parameters and buffers count.
                     Made under ``torch.device("meta")`` (on every rank) it has no weights: each rank allocates its share, to be filled by
-                    ``init_weights``, ``load_pretrained`` or ``load_state_dict`` of what is returned. The captured graph is then not run against the model.
+                    ``init_weights``, ``load_pretrained`` or ``load_state_dict`` of what is returned. The captured graph is then not run against the model, which a warning says.
     mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
     example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
-    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, algebra, checkpoint, capacity, zero) it is an error.
+    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, algebra, checkpoint, capacity, zero, check) it is an error.
     checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or "budget=<bytes>", see ``tedfx/passes/checkpoint.py``.
                     A budget is for activations at the sizes of example_inputs, which have to be given then, equal on all ranks.
     compile         run the local graph through ``torch.compile(fullgraph=True)``.
@@ -77,10 +78,12 @@ def parallelize(
     bucket_bytes    gradients that are summed together, whole ones on a rank (default 25 MiB).
     gather_bytes    with zero=3: whole parameters of a layer that are gathered together (default 256 MiB).
     prefetch        with zero=3: gathers in flight beyond the one in use (default 2); a compiled graph has no use for it.
+    check           what the captured graph is compared with the model in, before anything is sharded: "full" (the default), two training steps with an update in between, in float64: outputs,
+                    every parameter's gradient and every buffer; "forward", one forward in the model's dtype; "none". ``history`` says what was done; see ``tedfx/check_full.py``.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
     traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
 
-    Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is not understood).
+    Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is not understood, or a graph that does not train as the model does).
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"parallelize takes a module, not {model!r}" + (": make an instance of it first" if isinstance(model, type) else ""))
@@ -88,7 +91,7 @@ def parallelize(
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
     resolved = Roles.resolve(shape, roles)
-    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, capacity=capacity, zero=zero, gather_bytes=gather_bytes)
+    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, capacity=capacity, zero=zero, gather_bytes=gather_bytes, check=check)
     for name, value, least in (("bucket_bytes", bucket_bytes, 1), ("prefetch", prefetch, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: a whole number, at least {least}")

@@ -1,4 +1,4 @@
-"""Is the captured graph the model? Both are run on one device, before anything is sharded."""
+"""Does the captured graph compute what the model does? One forward of both on one device, before anything is sharded; which captured module differs."""
 
 from __future__ import annotations
 
@@ -12,45 +12,30 @@ from torch import fx, nn
 
 from tedfx._torch import pytree
 from tedfx.autocast import region
+from tedfx.check_inputs import attempts, random_inputs
 from tedfx.errors import CaptureError
 from tedfx.trace import Trace
 
-__all__ = ["check_capture", "check_program"]
+__all__ = ["check_capture", "draws", "on_device"]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 _HALF = (torch.bfloat16, torch.float16)
 _RANDOM = ("dropout", "bernoulli", "rand", "normal", "multinomial", "exponential")
 
 
-def check_program(program: Any, model: nn.Module) -> str:
-    """The check as the pipeline makes it, on the program's graph as it stands; a line for its history. CaptureError as `check_capture`."""
-    device = next(iter(model.parameters()), torch.empty(0)).device
-    if device.type == "meta":
-        return "not checked against the model: its parameters are on the meta device"
-    if program.trace.lowered and program.trace.device.type != device.type:
-        return f"not checked against the model: its weights are on {device.type}, where autocast is another than on {program.trace.device.type}"
-    program.graph_module.recompile()
-    captured = _on_device(dataclasses.replace(program.trace, graph_module=program.graph_module), device)
-    random = next((n for n in captured.graph_module.graph.nodes if _draws(n)), None)
-    if random is not None:
-        return f"not checked against the model: {random.name} draws at random"
-    if any(len(path) != 1 for path in captured.inputs.values()):
-        return "not checked against the model: an input is nested"
-    return f"checked against the model: largest relative difference {check_capture(model, captured):.1e}"
-
-
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
     if node.op != "call_function" or not any(word in getattr(node.target, "__name__", str(node.target)) for word in _RANDOM):
         return False
     return not (len(node.args) > 1 and node.args[1] == 0.0)
 
 
 def check_capture(
-    model: nn.Module, captured: Trace, args: tuple = (), kwargs: dict[str, Any] | None = None, *, frontends: Sequence[Any] | None = None
+    model: nn.Module, captured: Trace, args: tuple = (), kwargs: dict[str, Any] | None = None, *, frontends: Sequence[Any] | None = None,
+    bounds: tuple[int, int] | None = None,
 ) -> float:
     """Run the captured graph against the model in its authors' form, same dtype; the largest relative difference of an output.
 
-    Without inputs, random ones are made: integers below the smallest embedding's size, normal floats. A difference beyond
+    Without inputs, random ones are made (`tedfx.check_inputs`, with `bounds` for the integers). A difference beyond
     rounding raises `CaptureError` with the first captured module that differs. In 16 bits a near-tie may route a token elsewhere:
     there each captured module is judged on its own, with the inputs that it had in the model.
     """
@@ -60,7 +45,7 @@ def check_capture(
         frontends = default_frontends()
     frontends = [f for f in frontends if f.applies(model)]
     if not args and not kwargs:
-        kwargs = _random_inputs(model, captured)
+        kwargs = random_inputs(captured, bounds or next(attempts(model)))
     seen: dict[str, tuple] = {}
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda m, a, k, out, name=name: seen.__setitem__(name, (a, k, out)), with_kwargs=True)
@@ -131,33 +116,7 @@ def _tolerance(expected: Any) -> float:
     return _TOLERANCE.get(expected.dtype, 1e-10) if isinstance(expected, torch.Tensor) else 1.0
 
 
-def _random_inputs(model: nn.Module, captured: Trace) -> dict[str, Any]:
-    vocabulary = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
-    small = {symbol: _size(captured, symbol, size) for symbol, size in zip(captured.sizes.values(), (3, 7))}
-    placeholders = {n.name: n for n in captured.graph_module.graph.find_nodes(op="placeholder")}
-    generator = torch.Generator().manual_seed(0)
-    call: dict[str, Any] = {path[0]: value for path, value in captured.values.items() if len(path) == 1}
-    for name, path in captured.inputs.items():
-        if len(path) != 1:
-            raise CaptureError(f"input {'.'.join(map(str, path))} is nested: pass example inputs to check the capture with")
-        fake = placeholders[name].meta["val"]
-        shape = [int(s.node.expr.subs(small)) if isinstance(s, torch.SymInt) else s for s in fake.shape]
-        if fake.is_floating_point():
-            value = torch.randn(shape, generator=generator).to(fake.dtype)
-        else:
-            value = torch.randint(0, vocabulary, shape, generator=generator).to(fake.dtype)
-        call[path[0]] = value.to(captured.device)
-    return call
-
-
-def _size(captured: Trace, symbol, size: int) -> int:
-    """The smallest size from `size` on that the model accepts."""
-    low, high = captured.bounds.get(symbol, (1, None))
-    size = max(size, low)
-    return size if high is None else min(size, high)
-
-
-def _on_device(captured: Trace, device: torch.device) -> Trace:
+def on_device(captured: Trace, device: torch.device) -> Trace:
     """The trace for another device than the one it was made for: the model's weights may wait on the host for a mesh of GPUs."""
     if captured.device == device:
         return captured

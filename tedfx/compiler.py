@@ -11,6 +11,7 @@ from torch import fx, nn
 from tedfx._torch import pytree
 from tedfx.buckets import BUCKET_BYTES
 from tedfx.call_check import CallRules
+from tedfx.check_full import check_level
 from tedfx.derived import solve, symbol_of
 from tedfx.errors import ConfigError
 from tedfx.factors import Factor, as_size
@@ -47,7 +48,7 @@ CAPACITIES = ("global", "local")
 
 def default_passes(
     *, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none", capacity: str = "global", zero: int = 0,
-    gather_bytes: int | None = None,
+    gather_bytes: int | None = None, check: str = "full",
 ) -> list[Pass]:
     """The passes of `parallelize`, in order.
 
@@ -59,6 +60,7 @@ def default_passes(
                        anything else.
     zero               the stage of ZeRO; as far as the graph goes, 3 gathers parameters where layers use them.
     gather_bytes       with zero=3: whole parameters that one gather makes, see `tedfx.passes.gather_parameters`. ConfigError without it.
+    check              how the captured graph is compared with the model: "full", "forward" or "none" (`tedfx.passes.check_capture`). ConfigError for anything else.
     """
     if capacity not in CAPACITIES:
         raise ConfigError(f"capacity={capacity!r}: one of {', '.join(CAPACITIES)}")
@@ -71,7 +73,7 @@ def default_passes(
         CaptureCapacity(),
         ExpandAttention(),
         SplitLosses(),
-        CheckCapture(),
+        CheckCapture(check_level(check)),
         *[LocalCapacity()] * (capacity == "local"),
         Annotate(),
         ShardExperts(),

@@ -22,6 +22,7 @@ import functools
 import inspect
 import itertools
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ from tedfx.errors import TraceError, model_frames, user_line
 from tedfx.hooks import refuse_hooks
 from tedfx.input_sizes import as_given, plan_sizes, settle
 from tedfx.observed import Observation
+from tedfx.own_error import own_error
 from tedfx.passes.base import emit, evaluate
 from tedfx.regions import NoGradInsideAutocast, inline_regions
 
@@ -80,6 +82,7 @@ class Trace:
     autocast          the autocast region around the call that was traced; its casts are in the graph, as are those of regions inside the model.
     lowered           the dtypes of the autocast regions that changed something.
     observed          what of the model's Python the graph depends on, and the values that were traced: see `tedfx/reads.py`.
+    checked           model -> what the capture check found of this trace after which passes, so that it is made once (`tedfx.capture_check`).
     """
 
     graph_module: fx.GraphModule
@@ -106,6 +109,7 @@ class Trace:
     lowered: frozenset[torch.dtype] = frozenset()
     extents: dict[str, sympy.Expr] = dataclasses.field(default_factory=dict)
     observed: dict[tuple, Any] = dataclasses.field(default_factory=dict)
+    checked: weakref.WeakKeyDictionary = dataclasses.field(default_factory=weakref.WeakKeyDictionary, repr=False, compare=False)
 
     @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
@@ -113,7 +117,7 @@ class Trace:
 
     def flatten(self, args: tuple = (), kwargs: dict[str, Any] | None = None) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the input placeholders; a call unlike the traced one is refused."""
-        given = dict(_leaves_with_path(_bind(self.signature, args, kwargs or {})))
+        given = dict(leaves_with_path(_bind(self.signature, args, kwargs or {})))
         given = {path: value for path, value in given.items() if value is not None}
         for path, value in self.values.items():
             if value is not None and (path not in given or given.pop(path) != value):
@@ -132,7 +136,10 @@ class Trace:
 
     def state(self, model: nn.Module) -> list[torch.Tensor]:
         """The model's tensors for the leading placeholders: parameters, buffers, constants."""
-        tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+        return self.state_of(dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))))
+
+    def state_of(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """`state` of parameters and buffers by their names."""
         return [
             self.constants[name] if name in self.constants
             else torch.stack([tensors[fqn] for fqn in self.stacked[name]]) if name in self.stacked
@@ -179,7 +186,7 @@ def _bind(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> 
     return call
 
 
-def _leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
+def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
     leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     return [(tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path), x) for path, x in leaves]
 
@@ -269,6 +276,7 @@ def trace(
     used = [f for f in frontends if f.applies(model)]
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    failure: Exception | None = None
 
     def example(x: Any, dims: dict[int, str] | None, plan: dict[str, int]) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -318,14 +326,16 @@ def trace(
             except Exception as error:
                 fixes = _suggested(str(error), free)
                 if attempt == 6:
-                    raise _trace_error(error) from error
+                    failure = error
+                    break
                 if not deferred and "Constraints violated" in str(error) and "Suggested fixes:" not in str(error):
                     deferred = True  # a condition that export cannot solve for a size: let it stand in the graph, see `_conditions`
                     continue
                 if not fixes and traced != as_given(sizes):
                     traced = as_given(sizes)  # our sizes do not suit the model: the given ones
                 elif not fixes:
-                    raise _trace_error(error) from error
+                    failure = error
+                    break
                 for name, fix in fixes.items():
                     if isinstance(fix, int):
                         static.append(f"{name} = {sizes[name][0]}: the model fixes this size")
@@ -334,6 +344,9 @@ def trace(
                         static.append(f"{name}: the model only accepts {fix}")
                         free[name] = fix
 
+    if failure is not None:
+        own = own_error(model, call, used, around, lambda fakes: _fake_state(model, fakes, torch.device("cpu")))
+        raise (own or _trace_error(failure)) from failure
     flat = _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured, around)
     return dataclasses.replace(flat, observed=observation.observed())
 
@@ -449,7 +462,7 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
     lowered = explicit_casts(graph, device.type, around)
     inputs, values = {}, {}
     roles_of = {}
-    for node, (path, value), roles in zip(user, _leaves_with_path(call), leaf_roles, strict=True):
+    for node, (path, value), roles in zip(user, leaves_with_path(call), leaf_roles, strict=True):
         if isinstance(value, torch.Tensor):
             node = _renamed(graph, node)
             inputs[node.name] = path

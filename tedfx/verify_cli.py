@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides", metavar="KEY=VALUE", help="override the tiny config (or the factory's arguments), e.g. hidden_size=64")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the model as it is made (default float64, or float32 with --precision)")
     parser.add_argument("--precision", metavar="P", help="parallelize(precision=P): bf16, fp16 or fp32; the single device's parameters are cast alike")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="AdamW steps with clipping (default 3)")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="AdamW steps with clipping, each with another batch and learning rate (default 5)")
     parser.add_argument("--batch", type=int, metavar="N", help="rows of the global batch, which the batch ranks share (default 8, or 2 per batch rank); of explain: those of one rank")
     parser.add_argument("--sequence", type=int, default=12, metavar="N", help="tokens per row (default 12)")
     parser.add_argument("--compile", action="store_true", help="run the ranks' graphs through torch.compile")

@@ -1,8 +1,8 @@
 """What a verification runs, on the single device and on a rank, and how the two are compared.
 
-Both train the same weights on the same global batch: `steps` AdamW steps with clipping. Kept of it: the losses, the gradients and
-the norm (as `clip_grad_norm_` returns it) of the first step, the parameters after the last, and on each rank a digest of
-every piece of state it holds, by which replicas are compared bit by bit.
+Both train the same weights on the same global batches, another one in each step: AdamW steps with clipping, and a learning rate that a scheduler changes. Kept of it: loss and gradient
+norm (as `clip_grad_norm_` returns it) of every step, gradients and buffers of the first and the last (of all where they are small), the parameters after the last, and on each
+rank a digest of every piece of state it holds, by which replicas are compared bit by bit.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from tedfx.roles import MeshShape, Roles
 from tedfx.signature import Path
 
 IGNORED = -100  # a label that does not count
+KEPT = 2**24  # elements of gradients over all steps: up to that many those of every step are compared
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train: the same on the single device and on every rank. sharded: options of the `ShardedOptimizer` that ranks step with; None: torch's own AdamW, where ZeRO's stage lets it."""
 
-    steps: int = 3
+    steps: int = 5
     learning_rate: float = 1e-3
     max_norm: float = 1.0
     dtype: torch.dtype = torch.float64
@@ -55,11 +56,12 @@ class Recipe:
 
 @dataclass
 class Outcome:
-    """What a run is judged by. On ranks other than the first, gradients and parameters are left out."""
+    """What a run is judged by. On ranks other than the first, gradients, buffers and parameters are left out."""
 
     losses: list[float]
-    norm: float
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    norms: list[float]
+    gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by step, from 1 on; so buffers
+    buffers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     digests: dict[tuple, str] = field(default_factory=dict)
     global_loss: bool = True
@@ -105,6 +107,23 @@ def split_batch(batch: Mapping[str, Any], index: int, count: int, inputs: Collec
     paths = [tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path) for path, _ in pytree.tree_flatten_with_path(dict(batch))[0]]
     cut = is_batch(batch) if inputs is None else [path in inputs for path in paths]
     return pytree.tree_unflatten([x.chunk(count)[index] if is_cut else x for x, is_cut in zip(leaves, cut)], spec)
+
+
+Batches = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def step_batches(batch: Batches, steps: int) -> list[Mapping[str, Any]]:
+    """The global batch of each step: as given, one for each, or one whose rows are another rank's in every step. Rows of size 1 stay."""
+    if not isinstance(batch, Mapping):
+        return [batch[i % len(batch)] for i in range(steps)]
+    leaves, spec = pytree.tree_flatten(dict(batch))
+    rows = is_batch(batch)
+    return [spec.unflatten([x.roll(step, 0) if row else x for x, row in zip(leaves, rows)]) for step in range(steps)]
+
+
+def rate_of_step(step: int) -> float:
+    """Factor of the learning rate: no two steps in a row have the same."""
+    return (1.0, 0.25, 2.0, 0.5)[step % 4]
 
 
 def check_batch(batch: Mapping[str, Any], roles: Roles) -> None:
@@ -158,41 +177,54 @@ def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callab
     return functools.partial(traced, model) if history[-1].result.changes else model
 
 
-def train_reference(model: nn.Module, batch: Mapping[str, Any], recipe: Recipe, device: str = "cpu", groups: int = 1) -> Outcome:
+def train_reference(model: nn.Module, batch: Batches, recipe: Recipe, device: str = "cpu", groups: int = 1) -> Outcome:
     """The unmodified model on the whole global batch; with `groups`, see `in_groups`."""
     start = time.perf_counter()
     cast_model(model, recipe.precision).to(device)
-    batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(batch))
+    batches = _on(device, step_batches(batch, recipe.steps))
     with as_authored(model):
-        call = model if groups == 1 else in_groups(model, batch, groups)
-        outcome = _train(model, batch, recipe, lambda: {n: p.grad.detach().cpu().clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}, call)
+        call = model if groups == 1 else in_groups(model, batches[0], groups)
+        kept = lambda: (  # noqa: E731
+            {n: p.grad.detach().cpu().clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None},
+            {n: b.detach().cpu().clone() for n, b in model.named_buffers()},
+        )
+        outcome = _train(model, batches, recipe, kept, call)
     outcome.parameters = {n: p.detach().cpu() for n, p in model.named_parameters(remove_duplicate=False)}
     outcome.seconds = {"run": time.perf_counter() - start}
     return outcome
 
 
-def _train(module, batch, recipe: Recipe, gradients: Callable[[], dict], call: Callable | None = None, sharded: Mapping[str, Any] | None = None) -> Outcome:
-    """`sharded`: the module's optimizer is tedfx's, which ZeRO's stages 1 and 2 need, with these options."""
+def _on(device, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(batch)) for batch in batches]
+
+
+def _train(
+    module, batches: Sequence[Mapping[str, Any]], recipe: Recipe, state: Callable[[], tuple[dict, dict]], call: Callable | None = None, sharded: Mapping[str, Any] | None = None
+) -> Outcome:
+    """`state`: (gradients, buffers) by name. `sharded`: the module's optimizer is tedfx's, which ZeRO's stages 1 and 2 need, with these options."""
     if sharded is not None:
         optimizer = ShardedOptimizer(module, torch.optim.AdamW, lr=recipe.learning_rate, max_norm=recipe.max_norm, **sharded)
     else:
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=recipe.learning_rate)
-    losses, outcome = [], None
-    for step in range(recipe.steps):
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of_step)
+    small = sum(p.numel() for p in module.parameters()) * recipe.steps <= KEPT
+    outcome = Outcome([], [])
+    for step, batch in enumerate(batches, 1):
         optimizer.zero_grad()
-        loss, is_global = objective((call or module)(**batch))
+        loss, outcome.global_loss = objective((call or module)(**batch))
         loss.backward()
-        first = gradients() if step == 0 else None
+        if small or step in (1, recipe.steps):
+            outcome.gradients[step], outcome.buffers[step] = state()
         norm = None if sharded is not None else torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
         optimizer.step()
+        schedule.step()
         norm = optimizer.grad_norm if sharded is not None else norm
-        losses.append(float(loss.detach()))
-        if step == 0:
-            outcome = Outcome(losses, float(norm.full_tensor() if isinstance(norm, DTensor) else norm), first, global_loss=is_global)
+        outcome.losses.append(float(loss.detach()))
+        outcome.norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
     return outcome
 
 
-def train_rank(rank, model, batch: Mapping[str, Any], recipe: Recipe, shape: MeshShape, options: Mapping[str, Any], prepared=(), before=None) -> Outcome:
+def train_rank(rank, model, batch: Batches, recipe: Recipe, shape: MeshShape, options: Mapping[str, Any], prepared=(), before=None) -> Outcome:
     """One rank's part. `model`: the module, or what makes it. `options` are those of `parallelize`.
 
     `prepared`: what the parent already compiled. `before`: called first with the rank's number.
@@ -205,16 +237,17 @@ def train_rank(rank, model, batch: Mapping[str, Any], recipe: Recipe, shape: Mes
     with on_mesh(rank, model, shape, options, prepared) as pm:
         built = time.perf_counter()
         index, count = pm.batch_coordinate
-        local = split_batch(batch, index, count, next(iter(pm.programs.values())).call.batch_inputs)
-        local = pytree.tree_map(lambda x: x.to(pm.device) if isinstance(x, Tensor) else x, local)
+        rows = next(iter(pm.programs.values())).call.batch_inputs
+        local = _on(pm.device, [split_batch(each, index, count, rows) for each in step_batches(batch, recipe.steps)])
         sharded = {} if recipe.sharded is None and options.get("zero") in (1, 2) else recipe.sharded
-        outcome = _train(pm, local, recipe, lambda: _on_first(rank, pm.gather_gradients()), sharded=sharded)
+        kept = lambda: (_on_first(rank, pm.gather_gradients()), _on_first(rank, {n: b.detach().clone() for n, b in pm.named_buffers()}))  # noqa: E731
+        outcome = _train(pm, local, recipe, kept, sharded=sharded)
     outcome.parameters = _on_first(rank, pm.gather_parameters())
     outcome.batch_index = index
     outcome.digests = digests(pm)
     if outcome.global_loss:
         outcome.digests.update({(f"loss of step {i + 1}", ()): value.hex() for i, value in enumerate(outcome.losses)})
-    outcome.digests[("gradient norm", ())] = outcome.norm.hex()
+    outcome.digests.update({(f"gradient norm of step {i + 1}", ()): value.hex() for i, value in enumerate(outcome.norms)})
     outcome.seconds = {"build": built - start, "run": time.perf_counter() - built}
     return outcome
 

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import torch
 
-from tedfx.capture_check import check_program
+from tedfx.check_full import check_program
 from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.errors import TraceError, user_line
 from tedfx.roles import MeshShape, Roles
