@@ -267,7 +267,7 @@ def trace(
     call = _bind(signature, tuple(args), dict(kwargs or {}))
     if reading is None:
         again = functools.partial(trace, model, args, kwargs, device=device, frontends=frontends)
-        return settle(call, [_show(path) for path, _ in _leaves_with_path(call)], lambda reading: again(reading=reading))
+        return settle(call, [_show(path) for path, _ in leaves_with_path(call)], lambda reading: again(reading=reading))
     static: list[str] = []
     notes: list[str] = []
     taken = {size for t in model.parameters() for size in t.shape}
@@ -311,7 +311,6 @@ def trace(
             plan = {n: traced[n] if n in free else sizes[n][0] for n in sizes}
             examples = spec.unflatten([example(x, r, plan) for x, r in zip(leaves, leaf_roles)])
             dynamic = spec.unflatten([shapes(x, r, free) for x, r in zip(leaves, leaf_roles)])
-
 
             def export():
                 with quiet_export():
