@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py --gb 1 --folder /tmp
 
-One rank saves and loads linear layers of float32 and nothing else, several times; the least time of each counts. Files are in the page cache when they are
+One rank (on the GPU, if there is one) saves and loads linear layers of float32 and nothing else, several times; the least time of each counts. Files are in the page cache when they are
 read, so a load from a disk costs more, and its checksums less beside it. `crc32`: the sum alone, of bytes in memory.
 """
 
@@ -43,10 +43,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, metavar="DIR", help="where it is written and removed again (default: the system's for temporary files)")
     parser.add_argument("--times", type=int, default=4, metavar="N", help="of each measurement (default: 4)")
     args = parser.parse_args()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    dist.init_process_group("gloo" if kind == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     layers = max(1, round(args.gb * 1e9 / (4 * WIDTH * WIDTH)))
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
-    pm = tedfx.parallelize(model, init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)), example_inputs={"input": torch.zeros(2, WIDTH)})
+    pm = tedfx.parallelize(model.to(kind), init_device_mesh(kind, (1,), mesh_dim_names=("dp",)), example_inputs={"input": torch.zeros(2, WIDTH, device=kind)})
     optimizer = torch.optim.SGD(pm.parameters(), lr=0.1)
     size = sum(p.numel() * 4 for p in model.parameters()) / 1e9
     place = Path(tempfile.mkdtemp(dir=args.folder))
@@ -65,7 +66,7 @@ def main() -> None:
     finally:
         shutil.rmtree(place)
         dist.destroy_process_group()
-    print(f"{size:.2f} GB, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{size:.2f} GB, {kind}, torch {torch.__version__}")
     for name, seconds in rows.items():
         print(f"{name:<14} {seconds / size:6.2f} s/GB")
 
