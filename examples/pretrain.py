@@ -103,7 +103,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("saving")
     group.add_argument("--save-every", type=int, default=0, metavar="N", help="steps between checkpoints, written while training goes on, and at the end (default: none)")
     group.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="where they go, a folder that all hosts see (default: OUT/checkpoints)")
-    group.add_argument("--resume", default="no", metavar="WHAT", help="auto: go on from the latest whole checkpoint, if there is one; or the path of one (default: no)")
+    group.add_argument("--resume", default="no", metavar="WHAT", help="auto: go on from the latest whole checkpoint, if there is one; older: where the latest is damaged, from the newest whole one; or the path of one (default: no)")
 
     group = parser.add_argument_group("looking")
     group.add_argument("--eval-every", type=int, default=50, metavar="N", help="steps between validations; there is one at the end too (default: 50)")
@@ -317,8 +317,10 @@ def main(args: argparse.Namespace) -> None:
     stream = {name: getattr(args, name) for name in ("seed", "batch_size", "sequence_length")}
     checkpoints = tedfx.Checkpointer(args.checkpoint_dir, pm, optimizer, scheduler=schedule, extra={"draw": draw})
     first = 0
+    if args.save_every:
+        checkpoints.claim()  # a second run in this folder is told now, not after its first steps
     if args.resume != "no":
-        resumed = checkpoints.load(args.resume)
+        resumed = checkpoints.load("auto" if args.resume == "older" else args.resume, older=args.resume == "older")
         if resumed is not None:
             first = resumed.step
             other = [f"--{name.replace('_', '-')} {value}" for name, value in resumed.position.items() if stream[name] != value]

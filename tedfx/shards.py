@@ -4,7 +4,8 @@ The format (https://huggingface.co/docs/safetensors): eight bytes with the lengt
 header {name: {dtype, shape, data_offsets}}, the data without gaps. A file of the library is written in one call from
 all of its tensors; this one needs none to be there but the one that is written.
 
-`Writer` fills a folder beside the wanted one and renames it at the end, so that a folder of that name is complete.
+`Writer` fills a folder beside the wanted one and renames it at the end, so that a folder of that name is complete. One that is there is replaced only when
+asked, and then what is no weights in it (a tokenizer, a README) stays.
 """
 
 from __future__ import annotations
@@ -40,13 +41,26 @@ def size_in_bytes(size: int | str) -> int:
     return max(1, int(float(match[1]) * _UNITS[match[2] or ""]))
 
 
-class Writer:
-    """`tensors`: {name: tensor of its shape and dtype (no values needed)}, in the order in which they fill the shards."""
+# What a save writes, and what other ways to save the same weights do: it goes when a folder is replaced.
+_OURS = re.compile(r"config\.json|generation_config\.json|.*\.safetensors|.*\.safetensors\.index\.json|pytorch_model.*\.(bin|index\.json)")
 
-    def __init__(self, path: str | os.PathLike, tensors: Mapping[str, Tensor], max_shard_size: int | str):
-        self.path = os.path.abspath(os.fspath(path))
-        if os.path.exists(self.path) and (not os.path.isdir(self.path) or os.listdir(self.path)):
-            raise ConfigError(f"{self.path} exists and is not an empty folder: give a new one, so that it is never half written")
+
+def check_target(path: str, overwrite: bool) -> None:
+    """ConfigError where a folder of weights may not be written to `path`: it is there and not empty, unless `overwrite` and it holds weights."""
+    if not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)):
+        return
+    if not overwrite:
+        raise ConfigError(f"{path} exists and is not an empty folder: give a new one, or overwrite=True to replace its weights when the new ones are complete")
+    if not any(os.path.isfile(os.path.join(path, name)) for name in (SINGLE, INDEX)):
+        raise ConfigError(f"{path} is not a folder of weights, it holds neither {SINGLE} nor {INDEX}: overwrite=True replaces only those; give a new folder")
+
+
+class Writer:
+    """`tensors`: {name: tensor of its shape and dtype (no values needed)}, in the order in which they fill the shards. See `check_target` for `overwrite`."""
+
+    def __init__(self, path: str | os.PathLike, tensors: Mapping[str, Tensor], max_shard_size: int | str, overwrite: bool = False):
+        self.path = os.path.realpath(os.fspath(path))
+        check_target(self.path, overwrite)
         limit, shards, room = size_in_bytes(max_shard_size), [], 0
         for name, tensor in tensors.items():
             if tensor.dtype not in _NAMES:
@@ -109,7 +123,25 @@ class Writer:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(self.folder, 0o777 & ~umask)
-        os.rename(self.folder, self.path)  # over an empty folder too
+        self._name()
+
+    def _name(self) -> None:
+        """Give the folder its name: at any moment there is the old one or the new one, but for the moment between two renames, in which the old one has another name."""
+        if not os.path.isdir(self.path) or not os.listdir(self.path):
+            os.rename(self.folder, self.path)  # over an empty folder too
+            return
+        for name in os.listdir(self.path):
+            if not _OURS.fullmatch(name):
+                copy = shutil.copytree if os.path.isdir(os.path.join(self.path, name)) else shutil.copy2
+                copy(os.path.join(self.path, name), os.path.join(self.folder, name))
+        old = tempfile.mkdtemp(prefix=os.path.basename(self.path) + ".replaced-", dir=os.path.dirname(self.path))
+        os.rename(self.path, old)
+        try:
+            os.rename(self.folder, self.path)
+        except BaseException:
+            os.rename(old, self.path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
     def abandon(self) -> None:
         for handle in self._files.values():

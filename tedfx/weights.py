@@ -238,12 +238,13 @@ class WeightAccess:
             node.fill(box_of(offsets, part.shape), part, read)
 
     @torch.no_grad()
-    def save_pretrained(self, path: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(self, path: str | os.PathLike, max_shard_size: int | str = "5GB", overwrite: bool = False) -> None:
         """Write a folder that plain `from_pretrained` (and `load_pretrained`) reads, with the same weights bit by bit.
 
         path             a new or empty folder. The first rank writes, into a folder beside it that is renamed at the end:
                          a folder of this name is complete.
         max_shard_size   bytes per file, a number or "5GB".
+        overwrite        replace a folder of weights that is there, by renames when the new one is complete; what else is in it (a tokenizer) stays.
 
         Config, generation config and names are those of the library's own `save_pretrained`; for modules that are not of
         Hugging Face transformers the files hold the state dict alone. One parameter at a time is gathered, converted and
@@ -269,7 +270,7 @@ class WeightAccess:
                 planned: dict[str, Tensor] = {}
                 for group in groups:
                     planned.update(convert({name: wanted[name] for name in group}))
-                writer = Writer(path, planned, max_shard_size)
+                writer = Writer(path, planned, max_shard_size, overwrite)
                 if pretrained:
                     dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
                     _transformers.save_configs(model, dtype, writer.folder)

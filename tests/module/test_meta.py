@@ -242,6 +242,39 @@ def loaded(name, mesh, folder, out):
     assert "not an empty folder" in str(refused(tedfx.TedfxError, pm.save_pretrained, out))
 
 
+def replaced(folder, other):
+    """A folder of other weights, in more shards, beside a tokenizer; a failure in the last rename leaves it as it was."""
+    pm = on_meta("plain", "tp2", single("plain"))
+    before = load_all(folder)
+    from tedfx import shards
+
+    rename = os.rename
+    shards.os.rename = lambda a, b: (_ for _ in ()).throw(OSError("disk full")) if "unfinished" in a else rename(a, b)
+    try:
+        assert "disk full" in refused(Exception, pm.save_pretrained, folder, overwrite=True)
+    finally:
+        shards.os.rename = rename
+    assert all(torch.equal(value, before[name]) for name, value in load_all(folder).items())
+    assert "is not a folder of weights, it holds neither model.safetensors nor" in refused(tedfx.TedfxError, pm.save_pretrained, other, overwrite=True)
+    dist.barrier()
+    pm.save_pretrained(folder, overwrite=True)
+
+
+def test_overwrite(ranks, tmp_path):
+    folder, other = tmp_path / "here" / "out", tmp_path / "other"
+    ranks(2).run(write_plain, "plain", str(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "file").write_text("mine")
+    other.mkdir()
+    (other / "README").write_text("mine")
+    ranks(2).run(replaced, str(folder), str(other))
+    assert sorted(os.listdir(folder)) == ["model.safetensors", "sub", "tokenizer.json"] and os.listdir(folder / "sub") == ["file"]
+    assert os.listdir(folder.parent) == ["out"] and os.listdir(other) == ["README"]
+    state = single("plain").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in load_all(folder).items())
+
+
 @pytest.mark.parametrize("mesh, name", CASES)
 def test_folders(ranks, tmp_path, name, mesh):
     model, folder, out = single(name), str(tmp_path / "in"), str(tmp_path / "out")
