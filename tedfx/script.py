@@ -8,7 +8,9 @@ traceback.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -44,6 +46,8 @@ def run(main: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
 
 
 def _end(error: Exception) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks when one has ended; the line takes a moment
     together = dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
     text = "".join(traceback.format_exception(error))
     words = _together(error) if together else failure_line(error)
