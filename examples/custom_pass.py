@@ -53,17 +53,20 @@ class NameCollectives(Pass):
         return result
 
 
-mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
-torch.manual_seed(0)
-config = MixtralConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-pm = tedfx.parallelize(MixtralForCausalLM(config), mesh, passes=[*tedfx.default_passes(), NameCollectives()])
+def main():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    pm = tedfx.parallelize(MixtralForCausalLM(config), mesh, passes=[*tedfx.default_passes(), NameCollectives()])
 
-ids = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(1))
-index, count = pm.batch_coordinate
-mine = ids.chunk(count)[index]
-pm(input_ids=mine, labels=mine).loss.backward()
-if dist.get_rank() == 0:
-    record = next(r for r in pm.history if r.name == "name_collectives")
-    print(record, *record.result.notes, sep="\n  ")
-    print(*(node.name for node in pm.graph.graph.nodes if re.match(r"(layer\d+|outside)_", node.name)))
-dist.destroy_process_group()
+    ids = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(1))
+    index, count = pm.batch_coordinate
+    mine = ids.chunk(count)[index]
+    pm(input_ids=mine, labels=mine).loss.backward()
+    if dist.get_rank() == 0:
+        record = next(r for r in pm.history if r.name == "name_collectives")
+        print(record, *record.result.notes, sep="\n  ")
+        print(*(node.name for node in pm.graph.graph.nodes if re.match(r"(layer\d+|outside)_", node.name)))
+
+
+tedfx.run(main)

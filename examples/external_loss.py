@@ -17,34 +17,38 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import tedfx
 
-mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
-torch.manual_seed(0)
-config = MixtralConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-pm = tedfx.parallelize(MixtralForCausalLM(config), mesh)
 
-ids = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(1))
-labels = ids.clone()
-labels[:3] = -100  # the first ranks have fewer valid labels than the others
-index, count = pm.batch_coordinate
-ids, labels = ids.chunk(count)[index], labels.chunk(count)[index]
+def main():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    pm = tedfx.parallelize(MixtralForCausalLM(config), mesh)
 
-# 1. The model's own loss.
-pm(input_ids=ids, labels=labels).loss.backward()
-wanted = pm.gather_gradients()
-pm.zero_grad()
+    ids = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:3] = -100  # the first ranks have fewer valid labels than the others
+    index, count = pm.batch_coordinate
+    ids, labels = ids.chunk(count)[index], labels.chunk(count)[index]
 
-# 2. The same from logits: local sum over global count.
-logits = pm(input_ids=ids).logits
-targets = labels[:, 1:].flatten()
-total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="sum")
-valid = (targets != -100).sum()
-for axis in ("ep",):  # the batch axes of this mesh: those of dp and ep that it has
-    dist.all_reduce(valid, group=mesh.get_group(axis))
-(total / valid).backward()
-found = pm.gather_gradients()
+    # 1. The model's own loss.
+    pm(input_ids=ids, labels=labels).loss.backward()
+    wanted = pm.gather_gradients()
+    pm.zero_grad()
 
-worst = max((found[name] - wanted[name]).norm().item() / max(wanted[name].norm().item(), 1e-12) for name in wanted)
-if dist.get_rank() == 0:
-    print(f"gradients of the outside loss against the model's own: largest relative difference {worst:.1e}")
-dist.destroy_process_group()
-sys.exit(worst > 1e-4)
+    # 2. The same from logits: local sum over global count.
+    logits = pm(input_ids=ids).logits
+    targets = labels[:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="sum")
+    valid = (targets != -100).sum()
+    for axis in ("ep",):  # the batch axes of this mesh: those of dp and ep that it has
+        dist.all_reduce(valid, group=mesh.get_group(axis))
+    (total / valid).backward()
+    found = pm.gather_gradients()
+
+    worst = max((found[name] - wanted[name]).norm().item() / max(wanted[name].norm().item(), 1e-12) for name in wanted)
+    if dist.get_rank() == 0:
+        print(f"gradients of the outside loss against the model's own: largest relative difference {worst:.1e}")
+    return worst > 1e-4
+
+
+sys.exit(tedfx.run(main))

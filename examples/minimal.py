@@ -28,21 +28,23 @@ class MoE(nn.Module):
         return F.cross_entropy(self.head(x + out), labels.flatten())
 
 
-mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))  # "cuda" on GPUs
-torch.manual_seed(0)
-pm = tedfx.parallelize(MoE(), mesh)  # this rank's module; the weights are rank 0's
-optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
-index, count = pm.batch_coordinate  # which share of the global batch is this rank's
+def main():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))  # "cuda" on GPUs
+    torch.manual_seed(0)
+    pm = tedfx.parallelize(MoE(), mesh)  # this rank's module; the weights are rank 0's
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
+    index, count = pm.batch_coordinate  # which share of the global batch is this rank's
 
-for step in range(30):
-    text = torch.randint(256, (16, 65), generator=torch.Generator().manual_seed(step)).sort().values  # the global batch
-    mine = text.chunk(count)[index]
-    loss = pm(input_ids=mine[:, :-1], labels=mine[:, 1:])  # the loss of the global batch, on every rank
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    if step % 10 == 9 and mesh.get_rank() == 0:
-        print(f"step {step + 1}: loss {loss.item():.4f}")
+    for step in range(30):
+        text = torch.randint(256, (16, 65), generator=torch.Generator().manual_seed(step)).sort().values  # the global batch
+        mine = text.chunk(count)[index]
+        loss = pm(input_ids=mine[:, :-1], labels=mine[:, 1:])  # the loss of the global batch, on every rank
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 9 and mesh.get_rank() == 0:
+            print(f"step {step + 1}: loss {loss.item():.4f}")
 
-torch.distributed.destroy_process_group()
+
+tedfx.run(main)  # a mistake is one line, not a traceback per rank

@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import random
+import signal
 import sys
 import sysconfig
 import time
@@ -38,8 +39,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tedfx
-from tedfx.checks import lost_rank
-from tedfx.errors import ConfigError, TedfxError
+from tedfx.errors import ConfigError
 from tedfx.precision import cast_model
 from tedfx.roles import MeshShape, Roles
 
@@ -104,6 +104,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--save-every", type=int, default=0, metavar="N", help="steps between checkpoints, written while training goes on, and at the end (default: none)")
     group.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="where they go, a folder that all hosts see (default: OUT/checkpoints)")
     group.add_argument("--resume", default="no", metavar="WHAT", help="auto: go on from the latest whole checkpoint, if there is one; older: where the latest is damaged, from the newest whole one; or the path of one (default: no)")
+
+    group.add_argument("--timeout", type=float, metavar="SECONDS",
+                       help="how long ranks wait in a collective for one that does not come, before all end with a line (default: 90; 600 with --compile, which takes long and not alike)")
 
     group = parser.add_argument_group("looking")
     group.add_argument("--eval-every", type=int, default=50, metavar="N", help="steps between validations; there is one at the end too (default: 50)")
@@ -222,7 +225,7 @@ def make_mesh(args: argparse.Namespace):
     kind = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    meet("nccl" if kind == "cuda" else "gloo", timedelta(minutes=10))
+    meet("nccl" if kind == "cuda" else "gloo", timedelta(seconds=args.timeout or (600 if args.compile else 90)))
     return init_device_mesh(kind, shape.sizes, mesh_dim_names=shape.names), given
 
 
@@ -271,11 +274,32 @@ def check_first_step(model, loss: torch.Tensor, gradients: dict[str, torch.Tenso
     return all(difference <= TOLERANCE[precision] for *_, difference in rows)
 
 
+# ---- stopping ------------------------------------------------------------------------------------------------------
+
+
+class Stop:
+    """SIGTERM, as a scheduler sends it before it takes the machine: noted when it comes, acted on between two steps, by all ranks together."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_) -> None:
+        self.asked = True
+
+    def agreed(self, device: str) -> bool:
+        """Whether any rank was asked to stop. One number over all ranks."""
+        asked = torch.tensor(int(self.asked), device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
 def main(args: argparse.Namespace) -> None:
     # Step 1: mesh, data, model.
+    stop = Stop()
     mesh, roles = make_mesh(args)
     rank, device = dist.get_rank(), mesh.device_type
     # clip_grad_norm_ sums one number over each mesh axis in turn; DTensor would say on every rank that it could be one sum.
@@ -412,6 +436,15 @@ def main(args: argparse.Namespace) -> None:
             shown["validation"] = f"{validations[-1][1]:.3f}"
         bar.set_postfix(shown, refresh=False)
         bar.update()
+        if stop.agreed(device) and step + 1 < args.steps:
+            bar.close()
+            if args.save_every and (step + 1) % args.save_every:
+                checkpoints.save(step + 1, stream, asynchronous=True)
+            checkpoints.wait()
+            kept = f"saved to {args.checkpoint_dir}: --resume auto goes on from there" if args.save_every else "nothing is saved without --save-every"
+            say(f"SIGTERM: stopped after step {step + 1} of {args.steps}; {kept}", flush=True)
+            dist.barrier()
+            return
     bar.close()
     checkpoints.wait()
 
@@ -425,7 +458,6 @@ def main(args: argparse.Namespace) -> None:
         print(f"validation loss {final:.3f} nats/byte; bigrams: entropy {entropy:.3f} (training text), cross-entropy {held_entropy:.3f} (held-out text)")
         print(f"wrote {args.out / 'log.jsonl'} and {args.out / 'loss.png'}")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def read_log(path: Path, step: int) -> list[dict]:
@@ -457,24 +489,5 @@ def plot(path: Path, losses: dict[int, float], validations: list[tuple[int, floa
     figure.savefig(path, dpi=150)
 
 
-def run(args: argparse.Namespace) -> None:
-    try:
-        main(args)
-    except (TedfxError, RuntimeError) as error:
-        lost = lost_rank(error)
-        if lost is not None:
-            # Every rank that notices says it: who lost whom is not the same on all. torchrun ends them, and with --max-restarts starts all again.
-            print(f"pretrain: rank {os.environ['RANK']}: {error if isinstance(error, TedfxError) else lost}", file=sys.stderr, flush=True)
-            os._exit(1)  # without waiting for what is under way with the rank that is gone
-        if not isinstance(error, TedfxError):
-            raise
-        # All ranks find the same mistake; one of them says it, before torchrun ends the others.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"pretrain: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run(parse_args())
+    tedfx.run(main, parse_args())

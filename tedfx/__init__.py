@@ -6,10 +6,11 @@ from tedfx.api import parallelize
 from tedfx.checkpoint import Checkpointer
 from tedfx.checkpoint_folder import CheckpointError
 from tedfx.compiler import default_passes
-from tedfx.errors import CaptureError, ConfigError, ContractError, TedfxError, TraceError, TypeCheckError
+from tedfx.errors import CallError, CaptureError, ConfigError, ContractError, TedfxError, TraceError, TypeCheckError
+from tedfx.script import run
 from tedfx.verify import verify
 
 __all__ = [
-    "CaptureError", "CheckpointError", "Checkpointer", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__",
-    "default_passes", "optim", "parallelize", "verify",
+    "CallError", "CaptureError", "CheckpointError", "Checkpointer", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__",
+    "default_passes", "optim", "parallelize", "run", "verify",
 ]

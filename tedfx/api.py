@@ -99,6 +99,9 @@ def parallelize(
         raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
     if not hasattr(mesh, "device_type"):
         raise ConfigError(f"parallelize runs on a torch.distributed DeviceMesh, not on {mesh!r}: init_device_mesh('cpu', {shape.sizes}, mesh_dim_names={shape.names})")
+    if mesh.get_coordinate() is None:
+        ranks = mesh.mesh.flatten().tolist()
+        raise ConfigError(f"this rank is not on the mesh, which has ranks {', '.join(map(str, ranks[:8]))}{', ..' * (len(ranks) > 8)}: call parallelize where mesh.get_coordinate() is not None")
     empty = [p.is_meta for p in model.parameters()]
     if any(empty) and not all(empty):
         here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))

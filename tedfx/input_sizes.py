@@ -101,8 +101,8 @@ def settle(call: Mapping[str, Any], names: Sequence[str], trace: Callable[[froze
     planned = plan_sizes(call)[0]
     equal = len({given for given, _ in planned.values()}) < len(planned)
     batch = planned["batch"][0] if "batch" in planned else None
-    sized = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x is not lead and x.dim() and x.shape[0] == batch]
-    rows = [i for i in sized if leaves[i].dim() == 1]
+    sized = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch]
+    rows = [i for i in sized if leaves[i].dim() == 1 and leaves[i] is not lead]
     open_ = rows + [i for i in sized if equal and leaves[i].dim() == 2 and leaves[i].shape[1] == batch]
     try:
         natural, failed = trace(frozenset()), None

@@ -547,6 +547,16 @@ def test_pretrain_restarts(tmp_path):
     assert (tmp_path / "killed" / "checkpoints" / "latest").read_text().split() == ["step-00000014", "step-00000010"]
 
 
+def test_pretrain_stops_on_sigterm(tmp_path):
+    """One rank is told to stop in step 3: all stop after it, with a checkpoint, one line and exit code 0."""
+    options = (*TINY, "--steps", "50", "--out", str(tmp_path), "--no-check", "--save-every", "20")
+    result = torchrun("-m", "tests.module.killed_pretrain", *options, ranks_count=2, KILL_AT="3", KILL_WITH="SIGTERM")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    line = f"SIGTERM: stopped after step 3 of 50; saved to {tmp_path / 'checkpoints'}: --resume auto goes on from there"
+    assert result.stdout.splitlines().count(line) == 1, result.stdout
+    assert (tmp_path / "checkpoints" / "latest").read_text().split() == ["step-00000003"]
+
+
 def test_pieces_are_those_of_the_state_dict(ranks):
     ranks(4).run(pieces_tile)
 
