@@ -11,13 +11,17 @@ from torch import nn
 from tedfx._torch import pytree
 from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
+from tedfx.changes import Changes, fits
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
+from tedfx.hooks import refuse_hooks
 from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
+from tedfx.other_optimizer import remember
 from tedfx.passes.base import Pass
 from tedfx.precision import cast_parameters, parameter_dtypes
+from tedfx.prepared import refuse_prepared
 from tedfx.roles import MeshShape, Roles
 from tedfx.signature import Signature, bind, flatten
 from tedfx.trace import Trace, infer_inputs, trace
@@ -80,6 +84,8 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"parallelize takes a module, not {model!r}" + (": make an instance of it first" if isinstance(model, type) else ""))
+    refuse_prepared(model)
+    refuse_hooks(model)
     if isinstance(outputs, str):
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
@@ -130,10 +136,12 @@ def parallelize(
         precision=precision,
     )
     builder.attach(pm, layouts)
-    pm.training = model.training
+    for module in pm.modules():
+        module.training = model.training
     pm.roles = resolved
     flat = flatten(call)
     pm._program(Signature.of(flat, model.training, True, around), flat)  # so that there is a graph to look at before the first call
+    remember(pm, model)
     return pm
 
 
@@ -157,42 +165,49 @@ class _Builder:
         self.passes, self.outputs, self.traces = passes, outputs, traces
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
         self.done: dict = {}
+        self.changes = Changes(model)
         self.number_inputs = frozenset(n for f in default_frontends() if f.applies(model) for n in getattr(f, "number_inputs", ()))
         self.module: ParallelModule | None = None
         self.layouts: dict = {}
 
     def attach(self, module: ParallelModule, layouts) -> None:
+        module._changes = self.changes
         self.module, self.layouts = module, {layout.name: layout for layout in layouts}
 
-    def compile(self, call: Mapping[str, Any], training: bool, around: Autocast | None = None) -> Compilation:
-        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around)
+    def compile(self, call: Mapping[str, Any], training: bool, around: Autocast | None = None, attributes: tuple = ()) -> Compilation:
+        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around, attributes)
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
                 mine = (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes)
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes) == mine and _fits(ready.trace, call, training, self.dtypes, around):
+                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes) == mine and _fits(ready.trace, call, training, self.dtypes, around) and self._as_it_is(ready.trace) and not ready.trained & self.frozen and ready.untrained <= self.frozen:
+                    self.changes.watch(ready.trace.observed, training == self.model.training)
                     self.done[key] = ready
                     return ready
-            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training, self.dtypes, around)), None)
+            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training, self.dtypes, around) and self._as_it_is(t) and not t.frozen ^ (self.frozen & set(t.parameters.values()))), None)
             if traced is None:
-                was = self.model.training
+                was, flags = self.model.training, [(m, m.training) for m in self.model.modules()]
                 try:
                     if was != training:
                         self.model.train(training)
                     with cast_parameters(self.model, self.dtypes, values=False), region(around, self.device.type):
                         traced = trace(self.model, kwargs=_roomy(call), device=self.device)
                 finally:
-                    if was != training:
-                        self.model.train(was)
+                    for module, flag in flags:
+                        module.training = flag
+            self.changes.watch(traced.observed, training == self.model.training)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
             compilation = Compilation(traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, bucket_bytes=self.bucket_bytes, model=self.model, dtypes=self.dtypes)
             with region(None, self.device.type):
                 self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
+    def _as_it_is(self, traced: Trace) -> bool:
+        return fits(self.model, traced.observed, traced.training == self.model.training)
+
     def program(self, signature, flat: dict, training: bool) -> Program:
         """What `ParallelModule` asks for at the first call of a signature."""
-        compilation = self.compile(_unflatten(flat), training, signature.autocast)
+        compilation = self.compile(_unflatten(flat), training, signature.autocast, signature.attributes)
         trace_, graph = compilation.trace, compilation.graph_module.graph
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         stacked = getattr(trace_, "stacked", {})

@@ -148,6 +148,7 @@ class Compilation:
     def __post_init__(self):
         """Work on a copy: one trace serves any number of meshes."""
         source = self.trace.graph_module
+        self.trained, self.untrained = ({name for p, name in self.trace.parameters.items() if (p in self.trainable) is which} for which in (True, False))
         graph = fx.Graph()
         result = graph.graph_copy(source.graph, {})
         old = next(iter(source.graph.find_nodes(op="output")))

@@ -22,12 +22,14 @@ from torch import Tensor, fx, nn
 from tedfx._torch import inductor_options, pytree
 from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
+from tedfx.changes import Changes
 from tedfx.checks import CallCheck, Meeting
 from tedfx.emission import emit
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.gathers import Gathered, Store
 from tedfx.gradients import GradientBoundary
 from tedfx.layered import interleave
+from tedfx.mirror import Guard, Mirror
 from tedfx.ops.context import RankContext, use
 from tedfx.parameters import ParameterLayout, Placed, materialize
 from tedfx.program import Program
@@ -48,7 +50,7 @@ class _Ready:
     order: list[str]
 
 
-class ParallelModule(WeightAccess, StateAccess, nn.Module):
+class ParallelModule(WeightAccess, StateAccess, Mirror):
     """One rank's module. Made by `tedfx.parallelize`; collective over the job to construct.
 
     layouts: one per parameter (or stack of them), the same on every rank.
@@ -140,6 +142,9 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         self._check = CallCheck(meeting, self._batch_axes)
         self._ready: dict[tuple[Signature, int], _Ready] = {}  # by call and number of micro-batches
         self._last: Signature | None = None
+        self._changes: Changes | None = None
+        self._guard = Guard(self, {layout.name: layout.requires_grad for layout in layouts})
+        self._sealed = True
 
     # ---- a call --------------------------------------------------------------------------------------------------
 
@@ -168,12 +173,14 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
 
     def _call(self, flats: list[dict[Path, Any]]) -> list[Any]:
         """The outputs of one call, or of several layer by layer."""
+        self._guard.check()
         signature = self._signature(flats[0])
         with region(None, self._device.type):  # the casts of the region around the call are in the graph
             return self._ran(signature, flats)
 
     def _signature(self, flat: dict[Path, Any]) -> Signature:
-        return Signature.of(flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type))
+        attributes = self._changes.now(self.training) if self._changes is not None else ()
+        return Signature.of(flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type), attributes)
 
     def _ran(self, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
         grad, count = signature.grad, len(flats)
@@ -255,6 +262,20 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
             self._ready[signature, count] = _Ready(program, runner, program.gathers(), program.use_order())
         self._last = signature
         return self._ready[signature, count]
+
+    def _twin(self) -> nn.Module | None:
+        return self._origin[0] if self.__dict__.get("_sealed") else None
+
+    def _reads(self, name: str) -> bool:
+        return self._asks(("", name))
+
+    def _asks(self, place: tuple[str, ...]) -> bool:
+        return self._changes is not None and self._changes.asks(place)
+
+    @property
+    def trained(self) -> bool:
+        """Whether a forward with gradients ran."""
+        return self._boundary.used
 
     def _seed(self, ahead: int = 0) -> int:
         base, step = self._rng_state
