@@ -13,6 +13,7 @@ from torch import fx, nn
 from tedfx._torch import pytree
 from tedfx.autocast import region
 from tedfx.errors import CaptureError
+from tedfx.observed import kept
 from tedfx.trace import Trace
 
 __all__ = ["check_capture", "check_program"]
@@ -106,7 +107,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[Any]:
             b.copy_(saved[name])
 
     try:
-        yield put_back
+        with kept(model):  # also the buffers themselves, where forward assigns others
+            yield put_back
     finally:
         put_back()
 
