@@ -42,10 +42,11 @@ class Changes:
         self._base: dict[Place, Any] = {}
         self._values: dict[Place, list] = {}  # every value that a place had, in order: what has no text of its own is known by its number
         self._identities: list[tuple[dict, str, Any]] = []
-        self._tensors: list[tuple[torch.Tensor, int]] = []
+        self._tensors: list[tuple[str, torch.Tensor, int]] = []
         self._contents: list[tuple[Callable[[], Any], Any]] = []
         self._differ: dict[Place, tuple[Any, str]] = {}
         self._warned = False
+        self._broken = ""  # why no trace can follow any more
 
     def watch(self, observed: Mapping[Place, Any], own_mode: bool = True) -> None:
         """From now on these too, with the values of the trace. `own_mode`: it was traced in the model's own training mode, so flags of submodules count."""
@@ -56,6 +57,8 @@ class Changes:
 
     def now(self, training: bool) -> tuple[tuple[str, str], ...]:
         """(name, value) of what differs from the first trace that read it. ConfigError where a trace cannot follow."""
+        if self._broken:
+            raise ConfigError(self._broken)
         if self._moved():
             before = dict(self._differ)
             self._resolve()
@@ -75,7 +78,7 @@ class Changes:
     def _announce(self, place: Place, value: Any, text: str) -> None:
         base, name = self._base[place], name_of(place)
         if isinstance(base, tuple) and base[:1] == ("tensor",) or isinstance(value, tuple) and value[:1] == ("tensor",):
-            raise ConfigError(f"{name} of the model, a tensor that is neither parameter nor buffer, changed after parallelize | attribute {name} | register it as a buffer, and write to pm's")
+            self._refuse(_constant(name))
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -84,13 +87,17 @@ class Changes:
                 stacklevel=6,
             )
 
+    def _refuse(self, line: str) -> None:
+        self._broken = line
+        raise ConfigError(line)
+
     def _moved(self) -> bool:
         for table, name, value in self._identities:
             if table.get(name, MISSING) is not value:
                 return True
-        for tensor, version in self._tensors:
+        for name, tensor, version in self._tensors:
             if _torch.version_of(tensor) != version:
-                return True
+                self._refuse(_constant(name))
         return any(not equal(freeze(get()), value) for get, value in self._contents)
 
     def _resolve(self) -> None:
@@ -115,7 +122,7 @@ class Changes:
                 value = self._follow(owner, place[-1], identities)
             frozen = freeze(value)
             if isinstance(value, torch.Tensor) and not value.is_inference():
-                self._tensors.append((value, _torch.version_of(value)))
+                self._tensors.append((name_of(place), value, _torch.version_of(value)))
             if not equal(frozen, base):
                 self._differ[place] = (frozen, self._text(place, frozen))
         self._identities = list(identities.values())
@@ -143,7 +150,7 @@ class Changes:
         for table, name, value in self._identities:
             before = had.get((id(table), name))
             if isinstance(before, nn.Module) and before is not value:
-                raise ConfigError(f"submodule {name} of the model was replaced after parallelize | {name} ({type(value).__name__}) | parallelize the model again")
+                self._refuse(f"submodule {name} of the model was replaced after parallelize | {name} ({type(value).__name__}) | parallelize the model again")
 
     def _text(self, place: Place, frozen: Any) -> str:
         if is_scalar(frozen):
@@ -153,6 +160,10 @@ class Changes:
         if number == len(seen):
             seen.append(frozen)
         return f"value {number + 1}"
+
+
+def _constant(name: str) -> str:
+    return f"{name} of the model, a tensor that is neither parameter nor buffer, changed after parallelize | attribute {name} | register it as a buffer, and write to pm's"
 
 
 __all__ = ["Changes", "fits", "name_of"]

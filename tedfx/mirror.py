@@ -37,7 +37,10 @@ class Mirror(nn.Module):
             old = self._buffers[name]
             if not isinstance(value, torch.Tensor) or (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):
                 raise TedfxError(f"{name} = {type(value).__name__}: a buffer of a ParallelModule keeps its shape, dtype and device | buffer {name} | assign a tensor like it")
-        elif name not in self.__dict__ and not hasattr(type(self), name) and (name in vars(twin) or _is_class_data(twin, name) or self._reads(name)):
+            with torch.no_grad():
+                old.copy_(value)
+            return
+        if name not in self.__dict__ and not hasattr(type(self), name) and (name in vars(twin) or _is_class_data(twin, name) or self._reads(name)):
             setattr(twin, name, value)
             return
         super().__setattr__(name, value)
