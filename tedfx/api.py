@@ -11,16 +11,20 @@ from torch import nn
 from tedfx._torch import pytree
 from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
+from tedfx.changes import Changes, fits
 from tedfx.checks import told
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
-from tedfx.derived import fits
+from tedfx.derived import whole_pieces
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
+from tedfx.hooks import refuse_hooks
 from tedfx.input_sizes import with_room
 from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
+from tedfx.other_optimizer import remember
 from tedfx.passes.base import Pass
 from tedfx.precision import cast_parameters, parameter_dtypes
+from tedfx.prepared import refuse_prepared
 from tedfx.roles import MeshShape, Roles
 from tedfx.signature import Signature, bind, flatten
 from tedfx.trace import Trace, infer_inputs, trace
@@ -87,6 +91,8 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"parallelize takes a module, not {model!r}" + (": make an instance of it first" if isinstance(model, type) else ""))
+    refuse_prepared(model)
+    refuse_hooks(model)
     if isinstance(outputs, str):
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
@@ -140,10 +146,12 @@ def parallelize(
         precision=precision,
     )
     builder.attach(pm, layouts)
-    pm.training = model.training
+    for module in pm.modules():
+        module.training = model.training
     pm.roles = resolved
     flat = flatten(call)
     pm._program(Signature.of(flat, model.training, True, around), flat)  # so that there is a graph to look at before the first call
+    remember(pm, model)
     return pm
 
 
@@ -169,33 +177,36 @@ class _Builder:
         self.passes, self.outputs, self.traces = passes, outputs, traces
         self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
         self.done: dict = {}
+        self.changes = Changes(model)
         self.number_inputs = frozenset(n for f in default_frontends() if f.applies(model) for n in getattr(f, "number_inputs", ()))
         self.module: ParallelModule | None = None
         self.layouts: dict = {}
 
     def attach(self, module: ParallelModule, layouts) -> None:
+        module._changes = self.changes
         self.module, self.layouts = module, {layout.name: layout for layout in layouts}
 
-    def compile(self, call: Mapping[str, Any], training: bool, around: Autocast | None = None) -> Compilation:
-        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around)
+    def compile(self, call: Mapping[str, Any], training: bool, around: Autocast | None = None, attributes: tuple = ()) -> Compilation:
+        key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around, attributes)
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                mine = (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes, self.gradient_dtype)
-                if isinstance(ready, Compilation) and (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes, ready.gradient_dtype) == mine and _fits(ready.trace, call, training, self.dtypes, around):
+                if self._same(ready, outputs) and self._holds(ready.trace, call, training, around):
+                    self.changes.watch(ready.trace.observed, training == self.model.training)
                     self.done[key] = ready
                     return ready
-            traced = next((t for t in self.traces if isinstance(t, Trace) and _fits(t, call, training, self.dtypes, around)), None)
+            traced = next((t for t in self.traces if isinstance(t, Trace) and self._holds(t, call, training, around) and self._freezes_alike(t)), None)
             if traced is None:
-                was = self.model.training
+                was, flags = self.model.training, [(m, m.training) for m in self.model.modules()]
                 try:
                     if was != training:
                         self.model.train(training)
                     with cast_parameters(self.model, self.dtypes, values=False), region(around, self.device.type):
                         traced = with_room(call, lambda roomy: trace(self.model, kwargs=roomy, device=self.device))
                 finally:
-                    if was != training:
-                        self.model.train(was)
+                    for module, flag in flags:
+                        module.training = flag
+            self.changes.watch(traced.observed, training == self.model.training)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
             compilation = Compilation(
                 traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, bucket_bytes=self.bucket_bytes,
@@ -205,9 +216,25 @@ class _Builder:
                 self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
+    def _same(self, ready: Trace | Compilation, outputs: tuple[str, ...] | None) -> bool:
+        """Whether a compilation made before is for these roles, passes and options, and trains what this model trains."""
+        if not isinstance(ready, Compilation):
+            return False
+        mine = (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes, self.gradient_dtype)
+        its = (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes, ready.gradient_dtype)
+        return its == mine and not ready.trained & self.frozen and ready.untrained <= self.frozen
+
+    def _holds(self, traced: Trace, call, training: bool, around: Autocast | None) -> bool:
+        """Whether a trace is of such a call, and of the model as it is now."""
+        as_it_is = fits(self.model, traced.observed, traced.training == self.model.training)
+        return _fits(traced, call, training, self.dtypes, around) and as_it_is
+
+    def _freezes_alike(self, traced: Trace) -> bool:
+        return traced.frozen == self.frozen & set(traced.parameters.values())
+
     def program(self, signature, flat: dict, training: bool) -> Program:
         """What `ParallelModule` asks for at the first call of a signature."""
-        compilation = self.compile(_unflatten(flat), training, signature.autocast)
+        compilation = self.compile(_unflatten(flat), training, signature.autocast, signature.attributes)
         trace_, graph = compilation.trace, compilation.graph_module.graph
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         stacked = getattr(trace_, "stacked", {})
@@ -234,7 +261,7 @@ class _Builder:
             groups=_groups(compilation, self.roles.mesh),
             history=compilation.history,
             compilation=compilation,
-            fits=fits(compilation),
+            fits=whole_pieces(compilation),
         )
 
 

@@ -14,6 +14,7 @@ from tedfx._torch import pytree
 from tedfx.autocast import region
 from tedfx.check_inputs import attempts, random_inputs
 from tedfx.errors import CaptureError
+from tedfx.observed import kept
 from tedfx.trace import Trace
 
 __all__ = ["check_capture", "draws", "on_device"]
@@ -91,7 +92,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[Any]:
             b.copy_(saved[name])
 
     try:
-        yield put_back
+        with kept(model):  # also the buffers themselves, where forward assigns others
+            yield put_back
     finally:
         put_back()
 

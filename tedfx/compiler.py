@@ -159,6 +159,7 @@ class Compilation:
         """Work on a copy: one trace serves any number of meshes."""
         self.call = CallRules(self.trace, self.roles.mesh.size(self.roles.batch))
         source = self.trace.graph_module
+        self.trained, self.untrained = ({name for p, name in self.trace.parameters.items() if (p in self.trainable) is which} for which in (True, False))
         graph = fx.Graph()
         result = graph.graph_copy(source.graph, {})
         old = next(iter(source.graph.find_nodes(op="output")))

@@ -68,7 +68,7 @@ class Fit:
             )
 
 
-def fits(compilation) -> list[Fit]:
+def whole_pieces(compilation) -> list[Fit]:
     """What a call of a rank has to fit besides its trace's bounds: nothing for a model that takes any size."""
     found, inputs = [], compilation.trace.inputs
     for node in compilation.graph_module.graph.find_nodes(op="placeholder"):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from tedfx._torch import with_values
-from tedfx.errors import is_machinery
+from tedfx.errors import is_installed, is_machinery
 
 
 def _generators(model: nn.Module) -> list[tuple[str, Callable[[], Any], Callable[[Any], None]]]:
@@ -66,6 +66,8 @@ class Draws:
     def __init__(self, model: nn.Module):
         self._generators = _generators(model)
         self._states = [get() for _, get, _ in self._generators]
+        self._files = {getattr(sys.modules.get(type(m).__module__), "__file__", None) for m in model.modules()}
+        self._files = {file for file in self._files if file is not None and not is_machinery(file)}
 
     def moved(self) -> str | None:
         """What has drawn since."""
@@ -79,28 +81,28 @@ class Draws:
     def line(self, call: Callable[[], Any]) -> str:
         """The line of the model from which `call` draws first; it is run again for that."""
         found: list[str] = []
+        last = ["an unknown line"]
 
-        def watch(frame, event, argument):
-            if event not in ("return", "c_return") or found:
-                return
-            above = frame if event == "c_return" else frame.f_back
-            if above is None or is_machinery(above.f_code.co_filename) or above.f_globals.get("__name__") in ("random", "numpy"):
-                return
-            sys.setprofile(None)
-            try:
-                if self.moved():
-                    found.append(f"{above.f_code.co_filename}:{above.f_lineno}")
-            finally:
-                if not found:
-                    sys.setprofile(watch)
+        def step(frame, event, argument):
+            if not found and self.moved():
+                found.append(last[0])
+            if event == "line":
+                last[0] = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            return None if found else step
 
-        sys.setprofile(watch)
+        def enter(frame, event, argument):
+            file = frame.f_code.co_filename
+            return None if found or not (file in self._files or not (is_machinery(file) or is_installed(file))) else step
+
+        before = sys.gettrace()
+        sys.settrace(enter)
         try:
             call()
         finally:
-            sys.setprofile(None)
+            sys.settrace(before)
+            last_line = found[0] if found else last[0]
             self.restore()
-        return found[0] if found else "an unknown line"
+        return last_line
 
 
 __all__ = ["Draws"]

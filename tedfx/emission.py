@@ -42,16 +42,16 @@ class Region(nn.Module):
 
 
 def emit(flat: fx.GraphModule, overwritten: Collection[str] = ()) -> fx.GraphModule:
-    """The graph that runs: nodes of equal `meta["region"]` in one `Region`. The graph itself where there is none.
+    """The graph that runs: nodes of equal `meta["region"]` in one `Region`. The graph itself where there is none and nothing is overwritten.
 
-    overwritten   placeholders whose tensors are written to before backward (mutated buffers): read from a copy, since recompute
-                  would read the new value.
+    overwritten   placeholders whose tensors are written to when the graph has run (mutated buffers): read from a copy, since recompute, backward, an output that
+                  is the old value and another buffer's new value (`self.before = self.bias`) would read the new one.
     """
     regions: dict[int, list[fx.Node]] = {}
     for node in flat.graph.nodes:
         if "region" in node.meta:
             regions.setdefault(node.meta["region"], []).append(node)
-    if not regions:
+    if not regions and not overwritten:
         return flat
     root, graph, new = nn.Module(), fx.Graph(), {}
     for unit in schedule(flat.graph):

@@ -84,6 +84,11 @@ class GradientBoundary:
         with torch.inference_mode(False), torch.no_grad():
             return [self._leaf(name) for name in names]
 
+    @property
+    def used(self) -> bool:
+        """Whether a forward with gradients has used parameters."""
+        return bool(self._active)
+
     def _leaf(self, name: str) -> Tensor:
         parameter = self.parameter(name)
         local = parameter.to_local()

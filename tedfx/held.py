@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import collections
 import enum
+import inspect
+import itertools
 import random
 import types
 from collections.abc import Callable, Iterator
@@ -21,10 +23,9 @@ import torch
 from torch import nn
 
 from tedfx import _torch
-from tedfx.named import Named, named_outside
+from tedfx.named import MISSING, Named, named_outside
 
 LIMIT = 300_000
-MISSING = type("MISSING", (), {"__repr__": lambda self: "nothing"})()
 SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, range)
 # Their contents are their own affair: nothing that a forward computes with.
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, torch.Generator, random.Random, enum.Enum, torch.optim.Optimizer)
@@ -123,13 +124,8 @@ class Snapshot:
         todo.extend((path + str(key), value) for key, value in self._cells[-1].saved.items())
 
     def _named(self, named: Named, todo) -> None:
-        def write(saved: dict) -> None:
-            if saved["value"] is not MISSING:
-                named.set(saved["value"])
-
-        read = lambda: {"value": named.get(MISSING)}  # noqa: E731
-        self._cells.append(_Cell(named.label, read(), read, write, lambda key: named.label))
-        todo.append((named.label, named.get(MISSING)))
+        self._cells.append(_Cell("", named.read(), named.read, named.write, str))
+        todo.extend(self._cells[-1].saved.items())
 
     def _visit(self, path: str, value: Any, todo) -> None:
         if is_scalar(value) or isinstance(value, (_OPAQUE, nn.Module)) or id(value) in self._seen:
@@ -162,8 +158,11 @@ class Snapshot:
         elif type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
             if value.nbytes <= 2**24:
                 cell = _Cell(path, value.copy(), lambda: value, lambda saved: value.__setitem__(..., saved), lambda key: path)
-        elif hasattr(value, "__next__") and type(value).__module__ == "itertools":
-            cell = _Cell(path, repr(value), lambda: repr(value), lambda saved: None, lambda key: path)
+        elif isinstance(value, itertools.count):
+            cell = _Cell(path, repr(value), lambda: repr(value), lambda saved, fresh=eval(repr(value), {"count": itertools.count}): self._replace(value, fresh), lambda key: path)
+        elif isinstance(value, types.GeneratorType):
+            at = lambda: repr((value.gi_frame and value.gi_frame.f_lasti, inspect.getgeneratorlocals(value)))  # noqa: E731
+            cell = _Cell(path, at(), at, lambda saved: None, lambda key: path)
         elif is_plain(value):
             table = vars(value)
 
@@ -206,9 +205,19 @@ class Snapshot:
                 differs = cell.saved.keys() != now.keys() or any(cell.saved[k] is not now[k] for k in now)
             elif isinstance(cell.saved, list):
                 differs = len(cell.saved) != len(now) or any(a is not b for a, b in zip(cell.saved, now))
+            elif isinstance(cell.saved, str):
+                differs = cell.saved != now
             else:
                 differs = isinstance(cell.saved, set) and cell.saved != now or hasattr(cell.saved, "nbytes") and not (cell.saved == now).all()
             if differs:
+                cell.write(cell.saved)
+
+
+    def _replace(self, old: Any, new: Any) -> None:
+        """Another object in the place of one that cannot go back."""
+        for cell in self._cells:
+            for key in [k for k, v in cell.saved.items() if v is old] if isinstance(cell.saved, dict) else []:
+                cell.saved[key] = new
                 cell.write(cell.saved)
 
 

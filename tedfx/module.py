@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from tedfx._torch import inductor_options, pytree
 from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
+from tedfx.changes import Changes
 from tedfx.checks import CallCheck, Meeting
 from tedfx.emission import emit
 from tedfx.errors import ConfigError, TedfxError
@@ -29,6 +30,7 @@ from tedfx.failures import noting
 from tedfx.gathers import Gathered, Store
 from tedfx.gradients import GradientBoundary
 from tedfx.layered import interleave
+from tedfx.mirror import Guard, Mirror
 from tedfx.ops.context import RankContext, use
 from tedfx.parameters import ParameterLayout, Placed, materialize
 from tedfx.program import Program
@@ -49,7 +51,7 @@ class _Ready:
     order: list[str]
 
 
-class ParallelModule(WeightAccess, StateAccess, nn.Module):
+class ParallelModule(WeightAccess, StateAccess, Mirror):
     """One rank's module. Made by `tedfx.parallelize`; collective over the job to construct.
 
     layouts: one per parameter (or stack of them), the same on every rank.
@@ -141,6 +143,9 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         self._check = CallCheck(meeting, self._batch_axes)
         self._ready: dict[tuple[Signature, int], _Ready] = {}  # by call and number of micro-batches
         self._last: Signature | None = None
+        self._changes: Changes | None = None
+        self._guard = Guard(self, {layout.name: layout.requires_grad for layout in layouts})
+        self._sealed = True
 
     # ---- a call --------------------------------------------------------------------------------------------------
 
@@ -164,6 +169,7 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         """The outputs of one call, or of several layer by layer. What a rank can refuse it refuses before the first collective, and the others raise its line."""
         with self._meeting.telling("forward") if self._check_inputs else contextlib.nullcontext():
             self.require_weights("forward")
+            self._guard.check()
             flats = [self._inputs(*call) for call in calls]
             kinds = [self._signature(flat) for flat in flats]
             for i, kind in enumerate(kinds):
@@ -203,7 +209,8 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
         return self._check(str(signature), tensors, ready is not None, shared, data)
 
     def _signature(self, flat: dict[Path, Any]) -> Signature:
-        return Signature.of(flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type))
+        attributes = self._changes.now(self.training) if self._changes is not None else ()
+        return Signature.of(flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type), attributes)
 
     def _ran(self, ready: _Ready, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
         grad, count, program = signature.grad, len(flats), ready.program
@@ -282,6 +289,20 @@ class ParallelModule(WeightAccess, StateAccess, nn.Module):
 
             self._ready[signature, count] = _Ready(program, runner, program.gathers(), program.use_order())
         return self._ready[signature, count]
+
+    def _twin(self) -> nn.Module | None:
+        return self._origin[0] if self.__dict__.get("_sealed") else None
+
+    def _reads(self, name: str) -> bool:
+        return self._asks(("", name))
+
+    def _asks(self, place: tuple[str, ...]) -> bool:
+        return self._changes is not None and self._changes.asks(place)
+
+    @property
+    def trained(self) -> bool:
+        """Whether a forward with gradients ran."""
+        return self._boundary.used
 
     def _seed(self, ahead: int = 0) -> int:
         base, step = self._rng_state

@@ -6,11 +6,14 @@ of Python and of an installed package other than the model's own file is not fol
 
 from __future__ import annotations
 
+import builtins
 import collections
+import dis
+import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +22,16 @@ from torch import nn
 from tedfx.errors import is_installed, is_machinery
 
 
+MISSING = type("MISSING", (), {"__repr__": lambda self: "nothing"})()
+
+
 @dataclass(frozen=True)
 class Named:
-    """One such thing. `get(default)` reads it now; `set(value)` writes it."""
+    """Such things that lie together. `read()` gives {what it is called: its value}, MISSING for what is not there; `write` sets them so; `get` is for one."""
 
-    label: str
-    get: Callable[[Any], Any]
-    set: Callable[[Any], None]
+    read: Callable[[], dict[str, Any]]
+    write: Callable[[dict[str, Any]], None]
+    get: Callable[[str], Any]
 
 
 def named_outside(model: nn.Module) -> list[Named]:
@@ -37,11 +43,20 @@ def named_outside(model: nn.Module) -> list[Named]:
     return list(walk.found.values())
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[tuple[str, str | None], ...]:
+    """(global name, attribute of it that is read or written next, or None) of a code object and those inside of it."""
+    found: dict[tuple[str, str | None], None] = {}
+    instructions = list(dis.get_instructions(code))
+    for this, after in zip(instructions, [*instructions[1:], None]):
+        if this.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"):
+            found[this.argval, None] = None
+            if after is not None and after.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):
+                found[this.argval, after.argval] = None
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            found.update(dict.fromkeys(_names(constant)))
+    return tuple(found)
 
 
 def _is_data(value: Any) -> bool:
@@ -83,8 +98,7 @@ class _Walk:
             for f in (value, function, getattr(value, "__func__", None), getattr(value, "fget", None)):
                 if isinstance(f, types.FunctionType):
                     self._functions.append(f)
-            if not name.startswith("__") and not name.startswith("_abc_") and _is_data(value):
-                self._add(("class", cls, name), Named(f"{cls.__qualname__}.{name}", lambda d, c=cls, n=name: vars(c).get(n, d), lambda v, c=cls, n=name: setattr(c, n, v)))
+        self.found.setdefault(("class", cls), _attributes_of(cls))
 
     def _function(self, function: types.FunctionType) -> None:
         if id(function.__code__) in self._seen and not function.__closure__:
@@ -100,35 +114,69 @@ class _Walk:
             if isinstance(value, types.FunctionType):
                 self._functions.append(value)
             elif name != "__class__" and _is_data(value):
-                self._add(("cell", id(cell)), Named(f"{name} of {function.__qualname__}", lambda d, c=cell: c.cell_contents, lambda v, c=cell: setattr(c, "cell_contents", v)))
-        names = inspect.getfullargspec(function).args if function.__defaults__ else []
-        for name, value in [*zip(names[len(names) - len(function.__defaults__ or ()) :], function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]:
+                label = f"{name} of {function.__qualname__}"
+                self._add(("cell", id(cell)), label, lambda c=cell: c.cell_contents, lambda v, c=cell: setattr(c, "cell_contents", v))
+        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+        defaults = function.__defaults__ or ()
+        for name, value in [*zip(arguments[len(arguments) - len(defaults) :], defaults), *(function.__kwdefaults__ or {}).items()]:
             if isinstance(value, (list, dict, set)):
-                self._add(("default", id(value)), Named(f"{name} of {function.__qualname__}", lambda d, v=value: v, lambda v: None))
-        for code in _codes(function.__code__):
-            modules = [function.__globals__]
-            for name in code.co_names:
-                value = function.__globals__.get(name)
-                file = getattr(value, "__file__", None) if isinstance(value, types.ModuleType) else None
-                if file is not None and self._own(file):
-                    modules.append(vars(value))
-            for table in modules:
-                for name in code.co_names:
-                    if name in table and not name.startswith("__"):
-                        self._global(table, name)
+                self._add(("default", id(value)), f"{name} of {function.__qualname__}", lambda v=value: v, lambda v: None)
+        for key in [k for k in vars(function) if k != "__wrapped__" and _is_data(vars(function)[k])]:
+            self._add(("function", id(function), key), f"{function.__qualname__}.{key}", lambda f=function, k=key: vars(f).get(k, MISSING), lambda v, f=function, k=key: setattr(f, k, v))
+        for name, attribute in _names(function.__code__):
+            if attribute is None:
+                self._global(function.__globals__, name)
+            elif isinstance(module := function.__globals__.get(name), types.ModuleType) and (file := getattr(module, "__file__", None)) and self._own(file):
+                self._global(vars(module), attribute)
 
     def _global(self, table: dict, name: str) -> None:
-        value = table[name]
+        value = table.get(name, MISSING)
+        if name.startswith("__") or (value is MISSING and hasattr(builtins, name)):
+            return
         if isinstance(value, types.FunctionType):
-            self._functions.append(inspect.unwrap(value))
+            self._functions.extend((value, inspect.unwrap(value)))
         elif isinstance(value, type):
             self._class(value)
         elif _is_data(value):
-            place = table.get("__name__", "")
-            self._add(("global", id(table), name), Named(f"{name} of {place}", lambda d: table.get(name, d), lambda v: table.__setitem__(name, v)))
 
-    def _add(self, key: tuple, named: Named) -> None:
-        self.found.setdefault(key, named)
+            def write(v: Any) -> None:
+                if v is MISSING:
+                    table.pop(name, None)
+                else:
+                    table[name] = v
+
+            self._add(("global", id(table), name), f"{name} of {table.get('__name__', '')}", lambda: table.get(name, MISSING), write)
+
+    def _add(self, key: tuple, label: str, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
+        self.found.setdefault(key, Named(lambda: {label: get()}, lambda saved: put(saved[label]), lambda _: get()))
 
 
-__all__ = ["Named", "named_outside"]
+def _attributes_of(cls: type) -> Named:
+    """The data among the attributes of a class. Export calls modules through stand-ins whose classes inherit from it: what is set on those counts as its own."""
+
+    def tables() -> list[type]:
+        return [cls, *(sub for sub in cls.__subclasses__() if len(sub.__bases__) == 2 and sub.__bases__[0].__module__.startswith("torch."))]
+
+    def read() -> dict[str, Any]:
+        return {
+            f"{cls.__qualname__}.{name}": value
+            for table in tables()
+            for name, value in list(vars(table).items())
+            if not name.startswith(("__", "_abc_")) and _is_data(value)
+        }
+
+    def write(saved: dict[str, Any]) -> None:
+        for name in list(read()):
+            key = name.rpartition(".")[2]
+            for table in tables():
+                if key in vars(table) and (table is not cls or name not in saved):
+                    delattr(table, key)
+        for name, value in saved.items():
+            key = name.rpartition(".")[2]
+            if vars(cls).get(key, MISSING) is not value:
+                setattr(cls, key, value)
+
+    return Named(read, write, lambda label: vars(cls).get(label.rpartition(".")[2], MISSING))
+
+
+__all__ = ["MISSING", "Named", "named_outside"]

@@ -98,7 +98,8 @@ class Reads:
 
 # ---- what they hold ------------------------------------------------------------------------------------------------
 
-Place = tuple[str, ...]  # the module's name, then attributes; or "", a label of `named_outside`
+CODE = "<code>"
+Place = tuple[str, ...]  # the module's name, then attributes; or CODE and a label of `named_outside`
 
 
 def observed(model: nn.Module, reads: Reads, steady: set[tuple[int, str]]) -> dict[Place, Any]:
@@ -116,17 +117,20 @@ def observed(model: nn.Module, reads: Reads, steady: set[tuple[int, str]]) -> di
         seen.add(table)
         attributes, owner = reads.owners[table]
         for name in by_owner[table]:
-            value = look(attributes, owner, name)
+            value = owner.training == model.training if name == "training" and isinstance(owner, nn.Module) else look(attributes, owner, name)
             if (table, name) in steady or value is _NOT_DATA:
                 continue
             found[*place, name] = freeze(value)
             if is_plain(value) and id(vars(value)) in by_owner:
                 todo.append(((*place, name), id(vars(value))))
     for named in named_outside(model):
-        value = named.get(MISSING)
-        if is_scalar(value) or isinstance(value, (list, tuple, dict, set)):
-            found["", named.label] = freeze(value)
+        found.update(((CODE, label), freeze(value)) for label, value in named.read().items() if is_data(value))
     return found
+
+
+def is_data(value: Any) -> bool:
+    """Whether something named outside of the modules is compared: what is read of objects there, nobody records."""
+    return is_scalar(value) or value is MISSING or isinstance(value, (list, tuple, dict, set))
 
 
 _NOT_DATA = type("NotData", (), {})()
@@ -136,7 +140,7 @@ def look(attributes: dict, owner: Any, name: str) -> Any:
     """The value of an attribute as far as it is one to compare; `_NOT_DATA` for parameters, buffers, methods and what torch keeps."""
     if name in attributes:
         if isinstance(owner, nn.Module) and name in _torch.MODULE_ATTRIBUTES:
-            return owner.training if name == "training" else tuple(attributes[name].values()) if name == "_modules" else _NOT_DATA
+            return tuple(attributes[name].values()) if name == "_modules" else _NOT_DATA
         return attributes[name]
     if isinstance(owner, nn.Module):
         if name in attributes["_modules"]:
@@ -148,10 +152,10 @@ def look(attributes: dict, owner: Any, name: str) -> Any:
             return _NOT_DATA if name in vars(cls) or hasattr(object, name) else MISSING
         if name in vars(cls):
             value = vars(cls)[name]
-            return value if is_scalar(value) or isinstance(value, (list, tuple, dict, set)) else _NOT_DATA
+            return value if is_data(value) else _NOT_DATA
     if not isinstance(owner, nn.Module) and type(owner).__getattribute__ is not object.__getattribute__:
         value = getattr(owner, name, MISSING)  # a name that the class translates, as configs of transformers do
-        return value if is_scalar(value) or isinstance(value, (list, tuple, dict, set)) else _NOT_DATA
+        return value if is_data(value) else _NOT_DATA
     return MISSING
 
 
@@ -204,4 +208,4 @@ def equal(a: Any, b: Any) -> bool:
     return a == b or (isinstance(a, float) and a != a and b != b)
 
 
-__all__ = ["MISSING", "Place", "Reads", "equal", "freeze", "look", "observed"]
+__all__ = ["CODE", "MISSING", "Place", "Reads", "equal", "freeze", "look", "observed"]

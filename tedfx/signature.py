@@ -28,14 +28,15 @@ class Signature:
     training: bool
     grad: bool
     autocast: Autocast | None = None
+    attributes: tuple[tuple[str, str], ...] = ()  # of the model, where they are not those of the first trace: `tedfx/changes.py`
 
     @classmethod
-    def of(cls, flat: Mapping[Path, Any], training: bool, grad: bool, autocast: Autocast | None = None) -> "Signature":
-        return cls(tuple((path, _describe(leaf)) for path, leaf in flat.items()), training, grad, autocast)
+    def of(cls, flat: Mapping[Path, Any], training: bool, grad: bool, autocast: Autocast | None = None, attributes: tuple = ()) -> "Signature":
+        return cls(tuple((path, _describe(leaf)) for path, leaf in flat.items()), training, grad, autocast, attributes)
 
     def __str__(self) -> str:
         words = [f"{show(path)}: {text}" for path, text in self.leaves]
-        return f"forward({', '.join(words)}) {'train' if self.training else 'eval'}{'' if self.grad else ' no_grad'}{f' {self.autocast}' if self.autocast else ''}"
+        return f"forward({', '.join(words)}) {'train' if self.training else 'eval'}{'' if self.grad else ' no_grad'}{f' {self.autocast}' if self.autocast else ''}{''.join(f' {name}={text}' for name, text in self.attributes)}"
 
 
 def bind(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str], var_keyword: bool = True) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from tedfx.checks import Meeting
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.mirror import Part
 from tedfx.parameters import Placed
 from tedfx.pieces import PiecedTensor
 
@@ -47,9 +48,9 @@ class StateAccess:
         """
         *path, last = name.split(".")
         module = self
-        for part in path:
+        for i, part in enumerate(path):
             if part not in module._modules:
-                setattr(module, part, nn.Module())
+                setattr(module, part, Part(self, ".".join(path[: i + 1])))
             module = module._modules[part]
         setattr(module, last, tensor)
 

@@ -112,6 +112,12 @@ class Trace:
     checked: weakref.WeakKeyDictionary = dataclasses.field(default_factory=weakref.WeakKeyDictionary, repr=False, compare=False)
 
     @property
+    def frozen(self) -> set[str]:
+        """Names of the parameters that took no gradient when this was traced, single ones."""
+        nodes = {n.name: n for n in self.graph_module.graph.find_nodes(op="placeholder")}
+        return {name for p, name in self.parameters.items() if p in nodes and not nodes[p].meta["val"].requires_grad}
+
+    @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
         return self.sizes
 
@@ -453,7 +459,8 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             constants[name] = exported.constants[spec.target]
         else:
-            raise TraceError(f"input {name} is a {spec.kind.name.lower()}: only tensors can enter the graph")
+            where = user_line(next(iter(node.users), node))
+            raise TraceError(f"input {name} is a {spec.kind.name.lower()} (a torch.Generator is one) | at {where} | only tensors can enter the graph: draw without a generator of your own")
     for spec in exported.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise TraceError(f"output {spec.arg.name} is a {spec.kind.name.lower()}, which tedfx does not expect")
