@@ -86,6 +86,19 @@ class History(nn.Module):
         return x * self.seen[-1]
 
 
+class Cached(nn.Linear):
+    """Keeps what it made of its weight in the first call: right until the weight is updated."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.doubled = None
+
+    def forward(self, x):
+        if self.doubled is None:
+            self.doubled = self.weight.detach() * 2
+        return super().forward(x) + x @ self.doubled
+
+
 class Reentrant(nn.Linear):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=True)
@@ -110,6 +123,7 @@ SILENT = {
     "buffer_assigned": (lambda: Net(Assigned()), "buffer inner.bias of step 1"),
     "step_counter": (lambda: Net(Anneal()), "loss of step 2"),
     "list_of_python": (lambda: Net(History()), "loss of step [12]"),
+    "cached_weight": (lambda: Net(Cached(8, 8)), "loss of step 2"),
     "checkpoint_reentrant": (lambda: Net(Reentrant(8, 8)), "gradient of last.(weight|bias) of step 1"),
     "parameter_hook": (parameter_hook, "gradient of last.weight of step 1"),
     "module_backward_hook": (module_hook, "gradient of first.(weight|bias) of step 1"),
