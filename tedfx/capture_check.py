@@ -13,6 +13,7 @@ from torch import fx, nn
 from tedfx._torch import pytree
 from tedfx.autocast import region
 from tedfx.check_inputs import attempts, random_inputs
+from tedfx.check_state import on_gpu
 from tedfx.errors import CaptureError
 from tedfx.observed import kept
 from tedfx.trace import Trace
@@ -52,7 +53,7 @@ def check_capture(
         model.get_submodule(name).register_forward_hook(lambda m, a, k, out, name=name: seen.__setitem__(name, (a, k, out)), with_kwargs=True)
         for name in captured.captured
     ]
-    with torch.no_grad(), torch.random.fork_rng(), _buffers_kept(model) as put_back:
+    with torch.no_grad(), torch.random.fork_rng(on_gpu(captured.device)), _buffers_kept(model) as put_back:
         try:
             with contextlib.ExitStack() as stack:
                 for frontend in frontends:
@@ -64,7 +65,12 @@ def check_capture(
                 hook.remove()
         put_back()
         with region(None, captured.device.type):
-            outputs = captured.graph_module(*captured.state(model), *captured.flatten(args, kwargs))
+            given = captured.flatten(args, kwargs)
+            try:
+                outputs = captured.graph_module(*captured.state(model), *given)
+            except Exception as error:
+                cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise CaptureError(f"the captured graph fails on an input that the model takes: {cause}") from error
         actual = list(outputs)[len(captured.mutated_buffers) :]
         pairs = [(a, e) for a, e in zip(actual, expected) if a is not None]  # None: an output that was not asked for
         coarse = _coarsest(captured)

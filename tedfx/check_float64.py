@@ -61,7 +61,7 @@ class Float64(TorchDispatchMode):
             return (args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)) if func is aten.native_dropout.default else args[0].clone()
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             return _mean(func, name, args, {key: value for key, value in kwargs.items() if key != "generator"})
-        if func is aten.view.dtype and (args[0].dtype, args[1]) != (wide(args[0].dtype), wide(args[1])):
+        if func is aten.view.dtype and args[0].dtype != args[1] and any(dtype.is_floating_point or dtype.is_complex for dtype in (args[0].dtype, args[1])):
             raise NoFloat64("it views a value's bits as another dtype")
         keep = {id(x) for x in written(func, args, kwargs)} if func._schema.is_mutable else ()
         moves = func in _MOVES or is_view(func)

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["untouched"]
+__all__ = ["on_gpu", "untouched"]
 
 _CLOSED = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+def on_gpu(device: torch.device) -> list[torch.device]:
+    """The devices whose generators a run on `device` may move, as `torch.random.fork_rng` takes them: it looks at all GPUs of the host, and says so, where it is told none."""
+    return [device] if device.type == "cuda" else []
 
 
 class _State:

@@ -23,7 +23,7 @@ from tedfx._torch import pytree
 from tedfx.autocast import region
 from tedfx.check_float64 import reading, wide
 from tedfx.check_inputs import random_inputs
-from tedfx.check_state import untouched
+from tedfx.check_state import on_gpu, untouched
 from tedfx.trace import Trace
 
 __all__ = ["Difference", "Found", "Tolerance", "difference", "two_steps"]
@@ -94,7 +94,7 @@ def two_steps(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(bool(names)))
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.random.fork_rng(on_gpu(captured.device)))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(untouched(model, cast, constant))
         if model.training != captured.training:

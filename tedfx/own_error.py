@@ -11,7 +11,7 @@ from torch import nn
 
 from tedfx._torch import FakeTensorMode, pytree
 from tedfx.autocast import Autocast, region
-from tedfx.check_state import untouched
+from tedfx.check_state import on_gpu, untouched
 from tedfx.errors import TraceError, user_line
 
 __all__ = ["own_error"]
@@ -33,7 +33,7 @@ def own_error(model: nn.Module, call: Mapping[str, Any], frontends: Sequence[Any
         if meta:
             device = torch.device("cpu")
             stack.enter_context(fakes(mode))
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.random.fork_rng(on_gpu(device)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(region(around, device.type))
         place = lambda x: (mode.from_tensor(x) if meta else x.detach().to(device, copy=True)) if isinstance(x, torch.Tensor) else x  # noqa: E731

@@ -183,3 +183,10 @@ def last_bit_on_one_rank(rank):
 def nothing(rank):
     """The control: a patch that changes nothing."""
     convert._SumGradient.backward = staticmethod(functools.partial(convert._SumGradient.backward))
+
+
+def rate_stays(rank):
+    """The scheduler has no effect: the learning rate stays that of the first step."""
+    from tedfx import verify_run
+
+    verify_run.rate_of_step = lambda step: 1.0
