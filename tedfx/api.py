@@ -17,7 +17,7 @@ from tedfx.frontends import default_frontends
 from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
 from tedfx.passes.base import Pass
-from tedfx.precision import cast_parameters, parameter_dtypes
+from tedfx.precision import cast_parameters, check_complex, parameter_dtypes
 from tedfx.roles import MeshShape, Roles
 from tedfx.signature import Signature, bind, flatten
 from tedfx.trace import Trace, infer_inputs, trace
@@ -97,6 +97,7 @@ def parallelize(
         here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
         raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
     dtypes = parameter_dtypes(model, precision)
+    check_complex(dtypes, zero or 0, gradient_dtype)
     builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes, dtypes)
     call = _example(model, example_inputs)
     around = Autocast.around(mesh.device_type)

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from tedfx._torch import pytree
 from tedfx.autocast import region
+from tedfx.dtypes import has_gradient, precision, widest
 from tedfx.errors import CaptureError
 from tedfx.trace import Trace
 
@@ -116,7 +117,7 @@ def _difference(actual: Any, expected: Any) -> float:
         return 0.0 if actual == expected else float("inf")
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
-    a, e = actual.double(), expected.double()
+    a, e = widest(actual), widest(expected)
     if torch.equal(a, e):
         return 0.0
     return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
@@ -128,7 +129,7 @@ def _coarsest(captured: Trace) -> float:
 
 
 def _tolerance(expected: Any) -> float:
-    return _TOLERANCE.get(expected.dtype, 1e-10) if isinstance(expected, torch.Tensor) else 1.0
+    return _TOLERANCE.get(precision(expected.dtype), 1e-10) if isinstance(expected, torch.Tensor) else 1.0
 
 
 def _random_inputs(model: nn.Module, captured: Trace) -> dict[str, Any]:
@@ -142,8 +143,8 @@ def _random_inputs(model: nn.Module, captured: Trace) -> dict[str, Any]:
             raise CaptureError(f"input {'.'.join(map(str, path))} is nested: pass example inputs to check the capture with")
         fake = placeholders[name].meta["val"]
         shape = [int(s.node.expr.subs(small)) if isinstance(s, torch.SymInt) else s for s in fake.shape]
-        if fake.is_floating_point():
-            value = torch.randn(shape, generator=generator).to(fake.dtype)
+        if has_gradient(fake.dtype):
+            value = torch.randn(shape, generator=generator, dtype=torch.complex64 if fake.is_complex() else None).to(fake.dtype)
         else:
             value = torch.randint(0, vocabulary, shape, generator=generator).to(fake.dtype)
         call[path[0]] = value.to(captured.device)
