@@ -121,6 +121,7 @@ class Compilation:
     example        one rank's size per symbol, where an example was given; `hints` stand for the others
     zero           ZeRO's stage: where gradients are summed to
     bucket_bytes   gradients that are summed together
+    row_numbers    factor of routed rows -> their numbers, where something draws for each row (`passes/row_numbers.py`)
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     dtypes         the dtype of each of its parameters as traced; empty: the model's own
     """
@@ -134,6 +135,7 @@ class Compilation:
     sequence_factor: Factor | None = None
     shardable: list[Factor] = field(default_factory=list)
     uses_seed: bool = False
+    row_numbers: dict = field(default_factory=dict, repr=False)
     size_sources: dict = field(default_factory=dict)
     history: list = field(default_factory=list)
     outputs: tuple[str, ...] | None = None
