@@ -386,12 +386,22 @@ def _drop_noops(graph: fx.Graph) -> int:
     return dropped
 
 
+def _looked_into(node: fx.Node) -> fx.Node:
+    """The value whose memory this one is in."""
+    while node.op == "call_function" and (source := next((n for n in node.all_input_nodes if _storage(n) == _storage(node) is not None), None)):
+        node = source
+    return node
+
+
 def _does_nothing(node: fx.Node) -> bool:
     name = getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
     old, new = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return False
     if name in _COPIES:
+        copies = name != "lift_fresh_copy" and _storage(node) != _storage(node.args[0])
+        if copies and _looked_into(node.args[0]).op == "placeholder":
+            return False  # who has the original may write to it before backward: the caller, an optimizer
         same = old.dtype == new.dtype and old.device == new.device and old.layout == new.layout
         return same and _same_sizes(old.shape, new.shape) and _same_sizes(old.stride(), new.stride())
     if name == "slice":

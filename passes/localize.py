@@ -12,7 +12,7 @@ from torch import fx
 from tedfx import ops
 from tedfx.errors import TraceError, user_line
 from tedfx.factors import as_size, leaves
-from tedfx.ops.random import RAGGED, SHARE
+from tedfx.ops.random import NUMBERED, SHARE
 from tedfx.plan import roots
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
@@ -233,7 +233,7 @@ class _Localizer:
         if not argument(node, 2, "train") or p == 0:
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
-        factors = [tuple(part for f in leaves(dim) for part in self.place(x, d, f, node.meta["type"])) for d, dim in enumerate(node.meta["dims"])]
+        factors = [self.parts(node, d, node.meta["type"]) for d in range(len(node.meta["dims"]))]
         if self.seed is None:
             placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
             with self.graph.inserting_after(placeholders[-1]):
@@ -242,12 +242,19 @@ class _Localizer:
         node.target, node.kwargs, node.args = ops.dropout, {}, (x, p, self.seed, self.sites, tuple(factors))
         self.sites += 1
 
-    def place(self, x: fx.Node, d: int, factor, type_) -> list[tuple]:
+    def parts(self, node: fx.Node, d: int, type_) -> tuple[tuple, ...]:
+        return tuple(part for f in leaves(node.meta["dims"][d]) for part in self.place(node, f, type_))
+
+    def place(self, x: fx.Node, factor, type_) -> list[tuple]:
         """Where this rank's part of a factor lies in the whole, as `tedfx/ops/random.py` wants it."""
         axes, size = sharding_axes(type_, factor), self.sizes.factor(factor, type_)
-        if factor.ragged:  # the number of rows is data: asked of the tensor
-            with self.graph.inserting_after(x):
-                return [(self.graph.call_function(aten.sym_size.int, (x, d)), axes, RAGGED)]
+        if factor.root() in self.program.row_numbers:
+            numbers, origin, tokens, top_k = self.program.row_numbers[factor.root()]
+            if not origin.args[2]:
+                origin.args = (*origin.args[:2], self.parts(tokens, 0, tokens.meta["type"]))
+            return [(numbers, origin.args[2], top_k, NUMBERED)]
+        if factor.ragged:
+            raise TraceError(f"dropout of rows whose number is data has no counter-based form | at {user_line(x)} | drop out the values that the rows are made of")
         if isinstance(size, Share):  # a piece of what the inputs' own split left
             outer = tuple(a for a in axes if a not in size.axes)
             return [(1, outer)] * bool(outer) + [(self.sizes.node(size), size.axes, self.sizes.node(size.args[0]), SHARE)]

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.lower_slots import SlotLayer, in_slots
+from tedfx.passes.row_numbers import RowNumbers
 from torch import fx
 
 from tedfx import ops
@@ -48,6 +49,8 @@ class LowerExperts(Pass):
     off: how many rows are left is known on the host anyway. Where neither is the case it stays, and the ops that tell experts apart pass it over: elementwise work on
     zeros costs less than a host copy.
 
+    Where a dropout draws for each row, the rows' numbers travel beside them (`passes/row_numbers.py`).
+
     Where a capacity counts among the tokens of one rank, rows stand in slots and none of this is needed: `passes/lower_slots.py`.
 
     The expert body between dispatch and combine is not touched: its weights are already split by their types.
@@ -77,7 +80,8 @@ class LowerExperts(Pass):
                 layers[node.args[1]].combine(node)
             elif kind == "combine":
                 self._combine(graph, node, layers[node.args[1]])
-        graph.eliminate_dead_code()
+        numbers = {made[0] for made in program.row_numbers.values()}  # `passes/localize.py` gives them to the dropouts
+        graph.eliminate_dead_code(lambda node: node in numbers or node.is_impure())
         return result
 
     def _dispatch(self, program, graph: fx.Graph, node: fx.Node) -> _Layer:
@@ -124,6 +128,12 @@ class LowerExperts(Pass):
                 if any(tail):
                     layer.order = order = make(ops.cut_tail, order, layer.send, dims=order_dims, type_=order_type)
                     rows = permuted()
+            numbers = RowNumbers.of(program, node, order, make)
+            moved = numbers.move if numbers is not None else lambda *args, type_: None
+            if travel:
+                if stripes:
+                    moved(ops.shard, stripes, 0, 1, "I", type_=lane_type)
+                moved(ops.all_to_all_single, layer.recv, layer.send, split, type_=lane_type)
                 rows = make(ops.all_to_all_single, rows, layer.recv, layer.send, split, dims=rows_dims, type_=lane_type)
                 if lanes:
                     layer.totals = items[2]
@@ -131,11 +141,16 @@ class LowerExperts(Pass):
                     rows = make(ops.gather_lanes, rows, lanes, layer.totals, arrived, dims=rows_dims, type_=rows_type)
                     layer.index = make(ops.lane_index, received, layer.totals)
                     rows = make(ops.pick_rows, rows, layer.index, dims=rows_dims, type_=rows_type)
+                    moved(ops.gather_lanes, lanes, layer.totals, "I", type_=rows_type)
+                    moved(ops.pick_rows, layer.index, type_=rows_type)
                 else:
                     layer.index = make(ops.expert_major, received, layer.recv)
                     rows = make(ops.index_rows, rows, layer.index, dims=rows_dims, type_=rows_type)
+                    moved(ops.index_rows, layer.index, type_=rows_type)
             elif stay:
                 counts = make(ops.local_counts, counts, stay, dims=counts_dims, type_=counts_type)
+            if numbers is not None:
+                numbers.arrive()
             for new in (rows, counts, order):
                 new.meta.setdefault("val", None)
         if any(tail) and split:

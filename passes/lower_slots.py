@@ -9,6 +9,7 @@ from torch import fx
 from tedfx import ops
 from tedfx._torch import FloorDiv
 from tedfx.factors import as_size, leaves
+from tedfx.passes.row_numbers import RowNumbers
 from tedfx.sizes import Sizes
 from tedfx.slots import rows_per_expert
 from tedfx.types import Shard
@@ -43,10 +44,16 @@ class SlotLayer:
         with self.graph.inserting_before(node):
             self.order = self._make(ops.route_slots, ids, num_experts, sizes.node(slots), owned, lanes, dims=order_dims, type_=order_type, differentiable=False)
             rows = self._make(ops.fill_slots, x, self.order, ids.meta["val"].shape[1], dims=rows_dims, type_=self.lane_type)
+            numbers = RowNumbers.of(program, node, self.order, self._make)
+            moved = numbers.move if numbers is not None else lambda *args, type_: None
             if self.travel:
                 rows = self._make(ops.send_slots, rows, self.split, self.experts, dims=rows_dims, type_=self.lane_type)
+                moved(ops.send_slots, self.split, self.experts, type_=self.lane_type)
             if self.gathered:
                 rows = self._make(ops.gather_slots, rows, self.gathered, self.experts, dims=rows_dims, type_=rows_type)
+                moved(ops.gather_slots, self.gathered, self.experts, type_=rows_type)
+            if numbers is not None:
+                numbers.arrive()
         self._body()
         for user in list(node.users):
             if user.args[1] != 1:

@@ -23,7 +23,7 @@ from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
 from tedfx.other_optimizer import remember
 from tedfx.passes.base import Pass
-from tedfx.precision import cast_parameters, parameter_dtypes
+from tedfx.precision import cast_parameters, check_complex, parameter_dtypes
 from tedfx.prepared import refuse_prepared
 from tedfx.roles import MeshShape, Roles
 from tedfx.signature import Signature, bind, flatten
@@ -113,6 +113,7 @@ def parallelize(
         here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
         raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
     dtypes = parameter_dtypes(model, precision)
+    check_complex(dtypes, zero or 0, gradient_dtype)
     builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes, gradient_dtype, dtypes)
     call = _example(model, example_inputs)
     around = Autocast.around(mesh.device_type)

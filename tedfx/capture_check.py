@@ -14,6 +14,7 @@ from tedfx._torch import pytree
 from tedfx.autocast import region
 from tedfx.check_inputs import attempts, random_inputs
 from tedfx.check_state import on_gpu
+from tedfx.dtypes import precision, widest
 from tedfx.errors import CaptureError
 from tedfx.observed import kept
 from tedfx.trace import Trace
@@ -59,7 +60,7 @@ def check_capture(
                 for frontend in frontends:
                     stack.enter_context(frontend.reference(model))
                 with region(captured.autocast, captured.device.type):
-                    expected = pytree.tree_leaves(model(*args, **(kwargs or {})))
+                    expected = [x.clone() if isinstance(x, torch.Tensor) else x for x in pytree.tree_leaves(model(*args, **(kwargs or {})))]  # not the buffers themselves
         finally:
             for hook in hooks:
                 hook.remove()
@@ -109,7 +110,7 @@ def _difference(actual: Any, expected: Any) -> float:
         return 0.0 if actual == expected else float("inf")
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
-    a, e = actual.double(), expected.double()
+    a, e = widest(actual), widest(expected)
     if torch.equal(a, e):
         return 0.0
     return float((a - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny))
@@ -121,7 +122,7 @@ def _coarsest(captured: Trace) -> float:
 
 
 def _tolerance(expected: Any) -> float:
-    return _TOLERANCE.get(expected.dtype, 1e-10) if isinstance(expected, torch.Tensor) else 1.0
+    return _TOLERANCE.get(precision(expected.dtype), 1e-10) if isinstance(expected, torch.Tensor) else 1.0
 
 
 def on_device(captured: Trace, device: torch.device) -> Trace:

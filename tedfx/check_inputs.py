@@ -35,7 +35,8 @@ def random_inputs(captured: Trace, bounds: tuple[int, int], seed: int = 0) -> di
         fake = placeholders[name].meta["val"]
         shape = [int(s.node.expr.subs(sizes)) if isinstance(s, torch.SymInt) else s for s in fake.shape]
         if fake.is_floating_point() or fake.is_complex():
-            value = torch.randn(shape, generator=generator).to(fake.dtype)
+            drawn = torch.complex64 if fake.is_complex() else torch.float32
+            value = torch.randn(shape, generator=generator, dtype=drawn).to(fake.dtype)
         else:
             value = torch.randint(*((0, 2) if fake.dtype == torch.bool and bounds[0] == 0 else bounds), shape, generator=generator).to(fake.dtype)
         leaves[path] = value.to(captured.device).requires_grad_(fake.requires_grad)

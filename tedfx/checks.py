@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tedfx import _torch
+from tedfx.dtypes import as_real, has_gradient
 from tedfx.failures import RankFailed, RanksDisagree, clear_note, failure_line, first_line, leave_note, lost_rank, note_of
 from tedfx.groups import group_among
 
@@ -231,9 +232,9 @@ def checksums(tensors: Mapping[str, Tensor], shared: Collection[str] = (), also:
 
 def _bits(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
-    if not flat.dtype.is_floating_point and not flat.dtype.is_complex:
+    if not has_gradient(flat.dtype):
         return flat
-    flat = torch.view_as_real(flat).reshape(-1) if flat.dtype.is_complex else flat
+    flat = as_real(flat).reshape(-1)
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
 
 

@@ -127,6 +127,7 @@ class Compilation:
     bucket_bytes   gradients that are summed together
     pieces         factors of inputs that an op refined, and the op's line
     gradient_dtype what they are summed in, by default each parameter's dtype
+    row_numbers    factor of routed rows -> their numbers, where something draws for each row (`passes/row_numbers.py`)
     model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
     dtypes         the dtype of each of its parameters as traced; empty: the model's own
     call           what a call must satisfy by itself
@@ -141,6 +142,7 @@ class Compilation:
     sequence_factor: Factor | None = None
     shardable: list[Factor] = field(default_factory=list)
     uses_seed: bool = False
+    row_numbers: dict = field(default_factory=dict, repr=False)
     size_sources: dict = field(default_factory=dict)
     pieces: dict[Factor, str] = field(default_factory=dict)
     history: list = field(default_factory=list)

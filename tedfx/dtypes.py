@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["as_real", "has_gradient", "precision", "widest"]
+__all__ = ["as_real", "cast_module", "has_gradient", "precision", "widest"]
 
 
 def has_gradient(dtype: torch.dtype) -> bool:
@@ -30,3 +30,20 @@ def as_real(x: Tensor) -> Tensor:
     """
     x = x.resolve_conj().resolve_neg()
     return torch.view_as_real(x) if x.is_complex() else x
+
+
+def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module.to(dtype)` that leaves complex tensors complex, of that precision where there is one: torch's own makes real ones of them."""
+    kept = {}
+    for owner in module.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, tensor in list(table.items()):
+                if tensor is not None and tensor.is_complex():
+                    kept.setdefault(id(tensor), (tensor, []))[1].append((table, name))
+                    table[name] = None
+    module.to(dtype)
+    for tensor, places in kept.values():
+        tensor.data = tensor.data.to(dtype.to_complex() if dtype in (torch.float32, torch.float64) else tensor.dtype)
+        for table, name in places:
+            table[name] = tensor
+    return module

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Collection
 
 import torch
 from torch import fx, nn
@@ -41,17 +40,13 @@ class Region(nn.Module):
             return self.body.forward(*inputs)
 
 
-def emit(flat: fx.GraphModule, overwritten: Collection[str] = ()) -> fx.GraphModule:
-    """The graph that runs: nodes of equal `meta["region"]` in one `Region`. The graph itself where there is none and nothing is overwritten.
-
-    overwritten   placeholders whose tensors are written to when the graph has run (mutated buffers): read from a copy, since recompute, backward, an output that
-                  is the old value and another buffer's new value (`self.before = self.bias`) would read the new one.
-    """
+def emit(flat: fx.GraphModule) -> fx.GraphModule:
+    """The graph that runs: nodes of equal `meta["region"]` in one `Region`. The graph itself where there is none."""
     regions: dict[int, list[fx.Node]] = {}
     for node in flat.graph.nodes:
         if "region" in node.meta:
             regions.setdefault(node.meta["region"], []).append(node)
-    if not regions and not overwritten:
+    if not regions:
         return flat
     root, graph, new = nn.Module(), fx.Graph(), {}
     for unit in schedule(flat.graph):
@@ -59,18 +54,8 @@ def emit(flat: fx.GraphModule, overwritten: Collection[str] = ()) -> fx.GraphMod
             _emit_region(root, graph, new, f"region_{unit}", regions[unit])
         else:
             new[unit] = graph.node_copy(unit, lambda n: new[n])
-    _copy_overwritten(graph, overwritten)
     graph.lint()
     return fx.GraphModule(root, graph)
-
-
-def _copy_overwritten(graph: fx.Graph, names: Collection[str]) -> None:
-    placeholders = graph.find_nodes(op="placeholder")
-    for node in placeholders:
-        if node.name in names and node.users:
-            with graph.inserting_after(placeholders[-1]):
-                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
 
 def _emit_region(root: nn.Module, graph: fx.Graph, new: dict, name: str, nodes: list[fx.Node]) -> None:

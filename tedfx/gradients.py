@@ -319,6 +319,6 @@ def _keeps(placed: Placed) -> bool:
 def _arrived(boundary: weakref.ref, name: str, leaf: Tensor) -> None:
     if leaf.grad is None:  # under ZeRO-3 what autograd brings a share is nothing: `tedfx/gathers.py` has it
         return
-    grad, leaf.grad = leaf.grad.detach(), None
+    grad, leaf.grad = leaf.grad.detach().resolve_conj().resolve_neg(), None  # what is sent is the numbers themselves
     if (alive := boundary()) is not None:
         alive.arrived(name, grad)

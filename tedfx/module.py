@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tedfx._torch import inductor_options, pytree
+from tedfx.aliases import apart, possible_aliases
 from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
 from tedfx.changes import Changes
@@ -49,6 +50,8 @@ class _Ready:
     runner: Callable[..., Sequence]
     gathers: list[Gathered]
     order: list[str]
+    copied: set[int]  # operands that are read from a copy
+    aliases: dict[int, tuple[int, ...]]  # outputs that may share memory with operands, see `tedfx/aliases.py`
 
 
 class ParallelModule(WeightAccess, StateAccess, Mirror):
@@ -221,7 +224,8 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             operands += [flat[path] for path in program.input_keys]
             if program.uses_seed:
                 operands.append(torch.tensor(self._seed(m), dtype=torch.int64, device=self._device))
-        outputs = self._run(ready, operands, grad)
+        read = [x.clone() if i in ready.copied else x for i, x in enumerate(operands)] if ready.copied else operands
+        outputs = apart(self._run(ready, read, grad), read, ready.aliases)
         if self.training:
             self._rng_state = (self._rng_state[0], self._rng_state[1] + count)
         written = len(program.mutated_buffers)
@@ -274,7 +278,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                     raise TedfxError(f"the program uses parameters without a layout: {', '.join(unknown[:5])}")
             else:
                 program = interleave(self._prepared(signature, flat, 1).program, count, self._boundary.gradient_dtype if self._compile else None)
-            runner = running = emit(program.graph_module, program.overwritten())
+            runner = running = emit(program.graph_module)
             if self._compile:
                 options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
                 if not options.keys() & {"mode", "options", "backend"}:
@@ -287,7 +291,10 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                     with torch._dynamo.config.patch(capture_scalar_outputs=True):
                         return compiled(*operands)
 
-            self._ready[signature, count] = _Ready(program, runner, program.gathers(), program.use_order())
+            aliases = possible_aliases(program.graph_module.graph, len(program.mutated_buffers))
+            self._ready[signature, count] = _Ready(
+                program, runner, program.gathers(), program.use_order(), program.overwritten(), aliases
+            )
         return self._ready[signature, count]
 
     def _twin(self) -> nn.Module | None:

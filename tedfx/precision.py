@@ -42,6 +42,14 @@ def parameter_dtypes(model: nn.Module, precision: str | None) -> dict[str, torch
     return {name: kept.get(id(p), dtype) if p.is_floating_point() else own[name] for name, p in named.items()}
 
 
+def check_complex(dtypes: Mapping[str, torch.dtype], zero: int, gradient_dtype: torch.dtype | None) -> None:
+    """ConfigError where an option would take a complex parameter for a real one."""
+    name = next((name for name, dtype in dtypes.items() if dtype.is_complex), None)
+    option = f"zero={zero}" if zero else f"gradient_dtype={gradient_dtype}" if gradient_dtype is not None else ""
+    if name is not None and option:
+        raise ConfigError(f"parameter {name} is {dtypes[name]}, which {option} does not take: leave {option.split('=')[0]} out, or hold it as a real parameter of shape (.., 2) and use torch.view_as_complex(..)")
+
+
 @contextlib.contextmanager
 def cast_parameters(model: nn.Module, dtypes: Mapping[str, torch.dtype], values: bool) -> Iterator[None]:
     """Under it the model's parameters have these dtypes; without `values` those that change are on the meta device. A tied tensor stays tied."""
@@ -72,4 +80,4 @@ def cast_model(model: nn.Module, precision: str | None) -> nn.Module:
     return model
 
 
-__all__ = ["PRECISIONS", "cast_model", "cast_parameters", "check_precision", "parameter_dtypes"]
+__all__ = ["PRECISIONS", "cast_model", "cast_parameters", "check_complex", "check_precision", "parameter_dtypes"]

@@ -52,10 +52,10 @@ class Program:
     compilation: Any = None
     fits: list[Fit] = field(default_factory=list)
 
-    def overwritten(self) -> set[str]:
-        """Placeholders of buffers that a call writes to when the graph has run."""
-        placeholders = self.graph_module.graph.find_nodes(op="placeholder")[len(self.parameters) :]
-        return {node.name for node, name in zip(placeholders, self.buffers) if name in self.mutated_buffers}
+    def overwritten(self) -> set[int]:
+        """Positions of the placeholders of buffers that a call writes to when the graph has run, and that the graph reads."""
+        first, placeholders = len(self.parameters), self.graph_module.graph.find_nodes(op="placeholder")
+        return {first + i for i, name in enumerate(self.buffers) if name in self.mutated_buffers and placeholders[first + i].users}
 
     def gathers(self) -> list[Gathered]:
         """The `gather_parameters` of the graph, by number; several nodes of one number are calls of one gather."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tedfx._torch import pytree
+from tedfx.dtypes import cast_module, widest
 from tedfx.errors import ConfigError
 from tedfx.input_sizes import is_batch
 from tedfx.optim import ShardedOptimizer
@@ -51,7 +52,7 @@ class Recipe:
         model, batch = made if isinstance(made, tuple) else (made, None)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module (or a tuple of one and a dict of inputs)")
-        return model.to(self.dtype).train(), batch
+        return cast_module(model, self.dtype).train(), batch
 
 
 @dataclass
@@ -314,12 +315,12 @@ def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict
 
     A tensor that one side lacks counts as zero there.
     """
-    norms = {name: e.double().norm() for name, e in expected.items()}
+    norms = {name: widest(e).norm() for name, e in expected.items()}
     total = float(torch.stack(list(norms.values())).norm()) if norms else 0.0
     found = {}
     for name in {**expected, **actual}:
         a, e = actual.get(name), expected.get(name)
-        difference = (a.double() if e is None else e.double() if a is None else a.double() - e.double()).norm()
+        difference = (widest(a) if e is None else widest(e) if a is None else widest(a) - widest(e)).norm()
         error = float(difference / max(float(norms.get(name, 0.0)), 1e-6 * total, 1e-300))
         found[name] = error if error == error else float("inf")
     return found

@@ -9,11 +9,11 @@ first. A factor's global index is coordinate(axes) * local_size + local index, i
 the dim's index composes its factors in mixed radix with the global sizes. `(((4, ("dp",)),), ((2, ()), (3, ("tp",))))`
 is a local [4, 6] of which dim 0 is sharded over dp, and dim 1 is gate|up with each half sharded over tp.
 
-Routed rows have no global index: how many a rank holds is data. A factor `(local_size, axes, RAGGED)` gives each coordinate a
-range of indices of its own, so that rows on different ranks draw apart and replicas of a row draw the same; what a row draws
-then depends on the mesh.
-
 A factor `(local_size, axes, whole, SHARE)` is this coordinate's share of `whole`, which the ranks need not divide.
+
+Routed rows lie anywhere, and how many a rank holds is data. What a row is in the global batch is the number of its assignment, token * k + choice, with the token
+counted in the global order (`row_numbers`). It travels beside the rows, and a factor `(numbers, tokens, k, NUMBERED)` takes it as the index; `tokens` are the factors
+of the dim of tokens.
 """
 
 import torch
@@ -22,8 +22,7 @@ from torch import Tensor
 from tedfx.ops import context
 
 Factors = tuple[tuple[tuple, ...], ...]
-RAGGED = 1 << 32  # indices per coordinate of a factor whose size is data
-SHARE = "share"
+SHARE, NUMBERED = "share", "numbered"
 
 # Bits of a draw: as many as the dtype's significand holds, so that no draw rounds up to 1.
 _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -57,11 +56,25 @@ def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> T
     for dim, parts in enumerate(factors):
         size = 1
         for local, *_ in parts:
-            size = size * local
+            size = size * (local.shape[0] if isinstance(local, Tensor) else local)
         if size != x.shape[dim]:
             raise ValueError(f"dropout: factors {parts} do not multiply to dim {dim} of shape {tuple(x.shape)}")
     keep = uniform(factors, seed, site, torch.float32, x.device) >= p
     return torch.where(keep, x * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), 0)
+
+
+def row_numbers(order: Tensor, top_k: int, tokens: tuple[tuple, ...]) -> Tensor:
+    """order[M], assignments of this rank's tokens -> [M] int64: their numbers in the global batch, token * top_k + choice.
+
+    `tokens`: where this rank's tokens lie in the global dim of tokens, factors as `uniform` takes them. Of an empty slot, whose assignment is one past the last, a number
+    that means nothing.
+    """
+    rest, token, radix = order // top_k, 0, 1
+    for part in reversed(tokens):
+        start, whole = _piece(part)
+        token = token + (rest % part[0] + start) * radix
+        rest, radix = rest // part[0], radix * whole
+    return token * top_k + order % top_k
 
 
 # ---- splitmix64 in wrapping int64 arithmetic ----------------------------------------------------------------------
@@ -87,18 +100,27 @@ def _hash(factors: Factors, seed: Tensor, site: int) -> Tensor:
     counter, shape = key, []
     for parts in factors:
         size = 1
-        for local, axes, *special in parts:
-            span = context.span(axes)
-            if len(special) == 2:
-                start, whole = special[0] * span.index // span.size, special[0]
+        for part in parts:
+            if part[-1] == NUMBERED:
+                place, tokens, whole, _ = part
+                for each in tokens:
+                    whole = whole * _piece(each)[1]
             else:
-                room = special[0] if special else local
-                start, whole = span.index * room, room * span.size
-            place = torch.arange(local, device=seed.device, dtype=torch.int64) + start
+                start, whole = _piece(part)
+                place = torch.arange(part[0], device=seed.device, dtype=torch.int64) + start
             counter = counter.unsqueeze(-1) * whole + place
-            size = size * local
+            size = size * place.shape[0]
         shape.append(size)
     return _mix(_mix(counter.reshape(shape)) + key)
+
+
+def _piece(part: tuple) -> tuple[int, int]:
+    """(where this coordinate's piece of a factor begins, size of the whole factor)."""
+    local, axes, *share = part
+    span = context.span(axes)
+    if share:
+        return share[0] * span.index // span.size, share[0]
+    return span.index * local, local * span.size
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -132,6 +132,8 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
             if id(parameter) not in self._names:
                 raise ConfigError(f"parameter {index} of group {len(self.param_groups) - 1}, of shape {tuple(parameter.shape)}, is not the module's: pass parameters of the ParallelModule")
             names.append(self._names[id(parameter)])
+            if parameter.is_complex():
+                raise ConfigError(f"parameter {names[-1]} is {parameter.dtype}, and shares of an optimizer's state are of real numbers: use {self._class.__name__} itself, or hold it as a real parameter of shape (.., 2) and use torch.view_as_complex(..)")
         placed, problem = self._module._placed, elementwise(self._inner(group), self._device)
         for name in names if problem else ():
             share, layout = placed[name].share, placed[name].layout
