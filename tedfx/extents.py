@@ -52,8 +52,9 @@ class Extent:
         if not layout.sources:
             return {name: list(zip(offsets, places)) for name in layout.names}
         table, stacked = {}, self._indices(self.groups[0])
-        for index, name in enumerate(layout.sources):
-            table[name] = [(o, (stacked[index], *p)) for o, p in zip(offsets, places)] if index in stacked else []
+        for index, names in enumerate(layout.groups):
+            mine = [(o, (stacked[index], *p)) for o, p in zip(offsets, places)] if index in stacked else []
+            table.update(dict.fromkeys(names, mine))
         return table
 
     def _indices(self, group: tuple[int, ...]) -> dict[int, int]:
@@ -88,7 +89,8 @@ class Extent:
             shape = torch.Size(layout.shape[1:])
             return {
                 name: DTensor.from_local(local[i], self.mesh, placements, run_check=False, shape=shape, stride=strides(shape))
-                for i, name in enumerate(layout.sources)
+                for i, names in enumerate(layout.groups)
+                for name in names
             }
         return {
             name: PiecedTensor(

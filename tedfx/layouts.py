@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 
 from torch import fx, nn
 
@@ -37,12 +38,12 @@ def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[Paramete
             continue
         done.add(placeholder)
         node = nodes[placeholder]
-        out.append(layout_of(compilation, node, name, parameter.requires_grad, tuple(aliases.get(name, ()))))
+        out.append(layout_of(compilation, node, name, parameter.requires_grad, aliases))
     return out
 
 
-def layout_of(compilation, node: fx.Node, name: str, requires_grad: bool, aliases: tuple[str, ...] = ()) -> ParameterLayout:
-    """The layout of the parameter (or stack) that a placeholder stands for; `name` is what the user calls it."""
+def layout_of(compilation, node: fx.Node, name: str, requires_grad: bool, aliases: Mapping[str, Sequence[str]] = MappingProxyType({})) -> ParameterLayout:
+    """The layout of the parameter (or stack) that a placeholder stands for; `name` is what the user calls it, `aliases` what else each tied tensor is called."""
     sources = tuple(getattr(compilation.trace, "stacked", {}).get(node.name, ()))
     shardable = {f.root() for f in compilation.shardable}
     view, where = [], {}
@@ -65,7 +66,8 @@ def layout_of(compilation, node: fx.Node, name: str, requires_grad: bool, aliase
         tuple(a for a, p in node.meta["type"].items() if p == R),
         requires_grad,
         sources,
-        aliases,
+        () if sources else tuple(aliases.get(name, ())),
+        tuple(tuple(aliases.get(s, ())) for s in sources) if any(s in aliases for s in sources) else (),
     )
 
 

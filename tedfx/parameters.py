@@ -38,6 +38,7 @@ class ParameterLayout:
     reduce_axes: axes on which the parameter is R: its gradient is summed over them, once.
     sources: the user's names stacked along dim 0, in order; empty for a tensor that is not a stack.
     aliases: further names of the same tied tensor.
+    stack_aliases: of a stack, those of each source; empty where no source has any. A mixture used in two places has them.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ParameterLayout:
     requires_grad: bool = True
     sources: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    stack_aliases: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self):
         shards = self.shards.items() if isinstance(self.shards, Mapping) else self.shards
@@ -55,15 +57,22 @@ class ParameterLayout:
         put(self, "shape", tuple(int(size) for size in self.shape))
         put(self, "view", self.shape if self.view is None else tuple(int(size) for size in self.view))
         put(self, "shards", tuple((axis, int(dim)) for axis, dim in shards))
-        for field in ("reduce_axes", "sources", "aliases"):
+        for field in ("reduce_axes", "sources", "aliases", "stack_aliases"):
             put(self, field, tuple(getattr(self, field)))
-        if self.sources and (self.aliases or self.view[:1] != self.shape[:1] or self.shape[0] != len(self.sources)):
+        if self.sources and (self.aliases or len(self.stack_aliases) not in (0, len(self.sources)) or self.view[:1] != self.shape[:1] or self.shape[0] != len(self.sources)):
             raise ConfigError(f"parameter {self.name}: a stack of {len(self.sources)} needs dim 0 of that size, whole in its view")
 
     @property
     def names(self) -> tuple[str, ...]:
         """The user's names of all that this parameter holds."""
-        return self.sources or (self.name, *self.aliases)
+        return tuple(name for group in self.groups for name in group)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The user's names of each tensor that this parameter holds, the first of which stands for all: one tensor, or the sources of a stack in order."""
+        if not self.sources:
+            return ((self.name, *self.aliases),)
+        return tuple((name, *more) for name, more in zip(self.sources, self.stack_aliases or ((),) * len(self.sources)))
 
 
 class Placed:
@@ -182,7 +191,8 @@ class Placed:
         """{user's name: full tensor} on every rank. A collective; pending sums of an unsynced gradient are done."""
         full = held.detach().full_tensor().reshape(self.layout.shape)
         if self.layout.sources:
-            return {name: full[index].clone() for index, name in enumerate(self.layout.sources)}
+            pieces = [full[index].clone() for index in range(len(self.layout.sources))]
+            return {name: piece for piece, names in zip(pieces, self.layout.groups) for name in names}
         return {name: full for name in self.layout.names}
 
 

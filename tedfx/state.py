@@ -142,9 +142,7 @@ class StateAccess:
             layout = placed.layout
             shape = layout.shape[1:] if layout.sources else layout.shape
             wanted.update((user_name, torch.Size(shape)) for user_name in layout.names)
-            groups.extend((name, placed, (source,)) for source in layout.sources)
-            if not layout.sources:
-                groups.append((name, placed, layout.names))
+            groups.extend((name, placed, names) for names in layout.groups)
         for name in self._buffer_names(persistent=True):
             wanted[name] = self.get_buffer(name).shape
             groups.append((name, None, (name,)))

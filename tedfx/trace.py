@@ -542,6 +542,11 @@ def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
     return list(found)
 
 
+def _bins(node: fx.Node) -> tuple[Any, int]:
+    """(weights, minlength) of a bincount."""
+    return tuple(node.args[i] if len(node.args) > i else node.kwargs.get(name, default) for i, name, default in ((1, "weights", None), (2, "minlength", 0)))
+
+
 def _count_into_fixed_bins(graph: fx.Graph) -> None:
     """bincount(ids, minlength=E) has a size that is data. Where the graph asserts it to be E, it is a histogram of E bins."""
     asserted = {}
@@ -552,8 +557,8 @@ def _count_into_fixed_bins(graph: fx.Graph) -> None:
             asserted[expr.lhs] = int(expr.rhs)
     stale: set[fx.Node] = set()  # their fake values still have the size that is data
     for node in list(graph.nodes):
-        if node.target is aten.bincount.default and asserted.get(node.meta["val"].shape[0].node.expr) == (*node.args, None, 0)[2]:
-            bins = node.args[2]
+        weights, bins = _bins(node) if node.target is aten.bincount.default else (None, 0)
+        if bins and weights is None and asserted.get(node.meta["val"].shape[0].node.expr) == bins:
             with graph.inserting_before(node):
                 exact = emit(graph, aten.to.dtype, (node.args[0], torch.float64), like=node)
                 counts = emit(graph, aten.histc.default, (exact, bins, 0, bins), like=node)

@@ -72,9 +72,7 @@ class WeightAccess:
         """(parameter or buffer, its layout, the user's names of one tensor in it, the first of which stands for all)."""
         rows: list = []
         for name, placed in self._placed.items():
-            rows.extend((name, placed, (source,)) for source in placed.layout.sources)
-            if not placed.layout.sources:
-                rows.append((name, placed, placed.layout.names))
+            rows.extend((name, placed, names) for names in placed.layout.groups)
         return rows + [(name, None, (name,)) for name in self._buffer_names()]
 
     def _local(self, name: str, placed: Placed) -> Tensor:
