@@ -190,7 +190,8 @@ class Program:
     def title(self) -> str:
         kept = "" if self.keep is None else f" --keep {','.join(map(str, self.keep)) or 'none'}"
         plain = "" if self.frame else " --plain"
-        return f"python -m tests.fuzz {self.seed}{kept}{plain}  # {', '.join(self.kinds)}"
+        without = f"TEDFX_FUZZ_WITHOUT={','.join(sorted(self.left_out))} " if self.left_out else ""
+        return f"{without}python -m tests.fuzz {self.seed}{kept}{plain}  # {', '.join(self.kinds)}"
 
     @cached_property
     def source(self) -> str:
