@@ -153,6 +153,14 @@ def after_no_grad(self, y):
     return y / scale + mask
 
 
+def unused_beside_no_grad(self, y):
+    unused = y.tanh().detach()  # noqa: F841  torch.export forgets that y has this user
+    with torch.no_grad():
+        mask = torch.ones(8)
+        mask[0] = 2
+    return y * mask
+
+
 def diagonal(self, y):
     gram = y.transpose(1, 2) @ y
     gram.diagonal(dim1=1, dim2=2).add_(1)
@@ -160,7 +168,7 @@ def diagonal(self, y):
 
 
 CASES = [view_chain, aliases_see_the_write, halves_into_empty, one_slice_only, one_row, parts, rearranged, by_index, fills,
-         mixed_types, activations, noise, after_no_grad, diagonal]  # fmt: skip
+         mixed_types, activations, noise, after_no_grad, unused_beside_no_grad, diagonal]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
