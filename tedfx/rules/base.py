@@ -157,14 +157,14 @@ class Annotator:
                     raise AssertionError(f"{self.node}: dims {self.dims(first[0])} and {self.dims(other[0])} differ in size")
         return self.dims(first[0])[first[1]]
 
-    def barrier(self, operand: fx.Node, dim: int, factors: tuple[Factor, ...] | None = None) -> fx.Node:
-        """`operand` whole on a dim, which has these factors behind it (fresh ones by default)."""
+    def barrier(self, operand: fx.Node, dim: int, fresh: tuple[Factor, ...] | None = None) -> fx.Node:
+        """`operand` whole on a dim, which has these factors behind it (new ones by default)."""
         current = self._replaced.get(operand, operand)
         old = [leaves(d) for d in current.meta["dims"]]
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(regroup_barrier, (current,))
         new.meta.update({k: v for k, v in current.meta.items() if k in ("val", "stack_trace", "nn_module_stack", "differentiable")})
-        new.meta["dims"] = [(self.fresh(d) if factors is None else factors) if i == dim else d for i, d in enumerate(old)]
+        new.meta["dims"] = [(fresh or self.fresh(d)) if i == dim else d for i, d in enumerate(old)]
         new.meta["relation"] = Relation(out=new.meta["dims"], whole={0: old[dim]}, linear=(frozenset({0}),), created=new.meta["dims"][dim])
         self._replaced[operand] = new
         self.barriers += 1
