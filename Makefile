@@ -1,6 +1,7 @@
 # make demo    an unmodified Mixtral trains on 4 local ranks (ep=2, tp=2), on the standard library's own source
 # make test    the test suite
 # make parity  every model on every mesh against the single device; writes docs/parity.md
+# make fuzz    random small programs against the single device: ARGS="--count 2000 --first 1000" (that is the default); ARGS="17 --trace" is one of them
 #
 # Each does its own set-up in .venv. PYTHON=python3.12 picks the interpreter, ARGS="..." is handed on.
 
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test parity clean
+.PHONY: help setup demo test parity fuzz clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -40,6 +41,9 @@ test: $(VENV)/.stamp
 
 parity: $(VENV)/.stamp
 	$(BIN)/python benchmarks/parity.py $(ARGS)
+
+fuzz: $(VENV)/.stamp
+	$(BIN)/python -m tests.fuzz $(or $(ARGS),--count 2000 --first 1000)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

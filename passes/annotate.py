@@ -25,7 +25,8 @@ class Annotate(Pass):
     1. Inputs: each size symbol is one factor, each static size a fresh one. The dims that the trace marks as batch carry the batch factor.
     2. Parameters, buffers, constants: a fresh factor per dim; uses refine and unify them.
     3. Ops: `Annotator.annotate` with the op's rule; where factorisations do not agree a `regroup_barrier` is inserted.
-    4. `differentiable`: a float or complex value with a differentiable operand, down from the parameters that require gradients.
+    4. Outputs: dim 0 of the batch's size carries the batch factor.
+    5. `differentiable`: a float or complex value with a differentiable operand, down from the parameters that require gradients.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional", "row_losses"})
@@ -66,7 +67,9 @@ class Annotate(Pass):
                 node.meta["differentiable"] = self._differentiable(node)
                 ctx.annotate(node, rule_for(node))
                 self._pieces(program, node, ctx)
-            elif node.op not in ("output", "call_function"):
+            elif node.op == "output":
+                self._rows(node, ctx, batch, len(trace.mutated_buffers))
+            elif node.op != "call_function":
                 raise AssertionError(f"unexpected node {node.op} {node.target}")
         # of a size that the model's pairs refined, the part that a shard cuts
         sequence = ctx.symbols.get(getattr(trace, "extents", {}).get("sequence"))
@@ -80,6 +83,19 @@ class Annotate(Pass):
         for factor in ctx.given.values():
             if len(factor.leaves()) > 1 and factor.leaves()[0] not in program.pieces:
                 program.pieces[factor.leaves()[0]] = user_line(node)
+
+    @staticmethod
+    def _rows(output: fx.Node, ctx: Annotator, batch: Factor | None, written: int) -> None:
+        """A returned tensor whose dim 0 is as long as the batch is the batch's rows, also where an op without a rule lost the factor."""
+        given = list(output.args[0])
+        for i, value in enumerate(given):
+            if batch is None or i < written or not is_tensor(value) or not value.meta["val"].dim():
+                continue
+            rows = ctx.dim_of(value.meta["val"].shape[0])
+            if any(f.root() is batch.root() for f in rows) and not any(f.root() is batch.root() for dim in ctx.dims(value) for f in dim):
+                ctx.node, ctx._replaced = output, {}
+                given[i] = ctx.barrier(value, 0, rows)
+        output.args = (tuple(given),)
 
     @staticmethod
     def _has_tensor(node: fx.Node) -> bool:

@@ -131,16 +131,13 @@ class _Localizer:
         axes = [a for leaf in leaves(node.meta["dims"][0]) for a in sharding_axes(node.meta["type"], leaf)]
         (length,) = self.shape(node)
         overload = node.target._overloadname
-        start, step = 0, 1
-        if overload != "default":
-            start = node.args[0]
-        if overload == "start_step" and len(node.args) > 2:
-            step = node.args[2]
         if not axes:
             return
+        start = 0 if overload == "default" else self.number(node.args[0])  # global numbers, as everything that `numbers` rewrites
+        step = self.number(node.args[2]) if overload == "start_step" and len(node.args) > 2 else 1
         with self.graph.inserting_before(node):
             offset = self.graph.call_function(ops.axis_offset, (length, tuple(axes)))
-        node.target, node.args = aten.arange.default, (length,)
+        node.target, node.args, node.kwargs = aten.arange.default, (length,), {**node.kwargs, "dtype": node.meta["val"].dtype}
         self.after(node, [(aten.add.Tensor, offset)] + ([(aten.mul.Tensor, step)] if step != 1 else []) + ([(aten.add.Tensor, start)] if start != 0 else []))
 
     def after(self, node: fx.Node, steps: list) -> None:
@@ -262,16 +259,17 @@ class _Localizer:
 
     # sizes as numbers -----------------------------------------------------------------------------------------------------
     def numbers(self, node: fx.Node) -> None:
-        def swap(arg):
-            if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)):
-                expr = arg.meta["val"].node.expr
-                if isinstance(arg.meta["val"], torch.SymFloat):
-                    return self.float_of(arg)
-                return self.sizes.node(self.sizes.whole(expr))
-            return arg
+        node.args = fx.node.map_aggregate(node.args, self.number)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, self.number)
 
-        node.args = fx.node.map_aggregate(node.args, swap)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+    def number(self, arg):
+        """The global value of a size used as a number; anything else as it is."""
+        if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)):
+            expr = arg.meta["val"].node.expr
+            if isinstance(arg.meta["val"], torch.SymFloat):
+                return self.float_of(arg)
+            return self.sizes.node(self.sizes.whole(expr))
+        return arg
 
     def float_of(self, arg: fx.Node):
         """A float made from sizes: only ``sym_float(size)`` and arithmetic on it."""

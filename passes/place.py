@@ -12,7 +12,7 @@ from tedfx.placing import decide
 from tedfx.plan import differentiable
 from tedfx.rules import Relation, op_name, operands
 from tedfx.rules.base import argument
-from tedfx.types import I, P, R, Shard
+from tedfx.types import I, P, R, Shard, find_dim
 
 
 def convert(x, axis, source, target):
@@ -174,18 +174,21 @@ class _Placement:
 
     # outputs --------------------------------------------------------------------------------------------------------------
     def outputs(self, node: fx.Node) -> None:
-        def finish(arg):
+        batch, written = [a for a in self.plan.axes if a in self.plan.roles.batch], len(self.program.trace.mutated_buffers)
+
+        def finish(arg, rows: bool):
             if not isinstance(arg, fx.Node) or "dims" not in arg.meta:
                 return arg
-            for axis in reversed(self.plan.axes):
-                placement = arg.meta["type"][axis]
-                factor = self.program.batch_factor
-                rows = factor is not None and isinstance(placement, Shard) and placement.factor.root() is factor.root()
-                if not rows:
-                    arg = self.converted(arg, axis, I, node)
-            return arg
+            factor = self.program.batch_factor
+            rows = rows and factor is not None and find_dim(arg.meta["dims"], factor) is not None
+            cut = lambda axis: isinstance(p := arg.meta["type"][axis], Shard) and p.factor.root() is factor.root()  # noqa: E731
+            if rows and all(cut(axis) for axis in batch):
+                return self.convert_all(arg, {axis: I for axis in self.plan.axes if axis not in batch}, node)
+            arg = self.convert_all(arg, {axis: I for axis in self.plan.axes}, node)
+            return self.convert_all(arg, {axis: Shard(factor) for axis in batch}, node) if rows else arg
 
-        node.args = fx.node.map_aggregate(node.args, finish)
+        (given,) = node.args
+        node.args = (tuple(finish(arg, i >= written) for i, arg in enumerate(given)),)
         node.meta["types"] = [a.meta.get("type") for a in node.all_input_nodes]
 
     def boundary(self) -> None:

@@ -30,6 +30,9 @@ def inline_regions(graph_module: fx.GraphModule) -> None:
     from it. Nodes of an autocast region are marked with it, for `tedfx.autocast.explicit_casts`.
     """
     hop = torch.ops.higher_order
+    for node in graph_module.graph.nodes:  # torch.export's split into regions forgets that a value without users is one of its operands
+        for operand in node.all_input_nodes:
+            operand.users.setdefault(node)
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function":
             continue

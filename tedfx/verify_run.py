@@ -289,8 +289,8 @@ def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Mapping[str, Any]
 # ---- compile once, fork the ranks ----------------------------------------------------------------------------------
 
 
-def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
-    """The compilation that every rank would make, made once: the graph is the same on all of them."""
+def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any], check: bool = False):
+    """The compilation that every rank would make, made once: the graph is the same on all of them. `check`: with the capture check, which runs the model here."""
     from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
 
     trainable = {placeholder for placeholder, name in trace.parameters.items() if model.get_parameter(name).requires_grad}
@@ -299,7 +299,7 @@ def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any]):
     passes = pipeline(options.get("passes"), roles, options.get("compile"), **switches)
     dtypes = parameter_dtypes(model, options.get("precision"))
     example = example_sizes(trace, options.get("example_inputs") or {})
-    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example, zero=options.get("zero") or 0, dtypes=dtypes), passes)
+    return compile_trace(Compilation(trace, roles, trainable, outputs=tuple(outputs) if outputs else None, example=example, zero=options.get("zero") or 0, model=model if check else None, dtypes=dtypes), passes)
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------

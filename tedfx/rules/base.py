@@ -178,7 +178,8 @@ class Annotator:
             self.barrier(n, d, (joint,))
         return (joint,)
 
-    def barrier(self, operand: fx.Node, dim: int, fresh: tuple[Factor, ...] | None = None) -> None:
+    def barrier(self, operand: fx.Node, dim: int, fresh: tuple[Factor, ...] | None = None) -> fx.Node:
+        """`operand` whole on a dim, which has these factors behind it (new ones by default)."""
         current = self._replaced.get(operand, operand)
         old = [leaves(d) for d in current.meta["dims"]]
         with self.graph.inserting_before(self.node):
@@ -188,6 +189,7 @@ class Annotator:
         new.meta["relation"] = Relation(out=new.meta["dims"], whole={0: old[dim]}, linear=(frozenset({0}),), created=new.meta["dims"][dim])
         self._replaced[operand] = new
         self.barriers += 1
+        return new
 
     def annotate(self, node: fx.Node, fn: Callable) -> None:
         self.node, self._replaced = node, {}

@@ -48,6 +48,11 @@ def test_a_range_with_start_and_step():
     parity(model, "dp=2", m.inputs())
 
 
+def test_a_range_that_starts_at_a_size():
+    """arange(B - 1, -1, -1): B is the global one."""
+    parity(scaled(lambda s, h: (h * 0.5 + h[torch.arange(h.shape[0] - 1, -1, -1)]).square().sum()), "dp=2", m.inputs())
+
+
 @pytest.mark.parametrize("kind", ["range", "strided range", "ones", "linspace", "eye"])
 def test_created_values_meet_sharded_ones(kind):
     """h[.., F] * created[F], F over tp; strided: F is the second factor of gate|up."""

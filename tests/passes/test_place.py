@@ -92,3 +92,11 @@ def test_partial_sums_pass_linear_ops_and_are_reduced_before_the_residual_stream
 def test_a_factor_both_contracted_and_kept_is_not_sharded(fn):
     model = m.Fn(lambda s, x: fn(s.e).square().sum() + (x @ s.e.t()).tanh().sum(), e=(16, 8))
     parity(model, "tp=2", m.inputs())
+
+
+def test_returned_rows_of_the_batch_stay_with_their_rank():
+    """Rows that an op without a rule gives (its output has fresh factors), or one that needs the whole batch; a reduction over the batch is the same everywhere."""
+    net = m.Fn(lambda s, x: ((y := x * s.w).square().sum(), torch.cdist(y, y), y.flip(0), y.flip(0).flatten(0, 1), y.mean(0)), w=(8,))
+    program = parity(net, "dp=2,tp=2", m.inputs())
+    (output,) = program.graph_module.graph.find_nodes(op="output")
+    assert [typed(n).split()[:1] for n in output.args[0]] == [["I"], ["dp:S(0)"], ["dp:S(0)"], ["dp:S(0)"], ["I"]]

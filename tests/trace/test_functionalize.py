@@ -172,6 +172,13 @@ def written_under_no_grad(self, y):
     load += mean * 0.25
     return y * load + part.sum()
 
+def unused_beside_no_grad(self, y):
+    unused = y.tanh().detach()  # noqa: F841  torch.export forgets that y has this user
+    with torch.no_grad():
+        mask = torch.ones(8)
+        mask[0] = 2
+    return y * mask
+
 
 def diagonal(self, y):
     gram = y.transpose(1, 2) @ y
@@ -180,7 +187,8 @@ def diagonal(self, y):
 
 
 CASES = [view_chain, aliases_see_the_write, halves_into_empty, one_slice_only, one_row, parts, rearranged, by_index, fills,
-         mixed_types, activations, noise, after_no_grad, named_by_no_grad, written_under_no_grad, diagonal]  # fmt: skip
+         mixed_types, activations, noise, after_no_grad, named_by_no_grad, written_under_no_grad,
+         unused_beside_no_grad, diagonal]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
