@@ -6,6 +6,7 @@ one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint de
 """
 
 import contextlib
+import functools
 import logging
 import os
 import traceback
@@ -280,3 +281,60 @@ def op_name(func) -> str:
 
 set_grad_enabled_function = torch._C._set_grad_enabled
 """What no_grad and enable_grad call, as a TorchFunctionMode sees it. Public replacement: none; torch.set_grad_enabled is a class that calls it."""
+
+
+# ---- autograd.Function (tedfx/functions.py, tedfx/bodies.py) ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def every_apply(apply, transformed):
+    """Meanwhile, `Function.apply(*args)` of every class, bound before or not, is `apply(cls, plain, *args)`; `plain` is torch's own of that class. Under a transform of torch.func it is
+    `transformed(cls, plain, *args)`. Public replacement: none."""
+    from torch.autograd import function
+
+    base, before = function._SingleLevelFunction, function.custom_function_call
+
+    def own(cls, *args, **kwargs):
+        return apply(cls, functools.partial(super(base, cls).apply), *args, **kwargs)
+
+    base.apply = classmethod(own)
+    function.custom_function_call = lambda cls, *args, **kwargs: transformed(cls, functools.partial(before, cls), *args, **kwargs)
+    try:
+        yield
+    finally:
+        del base.apply
+        function.custom_function_call = before
+
+
+def recording() -> bool:
+    """Whether torch.export records what is called now, rather than running inside of an operator. Public replacement: none."""
+    return torch._ops._get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def no_torch_function():
+    """A context manager under which no TorchFunctionMode sees a call. Public replacement: none."""
+    return torch._C.DisableTorchFunction()
+
+
+def symbolic_tensor(mode: FakeTensorMode, sizes, dtype: torch.dtype, device: torch.device, known: dict) -> torch.Tensor:
+    """A fake tensor of `mode`; `sizes` are ints, which stay, or pairs (key, hint): one symbol per key, kept in `known`. Public replacement: none."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    env = mode.shape_env
+    for size in sizes:
+        if not isinstance(size, int) and size not in known:
+            source = ConstantSource(f"size{len(known)}")
+            symbol = env.create_symbol(size[1], source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            known[size] = env.create_symintnode(symbol, hint=size[1], source=source)
+    with mode:
+        return torch.empty([size if isinstance(size, int) else known[size] for size in sizes], dtype=dtype, device=device)
+
+
+def restricted(mode: FakeTensorMode) -> set:
+    """The size symbols about which something was asked. Public replacement: none."""
+    env = mode.shape_env
+    found = set(env.replacements)
+    for guard in env.guards:
+        found |= guard.expr.free_symbols
+    return found

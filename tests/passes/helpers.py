@@ -94,7 +94,8 @@ def run_ranks(program, model, call: dict, cotangents=None):
                     known[expr] = actual
         elif node.name != "seed":
             fqn = trace_.parameters.get(node.name) or trace_.buffers.get(node.name)
-            values[node.name] = state[fqn].detach() if fqn else trace_.constants[node.name]
+            stacked = trace_.stacked.get(node.name)
+            values[node.name] = torch.stack([state[name].detach() for name in stacked]) if stacked else state[fqn].detach() if fqn else trace_.constants[node.name]
     wide = {a: n for a, n in mesh.items() if n > 1}
     held = {n.name: split(values[n.name], n.meta["dims"], n.meta["type"], wide, known) for n in nodes if n.name in values}
     (output,) = graph.find_nodes(op="output")
@@ -117,10 +118,11 @@ def run_ranks(program, model, call: dict, cotangents=None):
     per_rank = Ranks({a: n for a, n in mesh.items()}).run(work)
     outputs = [join([r[i].detach() for r, _ in per_rank], n.meta["dims"], n.meta["type"], wide, known, f"output {i}") for i, n in enumerate(outs)]
     learned = [n for n in nodes if n.name in program.trainable]
-    gradients = {
-        trace_.parameters[n.name]: join([g[i] for _, g in per_rank], n.meta["dims"], cotangent(n.meta["type"]), wide, known, f"gradient of {n.name}")
-        for i, n in enumerate(learned)
-    }
+    gradients = {}
+    for i, n in enumerate(learned):
+        whole = join([g[i] for _, g in per_rank], n.meta["dims"], cotangent(n.meta["type"]), wide, known, f"gradient of {n.name}")
+        names = trace_.stacked.get(n.name)
+        gradients.update(zip(names, whole.unbind()) if names else [(trace_.parameters[n.name], whole)])
     return outputs, gradients
 
 
