@@ -9,12 +9,17 @@ without values.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import operator
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tedfx._torch import TorchDispatchMode, pytree, restricted, scratch_mode, symbolic_tensor, written
@@ -22,7 +27,7 @@ from tedfx.errors import TedfxError, TraceError, line_below, line_of_definition,
 from tedfx.factors import as_size
 from tedfx.ops.function import Kept, kept_of
 
-__all__ = ["Body", "body_of"]
+__all__ = ["Body", "bodies_of"]
 
 aten = torch.ops.aten
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
@@ -37,6 +42,8 @@ class Body:
     outputs     nodes
     gradients   per tensor operand the node of its gradient, None where it has none
     fixed       size symbols on which the code itself depends
+    materialized  zeros stand for cotangents that there are not
+    found       what `tedfx/rules/functions.py` made of it
     """
 
     graph: fx.Graph
@@ -45,29 +52,49 @@ class Body:
     outputs: list[fx.Node]
     gradients: list[fx.Node | None]
     fixed: set
+    materialized: bool = True
+    found: Any = None
 
 
-def body_of(node: fx.Node) -> Body:
-    """The body behind a call of a kept function in a graph; traced once for operands of one kind. TraceError for what it must not do."""
+def bodies_of(node: fx.Node) -> list[Body]:
+    """The bodies behind a call of a kept function in a graph, traced once for operands of one kind: one, or one per set of outputs that may get a cotangent, where the Function wants to be told
+    of those that get none (`set_materialize_grads(False)`). TraceError for what it must not do."""
     kept = kept_of(node.target)
     values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
     numbers: dict[Any, int] = {}
     same = lambda size: numbers.setdefault(as_size(size), len(numbers)) if as_size(size) != 1 else -1  # noqa: E731
-    key = tuple((v.dtype, v.device, *map(same, v.shape)) if isinstance(v, Tensor) else same(v) for v in values)
+    kinds = tuple((v.dtype, v.device, *map(same, v.shape)) if isinstance(v, Tensor) else same(v) for v in values)
+    used = (0,) if kept.single else tuple(sorted({user.args[1] for user in node.users if user.target is operator.getitem}))
+    key = (kinds, used)
     if key not in kept.studied:
-        kept.studied[key] = _traced(kept, values, user_line(node))
+        kept.studied[key] = _variants(kept, values, used, user_line(node))
     return kept.studied[key]
 
 
 # ---- tracing -------------------------------------------------------------------------------------------------------------
 
 
-def _traced(kept: Kept, values: list, line: str) -> Body:
+def _variants(kept: Kept, values: list, used: tuple[int, ...], line: str) -> list[Body]:
+    first = _traced(kept, values, used, line)
+    if first.materialized:
+        return [first]
+    found = [first]
+    for count in range(1, len(first.cotangents)):
+        for some in itertools.combinations(first.cotangents, count):
+            try:
+                found.append(_traced(kept, values, some, line))
+            except TraceError as error:
+                if not isinstance(error.__cause__, Exception):  # refused; else the Function itself does not take these, on one device neither
+                    raise
+    return found
+
+
+def _traced(kept: Kept, values: list, used: tuple[int, ...], line: str) -> Body:
     failure = None
     for plan in (_apart, _given):
         sizes = plan(values)
         try:
-            body = _attempt(kept, values, sizes, line)
+            body = _attempt(kept, values, sizes, used, line)
         except TedfxError:
             raise
         except Exception as error:  # at sizes that are not the model's own: those come last
@@ -111,7 +138,7 @@ def _number(size: Any) -> int:
     return number(size)
 
 
-def _attempt(kept: Kept, values: list, sizes: list, line: str) -> Body:
+def _attempt(kept: Kept, values: list, sizes: list, used: tuple[int, ...], line: str) -> Body:
     mode, known = scratch_mode(), {}
     given = [symbolic_tensor(mode, s, v.dtype, v.device, known) if isinstance(v, Tensor) else _number(v) for v, s in zip(values, sizes)]
     tensors = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
@@ -125,18 +152,18 @@ def _attempt(kept: Kept, values: list, sizes: list, line: str) -> Body:
         return inside, [out] if isinstance(out, Tensor) else list(out)
 
     watch = _Watch(kept, line)
-    with mode, torch.enable_grad():
+    with mode, torch.enable_grad(), _materializing() as asked:
         with watch.over([given[i] for i in tensors]):
             outs = forward([given[i] for i in tensors])[1]
-        backward = [k for k, out in enumerate(outs) if out.requires_grad]
+        backward = [k for k, out in enumerate(outs) if k in used and out.requires_grad]
         seeds = [torch.empty_like(outs[k].detach()) for k in backward]
 
         def joint(*leaves):
             operands, cotangents = leaves[: len(tensors)], leaves[len(tensors) :]
             inside, out = forward(operands)
             watch.part = "backward"
-            asked = [x for x, learns in zip(inside, kept.learns) if learns]
-            found = iter(torch.autograd.grad([out[k] for k in backward], asked, list(cotangents), allow_unused=True) if backward else ())
+            wanted = [x for x, learns in zip(inside, kept.learns) if learns]
+            found = iter(torch.autograd.grad([out[k] for k in backward], wanted, list(cotangents), allow_unused=True) if backward else ())
             gradients = [next(found, None) if learns else None for learns in kept.learns]
             return [*out, *gradients]
 
@@ -146,8 +173,24 @@ def _attempt(kept: Kept, values: list, sizes: list, line: str) -> Body:
     placeholders = list(traced.graph.find_nodes(op="placeholder"))
     results = list(traced.graph.find_nodes(op="output")[0].args[0])
     return Body(
-        traced.graph, placeholders[: len(tensors)], dict(zip(backward, placeholders[len(tensors) :])), results[: len(outs)], results[len(outs) :], restricted(mode)
+        traced.graph, placeholders[: len(tensors)], dict(zip(backward, placeholders[len(tensors) :])), results[: len(outs)], results[len(outs) :], restricted(mode), not asked
     )
+
+
+@contextlib.contextmanager
+def _materializing() -> Iterator[list]:
+    """A list that has something in it when a Function asked for None instead of zeros."""
+    asked, before = [], FunctionCtx.set_materialize_grads
+
+    def set_materialize_grads(ctx, value):
+        asked.extend([] if value else [True])
+        before(ctx, value)
+
+    FunctionCtx.set_materialize_grads = set_materialize_grads
+    try:
+        yield asked
+    finally:
+        FunctionCtx.set_materialize_grads = before
 
 
 def _line(error: BaseException, otherwise: str) -> str:

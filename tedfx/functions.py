@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from tedfx._torch import every_apply, no_torch_function, pytree, recording
 from tedfx.autocast import Autocast
-from tedfx.bodies import body_of
+from tedfx.bodies import bodies_of
 from tedfx.errors import TedfxError, TraceError, line_of_definition, user_line
 from tedfx.ops.function import SIZE, TENSOR, Kept, operator_of
 from tedfx.passes.base import emit
@@ -129,7 +129,7 @@ def keep_calls(graph: fx.Graph) -> frozenset[torch.dtype]:
             else:
                 user.replace_input_with(node, new)
         graph.erase_node(node)
-        body_of(new)
+        bodies_of(new)
         if kept.autocast is not None and any(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point() for n in new.all_input_nodes):
             lowered.add(kept.autocast.dtype)
     return frozenset(lowered)

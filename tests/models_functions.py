@@ -173,7 +173,7 @@ class Mixture(nn.Module):
         for e in range(len(self.experts)):
             row, slot = torch.where(ids == e)
             out.index_add_(0, row, self.expert(e, t[row]) * w[row, slot, None])
-        return out.view_as(x)
+        return out.view(x.shape)
 
 
 class Model(nn.Module):
@@ -246,7 +246,7 @@ def twice(block, x):
 
 
 def mix(block, x):
-    a, _, c = Mix.apply(x, block.weight.expand_as(x), 0.5)
+    a, _, c = Mix.apply(x, block.weight.expand(x.shape), 0.5)
     return a + c
 
 

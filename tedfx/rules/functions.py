@@ -14,12 +14,12 @@ Not left to the types is what the local graph of a rank rewrites and the user's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from tedfx.bodies import Body, body_of
+from tedfx.bodies import Body, bodies_of
 from tedfx.factors import Factor, as_size, leaves, settle, unify
 from tedfx.plan import Plan, roots
 from tedfx.rules.base import Annotator, Relation, is_tensor, op_name, operands
@@ -67,9 +67,18 @@ def function(node: fx.Node, ctx: Annotator) -> Relation:
 def is_elementwise(node: fx.Node) -> bool:
     """Whether every element of the results, and of the gradients, is made of the elements of the operands at its place (and of operands of one element without a gradient)."""
     found = _rule(node)
-    wide = {tuple(ds) for ds in found.dims if ds} | {tuple(ds) for ds in found.out}
-    learned = [i for i, n in enumerate(operands(node)) if not found.dims[i] and found.learned[i]]
-    return len(wide) == 1 and all(f in found.free for f in next(iter(wide))) and len(set(next(iter(wide)))) == len(next(iter(wide))) and not (found.complete or found.constant or found.contracted or learned)
+    shapes = {tuple(ds) for ds in (*found.dims, *found.out) if ds}
+    scalars = any(learned and not ds for learned, ds in zip(found.learned, found.dims))
+    if len(shapes) != 1 or scalars or found.contracted or not adds_up(node):
+        return False
+    (shape,) = shapes
+    return len(set(shape)) == len(shape) and found.free.issuperset(shape)
+
+
+def adds_up(node: fx.Node) -> bool:
+    """Whether the gradients of a sum of cotangents are the sums of their gradients, so that one call may stand for several."""
+    found = _rule(node)
+    return not found.complete and not found.constant
 
 
 # ---- the body's own types ------------------------------------------------------------------------------------------------
@@ -93,10 +102,29 @@ class _Found:
 
 
 def _rule(node: fx.Node) -> _Found:
-    body = body_of(node)
-    if not hasattr(body, "found"):
+    found, *others = [_of(body) for body in bodies_of(node)]
+    for other in others:
+        found = _both(found, other)
+    return found
+
+
+def _of(body: Body) -> _Found:
+    if body.found is None:
         body.found = _find(body)
     return body.found
+
+
+def _both(one: _Found, other: _Found) -> _Found:
+    """What holds whichever cotangents there are, of two sets."""
+    there = {factor: other.dims[i][d] for factor, ((i, d), *_) in one.classes.items()}
+    free = {f for f in one.free if there[f] in other.free and one.classes[f] == other.classes[there[f]] and (f in one.contracted) == (there[f] in other.contracted)}
+    learned = [a or b for a, b in zip(one.learned, other.learned)]
+    constant = frozenset(i for i in one.constant | other.constant if all(i in f.constant or not f.learned[i] for f in (one, other)))
+    unclear = constant != one.constant | other.constant
+    return replace(
+        one, free=set() if unclear else free, contracted=[f for f in one.contracted if f in free and not unclear], learned=learned, constant=constant, complete=one.complete or other.complete or unclear,
+        linear=tuple(g for g in one.linear if g in other.linear), unread=frozenset(i for i in constant if all(i in f.unread or not f.learned[i] for f in (one, other))),
+    )  # fmt: skip
 
 
 class _BodyAnnotator(Annotator):
