@@ -338,3 +338,28 @@ def restricted(mode: FakeTensorMode) -> set:
     for guard in env.guards:
         found |= guard.expr.free_symbols
     return found
+
+
+@contextlib.contextmanager
+def levels_of_func(opened):
+    """Meanwhile, `opened()` is called when torch.func has opened a level of differentiation (grad, vjp, jacrev; jvp, jacfwd), which it closes whatever `opened` raises. Public replacement: none."""
+    from torch._functorch import eager_transforms
+
+    names = ("_grad_increment_nesting", "_jvp_increment_nesting")
+    before = {name: getattr(eager_transforms, name) for name in names}
+
+    def noticing(name):
+        def increment(*args):
+            level = before[name](*args)
+            opened()
+            return level
+
+        return increment
+
+    for name in names:
+        setattr(eager_transforms, name, noticing(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(eager_transforms, name, before[name])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -34,9 +35,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tedfx._torch import FakeTensorMode, frames_of_nodes, pytree, quiet_export
 from tedfx.autocast import Autocast, explicit_casts, region
 from tedfx.errors import TraceError, line_below, model_frames, user_line
-from tedfx.passes.base import emit, evaluate
 from tedfx.functions import keep_calls, kept_calls
+from tedfx.passes.base import emit, evaluate
 from tedfx.regions import NoGradInsideAutocast, inline_regions
+from tedfx.side_gradients import refuse_side_gradients
 
 __all__ = ["Trace", "infer_inputs", "trace"]
 
@@ -339,7 +341,9 @@ def trace(
         stack.enter_context(_named_forward(model, list(call)))
         stack.enter_context(region(around, device.type))
         stack.enter_context(NoGradInsideAutocast(__file__))
-        stack.enter_context(kept_calls(device.type, lambda: line_below(__file__)))
+        line = functools.partial(line_below, __file__)
+        stack.enter_context(refuse_side_gradients(line))
+        stack.enter_context(kept_calls(device.type, line))
         # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA would fix the length to their alignment.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Where opt_einsum is installed, torch asks it for the order of a product of three operands; it takes sizes as numbers, which would fix them.
