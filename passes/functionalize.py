@@ -30,8 +30,6 @@ from torch import fx
 
 from tedfx.errors import TraceError, user_line
 from tedfx.factors import as_size
-from tedfx.ops.function import kept_of
-from tedfx.rules.base import op_name
 
 __all__ = ["Functionalize"]
 
@@ -151,8 +149,6 @@ class _Walk:
         node = self._name(node)
         version = self.version.get(self.root(node), 0)
         if self.made_at.get(node, 0) < version:
-            if kept_of(node.target) is not None:  # made again it would run backward twice
-                raise TraceError(f"what {op_name(node)} returned is its operand, which is then changed in place | at {user_line(node)} | make a new tensor instead")
             args, kwargs = fx.map_arg(self.original[node], self.current)
             self.value[node] = emit(self.graph, node.target, args, kwargs, like=node)
             self.made_at[node] = version

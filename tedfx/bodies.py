@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tedfx._torch import TorchDispatchMode, pytree, restricted, scratch_mode, symbolic_tensor, written
-from tedfx.errors import TedfxError, TraceError, line_below, line_of_definition, user_line
+from tedfx.errors import TedfxError, TraceError, line_of_definition, model_frames, user_line
 from tedfx.factors import as_size
 from tedfx.ops.function import Kept, kept_of
 
@@ -233,9 +234,11 @@ class _Watch(TorchDispatchMode):
         return out
 
     def refuse(self, what: str, instead: str) -> None:
-        where = line_below(__file__)
-        if where == "an unknown line":  # the engine runs backward on a thread of its own
-            where = line_of_definition(getattr(self.kept.function, self.part))
+        frames = traceback.extract_stack()
+        while frames[-1].filename == __file__:  # this one, and that which asked for it
+            frames.pop()
+        inside = model_frames(frames, __file__)  # none where the engine runs backward on a thread of its own
+        where = f"{inside[-1].filename}:{inside[-1].lineno}" if inside else line_of_definition(getattr(self.kept.function, self.part))
         raise TraceError(f"{self.kept.name}.{self.part} {what} | at {where} | {instead}")
 
 

@@ -69,7 +69,7 @@ def is_elementwise(node: fx.Node) -> bool:
     found = _rule(node)
     shapes = {tuple(ds) for ds in (*found.dims, *found.out) if ds}
     scalars = any(learned and not ds for learned, ds in zip(found.learned, found.dims))
-    if len(shapes) != 1 or scalars or found.contracted or not adds_up(node):
+    if len(shapes) != 1 or scalars or found.contracted or found.constant:
         return False
     (shape,) = shapes
     return len(set(shape)) == len(shape) and found.free.issuperset(shape)
