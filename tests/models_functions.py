@@ -6,6 +6,8 @@ from torch import nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from tests.models_plain import Output
+
 # ---- functions ----------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +257,33 @@ def two(block, x):
     return x + Reverse.apply(F.linear(Round.apply(8 * block.linear(x)) / 8, block.linear.weight.t()), -1.0)
 
 
+class Layer(nn.Module):
+    """Functions of activations, of weights, in experts, and around the mixture's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down, self.mixture = nn.Parameter(torch.rand(32) + 0.5), nn.Linear(32, 48), nn.Linear(48, 32), InExperts()
+
+    def forward(self, x):
+        h = Norm.apply(x, self.norm)
+        x = x + Clip.apply(self.down(Swish.apply(self.up(h), 1.0)[0]))
+        return reverse(checkpoint(self.mixture, x, use_reentrant=True), -0.5) + x
+
+
+class Everything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers, self.head = nn.Embedding(64, 32), nn.ModuleList(Layer() for _ in range(2)), nn.Linear(32, 64, bias=False)
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        x = AddLoss.apply(x, x.pow(2).mean())
+        logits = self.head(x)
+        return Output(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100), logits)
+
+
 class Reentrant(nn.Module):
     def __init__(self, use_reentrant=True):
         super().__init__()
@@ -305,3 +334,4 @@ FUNCTIONS = {
     "not_reentrant": lambda: Model(mixture=Reentrant(False)),
     "first_layer": lambda: Model(FirstLayer()),
 }
+EVERYTHING = {"everything": Everything}
