@@ -23,6 +23,8 @@ from torch import fx
 
 from tedfx._torch import pytree
 from tedfx.errors import user_line
+from tedfx.ops.function import kept_of
+from tedfx.rules.functions import adds_up
 
 __all__ = ["Bodies"]
 
@@ -83,6 +85,8 @@ class Bodies(Rows):
         if kinds <= {"shared"}:
             if torch.Tag.nondeterministic_seeded in getattr(first.target, "tags", ()):
                 raise refuse(f"{first.target} draws anew for every expert from values that experts share", first, "draw once, outside the loop")
+            if kept_of(first.target) is not None and not adds_up(first):
+                raise refuse(f"{name} runs once per expert on a value that experts share, and so does its backward", first, "call it once, outside the loop")
             return Batched("shared", first, first)
         return apply_rule(self, first, args, kwargs)
 

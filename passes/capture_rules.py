@@ -25,6 +25,7 @@ from torch import fx
 from tedfx._torch import pytree
 from tedfx.errors import CaptureError, user_line
 from tedfx.factors import as_size
+from tedfx.ops.function import kept_of
 
 __all__ = ["Batched", "aligned", "apply_rule", "is_pointwise", "is_value", "refuse", "unknown"]
 
@@ -74,6 +75,8 @@ def apply_rule(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
     from tedfx.passes.capture_contractions import linear, norm  # which need `aligned`
 
     name = name_of(like)
+    if kept_of(like.target) is not None:
+        return _function(batch, like, args)
     if is_pointwise(like):
         return _pointwise(batch, like, args, kwargs)
     if name in ("linear", "matmul", "mm", "addmm"):
@@ -97,7 +100,7 @@ def apply_rule(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
 
 
 def unknown(like: fx.Node) -> CaptureError:
-    return refuse(f"{like.target} in an expert's body may mix the rows of one expert with another's", like, "use operators that work on each row alone")
+    return refuse(f"{name_of(like) if kept_of(like.target) else like.target} in an expert's body may mix the rows of one expert with another's", like, "use operators that work on each row alone")
 
 
 def _leaves(tree) -> list:
@@ -155,6 +158,20 @@ def aligned(batch, like: fx.Node, value: Batched, lead: Batched) -> fx.Node:
     if inner != shape:
         node = batch.emit(aten.reshape.default, (node, [batch.experts, *inner]), {}, like)
     return batch.expert_rows(node, lead, like)
+
+
+def _function(batch, like: fx.Node, args: tuple) -> Batched:
+    """A Function of the user's own: one call for all experts is E calls only where nothing in it, forward or backward, goes from one element to another."""
+    from tedfx.rules.functions import is_elementwise  # rules of types, which nothing else here needs
+
+    values = [a for a in args if isinstance(a, Batched)]
+    lead = _lead([v for v in values if v.kind != "shared"], like)
+    if not is_elementwise(like) or any(v.kind == "shared" and any(size != 1 for size in v.shape) for v in values):
+        raise unknown(like)
+    if any(v.kind != "shared" and (v.kind, v.right, v.span) != (lead.kind, lead.right, lead.span) for v in values):
+        raise refuse(f"{name_of(like)} of rows and of parameters", like, "let all its operands be rows of tokens, or all of them parameters")
+    node = batch.emit(like.target, tuple(a.node if isinstance(a, Batched) else a for a in args), {}, like)
+    return replace(lead, node=node, like=like)
 
 
 # --- dims ---------------------------------------------------------------------------------------------------------------------

@@ -351,3 +351,85 @@ def around_call(module: torch.nn.Module, wrap):
             del cls._call_impl
         else:
             cls._call_impl = own
+
+
+# ---- autograd.Function (tedfx/functions.py, tedfx/bodies.py) ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def every_apply(apply, transformed):
+    """Meanwhile, `Function.apply(*args)` of every class, bound before or not, is `apply(cls, plain, *args)`; `plain` is torch's own of that class. Under a transform of torch.func it is
+    `transformed(cls, plain, *args)`. Public replacement: none."""
+    from torch.autograd import function
+
+    base, before = function._SingleLevelFunction, function.custom_function_call
+
+    def own(cls, *args, **kwargs):
+        return apply(cls, functools.partial(super(base, cls).apply), *args, **kwargs)
+
+    base.apply = classmethod(own)
+    function.custom_function_call = lambda cls, *args, **kwargs: transformed(cls, functools.partial(before, cls), *args, **kwargs)
+    try:
+        yield
+    finally:
+        del base.apply
+        function.custom_function_call = before
+
+
+def recording() -> bool:
+    """Whether torch.export records what is called now, rather than running inside of an operator. Public replacement: none."""
+    return torch._ops._get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def no_torch_function():
+    """A context manager under which no TorchFunctionMode sees a call. Public replacement: none."""
+    return torch._C.DisableTorchFunction()
+
+
+def symbolic_tensor(mode: FakeTensorMode, sizes, dtype: torch.dtype, device: torch.device, known: dict) -> torch.Tensor:
+    """A fake tensor of `mode`; `sizes` are ints, which stay, or pairs (key, hint): one symbol per key, kept in `known`. Public replacement: none."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    env = mode.shape_env
+    for size in sizes:
+        if not isinstance(size, int) and size not in known:
+            source = ConstantSource(f"size{len(known)}")
+            symbol = env.create_symbol(size[1], source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            known[size] = env.create_symintnode(symbol, hint=size[1], source=source)
+    with mode:
+        return torch.empty([size if isinstance(size, int) else known[size] for size in sizes], dtype=dtype, device=device)
+
+
+def restricted(mode: FakeTensorMode) -> set:
+    """The size symbols about which something was asked. Public replacement: none."""
+    env = mode.shape_env
+    found = set(env.replacements)
+    for guard in env.guards:
+        found |= guard.expr.free_symbols
+    return found
+
+
+@contextlib.contextmanager
+def levels_of_func(opened):
+    """Meanwhile, `opened()` is called when torch.func has opened a level of differentiation (grad, vjp, jacrev; jvp, jacfwd), which it closes whatever `opened` raises. Public replacement: none."""
+    from torch._functorch import eager_transforms
+
+    names = ("_grad_increment_nesting", "_jvp_increment_nesting")
+    before = {name: getattr(eager_transforms, name) for name in names}
+
+    def noticing(name):
+        def increment(*args):
+            level = before[name](*args)
+            opened()
+            return level
+
+        return increment
+
+    for name in names:
+        setattr(eager_transforms, name, noticing(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(eager_transforms, name, before[name])

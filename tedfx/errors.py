@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 import re
 import sysconfig
+import traceback
 
 __all__ = ["CallError", "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line"]
 
@@ -81,6 +83,12 @@ def model_frames(frames: list, above: str) -> list:
     return [f for f in inside if _package(f.filename) in packages]
 
 
+def line_below(above: str) -> str:
+    """`file:line` of the model's code that is running, below the last frame of the file `above`."""
+    frames = model_frames(traceback.extract_stack(), above)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown line"
+
+
 def user_line(source) -> str:
     """`file:line` of the model's code behind a node (by its stack trace) or behind an exception."""
     if isinstance(source, BaseException):
@@ -99,3 +107,9 @@ def user_line(source) -> str:
     if not frames:
         return "an unknown line"
     return f"{frames[-1][0]}:{frames[-1][1]}"
+
+
+def line_of_definition(function) -> str:
+    """`file:line` of where a function of the model is defined."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "an unknown line" if code is None else f"{code.co_filename}:{code.co_firstlineno}"

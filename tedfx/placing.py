@@ -22,6 +22,7 @@ from torch import fx
 from tedfx import placing_experts
 from tedfx.factors import leaves
 from tedfx.placing_general import general
+from tedfx.placing_own import own_gradient
 from tedfx.plan import Decision, Plan, differentiable
 from tedfx.rules import Relation, op_name, operands
 from tedfx.types import I, R, Shard
@@ -33,6 +34,8 @@ def decide(node: fx.Node, axis: str, types: list, plan: Plan, reduced=lambda pos
     special = _KINDS.get(relation.kind)
     if special is not None:
         return special(node, axis, types, plan, relation)
+    if relation.complete or relation.constant:
+        return own_gradient(node, axis, types, plan, relation, reduced)
     return general(node, axis, types, plan, relation, reduced)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from tedfx._torch import set_grad_enabled_function
 from tedfx.autocast import mark
 from tedfx.dtypes import has_gradient
-from tedfx.errors import TraceError, model_frames, user_line
+from tedfx.errors import TraceError, line_below, user_line
 from tedfx.passes.base import emit, evaluate
 
 aten = torch.ops.aten
@@ -181,9 +180,7 @@ class NoGradInsideAutocast(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is set_grad_enabled_function and _nesting() > self._outside and args[0] != torch.is_grad_enabled():
-            frames = model_frames(traceback.extract_stack(), self._above)
-            line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown line"
-            raise TraceError(f"no_grad (or enable_grad) inside an autocast region, which torch.export would lose | at {line} | put the autocast region inside it, or detach()")
+            raise TraceError(f"no_grad (or enable_grad) inside an autocast region, which torch.export would lose | at {line_below(self._above)} | put the autocast region inside it, or detach()")
         return function(*args, **(kwargs or {}))
 
 

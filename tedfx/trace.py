@@ -37,13 +37,15 @@ from tedfx._torch import FakeTensorMode, frames_of_nodes, pytree, quiet_export
 from tedfx.autocast import Autocast, explicit_casts, region
 from tedfx.call_check import SizeCheck
 from tedfx.derived import symbol_of
-from tedfx.errors import TraceError, model_frames, user_line
+from tedfx.errors import TraceError, line_below, model_frames, user_line
+from tedfx.functions import keep_calls, kept_calls
 from tedfx.hooks import refuse_hooks
 from tedfx.input_sizes import as_given, plan_sizes, settle
 from tedfx.observed import Observation
 from tedfx.own_error import own_error
 from tedfx.passes.base import emit, evaluate
 from tedfx.regions import NoGradInsideAutocast, inline_regions
+from tedfx.side_gradients import refuse_side_gradients
 
 __all__ = ["Trace", "infer_inputs", "trace"]
 
@@ -306,6 +308,9 @@ def trace(
         stack.enter_context(_named_forward(model, list(call)))
         stack.enter_context(region(around, device.type))
         stack.enter_context(NoGradInsideAutocast(__file__))
+        line = functools.partial(line_below, __file__)
+        stack.enter_context(refuse_side_gradients(line))
+        stack.enter_context(kept_calls(device.type, line))
         # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA would fix the length to their alignment.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Where opt_einsum is installed, torch asks it for the order of a product of three operands; it takes sizes as numbers, which would fix them.
@@ -431,6 +436,7 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
     graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
     graph = graph_module.graph
     inline_regions(graph_module)
+    lowered = keep_calls(graph)
     conditions = _conditions(graph, {s for n in graph.find_nodes(op="placeholder") for s in _free_symbols(n.meta.get("val"))})
     static.extend(f"the model only accepts sizes with {c}" for c in conditions)
     _count_into_fixed_bins(graph)
@@ -465,7 +471,7 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise TraceError(f"output {spec.arg.name} is a {spec.kind.name.lower()}, which tedfx does not expect")
 
-    lowered = explicit_casts(graph, device.type, around)
+    lowered |= explicit_casts(graph, device.type, around)
     inputs, values = {}, {}
     roles_of = {}
     for node, (path, value), roles in zip(user, leaves_with_path(call), leaf_roles, strict=True):

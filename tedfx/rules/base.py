@@ -23,6 +23,7 @@ from tedfx import ops
 from tedfx.factors import Factor, as_size, dim_size, divides, is_data, leaves, quotient, settle, unify
 
 _BATCHED = frozenset(ops.BATCHED.values())
+_LINEAR = ("aten", "prims", "tedfx")  # operators whose backward is the adjoint of a derivative; that of a user's own may be anything
 
 
 def regroup_barrier(x):
@@ -42,6 +43,9 @@ class Relation:
     linear: tuple = ()  # groups of positions in which the op is jointly linear
     several: bool = False  # several outputs
     kind: str = ""  # name of a special typing rule, else the general one
+    complete: bool = False  # its gradient is not linear in the cotangents, so it needs those of all ranks: no result of replicated operands may be R
+    constant: frozenset = frozenset()  # positions whose gradient depends on no value: the same on every rank, so they are never R
+    unread: frozenset = frozenset()  # those of them whose value is read nowhere: P is as good as I
 
 
 RULES: dict[str, Callable] = {}
@@ -214,6 +218,7 @@ def whole_everywhere(node: fx.Node, ctx: Annotator, note: bool = True) -> Relati
         ctx.notes.append(f"{op_name(node)} has no rule: its operands are replicated")
     value = node.meta["val"]
     fresh = lambda t: [() if as_size(s) == 1 else (Factor(as_size(s)),) for s in t.shape]
+    complete = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _LINEAR
     if isinstance(value, (tuple, list)):
-        return Relation(out=[fresh(v) if isinstance(v, torch.Tensor) else [] for v in value], whole=whole, several=True)
-    return Relation(out=fresh(value), whole=whole, created=tuple(f for d in fresh(value) for f in d))
+        return Relation(out=[fresh(v) if isinstance(v, torch.Tensor) else [] for v in value], whole=whole, several=True, complete=complete)
+    return Relation(out=fresh(value), whole=whole, created=tuple(f for d in fresh(value) for f in d), complete=complete)

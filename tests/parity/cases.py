@@ -27,7 +27,7 @@ RANK_TIMEOUT = 400.0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """model: a name in tests.models, tests.models_plain or tests.models_capacity. change: name in `variants`, applied to the model.
+    """model: a name in tests.models, tests.models_plain, tests.models_capacity or tests.models_functions. change: name in `variants`, applied to the model.
     batch: name in `data`. sharded: options of the `ShardedOptimizer` that ranks step with, see `Recipe`. calls: which signatures the ranks will make, the first being the example."""
 
     model: str
@@ -94,11 +94,11 @@ def _once(key: tuple, make: Callable):
 
 
 def _model(case: Case):
-    from tests import models, models_capacity, models_plain
+    from tests import models, models_capacity, models_functions, models_plain
 
     def make():
         torch.manual_seed(0)
-        model = {**models_plain.PLAIN, **models_capacity.CAPACITY, **models.MODELS}[case.model](**dict(case.overrides))
+        model = {**models_plain.PLAIN, **models_capacity.CAPACITY, **models_functions.EVERYTHING, **models.MODELS}[case.model](**dict(case.overrides))
         model = model.to(getattr(torch, case.dtype)).train()
         for change in filter(None, case.change.split("+")):
             getattr(variants, change)(model)
