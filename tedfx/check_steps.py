@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tedfx._torch import pytree
 from tedfx.autocast import region
 from tedfx.check_float64 import reading, wide
-from tedfx.check_inputs import random_inputs
+from tedfx.check_inputs import FEWEST, SIZES, random_inputs
 from tedfx.check_state import on_gpu, untouched
 from tedfx.trace import Trace
 
@@ -89,7 +89,7 @@ def two_steps(
     order = _order_of_use(captured)
     names = dict(sorted(names.items(), key=lambda item: order.get(item[1], 0)))
     asked = _asked(captured)
-    call = random_inputs(captured, bounds)
+    call = random_inputs(captured, bounds, SIZES if sampled is None else FEWEST)
     cast = wide if not own else lambda dtype: dtype
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
