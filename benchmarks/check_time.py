@@ -1,7 +1,9 @@
 """What the capture check costs beside the trace: python benchmarks/check_time.py
 
-Mixtral by number of parameters, with weights, on the CPU: CPU seconds of the trace, of `check="forward"` and of `check="full"`, and the host memory that the full check adds at its peak. Up to
-`tedfx.check_full.FULL` elements every gradient is compared, above those of sampled parameters (the line says which it was). Each size runs in a process of its own.
+Mixtral by number of parameters, with weights, on the CPU: CPU seconds of the trace, of `check="forward"` and
+of `check="full"`, and the host memory that the full check adds at its peak. Up to `tedfx.check_sample.FULL`
+elements every gradient is compared, above those of sampled parameters (the line says which it was). Each size
+runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -58,11 +60,22 @@ def measure(size: str) -> dict:
     line = check_program(program, model)
     full = lap()
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 2**20
-    return {"size": size, "parameters": sum(p.numel() for p in model.parameters()), "dtype": dtype, "trace": traced, "forward": forward, "full": full, "memory": more, "line": line}
+    return {
+        "size": size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": dtype,
+        "trace": traced,
+        "forward": forward,
+        "full": full,
+        "memory": more,
+        "line": line,
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -78,9 +91,22 @@ def main() -> int:
             print(done.stderr, file=sys.stderr)
             return 1
         found = json.loads(done.stdout.splitlines()[-1])
-        rows.append([f"{found['parameters'] / 1e6:.1f} M", found["dtype"], *(f"{found[k]:.1f}" for k in ("trace", "forward", "full")), f"{found['memory']:.1f}"])
+        rows.append(
+            [
+                f"{found['parameters'] / 1e6:.1f} M",
+                found["dtype"],
+                *(f"{found[k]:.1f}" for k in ("trace", "forward", "full")),
+                f"{found['memory']:.1f}",
+            ]
+        )
         print(f"{size}: {found['line']}", flush=True)
-    print(tabulate(rows, ["parameters", "dtype", "trace, s", "forward, s", "full, s", "memory, GiB"], disable_numparse=True))
+    print(
+        tabulate(
+            rows,
+            ["parameters", "dtype", "trace, s", "forward, s", "full, s", "memory, GiB"],
+            disable_numparse=True,
+        )
+    )
     return 0
 
 

@@ -10,10 +10,13 @@ from tedfx.passes.base import Pass, PassResult
 
 @dataclass(frozen=True)
 class CheckCapture(Pass):
-    """Run the graph as it stands and the unmodified model side by side on one random input of a few tokens, on the device of the weights.
+    """Run the graph as it stands and the unmodified model side by side on one random input of a few tokens,
+    on the device of the weights.
 
-    "full" is two training steps with an update in between, in float64: outputs, gradients and buffers (`tedfx/check_steps.py`). "forward" is one forward in the model's own dtype, and "none" nothing.
-    A difference beyond rounding is a CaptureError that names what differs. Nothing is checked where there are no weights (`tedfx explain`, a model on the meta device); the pass's note says what was.
+    "full" is two training steps with an update in between, in float64: outputs, gradients and buffers
+    (`tedfx/check_steps.py`). "forward" is one forward in the model's own dtype, and "none" nothing. A
+    difference beyond rounding is a CaptureError that names what differs. Nothing is checked where there are
+    no weights (`tedfx explain`, a model on the meta device); the pass's note says what was.
     """
 
     level: str = "full"
@@ -22,4 +25,6 @@ class CheckCapture(Pass):
         model, program.model = program.model, None
         if model is None:
             return PassResult(notes=["not checked against the model: no weights at hand"])
-        return PassResult(matches=len(program.trace.captured), notes=[check_program(program, model, self.level)])
+        return PassResult(
+            matches=len(program.trace.captured), notes=[check_program(program, model, self.level)]
+        )

@@ -1,14 +1,18 @@
 """Any program read in float64: every dtype of fewer bits stands for float64 while `Float64` is on.
 
-Two programs that compute the same function differ by rounding, and where a router is near a tie rounding decides where a token goes. In float64 the first is 1e-15 and the second does not
-happen, so that a difference is one of the programs. A model need not be cast for it, nor traced again: the mode stands below autograd and gives every operator float64 where its operands, or
-the dtype that it is told (casts, factories, `softmax(dtype=)`, `sum(dtype=)`), are of fewer bits. What moves elements and changes none (views, lookups) runs on what it is given, so that a table
-is not cast for a few of its rows.
+Two programs that compute the same function differ by rounding, and where a router is near a tie rounding
+decides where a token goes. In float64 the first is 1e-15 and the second does not happen, so that a difference
+is one of the programs. A model need not be cast for it, nor traced again: the mode stands below autograd and
+gives every operator float64 where its operands, or the dtype that it is told (casts, factories,
+`softmax(dtype=)`, `sum(dtype=)`), are of fewer bits. What moves elements and changes none (views, lookups)
+runs on what it is given, so that a table is not cast for a few of its rows.
 
-Draws are replaced by their mean, the same in both programs: `bernoulli_` fills its p, so that dropout is the identity. What has no such mean (multinomial, randint, ..) raises `Draws`.
-Views of bits as another dtype raise `NoFloat64`.
+Draws are replaced by their mean, the same in both programs: `bernoulli_` fills its p, so that dropout is the
+identity. What has no such mean (multinomial, randint, ..) raises `Draws`. Views of bits as another dtype
+raise `NoFloat64`.
 
-Python still reads the dtypes: `torch.finfo(x.dtype)` is answered for the dtype that the model was traced in, see `reading`.
+Python still reads the dtypes: `torch.finfo(x.dtype)` is answered for the dtype that the model was traced in,
+see `reading`.
 """
 
 from __future__ import annotations
@@ -58,10 +62,20 @@ class Float64(TorchDispatchMode):
         kwargs = kwargs or {}
         name = op_name(func) if isinstance(func, torch._ops.OpOverload) else str(func)
         if func in (aten.native_dropout.default, aten.native_dropout_backward.default):
-            return (args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)) if func is aten.native_dropout.default else args[0].clone()
+            return (
+                (args[0].clone(), torch.ones_like(args[0], dtype=torch.bool))
+                if func is aten.native_dropout.default
+                else args[0].clone()
+            )
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-            return _mean(func, name, args, {key: value for key, value in kwargs.items() if key != "generator"})
-        if func is aten.view.dtype and args[0].dtype != args[1] and any(dtype.is_floating_point or dtype.is_complex for dtype in (args[0].dtype, args[1])):
+            return _mean(
+                func, name, args, {key: value for key, value in kwargs.items() if key != "generator"}
+            )
+        if (
+            func is aten.view.dtype
+            and args[0].dtype != args[1]
+            and any(dtype.is_floating_point or dtype.is_complex for dtype in (args[0].dtype, args[1]))
+        ):
             raise NoFloat64("it views a value's bits as another dtype")
         keep = {id(x) for x in written(func, args, kwargs)} if func._schema.is_mutable else ()
         moves = func in _MOVES or is_view(func)
@@ -84,7 +98,11 @@ def _mean(func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
     if name in _FRESH:
         dtype = kwargs.pop("dtype", None)
         like = {"device": kwargs.get("device"), "dtype": wide(dtype) if dtype is not None else None}
-        return torch.full_like(args[0], _FRESH[name], **like) if name.endswith("_like") else torch.full(args[0], _FRESH[name], **{**like, "dtype": like["dtype"] or torch.float64})
+        return (
+            torch.full_like(args[0], _FRESH[name], **like)
+            if name.endswith("_like")
+            else torch.full(args[0], _FRESH[name], **{**like, "dtype": like["dtype"] or torch.float64})
+        )
     if name == "bernoulli" and len(args) == 1:
         return args[0].to(wide(args[0].dtype), copy=True)
     raise Draws(name)
@@ -92,7 +110,8 @@ def _mean(func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
 
 @contextlib.contextmanager
 def reading(as_dtype: torch.dtype | None) -> Iterator[None]:
-    """`Float64`, with new tensors in float64 by default. `torch.finfo` of float64 answers for `as_dtype`: a trace has `finfo(x.dtype).eps` as a number."""
+    """`Float64`, with new tensors in float64 by default. `torch.finfo` of float64 answers for `as_dtype`: a
+    trace has `finfo(x.dtype).eps` as a number."""
     finfo, default = torch.finfo, torch.get_default_dtype()
 
     def answer(dtype: torch.dtype | None = None) -> torch.finfo:

@@ -1,10 +1,14 @@
-"""Is the captured graph the model? The check that `parallelize` makes by itself, and what its history says of it.
+"""Is the captured graph the model? The check that `parallelize` makes by itself, and what its history says of
+it.
 
-"full" runs two training steps of both (`tedfx.check_steps`), in float64 (`tedfx.check_float64`). Where that cannot be, since an operator has no kernel for it or looks at bits, the model's own dtype
-is taken: two steps with wider tolerances in float32, one forward in 16 bits, where a near-tie of a router may send a token elsewhere. The line in the history says which it was.
+"full" runs two training steps of both (`tedfx.check_steps`), in float64 (`tedfx.check_float64`). Where that
+cannot be, since an operator has no kernel for it or looks at bits, the model's own dtype is taken: two steps
+with wider tolerances in float32, one forward in 16 bits, where a near-tie of a router may send a token
+elsewhere. The line in the history says which it was.
 
-Up to `FULL` elements of parameters all gradients are compared. Above, only those of sampled parameters: of the last mixture, the first and the middle layer and of what is outside of layers, small ones
-first, as many as `FULL` elements hold; the others are constants, and no copy of them is made.
+Up to `check_sample.FULL` elements of parameters all gradients are compared. Above, only those of sampled parameters: of
+the last mixture, the first and the middle layer and of what is outside of layers, small ones first, as many
+as `FULL` elements hold; the others are constants, and no copy of them is made.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,21 +24,27 @@ import torch.distributed as dist
 from torch import nn
 
 from tedfx.capture_check import check_capture, draws, on_device
+from tedfx.check_compare import Difference, Found, Tolerance
 from tedfx.check_float64 import Draws, NoFloat64
 from tedfx.check_inputs import attempts
-from tedfx.check_steps import Difference, Found, GraphFailed, Tolerance, two_steps
+from tedfx.check_sample import sample, widest
+from tedfx.check_steps import GraphFailed, two_steps
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.frontends import default_frontends
-from tedfx.layers import layer_of
 from tedfx.precision import cast_parameters, parameter_dtypes
 from tedfx.trace import Trace
 
-__all__ = ["LEVELS", "check_level", "check_program", "check_trace", "sample"]
+__all__ = ["LEVELS", "check_level", "check_program", "check_trace"]
 
 LEVELS = ("none", "forward", "full")
-FULL = 2**25  # elements of parameters whose gradients are compared: 256 MiB in float64, in some five copies
-WIDEST = 2**28  # elements of the largest weight that is read in float64: 2 GiB for as long as one operator runs
-_TOLERANCES = {"float64": Tolerance(1e-9, 1e-7), torch.float64: Tolerance(1e-9, 1e-7), torch.float32: Tolerance(1e-4, 1e-3)}
+WIDEST = (
+    2**28
+)  # elements of the largest weight that is read in float64: 2 GiB for as long as one operator runs
+_TOLERANCES = {
+    "float64": Tolerance(1e-9, 1e-7),
+    torch.float64: Tolerance(1e-9, 1e-7),
+    torch.float32: Tolerance(1e-4, 1e-3),
+}
 
 
 def check_level(level: str) -> str:
@@ -45,7 +55,8 @@ def check_level(level: str) -> str:
 
 
 def check_program(program: Any, model: nn.Module, level: str = "full") -> str:
-    """The check as the pipeline makes it, on the program's graph as it stands; a line for its history. CaptureError for a difference.
+    """The check as the pipeline makes it, on the program's graph as it stands; a line for its history.
+    CaptureError for a difference.
 
     One trace is checked once for a model, whatever the meshes that it is compiled for.
     """
@@ -66,28 +77,42 @@ def check_program(program: Any, model: nn.Module, level: str = "full") -> str:
 
 
 def _not_checked(why: str, what: str = "it") -> str:
-    """The line for the history; on one rank a warning as well, since nothing else says that this program was never compared."""
+    """The line for the history; on one rank a warning as well, since nothing else says that this program was
+    never compared."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        warnings.warn(f"the captured graph was not checked against the model: {why}; `tedfx verify` compares {what} with a single device, step by step", stacklevel=2)
+        warnings.warn(
+            f"the captured graph was not checked against the model: {why}; `tedfx verify` compares {what} with a single device, step by step",
+            stacklevel=2,
+        )
     return f"not checked against the model: {why}"
 
 
-# ---- full ------------------------------------------------------------------------------------------------------------------
+# ---- full --------------------------------------------------------------------------------------------------
+# ----------------
 
 
-def check_trace(model: nn.Module, captured: Trace, dtypes: dict[str, torch.dtype] | None = None, device: torch.device | None = None) -> str:
-    """Two training steps of the graph and of the model; the line for the history, CaptureError for a difference. `dtypes`: of the parameters as traced. `device`: that of the trace."""
+def check_trace(
+    model: nn.Module,
+    captured: Trace,
+    dtypes: dict[str, torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> str:
+    """Two training steps of the graph and of the model; the line for the history, CaptureError for a
+    difference. `dtypes`: of the parameters as traced. `device`: that of the trace."""
     dtypes, device = dtypes or parameter_dtypes(model, None), device or captured.device
     frontends = [f for f in default_frontends() if f.applies(model)]
     sampled = sample(model, captured)
     usual = _usual(dtypes)
     try:
-        widest = _widest(model, captured)
-        if widest > WIDEST:
-            raise NoFloat64(f"a weight of {widest} elements")
+        if (elements := widest(model, captured)) > WIDEST:
+            raise NoFloat64(f"a weight of {elements} elements")
         first = None
-        for as_dtype in dict.fromkeys((usual, torch.float32, torch.float64)):  # what the model's Python was told of a value's dtype
-            run = lambda bounds: two_steps(model, captured, frontends, bounds, _TOLERANCES["float64"], as_dtype=as_dtype, sampled=sampled)  # noqa: B023, E731
+        for as_dtype in dict.fromkeys(
+            (usual, torch.float32, torch.float64)
+        ):  # what the model's Python was told of a value's dtype
+            run = lambda bounds: two_steps(
+                model, captured, frontends, bounds, _TOLERANCES["float64"], as_dtype=as_dtype, sampled=sampled
+            )  # noqa: B023, E731
             found = _on_some_input(run, model)
             if found.first is None:
                 return _line(found, "in float64", captured, sampled)
@@ -109,14 +134,27 @@ def _own_dtype(model, captured: Trace, dtypes, device, frontends, sampled, reaso
         return _not_checked(f"{random.name} draws at random ({reason})")
     usual = _usual(dtypes)
     if usual not in _TOLERANCES or captured.lowered:
-        return _forward(model, captured, dtypes, device, f", forward alone (gradients are not compared in 16 bits; {reason})")
+        return _forward(
+            model,
+            captured,
+            dtypes,
+            device,
+            f", forward alone (gradients are not compared in 16 bits; {reason})",
+        )
     with cast_parameters(model, dtypes, values=True):
         try:
-            found = _on_some_input(lambda bounds: two_steps(model, captured, frontends, bounds, _TOLERANCES[usual], own=True, sampled=sampled), model)
+            found = _on_some_input(
+                lambda bounds: two_steps(
+                    model, captured, frontends, bounds, _TOLERANCES[usual], own=True, sampled=sampled
+                ),
+                model,
+            )
         except _NoInput as error:
             return _not_checked(str(error))
         except GraphFailed as error:
-            raise CaptureError(f"the captured graph fails on an input that the model takes: {error}") from error
+            raise CaptureError(
+                f"the captured graph fails on an input that the model takes: {error}"
+            ) from error
         if found.first is not None:
             _refuse(found.first, model, captured, dtypes, _name(usual))
     return _line(found, f"in {_name(usual)} ({reason})", captured, sampled)
@@ -135,7 +173,10 @@ def _on_some_input(run: Callable[[tuple[int, int]], Found], model: nn.Module) ->
         except (Draws, NoFloat64, GraphFailed):
             raise
         except Exception as error:  # noqa: BLE001  the model's own, on an input that is not its kind
-            failure = failure or f"the model fails on random inputs ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            failure = (
+                failure
+                or f"the model fails on random inputs ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            )
             continue
         if found.finite:
             return found
@@ -153,7 +194,9 @@ def _refuse(first: Difference, model: nn.Module, captured: Trace, dtypes, where:
                 raise
             except Exception:  # noqa: BLE001  an input that is not its kind: then no module is named
                 pass
-        why = "the graph that was captured is another function | simplify what forward does there, or report it"
+        why = (
+            "the graph that was captured is another function | simplify what forward does there, or report it"
+        )
     elif kind == "buffer":
         why = "forward changes it in a way that is no operator on the buffer | change it in place (`buffer.copy_(..)`), or make it no buffer"
     elif first.step > 1:
@@ -167,19 +210,32 @@ def _line(found: Found, where: str, captured: Trace, sampled: frozenset[str] | N
     what = "outputs and buffers of two forwards"
     if captured.training and found.gradients:
         what = f"outputs, buffers and {'the gradients' if sampled is None else f'{found.gradients} sampled gradients'} of two steps"
-    worst = f"{found.worst.error:.1e} ({found.worst.what} of step {found.worst.step})" if found.worst is not None and found.worst.error else "0"
+    worst = (
+        f"{found.worst.error:.1e} ({found.worst.what} of step {found.worst.step})"
+        if found.worst is not None and found.worst.error
+        else "0"
+    )
     unused = found.unused
-    told = f"; no gradient reaches {', '.join(unused[:3])}{f' and {len(unused) - 3} more' if len(unused) > 3 else ''} on this input" if unused and found.gradients else ""
+    told = (
+        f"; no gradient reaches {', '.join(unused[:3])}{f' and {len(unused) - 3} more' if len(unused) > 3 else ''} on this input"
+        if unused and found.gradients
+        else ""
+    )
     return f"checked against the model {where}: {what}: largest relative difference {worst}{told}"
 
 
-# ---- forward ---------------------------------------------------------------------------------------------------------------
+# ---- forward -----------------------------------------------------------------------------------------------
+# ----------------
 
 
-def _forward(model: nn.Module, captured: Trace, dtypes, device: torch.device, how: str = ", forward alone") -> str:
+def _forward(
+    model: nn.Module, captured: Trace, dtypes, device: torch.device, how: str = ", forward alone"
+) -> str:
     here = next(iter(model.parameters()), torch.empty(0)).device
     if captured.lowered and device.type != here.type:
-        return _not_checked(f"its weights are on {here.type}, where autocast is another than on {device.type}")
+        return _not_checked(
+            f"its weights are on {here.type}, where autocast is another than on {device.type}"
+        )
     random = next((n for n in captured.graph_module.graph.nodes if draws(n)), None)
     if random is not None:
         return _not_checked(f"{random.name} draws at random")
@@ -192,48 +248,9 @@ def _forward(model: nn.Module, captured: Trace, dtypes, device: torch.device, ho
                 raise
             except Exception as error:  # noqa: BLE001  the model's own, on an input that is not its kind
                 failure = failure or error
-    return _not_checked(f"the model fails on random inputs ({type(failure).__name__}: {' '.join(str(failure).split())[:120]})")
-
-
-# ---- large models ----------------------------------------------------------------------------------------------------------
-
-
-def _groups(model: nn.Module, captured: Trace) -> list[list[str]]:
-    """Names of the parameters, those that the graph stacks together."""
-    distinct = dict(model.named_parameters())
-    stacks = [[n for n in names if n in distinct] for names in captured.stacked.values()]
-    stacked = {name for names in stacks for name in names}
-    return [names for names in stacks if names] + [[name] for name in distinct if name not in stacked]
-
-
-def _elements(model: nn.Module, names: Sequence[str]) -> int:
-    return sum(model.get_parameter(name).numel() for name in names)
-
-
-def _widest(model: nn.Module, captured: Trace) -> int:
-    return max((_elements(model, group) for group in _groups(model, captured)), default=0)
-
-
-def sample(model: nn.Module, captured: Trace, limit: int | None = None) -> frozenset[str] | None:
-    """Names of the parameters whose gradients are compared; None where that is all of them, since there are at most `limit` (`FULL`) elements."""
-    limit = FULL if limit is None else limit
-    groups = _groups(model, captured)
-    if sum(_elements(model, group) for group in groups) <= limit:
-        return None
-    by_layer: dict[str, list[list[str]]] = {}
-    for group in groups:
-        if all(model.get_parameter(name).requires_grad for name in group):
-            by_layer.setdefault(layer_of(group[0]), []).append(group)
-    indexed = sorted((name for name in by_layer if name), key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
-    stacked = {layer_of(names[0]) for names in captured.stacked.values()} | {layer_of(name) for name in captured.captured}
-    mixtures = [name for name in indexed if name in stacked] or indexed
-    wanted = dict.fromkeys([*mixtures[-1:], *indexed[:1], *indexed[len(indexed) // 2 : len(indexed) // 2 + 1], ""])
-    taken: list[str] = []
-    for layer in wanted:
-        for group in sorted(by_layer.get(layer, ()), key=lambda group: _elements(model, group)):
-            if _elements(model, taken) + _elements(model, group) <= limit:
-                taken.extend(group)
-    return frozenset(taken)
+    return _not_checked(
+        f"the model fails on random inputs ({type(failure).__name__}: {' '.join(str(failure).split())[:120]})"
+    )
 
 
 def _usual(dtypes: dict[str, torch.dtype]) -> torch.dtype:

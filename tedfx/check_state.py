@@ -1,4 +1,5 @@
-"""A model that is run and then is as it was: its tensors are copies meanwhile, and whatever its Python changed is put back."""
+"""A model that is run and then is as it was: its tensors are copies meanwhile, and whatever its Python
+changed is put back."""
 
 from __future__ import annotations
 
@@ -13,17 +14,32 @@ from torch import nn
 
 __all__ = ["on_gpu", "untouched"]
 
-_CLOSED = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+_CLOSED = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+)
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def on_gpu(device: torch.device) -> list[torch.device]:
-    """The devices whose generators a run on `device` may move, as `torch.random.fork_rng` takes them: it looks at all GPUs of the host, and says so, where it is told none."""
+    """The devices whose generators a run on `device` may move, as `torch.random.fork_rng` takes them: it
+    looks at all GPUs of the host, and says so, where it is told none."""
     return [device] if device.type == "cuda" else []
 
 
 class _State:
-    """What can be reached from a model through attributes, dicts, lists and sets, and its contents. Objects with slots, closures and globals are not seen."""
+    """What can be reached from a model through attributes, dicts, lists and sets, and its contents. Objects
+    with slots, closures and globals are not seen."""
 
     def __init__(self, root: nn.Module):
         self.containers: list[tuple[Any, list]] = []
@@ -33,11 +49,21 @@ class _State:
         todo: list[Any] = [root]
         while todo:
             x = todo.pop()
-            if id(x) in self.seen or isinstance(x, _CLOSED) or type(x).__module__.startswith(("torch.distributed", "torch._C._distributed")):
+            if (
+                id(x) in self.seen
+                or isinstance(x, _CLOSED)
+                or type(x).__module__.startswith(("torch.distributed", "torch._C._distributed"))
+            ):
                 continue
             self.seen[id(x)] = x
             if isinstance(x, torch.Tensor):
-                if type(x) in _PLAIN and x.is_leaf and x.layout is torch.strided and not x.is_meta and not x.is_inference():
+                if (
+                    type(x) in _PLAIN
+                    and x.is_leaf
+                    and x.layout is torch.strided
+                    and not x.is_meta
+                    and not x.is_inference()
+                ):
                     self.tensors.append(x)
             elif isinstance(x, torch.Generator):
                 self.generators.append((x, x.get_state()))
@@ -58,7 +84,9 @@ class _State:
         for container, items in self.containers:
             if isinstance(container, dict):
                 now = list(container.items())
-                if len(now) != len(items) or any(a is not c or b is not d for (a, b), (c, d) in zip(now, items)):
+                if len(now) != len(items) or any(
+                    a is not c or b is not d for (a, b), (c, d) in zip(now, items)
+                ):
                     kind = collections.OrderedDict if isinstance(container, collections.OrderedDict) else dict
                     kind.clear(container)
                     for key, value in items:
@@ -71,11 +99,15 @@ class _State:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, dtype: Callable[[torch.dtype], torch.dtype], constant: Container[int] = ()) -> Iterator[None]:
-    """Under it every tensor that the model holds is a copy of its values in the dtype that `dtype` says, under the tensor's own identity (hooks and all).
+def untouched(
+    model: nn.Module, dtype: Callable[[torch.dtype], torch.dtype], constant: Container[int] = ()
+) -> Iterator[None]:
+    """Under it every tensor that the model holds is a copy of its values in the dtype that `dtype` says,
+    under the tensor's own identity (hooks and all).
 
-    On exit the model is as it was: bits, `.grad`, `requires_grad`, attributes, contents of lists and dicts, training flags. Tensors whose id is in `constant` are not copied and
-    require no gradient meanwhile: nothing may write to them. Tensors that share memory share it in their copies.
+    On exit the model is as it was: bits, `.grad`, `requires_grad`, attributes, contents of lists and dicts,
+    training flags. Tensors whose id is in `constant` are not copied and require no gradient meanwhile:
+    nothing may write to them. Tensors that share memory share it in their copies.
     """
     state = _State(model)
     saved = [(x, x.data, x.grad, x.requires_grad) for x in state.tensors]
@@ -98,7 +130,9 @@ def untouched(model: nn.Module, dtype: Callable[[torch.dtype], torch.dtype], con
                 x.requires_grad_(requires_grad)
 
 
-def _copies(tensors: list[torch.Tensor], dtype: Callable[[torch.dtype], torch.dtype]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _copies(
+    tensors: list[torch.Tensor], dtype: Callable[[torch.dtype], torch.dtype]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     groups: dict[Any, list[torch.Tensor]] = {}
     for x in tensors:
         groups.setdefault((x.untyped_storage().data_ptr() or id(x), x.dtype), []).append(x)

@@ -1,10 +1,15 @@
-"""Two training steps of a model and of its captured graph, side by side on one device: outputs, gradients and buffers of both steps.
+"""Two training steps of a model and of its captured graph, side by side on one device: outputs, gradients and
+buffers of both steps.
 
-What is compared is what a run would do with either: forward and backward on one random input, plain SGD with the same small rate, and once more. A backward that is not that of the traced
-operators (hooks, an autograd.Function, a gradient that a checkpoint lost) differs in the first step; state that is no buffer, or a buffer that is not written back, in the second.
+What is compared is what a run would do with either: forward and backward on one random input, plain SGD with
+the same small rate, and once more. A backward that is not that of the traced operators (hooks, an
+autograd.Function, a gradient that a checkpoint lost) differs in the first step; state that is no buffer, or a
+buffer that is not written back, in the second.
 
-The graph has leaves of its own, with the values of the model's parameters and without their hooks. The objective is `loss` where the output has a scalar of that name, or the output where it is a
-scalar; else the sum of all differentiable outputs times fixed cotangents, so that the gradient of each is seen. In eval mode, and where nothing requires a gradient, two forwards are compared.
+The graph has leaves of its own, with the values of the model's parameters and without their hooks. The
+objective is `loss` where the output has a scalar of that name, or the output where it is a scalar; else the
+sum of all differentiable outputs times fixed cotangents, so that the gradient of each is seen. In eval mode,
+and where nothing requires a gradient, two forwards are compared.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,67 +26,45 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedfx._torch import pytree
 from tedfx.autocast import region
+from tedfx.check_compare import Found, Step, Tolerance, compare
 from tedfx.check_float64 import reading, wide
-from tedfx.check_inputs import random_inputs
+from tedfx.check_inputs import FEWEST, SIZES, random_inputs
 from tedfx.check_state import on_gpu, untouched
 from tedfx.trace import Trace
 
-__all__ = ["Difference", "Found", "Tolerance", "difference", "two_steps"]
+__all__ = ["GraphFailed", "two_steps"]
 
 STEPS = 2
 RELATIVE_UPDATE = 1e-2  # norm of the update over that of the parameters: seen in the second step, and small
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """Largest relative error of outputs and buffers, and of gradients."""
-
-    values: float
-    gradients: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    step: int
-    what: str
-    error: float
-    tolerance: float
-
-    def __str__(self) -> str:
-        return f"{self.what} of step {self.step} differs by {self.error:.1e} relative to its size (allowed {self.tolerance:.0e})"
-
-
-@dataclass
-class Found:
-    """`first`: the first difference beyond its tolerance. `worst`: the largest error. `unused`: parameters that no gradient of the model reaches. `finite`: whether the model's objective is."""
-
-    first: Difference | None = None
-    worst: Difference | None = None
-    unused: list[str] = field(default_factory=list)
-    finite: bool = True
-    gradients: int = 0
-
-
-@dataclass
-class _Step:
-    outputs: list[Any]
-    gradients: dict[str, torch.Tensor | None]
-    buffers: dict[str, torch.Tensor | None]
-    finite: bool = True
-
-
 def two_steps(
-    model: nn.Module, captured: Trace, frontends: Sequence[Any], bounds: tuple[int, int], tolerance: Tolerance, *,
-    as_dtype: torch.dtype | None = None, own: bool = False, sampled: frozenset[str] | None = None,
+    model: nn.Module,
+    captured: Trace,
+    frontends: Sequence[Any],
+    bounds: tuple[int, int],
+    tolerance: Tolerance,
+    *,
+    as_dtype: torch.dtype | None = None,
+    own: bool = False,
+    sampled: frozenset[str] | None = None,
 ) -> Found:
     """Run both and compare. The model is left as it was.
 
-    own      in the dtypes of the model, else in float64 (`tedfx.check_float64`), where `torch.finfo` answers for `as_dtype`.
-    sampled  names of the parameters whose gradients are compared and which are updated; the others are constants. None: all.
-    Raises what the model raises on this input, `Draws` and `NoFloat64`; GraphFailed where the graph fails and the model does not.
+    own      in the dtypes of the model, else in float64 (`tedfx.check_float64`), where `torch.finfo` answers
+             for `as_dtype`.
+    sampled  names of the parameters whose gradients are compared and which are updated; the others are
+             constants. None: all.
+
+    Raises what the model raises on this input, `Draws` and `NoFloat64`; GraphFailed where the graph fails and
+    the model does not.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    constant = set() if sampled is None else {id(p) for name, p in named.items()} - {id(named[name]) for name in sampled}
+    constant = (
+        set()
+        if sampled is None
+        else {id(p) for name, p in named.items()} - {id(named[name]) for name in sampled}
+    )
     names: dict[int, str] = {}
     for name, p in named.items():
         if p.requires_grad and id(p) not in constant and captured.training:
@@ -89,7 +72,7 @@ def two_steps(
     order = _order_of_use(captured)
     names = dict(sorted(names.items(), key=lambda item: order.get(item[1], 0)))
     asked = _asked(captured)
-    call = random_inputs(captured, bounds)
+    call = random_inputs(captured, bounds, SIZES if sampled is None else FEWEST)
     cast = wide if not own else lambda dtype: dtype
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -102,20 +85,34 @@ def two_steps(
         for frontend in frontends:
             stack.enter_context(frontend.reference(model))
         copies: dict[int, torch.Tensor] = {}  # a tied tensor is one
-        tensors = {name: copies.setdefault(id(t), t.detach() if id(t) in constant else t.detach().clone()) for name, t in _tensors(model)}
+        tensors = {
+            name: copies.setdefault(id(t), t.detach() if id(t) in constant else t.detach().clone())
+            for name, t in _tensors(model)
+        }
         program = lambda as_dtype: contextlib.nullcontext() if own else reading(as_dtype)  # noqa: E731
         buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
         with program(as_dtype), region(captured.autocast, captured.device.type):
             leaves = {name: named[name] for name in names.values()}
             run = lambda: pytree.tree_leaves(model(**_given(call, cast)), is_leaf=lambda x: x is None)  # noqa: E731
-            expected, rate = _train(run, leaves, lambda: _buffers(dict(model.named_buffers(remove_duplicate=False)), buffers), asked)
+            expected, rate = _train(
+                run,
+                leaves,
+                lambda: _buffers(dict(model.named_buffers(remove_duplicate=False)), buffers),
+                asked,
+            )
         with program(None), region(None, captured.device.type):
             leaves = {name: tensors[name].requires_grad_() for name in names.values()}
             try:
-                actual, _ = _train(lambda: _graph(captured, tensors, _given(call, cast)), leaves, lambda: _buffers(tensors, buffers), asked, rate)
+                actual, _ = _train(
+                    lambda: _graph(captured, tensors, _given(call, cast)),
+                    leaves,
+                    lambda: _buffers(tensors, buffers),
+                    asked,
+                    rate,
+                )
             except Exception as error:
                 raise GraphFailed(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-        return _compare(expected, actual, _output_names(captured), tolerance, own)
+        return compare(expected, actual, _output_names(captured), tolerance, own)
 
 
 class GraphFailed(Exception):
@@ -123,20 +120,32 @@ class GraphFailed(Exception):
 
 
 def _tensors(model: nn.Module):
-    return itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
 
 
 def _order_of_use(captured: Trace) -> dict[str, int]:
     """Parameter -> place in the graph of the first operator that reads it."""
     place = {node: i for i, node in enumerate(captured.graph_module.graph.nodes)}
-    used = {n.name: min((place[user] for user in n.users), default=0) for n in captured.graph_module.graph.find_nodes(op="placeholder")}
+    used = {
+        n.name: min((place[user] for user in n.users), default=0)
+        for n in captured.graph_module.graph.find_nodes(op="placeholder")
+    }
     found = {name: used[p] for p, name in captured.parameters.items() if p in used}
     return found | {name: used[p] for p, names in captured.stacked.items() if p in used for name in names}
 
 
 def _given(call: Mapping[str, Any], cast: Callable) -> dict[str, Any]:
     """The inputs as new tensors: a model may write to them."""
-    return pytree.tree_map(lambda x: x.detach().to(cast(x.dtype), copy=True).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x, dict(call))
+    return pytree.tree_map(
+        lambda x: (
+            x.detach().to(cast(x.dtype), copy=True).requires_grad_(x.requires_grad)
+            if isinstance(x, torch.Tensor)
+            else x
+        ),
+        dict(call),
+    )
 
 
 def _buffers(now: Mapping[str, torch.Tensor], names: Container[str]) -> dict[str, torch.Tensor]:
@@ -158,7 +167,9 @@ def _graph(captured: Trace, tensors: dict[str, torch.Tensor], call: Mapping[str,
 def _output_names(captured: Trace) -> list[str]:
     spec = captured.out_spec
     names = [""] * spec.num_leaves
-    for path, index in pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))[0]:
+    for path, index in pytree.tree_flatten_with_path(
+        pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    )[0]:
         keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path]
         names[index] = "".join(f"[{k!r}]" if i else str(k) for i, k in enumerate(keys)) or "output"
     return names
@@ -183,10 +194,17 @@ def _asked(captured: Trace) -> _Asked:
     return _Asked(asked, loss)
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------------
+# ---- running -----------------------------------------------------------------------------------------------
+# ----------------
 
 
-def _train(run: Callable[[], list], leaves: dict[str, torch.Tensor], buffers: Callable[[], dict], asked: _Asked, rate: float | None = None) -> tuple[list[_Step], float | None]:
+def _train(
+    run: Callable[[], list],
+    leaves: dict[str, torch.Tensor],
+    buffers: Callable[[], dict],
+    asked: _Asked,
+    rate: float | None = None,
+) -> tuple[list[Step], float | None]:
     steps = []
     for _ in range(STEPS):
         outputs = run()
@@ -196,12 +214,23 @@ def _train(run: Callable[[], list], leaves: dict[str, torch.Tensor], buffers: Ca
         for i in range(len(kept)):
             if i not in asked.outputs:
                 kept[i] = None
-        steps.append(_Step(kept, {n: None if g is None else g.detach() for n, g in gradients.items()}, buffers(), total is None or bool(total.isfinite())))
+        steps.append(
+            Step(
+                kept,
+                {n: None if g is None else g.detach() for n, g in gradients.items()},
+                buffers(),
+                total is None or bool(total.isfinite()),
+            )
+        )
         del outputs, total
         moved = {name: g for name, g in gradients.items() if g is not None}
         if moved:
             norm = lambda tensors: float(torch.stack([t.detach().double().norm() for t in tensors]).norm())  # noqa: E731
-            rate = RELATIVE_UPDATE * norm([leaves[n] for n in moved]) / max(norm(moved.values()), 1e-300) if rate is None else rate
+            rate = (
+                RELATIVE_UPDATE * norm([leaves[n] for n in moved]) / max(norm(moved.values()), 1e-300)
+                if rate is None
+                else rate
+            )
             for name, g in moved.items():
                 leaves[name].data.sub_(g, alpha=rate)
     return steps, rate
@@ -211,12 +240,24 @@ def _objective(outputs: list[Any], asked: _Asked) -> torch.Tensor | None:
     """None where no gradient reaches the outputs."""
     total = None
     for i, x in enumerate(outputs):
-        if not isinstance(x, torch.Tensor) or not x.requires_grad or i not in asked.outputs or asked.objective not in (None, i):
+        if (
+            not isinstance(x, torch.Tensor)
+            or not x.requires_grad
+            or i not in asked.outputs
+            or asked.objective not in (None, i)
+        ):
             continue
         if asked.objective == i:
             return x
         x = torch.view_as_real(x) if x.is_complex() else x
-        cotangent = torch.arange(x.numel(), device=x.device, dtype=torch.float64).mul_(2.399963).add_(i).cos_().view(x.shape).to(x.dtype)
+        cotangent = (
+            torch.arange(x.numel(), device=x.device, dtype=torch.float64)
+            .mul_(2.399963)
+            .add_(i)
+            .cos_()
+            .view(x.shape)
+            .to(x.dtype)
+        )
         term = (torch.where(x.isfinite(), x, 0) * cotangent).sum()
         total = term if total is None else total + term
     return total
@@ -226,60 +267,18 @@ def _gradients(total: torch.Tensor | None, leaves: dict[str, torch.Tensor]) -> d
     if total is None:
         return dict.fromkeys(leaves)
     try:
-        return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)))
+        return dict(
+            zip(
+                leaves,
+                torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True),
+            )
+        )
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
-    # Reentrant checkpointing runs a backward of its own inside, which leaves gradients in `.grad` alone; `untouched` puts those back.
+    # Reentrant checkpointing runs a backward of its own inside, which leaves gradients in `.grad` alone;
+    # `untouched` puts those back.
     for leaf in leaves.values():
         leaf.grad = None
     total.backward()
     return {name: leaf.grad for name, leaf in leaves.items()}
-
-
-# ---- comparing -------------------------------------------------------------------------------------------------------------
-
-
-def difference(actual: Any, expected: Any, floor: float | None = None, same_dtype: bool = False) -> float:
-    """Norm of the difference over that of `expected`, or over `floor` where that is larger (1e-6 per element). NaN equals NaN, an infinity itself; inf for what cannot be compared."""
-    if not isinstance(expected, torch.Tensor) or not isinstance(actual, torch.Tensor):
-        return 0.0 if not isinstance(actual, torch.Tensor) and not isinstance(expected, torch.Tensor) and actual == expected else float("inf")
-    if actual.shape != expected.shape or (same_dtype and actual.dtype != expected.dtype):
-        return float("inf")
-    kind = torch.complex128 if expected.is_complex() else torch.float64
-    a, e = actual.to(kind), expected.to(kind)
-    least = 1e-6 * max(e.numel(), 1) ** 0.5 if floor is None else floor
-    same = (a == e) | (a.isnan() & e.isnan())
-    error = float(torch.where(same, 0, a - e).norm() / max(float(torch.where(e.isfinite(), e, 0).norm()), least))
-    return error if error == error else float("inf")
-
-
-def _compare(expected: list[_Step], actual: list[_Step], names: list[str], tolerance: Tolerance, own: bool) -> Found:
-    found = Found(finite=all(step.finite for step in expected))
-
-    def judge(step: int, what: str, error: float, allowed: float) -> None:
-        each = Difference(step, what, error, allowed)
-        if found.worst is None or error > found.worst.error:
-            found.worst = each
-        if error > allowed and found.first is None:
-            found.first = each
-
-    for step, (e, a) in enumerate(zip(expected, actual), 1):
-        if len(e.outputs) != len(a.outputs):
-            judge(step, "the number of outputs", float("inf"), 0.0)
-        for name, mine, its in zip(names, a.outputs, e.outputs):
-            judge(step, name if name in ("loss", "output") else f"output {name}", difference(mine, its, same_dtype=own), tolerance.values)
-        norms = [g.double().norm() for g in e.gradients.values() if g is not None]
-        total = float(torch.stack(norms).norm()) if norms else 0.0
-        for name, its in reversed(e.gradients.items()):  # from the loss on: what is named is where the gradients part
-            mine = a.gradients[name]
-            if its is None and name not in found.unused:
-                found.unused.append(name)
-            if its is None and mine is None:
-                continue
-            found.gradients += step == 1
-            mine, its = (torch.zeros_like(other) if g is None else g for g, other in ((mine, its), (its, mine)))
-            judge(step, f"gradient of {name}", difference(mine, its, floor=max(1e-6 * total, 1e-300)), tolerance.gradients)
-        for name in {**e.buffers, **a.buffers}:
-            judge(step, f"buffer {name}", difference(a.buffers.get(name), e.buffers.get(name), same_dtype=own), tolerance.values)
-    return found

@@ -1,4 +1,5 @@
-"""A trace that failed: is it the model that fails? The plain model is run on the same example, and where it fails too the line is the model's own error."""
+"""A trace that failed: is it the model that fails? The plain model is run on the same example, and where it
+fails too the line is the model's own error."""
 
 from __future__ import annotations
 
@@ -17,11 +18,15 @@ from tedfx.errors import TraceError, user_line
 __all__ = ["own_error"]
 
 
-def own_error(model: nn.Module, call: Mapping[str, Any], frontends: Sequence[Any], around: Autocast | None, fakes: Any) -> TraceError | None:
-    """The error of the plain model's forward on `call`, as a line; None where it runs. The model is left as it was, and its parameters are not copied.
+def own_error(
+    model: nn.Module, call: Mapping[str, Any], frontends: Sequence[Any], around: Autocast | None, fakes: Any
+) -> TraceError | None:
+    """The error of the plain model's forward on `call`, as a line; None where it runs. The model is left as
+    it was, and its parameters are not copied.
 
-    It runs where its weights are. Without any, it runs on tensors without values, whose own refusals (a value that is asked for, a size that is data) are not the model's:
-    `fakes(mode)` is a context in which the model's tensors are such.
+    It runs where its weights are. Without any, it runs on tensors without values, whose own refusals (a value
+    that is asked for, a size that is data) are not the model's: `fakes(mode)` is a context in which the
+    model's tensors are such.
     """
     meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.get_default_device())
@@ -36,15 +41,23 @@ def own_error(model: nn.Module, call: Mapping[str, Any], frontends: Sequence[Any
         stack.enter_context(torch.random.fork_rng(on_gpu(device)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(region(around, device.type))
-        place = lambda x: (mode.from_tensor(x) if meta else x.detach().to(device, copy=True)) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        place = lambda x: (
+            (mode.from_tensor(x) if meta else x.detach().to(device, copy=True))
+            if isinstance(x, torch.Tensor)
+            else x
+        )  # noqa: E731
         given = pytree.tree_map(place, dict(call))
         try:
             with mode or contextlib.nullcontext():
                 model(**given)
         except Exception as error:  # noqa: BLE001  whatever the model raises
-            if meta and type(error).__module__.startswith("torch."):  # what a tensor without values cannot answer
+            if meta and type(error).__module__.startswith(
+                "torch."
+            ):  # what a tensor without values cannot answer
                 return None
             text = " ".join(str(error).split())[:300]
             without = ", on tensors without values" if meta else ""
-            return TraceError(f"the model itself fails on this input{without}: {type(error).__name__}: {text} | at {user_line(error)} | make model(**inputs) run on one device first (its config, or the example inputs)")
+            return TraceError(
+                f"the model itself fails on this input{without}: {type(error).__name__}: {text} | at {user_line(error)} | make model(**inputs) run on one device first (its config, or the example inputs)"
+            )
     return None

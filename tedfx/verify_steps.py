@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tedfx.check_steps import difference
+from tedfx.check_compare import difference
 from tedfx.verify_run import Outcome, errors, relative
 
 
@@ -21,27 +21,50 @@ class Seen:
     allowed: float
 
     def __str__(self) -> str:
-        what = {"gradients": f"gradient of {self.name}", "buffers": f"buffer {self.name}", "parameters": f"parameter {self.name}"}.get(self.kind, self.kind)
+        what = {
+            "gradients": f"gradient of {self.name}",
+            "buffers": f"buffer {self.name}",
+            "parameters": f"parameter {self.name}",
+        }.get(self.kind, self.kind)
         return f"step {self.step}, {what}: {self.error:.1e}, allowed {self.allowed:.0e}"
 
 
 def compare_steps(reference: Outcome, first: Outcome, losses: Sequence[float], tolerance: Any) -> list[Seen]:
-    """Every comparison, in the order of a run: loss, gradients, norm, buffers of each step, then the parameters after the last."""
+    """Every comparison, in the order of a run: loss, gradients, norm, buffers of each step, then the
+    parameters after the last."""
     seen: list[Seen] = []
 
     def each(step: int, kind: str, found: Mapping[str, float], allowed: float) -> None:
-        seen.extend(Seen(step, kind, name, error, allowed * (tolerance.later if step > 1 else 1.0)) for name, error in sorted(found.items(), key=lambda item: -item[1]))
+        seen.extend(
+            Seen(step, kind, name, error, allowed * (tolerance.later if step > 1 else 1.0))
+            for name, error in sorted(found.items(), key=lambda item: -item[1])
+        )
 
-    for step, (loss, expected, norm, norm_expected) in enumerate(zip(losses, reference.losses, first.norms, reference.norms), 1):
+    for step, (loss, expected, norm, norm_expected) in enumerate(
+        zip(losses, reference.losses, first.norms, reference.norms), 1
+    ):
         each(step, "loss", {"": relative(loss, expected)}, tolerance.loss)
         if step in reference.gradients:
-            each(step, "gradients", errors(first.gradients[step], reference.gradients[step]), tolerance.gradients)
+            each(
+                step,
+                "gradients",
+                errors(first.gradients[step], reference.gradients[step]),
+                tolerance.gradients,
+            )
         each(step, "gradient norm", {"": relative(norm, norm_expected)}, tolerance.norm)
         if step in reference.buffers:
             mine, its = first.buffers[step], reference.buffers[step]
-            each(step, "buffers", {name: difference(mine.get(name), its.get(name)) for name in {**its, **mine}}, tolerance.parameters)
+            each(
+                step,
+                "buffers",
+                {name: difference(mine.get(name), its.get(name)) for name in {**its, **mine}},
+                tolerance.parameters,
+            )
     last = len(reference.losses)
-    seen.extend(Seen(last, "parameters", name, error, tolerance.parameters) for name, error in errors(first.parameters, reference.parameters).items())
+    seen.extend(
+        Seen(last, "parameters", name, error, tolerance.parameters)
+        for name, error in errors(first.parameters, reference.parameters).items()
+    )
     return seen
 
 

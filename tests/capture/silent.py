@@ -1,4 +1,5 @@
-"""Small programs whose backward, or whose next step, is no function of the operators that a trace records. `inner` is what a `Net` runs between two linears."""
+"""Small programs whose backward, or whose next step, is no function of the operators that a trace records.
+`inner` is what a `Net` runs between two linears."""
 
 import torch
 from torch import nn

@@ -1,4 +1,5 @@
-"""The capture check by itself, on a trace made directly: what it refuses, what it passes, and that the model is as it was."""
+"""The capture check by itself, on a trace made directly: what it refuses, what it passes, and that the model
+is as it was."""
 
 import copy
 import warnings
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tedfx import check_full, check_steps
-from tedfx.check_full import check_program, check_trace, sample
+from tedfx import check_full, check_sample, check_steps
+from tedfx.check_full import check_program, check_trace
+from tedfx.check_sample import sample
 from tedfx.compiler import Compilation, default_passes
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.roles import MeshShape, Roles
@@ -31,7 +33,10 @@ def error_of(line):
 def test_what_trains_otherwise_is_refused(name):
     make, what = SILENT[name]
     model = make()
-    with pytest.raises(CaptureError, match=rf"does not train as the model does: {what} differs by .* \(allowed 1e-0.\), in float64 \| ") as error:
+    with pytest.raises(
+        CaptureError,
+        match=rf"does not train as the model does: {what} differs by .* \(allowed 1e-0.\), in float64 \| ",
+    ) as error:
         told(model)
     assert "\n" not in str(error.value)
 
@@ -40,7 +45,11 @@ def test_what_trains_alike_passes_and_is_as_it_was():
     class Counts(Net):
         def __init__(self):
             super().__init__()
-            self.calls, self.seen, self.half = 0, {"sizes": []}, torch.full((8,), 0.5)  # of its own, read by nothing
+            self.calls, self.seen, self.half = (
+                0,
+                {"sizes": []},
+                torch.full((8,), 0.5),
+            )  # of its own, read by nothing
             self.register_buffer("total", torch.zeros((), dtype=torch.int64))
 
         def forward(self, x):
@@ -55,24 +64,40 @@ def test_what_trains_alike_passes_and_is_as_it_was():
     traced = trace(model, kwargs=X)
     (model(torch.randn(2, 5, 8))["loss"] * 1).backward()
     grads = {n: (p.grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
-    tensors = {n: (t, t.data_ptr(), t.dtype, t.detach().clone()) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = {
+        n: (t, t.data_ptr(), t.dtype, t.detach().clone())
+        for n, t in [*model.named_parameters(), *model.named_buffers()]
+    }
     before, seen, state = copy.deepcopy((model.calls, model.seen)), model.seen["sizes"], torch.get_rng_state()
     line = check_trace(model, traced)
     assert "in float64" in line and "gradients of two steps" in line and error_of(line) < 1e-14
-    assert (model.calls, model.seen) == before and model.seen["sizes"] is seen and torch.equal(torch.get_rng_state(), state)
+    assert (
+        (model.calls, model.seen) == before
+        and model.seen["sizes"] is seen
+        and torch.equal(torch.get_rng_state(), state)
+    )
     assert [m.training for m in model.modules()] == [True, True, False, True]
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         was, place, dtype, value = tensors[name]
         assert t is was and (t.data_ptr(), t.dtype) == (place, dtype) and torch.equal(t, value)
     for name, p in model.named_parameters():
-        assert p.grad is grads[name][0] and (p.grad is None or torch.equal(p.grad, grads[name][1])) and p.requires_grad == (name != "first.bias")
+        assert (
+            p.grad is grads[name][0]
+            and (p.grad is None or torch.equal(p.grad, grads[name][1]))
+            and p.requires_grad == (name != "first.bias")
+        )
     with pytest.raises(CaptureError):  # and so it is after a refusal
         told(silent := SILENT["checkpoint_reentrant"][0]())
-    assert silent.inner.weight.grad is None and silent.inner.weight.dtype == torch.float32 and all(p.requires_grad for p in silent.parameters())
+    assert (
+        silent.inner.weight.grad is None
+        and silent.inner.weight.dtype == torch.float32
+        and all(p.requires_grad for p in silent.parameters())
+    )
 
 
 class Mixed(Net):
-    """Written for 16 bits: softmax and the norm in float32, an eps of the dtype, a table in float32, dropout."""
+    """Written for 16 bits: softmax and the norm in float32, an eps of the dtype, a table in float32,
+    dropout."""
 
     def __init__(self):
         super().__init__(nn.Linear(8, 8))
@@ -110,20 +135,31 @@ class Odd(nn.Module):
 def test_where_float64_cannot_be_the_models_own_dtype_is_taken():
     bits = lambda x: x * (x.view(torch.int32) >= 0)  # noqa: E731  relu by the sign bit
     line = told(Net(Odd(bits)))
-    assert line.startswith("checked against the model in float32 (not in float64: it views a value's bits") and "gradients of two steps" in line
+    assert (
+        line.startswith("checked against the model in float32 (not in float64: it views a value's bits")
+        and "gradients of two steps" in line
+    )
     model = Net(Odd(bits))
     model.last.weight.register_hook(lambda grad: grad * 0.5)
-    with pytest.raises(CaptureError, match="gradient of last.weight of step 1 differs by 1.0e.00 .* in float32"):
+    with pytest.raises(
+        CaptureError, match="gradient of last.weight of step 1 differs by 1.0e.00 .* in float32"
+    ):
         told(model)
     half = Net(Odd(lambda x: x * (x.view(torch.int16) >= 0))).bfloat16()
-    assert "forward alone (gradients are not compared in 16 bits; not in float64" in told(half, x=torch.zeros(2, 5, 8, dtype=torch.bfloat16))
+    assert "forward alone (gradients are not compared in 16 bits; not in float64" in told(
+        half, x=torch.zeros(2, 5, 8, dtype=torch.bfloat16)
+    )
 
 
 def test_draws_without_a_mean_are_said():
-    with pytest.warns(UserWarning, match="was not checked against the model: randint draws at random; `tedfx verify`"):
+    with pytest.warns(
+        UserWarning, match="was not checked against the model: randint draws at random; `tedfx verify`"
+    ):
         line = told(Net(Odd(lambda x: x * torch.randint(1, 3, (8,), device=x.device))))
     assert line == "not checked against the model: randint draws at random"
-    assert "in float64" in told(Net(Odd(lambda x: x * torch.empty_like(x).uniform_(0.9, 1.1) + torch.randn_like(x))))
+    assert "in float64" in told(
+        Net(Odd(lambda x: x * torch.empty_like(x).uniform_(0.9, 1.1) + torch.randn_like(x)))
+    )
 
 
 def test_every_output_and_not_those_that_were_not_asked_for():
@@ -133,7 +169,9 @@ def test_every_output_and_not_those_that_were_not_asked_for():
             return y, (self.inner(y).sum(-1), self.last(y))
 
     model = Two()
-    inputs = dict(x=torch.zeros(2, 5, 8), weights={"w": [torch.zeros(2, 5, 8)], "b": None})  # nested inputs are made in their containers
+    inputs = dict(
+        x=torch.zeros(2, 5, 8), weights={"w": [torch.zeros(2, 5, 8)], "b": None}
+    )  # nested inputs are made in their containers
     traced = trace(model, kwargs=inputs)
     assert error_of(check_trace(model, traced)) < 1e-14
     model.last.weight.register_hook(lambda grad: grad * 2)
@@ -178,7 +216,11 @@ def test_a_large_model_by_samples(monkeypatch):
     class Deep(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.layers, self.last = nn.Linear(8, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(5)), nn.Linear(8, 40)
+            self.embed, self.layers, self.last = (
+                nn.Linear(8, 8),
+                nn.ModuleList(nn.Linear(8, 8) for _ in range(5)),
+                nn.Linear(8, 40),
+            )
 
         def forward(self, x):
             x = self.embed(x)
@@ -192,8 +234,10 @@ def test_a_large_model_by_samples(monkeypatch):
     layers = {f"layers.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
     assert sample(model, traced, 240) == layers | {"embed.bias"}
     assert sample(model, traced, 400) == layers | {"embed.bias", "embed.weight", "last.bias"}
-    monkeypatch.setattr(check_full, "FULL", 240)
-    assert "7 sampled gradients of two steps" in (line := check_trace(model, traced)) and error_of(line) < 1e-12
+    monkeypatch.setattr(check_sample, "FULL", 240)
+    assert (
+        "7 sampled gradients of two steps" in (line := check_trace(model, traced)) and error_of(line) < 1e-12
+    )
     model.layers[1].weight.register_hook(lambda grad: grad * 0)  # a constant: not seen
     check_trace(model, traced)
     model.layers[2].weight.register_hook(lambda grad: grad * 0)
@@ -204,10 +248,16 @@ def test_a_large_model_by_samples(monkeypatch):
 
 def test_one_trace_is_checked_once(monkeypatch):
     model, runs = Net(), []
-    monkeypatch.setattr(check_steps, "STEPS", 2)
-    monkeypatch.setattr(check_full, "two_steps", lambda *args, **kwargs: runs.append(args) or check_steps.two_steps(*args, **kwargs))
+    monkeypatch.setattr(
+        check_full,
+        "two_steps",
+        lambda *args, **kwargs: runs.append(args) or check_steps.two_steps(*args, **kwargs),
+    )
     traced = trace(model, kwargs=X)
-    lines = {check_program(Compilation(traced, Roles.resolve(MeshShape.of(mesh)), set()), model) for mesh in ("dp=2", "tp=2", "dp=2,tp=2")}
+    lines = {
+        check_program(Compilation(traced, Roles.resolve(MeshShape.of(mesh)), set()), model)
+        for mesh in ("dp=2", "tp=2", "dp=2,tp=2")
+    }
     assert len(lines) == len(runs) == 1
     check_program(Compilation(traced, Roles.resolve(MeshShape.of("dp=2")), set()), Net())  # another model
     assert len(runs) == 2
@@ -217,13 +267,18 @@ def test_levels():
     model = parameter_hook()
     program = Compilation(trace(model, kwargs=X), Roles.resolve(MeshShape.of("dp=2")), set())
     assert check_program(program, model, "none") == "not checked against the model: check='none'"
-    assert check_program(program, model, "forward").startswith("checked against the model, forward alone: largest relative difference")
+    assert check_program(program, model, "forward").startswith(
+        "checked against the model, forward alone: largest relative difference"
+    )
     with pytest.raises(CaptureError):
         check_program(program, model)
     with pytest.raises(ConfigError, match="check='all': one of none, forward, full"):
         default_passes(check="all")
     with pytest.warns(UserWarning, match="meta device; `tedfx verify` compares its architecture"):
-        assert check_program(program, Net().to("meta")) == "not checked against the model: its parameters are on the meta device"
+        assert (
+            check_program(program, Net().to("meta"))
+            == "not checked against the model: its parameters are on the meta device"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_program(program, model, "none")

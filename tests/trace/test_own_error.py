@@ -36,18 +36,31 @@ def asks(x):
 @pytest.mark.parametrize(
     "forward, says",
     [
-        (wrong_size, r"the model itself fails on this input.*: RuntimeError: shape '\[2, 5, -1\]' is invalid .* \| at .*test_own_error.py:LINE \| make model\(\*\*inputs\) run"),
-        (refuses, r"the model itself fails on this input.*: ValueError: hidden_size must be divisible by num_heads \| at .*test_own_error.py:LINE \|"),
+        (
+            wrong_size,
+            r"the model itself fails on this input.*: RuntimeError: shape '\[2, 5, -1\]' is invalid .* \| at .*test_own_error.py:LINE \| make model\(\*\*inputs\) run",
+        ),
+        (
+            refuses,
+            r"the model itself fails on this input.*: ValueError: hidden_size must be divisible by num_heads \| at .*test_own_error.py:LINE \|",
+        ),
         (asks, r"cannot trace: the model's Python asks for a value .* \| at .*test_own_error.py:LINE \|"),
     ],
     ids=["wrong_size", "refuses", "asks"],
 )
 def test_whose_fault_it_is(forward, says, device):
     model = Counting(forward).to(device)
-    before = {n: (t, t.requires_grad, None if t.is_meta else t.detach().clone()) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    with pytest.raises(TraceError, match="^" + says.replace("LINE", str(forward.__code__.co_firstlineno + 1))) as error:
+    before = {
+        n: (t, t.requires_grad, None if t.is_meta else t.detach().clone())
+        for n, t in [*model.named_parameters(), *model.named_buffers()]
+    }
+    with pytest.raises(
+        TraceError, match="^" + says.replace("LINE", str(forward.__code__.co_firstlineno + 1))
+    ) as error:
         trace(model, kwargs={"x": torch.ones(2, 3, 8)})
-    assert "\n" not in str(error.value) and ("on tensors without values" in str(error.value)) == (device == "meta" and forward is not asks)
+    assert "\n" not in str(error.value) and ("on tensors without values" in str(error.value)) == (
+        device == "meta" and forward is not asks
+    )
     assert model.calls == 0
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         was, grad, value = before[name]
