@@ -84,7 +84,12 @@ class ByType:
     def __call__(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_config(self.config())
+        config = self.config()
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # noqa: BLE001  whatever a model class says to a config
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(f"{self.model_type}: its class does not build from its config made tiny ({said}): give the fields it misses with --set KEY=VALUE") from error
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.dim() <= 1 or "bias" in name:

@@ -92,8 +92,8 @@ def run_ranks(program, model, call: dict, cotangents=None):
                     known[symbol_of(size)] = solve(size, actual)
         elif node.name != "seed":
             fqn = trace_.parameters.get(node.name) or trace_.buffers.get(node.name)
-            stacked = trace_.stacked.get(node.name)
-            values[node.name] = torch.stack([state[name].detach() for name in stacked]) if stacked else state[fqn].detach() if fqn else trace_.constants[node.name]
+            stack = trace_.stacked.get(node.name)
+            values[node.name] = torch.stack([state[n] for n in stack]).detach() if stack else state[fqn].detach() if fqn else trace_.constants[node.name]
     wide = {a: n for a, n in mesh.items() if n > 1}
     held = {n.name: split(values[n.name], n.meta["dims"], n.meta["type"], wide, known) for n in nodes if n.name in values}
     (output,) = graph.find_nodes(op="output")
@@ -119,8 +119,7 @@ def run_ranks(program, model, call: dict, cotangents=None):
     gradients = {}
     for i, n in enumerate(learned):
         whole = join([g[i] for _, g in per_rank], n.meta["dims"], cotangent(n.meta["type"]), wide, known, f"gradient of {n.name}")
-        names = trace_.stacked.get(n.name)
-        gradients.update(zip(names, whole.unbind()) if names else [(trace_.parameters[n.name], whole)])
+        gradients.update(zip(trace_.stacked[n.name], whole) if n.name in trace_.stacked else [(trace_.parameters[n.name], whole)])
     return outputs, gradients
 
 
