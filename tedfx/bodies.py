@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tedfx._torch import TorchDispatchMode, pytree, restricted, scratch_mode, symbolic_tensor, written
+from tedfx._torch import TorchDispatchMode, pytree, quiet_export, restricted, scratch_mode, symbolic_tensor, written
 from tedfx.errors import TedfxError, TraceError, line_of_definition, model_frames, user_line
 from tedfx.factors import as_size
 from tedfx.ops.function import Kept, kept_of
@@ -95,7 +95,8 @@ def _traced(kept: Kept, values: list, used: tuple[int, ...], line: str) -> Body:
     for plan in (_apart, _given):
         sizes = plan(values)
         try:
-            body = _attempt(kept, values, sizes, used, line)
+            with quiet_export():
+                body = _attempt(kept, values, sizes, used, line)
         except TedfxError:
             raise
         except Exception as error:  # at sizes that are not the model's own: those come last

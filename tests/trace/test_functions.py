@@ -8,7 +8,7 @@ from torch.autograd import Function
 from tedfx.errors import CaptureError, TraceError
 from tedfx.ops.function import kept_of
 from tedfx.trace import trace
-from tests.models_functions import FUNCTIONS, AddLoss, Block, Clip, Mixture, Model, Norm, Reverse
+from tests.models_functions import FUNCTIONS, AddLoss, Block, Clip, Half, Mixture, Model, Norm, Reverse
 from tests.passes.helpers import parity, typed
 
 CALL = {"input_ids": torch.randint(0, 64, (4, 6), generator=torch.Generator().manual_seed(3)), "labels": torch.randint(0, 64, (4, 6), generator=torch.Generator().manual_seed(4))}
@@ -52,6 +52,36 @@ def test_an_auxiliary_loss_is_never_summed():
     program = parity(made(FUNCTIONS["weights_with_loss"]), "dp=2", CALL)
     (call,) = [n for n in program.graph_module.graph.nodes if kept_of(n.target)]
     assert call.meta["relation"].constant == call.meta["relation"].unread == {1}
+
+
+def test_runs_in_the_autocast_region_of_its_call():
+    """Half casts its operands to float32 and runs with autocast off; the product in Product's forward is cast."""
+    torch.manual_seed(0)
+    model = Model(Block(lambda b, x: Half.apply(x, b.linear.weight) + Product.apply(x, b.linear.weight)), nn.Identity())
+    with torch.autocast("cpu", torch.bfloat16):
+        traced = trace(model, kwargs=CALL)
+        expected = model(**CALL)
+    expected.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = traced(model, **CALL)
+    loss.backward()
+    assert traced.lowered == {torch.bfloat16} and torch.equal(loss, expected)
+    assert all(torch.equal(p.grad, wanted[n]) for n, p in model.named_parameters() if n in wanted)
+
+
+class Product(Function):
+    """Forward of its own under autocast, like any code."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (grad.to(weight.dtype) @ weight.t()).to(x.dtype), 2 * x.flatten(0, -2).t().to(weight.dtype) @ grad.flatten(0, -2).to(weight.dtype)
 
 
 # ---- refused ------------------------------------------------------------------------------------------------------------
