@@ -1,4 +1,5 @@
-"""What a model's forward may do to autograd besides computing with tensors. torch.export records operators only, so all of it would be lost: it is refused at its line while the model is traced.
+"""What a model's forward may do to autograd besides computing with tensors. torch.export records operators
+only, so all of it would be lost: it is refused at its line while the model is traced.
 
 | refused | seen as |
 |---|---|
@@ -7,7 +8,8 @@
 | `torch.autograd.graph.saved_tensors_hooks` | entering one, unless torch's own code packs (`checkpoint`, `save_on_cpu`): that gives back what it was given |
 | `x.data = y` | the write |
 
-`x.data` read is `x.detach()`, and becomes that: what is then written through it is judged by `passes/functionalize.py` as for any other tensor.
+`x.data` read is `x.detach()`, and becomes that: what is then written through it is judged by
+`passes/functionalize.py` as for any other tensor.
 """
 
 from __future__ import annotations
@@ -26,23 +28,39 @@ from tedfx.errors import TraceError, is_machinery
 
 __all__ = ["refuse_side_gradients"]
 
-_HOOKS = {Tensor.register_hook: "register_hook", Tensor.retain_grad: "retain_grad", Tensor.register_post_accumulate_grad_hook: "register_post_accumulate_grad_hook"}
-_GRADIENTS = {torch.autograd.grad: "torch.autograd.grad", torch.autograd.backward: "torch.autograd.backward", Tensor.backward: "backward()"}
+_HOOKS = {
+    Tensor.register_hook: "register_hook",
+    Tensor.retain_grad: "retain_grad",
+    Tensor.register_post_accumulate_grad_hook: "register_post_accumulate_grad_hook",
+}
+_GRADIENTS = {
+    torch.autograd.grad: "torch.autograd.grad",
+    torch.autograd.backward: "torch.autograd.backward",
+    Tensor.backward: "backward()",
+}
 _GRAD_FN, _DATA, _SET_DATA = Tensor.grad_fn.__get__, Tensor.data.__get__, Tensor.data.__set__
 
 
 @contextlib.contextmanager
 def refuse_side_gradients(line_of_call: Callable[[], str]) -> Iterator[None]:
-    """While a model is traced: see the module's docstring. `line_of_call()` is the model's line that is running."""
+    """While a model is traced: see the module's docstring. `line_of_call()` is the model's line that is
+    running.
+    """
     enter = saved_tensors_hooks.__enter__
 
     def entered(hooks):
         if not is_machinery(_file(hooks.pack_hook)) or not is_machinery(_file(hooks.unpack_hook)):
-            raise TraceError(f"saved_tensors_hooks in forward, whose pack and unpack may change what backward reads | at {line_of_call()} | take them out of the model")
+            raise TraceError(
+                "saved_tensors_hooks in forward, whose pack and unpack may change what backward reads "
+                f"| at {line_of_call()} | take them out of the model"
+            )
         return enter(hooks)
 
     def level() -> None:
-        raise TraceError(f"a gradient by torch.func inside of forward | at {line_of_call()} | write the derivative out, or put it in a torch.autograd.Function")
+        raise TraceError(
+            f"a gradient by torch.func inside of forward | at {line_of_call()} "
+            "| write the derivative out, or put it in a torch.autograd.Function"
+        )
 
     saved_tensors_hooks.__enter__ = entered
     try:
@@ -59,13 +77,25 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in _HOOKS:
-            raise TraceError(f"{_HOOKS[function]} on a tensor in forward, which would never run | at {self._line()} | put what it does to the gradient in a torch.autograd.Function")
+            raise TraceError(
+                f"{_HOOKS[function]} on a tensor in forward, which would never run | at {self._line()} "
+                "| put what it does to the gradient in a torch.autograd.Function"
+            )
         if function in _GRADIENTS:
-            raise TraceError(f"{_GRADIENTS[function]} inside of forward | at {self._line()} | write the derivative out, or put it in a torch.autograd.Function")
+            raise TraceError(
+                f"{_GRADIENTS[function]} inside of forward | at {self._line()} "
+                "| write the derivative out, or put it in a torch.autograd.Function"
+            )
         if function == _GRAD_FN and not is_machinery(_asker()):
-            raise TraceError(f"grad_fn is read in forward; what is hooked there would never run | at {self._line()} | put what it does to the gradient in a torch.autograd.Function")
+            raise TraceError(
+                f"grad_fn is read in forward; what is hooked there would never run | at {self._line()} "
+                "| put what it does to the gradient in a torch.autograd.Function"
+            )
         if function == _SET_DATA:
-            raise TraceError(f"x.data = .. in forward, which changes a value and not its gradient | at {self._line()} | make a new tensor, or write to a buffer in place under no_grad")
+            raise TraceError(
+                f"x.data = .. in forward, which changes a value and not its gradient | at {self._line()} "
+                "| make a new tensor, or write to a buffer in place under no_grad"
+            )
         if function == _DATA:
             return args[0].detach()
         return function(*args, **(kwargs or {}))

@@ -1,4 +1,6 @@
-"""Models with a gradient of their own: `torch.autograd.Function` and its kin, as people use them. `FUNCTIONS[name]()` is one; `forward(input_ids, labels)` gives the loss."""
+"""Models with a gradient of their own: `torch.autograd.Function` and its kin, as people use them.
+`FUNCTIONS[name]()` is one; `forward(input_ids, labels)` gives the loss.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.models_plain import Output
 
-# ---- functions ----------------------------------------------------------------------------------------------------------
+# ---- functions -----------------------------------------------------------------------------------------
+# -----------------
 
 
 class Round(Function):
@@ -86,7 +89,9 @@ class Norm(Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         normed, inner = x * scale, grad * weight
-        return scale * (inner - normed * (inner * normed).mean(-1, keepdim=True)), (grad * normed).sum(tuple(range(grad.dim() - 1))) * 2
+        return scale * (inner - normed * (inner * normed).mean(-1, keepdim=True)), (grad * normed).sum(
+            tuple(range(grad.dim() - 1))
+        ) * 2
 
 
 class Clip(Function):
@@ -151,14 +156,17 @@ class Half(Function):
 
 reverse = Reverse.apply  # bound when the module is imported
 
-# ---- models -------------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------------
+# -----------------
 
 
 class Mixture(nn.Module):
     def __init__(self, width=32, experts=4, k=2):
         super().__init__()
         self.k, self.gate = k, nn.Linear(width, experts, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width)) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width)) for _ in range(experts)
+        )
 
     def weights(self, w, p, ids):
         return w
@@ -231,7 +239,12 @@ class Block(nn.Module):
 
     def __init__(self, f, before=True):
         super().__init__()
-        self.linear, self.weight, self.f, self.before = nn.Linear(32, 32), nn.Parameter(torch.rand(32) + 0.5), f, before
+        self.linear, self.weight, self.f, self.before = (
+            nn.Linear(32, 32),
+            nn.Parameter(torch.rand(32) + 0.5),
+            f,
+            before,
+        )
 
     def forward(self, x):
         return self.f(self, self.linear(x) if self.before else x)
@@ -262,7 +275,12 @@ class Layer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.up, self.down, self.mixture = nn.Parameter(torch.rand(32) + 0.5), nn.Linear(32, 48), nn.Linear(48, 32), InExperts()
+        self.norm, self.up, self.down, self.mixture = (
+            nn.Parameter(torch.rand(32) + 0.5),
+            nn.Linear(32, 48),
+            nn.Linear(48, 32),
+            InExperts(),
+        )
 
     def forward(self, x):
         h = Norm.apply(x, self.norm)
@@ -273,7 +291,11 @@ class Layer(nn.Module):
 class Everything(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.layers, self.head = nn.Embedding(64, 32), nn.ModuleList(Layer() for _ in range(2)), nn.Linear(32, 64, bias=False)
+        self.embed, self.layers, self.head = (
+            nn.Embedding(64, 32),
+            nn.ModuleList(Layer() for _ in range(2)),
+            nn.Linear(32, 64, bias=False),
+        )
 
     def forward(self, input_ids, labels):
         x = self.embed(input_ids)
@@ -310,11 +332,16 @@ def cube(x: torch.Tensor) -> torch.Tensor:
 
 
 cube.register_fake(lambda x: torch.empty_like(x))
-cube.register_autograd(lambda ctx, grad: grad.clamp(-1e-3, 1e-3) * 3 * ctx.saved_tensors[0] ** 2, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
+cube.register_autograd(
+    lambda ctx, grad: grad.clamp(-1e-3, 1e-3) * 3 * ctx.saved_tensors[0] ** 2,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
 
 FUNCTIONS = {
     "round": lambda: Model(Block(lambda b, x: Round.apply(x * 8) / 8)),
-    "round_weight": lambda: Model(Block(lambda b, x: F.linear(x, Round.apply(b.linear.weight * 16) / 16), False)),
+    "round_weight": lambda: Model(
+        Block(lambda b, x: F.linear(x, Round.apply(b.linear.weight * 16) / 16), False)
+    ),
     "reverse": lambda: Model(Block(lambda b, x: reverse(x, 0.5))),
     "twice": lambda: Model(Block(twice)),
     "two": lambda: Model(Block(two, False)),

@@ -1,7 +1,10 @@
-"""A call of the user's own `torch.autograd.Function` as one operator: his forward, and in backward his backward.
+"""A call of the user's own `torch.autograd.Function` as one operator: his forward, and in backward his
+backward.
 
-The graph's node calls a plain function of the operands (`operator_of`), which puts the rest of the call around them and calls `apply`. Eager autograd runs it as it runs the model's own
-call; while compiling it is traced into the graph by autograd itself (`allow_in_graph`), forward and backward, not by the interpreter of the Python code.
+The graph's node calls a plain function of the operands (`operator_of`), which puts the rest of the call
+around them and calls `apply`. Eager autograd runs it as it runs the model's own
+call; while compiling it is traced into the graph by autograd itself (`allow_in_graph`), forward and
+backward, not by the interpreter of the Python code.
 """
 
 from __future__ import annotations
@@ -52,18 +55,44 @@ class Kept:
 
     def arguments(self, operands) -> tuple:
         feed = iter(operands)
-        return pytree.tree_unflatten([next(feed) if leaf is TENSOR or leaf is SIZE else leaf for leaf in self.leaves], self.spec)
+        return pytree.tree_unflatten(
+            [next(feed) if leaf is TENSOR or leaf is SIZE else leaf for leaf in self.leaves], self.spec
+        )
 
     def __call__(self, *operands) -> Any:
-        with contextlib.nullcontext() if self.gradient else torch.no_grad(), region(self.autocast, self.device_type):
+        with (
+            contextlib.nullcontext() if self.gradient else torch.no_grad(),
+            region(self.autocast, self.device_type),
+        ):
             return self.function.apply(*self.arguments(operands))
 
     def same(self, other: "Kept") -> bool:
-        """Whether both are one operator: numbers, strings and the like equal, other arguments the same object."""
-        mine = (self.function, self.spec, self.learns, self.gradient, self.autocast, self.device_type, len(self.leaves))
-        if mine != (other.function, other.spec, other.learns, other.gradient, other.autocast, other.device_type, len(other.leaves)):
+        """Whether both are one operator: numbers, strings and the like equal, other arguments the same
+        object.
+        """
+        mine = (
+            self.function,
+            self.spec,
+            self.learns,
+            self.gradient,
+            self.autocast,
+            self.device_type,
+            len(self.leaves),
+        )
+        if mine != (
+            other.function,
+            other.spec,
+            other.learns,
+            other.gradient,
+            other.autocast,
+            other.device_type,
+            len(other.leaves),
+        ):
             return False
-        return all(a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b) for a, b in zip(self.leaves, other.leaves))
+        return all(
+            a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
+            for a, b in zip(self.leaves, other.leaves)
+        )
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)

@@ -1,15 +1,23 @@
-"""The rule of a kept Function (`tedfx/ops/function.py`) is computed, not written: from the types that the typing rules give the graph of its forward and backward.
+"""The rule of a kept Function (`tedfx/ops/function.py`) is computed, not written: from the types that the
+typing rules give the graph of its forward and backward.
 
-The graph (`tedfx/bodies.py`) gets factors like any other. Then the theory itself (`tedfx/placing.py`) is run over it on one axis, for each assignment of types to the operands that may be
-wanted, with the cotangents that belong to the outputs. What comes out without a single conversion is what a rank may compute from its own parts by running the user's code on them:
+The graph (`tedfx/bodies.py`) gets factors like any other. Then the theory itself (`tedfx/placing.py`) is
+run over it on one axis, for each assignment of types to the operands that may be
+wanted, with the cotangents that belong to the outputs. What comes out without a single conversion is what a
+rank may compute from its own parts by running the user's code on them:
 
-- a factor is *passed* or *contracted* if operands sharded by it give gradients sharded by it, and the other operands partial sums (they are R);
-- operands are *linear* together if partial sums of them give partial sums, and cotangents that are replicated give gradients that are;
-- the gradient is *linear in the cotangents* if partial sums of those give partial sums; otherwise an R operand of a replicated call would get a wrong gradient: `Relation.complete`;
-- an operand of one element whose gradient depends on no value (DeepSeek's auxiliary loss: one) gets the same number on every rank: `Relation.constant`, and `Relation.unread` if its value
+- a factor is *passed* or *contracted* if operands sharded by it give gradients sharded by it, and the other
+  operands partial sums (they are R);
+- operands are *linear* together if partial sums of them give partial sums, and cotangents that are
+  replicated give gradients that are;
+- the gradient is *linear in the cotangents* if partial sums of those give partial sums; otherwise an R
+  operand of a replicated call would get a wrong gradient: `Relation.complete`;
+- an operand of one element whose gradient depends on no value (DeepSeek's auxiliary loss: one) gets the
+  same number on every rank: `Relation.constant`, and `Relation.unread` if its value
   is read nowhere.
 
-Not left to the types is what the local graph of a rank rewrites and the user's code cannot know: a mean's divisor, the numbers of a range, sizes as numbers, a parallel vocabulary.
+Not left to the types is what the local graph of a rank rewrites and the user's code cannot know: a mean's
+divisor, the numbers of a range, sizes as numbers, a parallel vocabulary.
 """
 
 from __future__ import annotations
@@ -29,10 +37,31 @@ __all__ = ["function", "is_elementwise"]
 
 _AXIS = "axis"
 _KINDS = ("", "getitem", "create", "like", "expand")
-# What `passes/localize.py` gives a rank in another form than its own part: of a factor that is summed over, and along one that is kept.
+# What `passes/localize.py` gives a rank in another form than its own part: of a factor that is summed
+# over, and along one that is kept.
 _BY_COUNT = ("aten.mean", "aten.embedding")
-_BY_PLACE = ("aten.arange", "aten.eye", "aten.linspace", "aten.tril", "aten.triu", "aten.slice", "aten.narrow", "aten.split", "aten.split_with_sizes", "aten.tensor_split")
-_NO_VALUE = ("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
+_BY_PLACE = (
+    "aten.arange",
+    "aten.eye",
+    "aten.linspace",
+    "aten.tril",
+    "aten.triu",
+    "aten.slice",
+    "aten.narrow",
+    "aten.split",
+    "aten.split_with_sizes",
+    "aten.tensor_split",
+)
+_NO_VALUE = (
+    "aten.zeros_like",
+    "aten.ones_like",
+    "aten.full_like",
+    "aten.empty_like",
+    "aten.new_zeros",
+    "aten.new_ones",
+    "aten.new_full",
+    "aten.new_empty",
+)
 
 
 def function(node: fx.Node, ctx: Annotator) -> Relation:
@@ -43,29 +72,54 @@ def function(node: fx.Node, ctx: Annotator) -> Relation:
     for factor, places in found.classes.items():
         dims[factor] = ctx.match(*((tensors[i], d) for i, d in places)) if factor in found.free else ()
     whole = {
-        i: tuple(f for d, dim in enumerate(ctx.dims(n)) if found.dims[i][d] is None or found.dims[i][d] not in found.free for f in dim)
+        i: tuple(
+            f
+            for d, dim in enumerate(ctx.dims(n))
+            if found.dims[i][d] is None or found.dims[i][d] not in found.free
+            for f in dim
+        )
         for i, n in enumerate(tensors)
     }
     whole = {i: factors for i, factors in whole.items() if factors}
     if whole:
-        ctx.notes.append(f"{kept.name}.apply: {', '.join(tensors[i].name for i in whole)} whole in {'some' if found.free else 'all'} dims, whose parts its code does not compute apart")
+        ctx.notes.append(
+            f"{kept.name}.apply: {', '.join(tensors[i].name for i in whole)} whole in "
+            f"{'some' if found.free else 'all'} dims, whose parts its code does not compute apart"
+        )
     value = node.meta["val"]
     values = list(value) if isinstance(value, (tuple, list)) else [value]
     out = []
     for v, factors in zip(values, found.out):
         sizes = [as_size(s) for s in v.shape]
-        out.append([() if s == 1 else dims[f] if f in found.free else (Factor(s),) for s, f in zip(sizes, factors)])
+        out.append(
+            [() if s == 1 else dims[f] if f in found.free else (Factor(s),) for s, f in zip(sizes, factors)]
+        )
     contracted = tuple(f for factor in found.contracted for f in dims[factor])
     several = isinstance(value, (tuple, list))
-    new = tuple(f for ds, factors in zip(out, found.out) for d, f in zip(ds, factors) if f not in found.free for f in d)
+    new = tuple(
+        f
+        for ds, factors in zip(out, found.out)
+        for d, f in zip(ds, factors)
+        if f not in found.free
+        for f in d
+    )
     return Relation(
-        out=out if several else out[0], whole=whole, contracted=contracted, created=() if several else new, linear=found.linear, several=several,
-        complete=found.complete, constant=found.constant, unread=found.unread,
-    )  # fmt: skip
+            out=out if several else out[0],
+            whole=whole,
+            contracted=contracted,
+            created=() if several else new,
+            linear=found.linear,
+            several=several,
+            complete=found.complete,
+            constant=found.constant,
+            unread=found.unread,
+    )
 
 
 def is_elementwise(node: fx.Node) -> bool:
-    """Whether every element of the results, and of the gradients, is made of the elements of the operands at its place (and of operands of one element without a gradient)."""
+    """Whether every element of the results, and of the gradients, is made of the elements of the operands
+    at its place (and of operands of one element without a gradient).
+    """
     found = _rule(node)
     shapes = {tuple(ds) for ds in (*found.dims, *found.out) if ds}
     scalars = any(learned and not ds for learned, ds in zip(found.learned, found.dims))
@@ -76,17 +130,21 @@ def is_elementwise(node: fx.Node) -> bool:
 
 
 def adds_up(node: fx.Node) -> bool:
-    """Whether the gradients of a sum of cotangents are the sums of their gradients, so that one call may stand for several."""
+    """Whether the gradients of a sum of cotangents are the sums of their gradients, so that one call may
+    stand for several.
+    """
     found = _rule(node)
     return not found.complete and not found.constant
 
 
-# ---- the body's own types ------------------------------------------------------------------------------------------------
+# ---- the body's own types
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Found:
-    """dims: per operand and dim the factor, None where there is none or several. classes: factor -> where it stands. free: those that may be sharded; contracted: those of them that are
+    """dims: per operand and dim the factor, None where there is none or several. classes: factor -> where
+    it stands. free: those that may be sharded; contracted: those of them that are
     summed over. The rest as in `Relation`."""
 
     dims: list
@@ -117,18 +175,38 @@ def _of(body: Body) -> _Found:
 def _both(one: _Found, other: _Found) -> _Found:
     """What holds whichever cotangents there are, of two sets."""
     there = {factor: other.dims[i][d] for factor, ((i, d), *_) in one.classes.items()}
-    free = {f for f in one.free if there[f] in other.free and one.classes[f] == other.classes[there[f]] and (f in one.contracted) == (there[f] in other.contracted)}
+    free = {
+        f
+        for f in one.free
+        if there[f] in other.free
+        and one.classes[f] == other.classes[there[f]]
+        and (f in one.contracted) == (there[f] in other.contracted)
+    }
     learned = [a or b for a, b in zip(one.learned, other.learned)]
-    constant = frozenset(i for i in one.constant | other.constant if all(i in f.constant or not f.learned[i] for f in (one, other)))
+    constant = frozenset(
+        i
+        for i in one.constant | other.constant
+        if all(i in f.constant or not f.learned[i] for f in (one, other))
+    )
     unclear = constant != one.constant | other.constant
     return replace(
-        one, free=set() if unclear else free, contracted=[f for f in one.contracted if f in free and not unclear], learned=learned, constant=constant, complete=one.complete or other.complete or unclear,
-        linear=tuple(g for g in one.linear if g in other.linear), unread=frozenset(i for i in constant if all(i in f.unread or not f.learned[i] for f in (one, other))),
-    )  # fmt: skip
+            one,
+            free=set() if unclear else free,
+            contracted=[f for f in one.contracted if f in free and not unclear],
+            learned=learned,
+            constant=constant,
+            complete=one.complete or other.complete or unclear,
+            linear=tuple(g for g in one.linear if g in other.linear),
+            unread=frozenset(
+                i for i in constant if all(i in f.unread or not f.learned[i] for f in (one, other))
+            ),
+    )
 
 
 class _BodyAnnotator(Annotator):
-    """Created sizes have factors of their own, which their uses unify: two dims of one size need not be one dim."""
+    """Created sizes have factors of their own, which their uses unify: two dims of one size need not be one
+    dim.
+    """
 
     def dim_of(self, size, name: str = "") -> tuple[Factor, ...]:
         size = as_size(size)
@@ -145,7 +223,9 @@ def _find(body: Body) -> _Found:
             node.meta["dims"] = [ctx.dim_of(s) for s in node.meta["val"].shape]
         elif node.op == "call_function" and _has_tensor(node):
             ctx.annotate(node, rule_for(node))
-    pairs = [(body.outputs[k], g) for k, g in body.cotangents.items()] + [(x, g) for x, g in zip(body.operands, body.gradients) if g is not None]
+    pairs = [(body.outputs[k], g) for k, g in body.cotangents.items()] + [
+        (x, g) for x, g in zip(body.operands, body.gradients) if g is not None
+    ]
     for one, other in pairs:
         for a, b in zip(one.meta["dims"], other.meta["dims"]):
             settle(a, b)
@@ -157,14 +237,20 @@ def _find(body: Body) -> _Found:
         return found[0].root() if len(found) == 1 and found[0].root() not in bad else None
 
     dims_of = lambda n: [single(d) for d in n.meta["dims"]]  # noqa: E731
-    found = _Found([dims_of(n) for n in body.operands], [dims_of(n) for n in body.outputs], [g is not None for g in body.gradients])
+    found = _Found(
+        [dims_of(n) for n in body.operands],
+        [dims_of(n) for n in body.outputs],
+        [g is not None for g in body.gradients],
+    )
     for i, ds in enumerate(found.dims):
         for d, f in enumerate(ds):
             if f is not None:
                 found.classes.setdefault(f, []).append((i, d))
     types = _Types(body)
     one = [all(as_size(size) == 1 for size in n.meta["val"].shape) for n in body.operands]
-    found.constant = frozenset(i for i, g in enumerate(body.gradients) if g is not None and one[i] and not types.values_behind([g]))
+    found.constant = frozenset(
+        i for i, g in enumerate(body.gradients) if g is not None and one[i] and not types.values_behind([g])
+    )
     read = types.values_behind([*body.outputs, *(g for g in body.gradients if g is not None)])
     found.unread = frozenset(i for i in found.constant if body.operands[i] not in read)
     for factor in found.classes:
@@ -174,7 +260,11 @@ def _find(body: Body) -> _Found:
         if kind == "contracted":
             found.contracted.append(factor)
     found.complete = not types.linear_in_cotangents(found)
-    sums = [i for i, n in enumerate(body.operands) if n.meta["val"].is_floating_point() and i not in found.constant]
+    sums = [
+        i
+        for i, n in enumerate(body.operands)
+        if n.meta["val"].is_floating_point() and i not in found.constant
+    ]
     groups = dict.fromkeys([frozenset({i}) for i in sums] + [frozenset(sums)] * bool(sums))
     found.linear = tuple(g for g in groups if types.linear(g, found))
     return found
@@ -203,11 +293,18 @@ class _Types:
         return {n for n in seen if n.op == "placeholder"}
 
     def sharded(self, factor: Factor, found: _Found) -> str:
-        """"passed" or "contracted", where ranks may have shards by this factor; else ""."""
+        """ "passed" or "contracted", where ranks may have shards by this factor; else ""."""
         carried = [factor in ds for ds in found.dims]
-        symbols = {s for i, d in found.classes[factor] for s in _symbols(self.body.operands[i].meta["val"].shape[d])}
-        apart = [(n.meta["dims"], ds) for n, ds in zip([*self.body.operands, *self.body.outputs], [*found.dims, *found.out])]
-        if symbols & self.body.fixed or any(factor in roots(f for d in dims for f in d) and factor not in ds for dims, ds in apart):
+        symbols = {
+            s for i, d in found.classes[factor] for s in _symbols(self.body.operands[i].meta["val"].shape[d])
+        }
+        apart = [
+            (n.meta["dims"], ds)
+            for n, ds in zip([*self.body.operands, *self.body.outputs], [*found.dims, *found.out])
+        ]
+        if symbols & self.body.fixed or any(
+            factor in roots(f for d in dims for f in d) and factor not in ds for dims, ds in apart
+        ):
             return ""
         types = self.run(factor, [Shard(factor) if c else I for c in carried], P)
         if types is None:
@@ -217,25 +314,36 @@ class _Types:
         if any(t != Shard(factor) if c else t != (I if any(kept) else P) for t, c in zip(outs, kept)):
             return ""
         for i, (t, c) in enumerate(zip(gradients, carried)):
-            if t is not None and (t != Shard(factor) if c else t != P and not (t == I and i in found.constant)):
+            if t is not None and (
+                t != Shard(factor) if c else t != P and not (t == I and i in found.constant)
+            ):
                 return ""
         return "passed" if any(kept) else "contracted"
 
     def linear_in_cotangents(self, found: _Found) -> bool:
         types = self.run(None, [I] * len(self.body.operands), P)
-        return types is not None and all(t in (None, P) or (t == I and i in found.constant) for i, t in enumerate(types[1]))
+        return types is not None and all(
+            t in (None, P) or (t == I and i in found.constant) for i, t in enumerate(types[1])
+        )
 
     def linear(self, group: frozenset, found: _Found) -> bool:
         types = self.run(None, [P if i in group else I for i in range(len(self.body.operands))], I)
         if types is None or any(t != P for t in types[0]):
             return False
-        return all(t is None or (t == I if i in group or i in found.constant else t == P) for i, t in enumerate(types[1]))
+        return all(
+            t is None or (t == I if i in group or i in found.constant else t == P)
+            for i, t in enumerate(types[1])
+        )
 
     def run(self, factor: Factor | None, given: list, seed) -> tuple[list, list] | None:
-        """Types of the outputs and of the gradients; None where some node would need a conversion. `seed`: the cotangents of replicated outputs."""
+        """Types of the outputs and of the gradients; None where some node would need a conversion. `seed`:
+        the cotangents of replicated outputs.
+        """
         from tedfx.placing import decide  # which uses the rules
 
-        plan = Plan(None, {_AXIS: [factor] if factor is not None else []}, algebra=frozenset({"merge", "delay"}))
+        plan = Plan(
+            None, {_AXIS: [factor] if factor is not None else []}, algebra=frozenset({"merge", "delay"})
+        )
         types = dict(zip(self.body.operands, given))
 
         def type_of(node: fx.Node):
@@ -254,7 +362,9 @@ class _Types:
                 after = [I] * (len(relation.out) if relation.several else 1)
             else:
                 decision = decide(node, _AXIS, before, plan)
-                if any(t is not None and t != b and {t, b} != {R, I} for b, t in zip(before, decision.targets)):
+                if any(
+                    t is not None and t != b and {t, b} != {R, I} for b, t in zip(before, decision.targets)
+                ):
                     return None
                 after = decision.out
             if _knows_the_whole(node, relation, factor, after):
@@ -263,7 +373,9 @@ class _Types:
                 node.meta["types_of"] = [{_AXIS: t} for t in after]
             else:
                 types[node] = after[0]
-        return [type_of(n) for n in self.body.outputs], [None if g is None else type_of(g) for g in self.body.gradients]
+        return [type_of(n) for n in self.body.outputs], [
+            None if g is None else type_of(g) for g in self.body.gradients
+        ]
 
 
 def _knows_the_whole(node: fx.Node, relation: Relation, factor: Factor | None, after: list) -> bool:
@@ -275,7 +387,12 @@ def _knows_the_whole(node: fx.Node, relation: Relation, factor: Factor | None, a
         return True
     if op_name(node) in _BY_PLACE and any(isinstance(t, Shard) for t in after):
         return True
-    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))]
+    numbers = [
+        a
+        for a in (*node.args, *node.kwargs.values())
+        if isinstance(a, fx.Node)
+        and isinstance(a.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+    ]
     return any(_symbols(a.meta["val"]) & _symbols(factor.size) for a in numbers)
 
 

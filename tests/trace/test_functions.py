@@ -8,10 +8,13 @@ from torch.autograd import Function
 from tedfx.errors import CaptureError, TraceError
 from tedfx.ops.function import kept_of
 from tedfx.trace import trace
-from tests.models_functions import FUNCTIONS, AddLoss, Block, Clip, Mixture, Model, Norm, Reverse
+from tests.models_functions import FUNCTIONS, AddLoss, Block, Clip, Half, Mixture, Model, Norm, Reverse
 from tests.passes.helpers import parity, typed
 
-CALL = {"input_ids": torch.randint(0, 64, (4, 6), generator=torch.Generator().manual_seed(3)), "labels": torch.randint(0, 64, (4, 6), generator=torch.Generator().manual_seed(4))}
+CALL = {
+    "input_ids": torch.randint(0, 64, (4, 6), generator=torch.Generator().manual_seed(3)),
+    "labels": torch.randint(0, 64, (4, 6), generator=torch.Generator().manual_seed(4)),
+}
 CUT = {"dedup": True, "sequence_parallel": True}
 
 
@@ -20,7 +23,8 @@ def made(build):
     return build().double()
 
 
-# Of the call (the first, where there are several) on dp=2,tp=2: its type. Row-wise ones gather nothing, and let partial sums through where they are linear.
+# Of the call (the first, where there are several) on dp=2,tp=2: its type. Row-wise ones gather nothing,
+# and let partial sums through where they are linear.
 TYPES = {
     "round": "dp:S(0)", "round_weight": "dp:R tp:S(1)", "reverse": "dp:S(0) tp:P", "twice": "dp:S(0) tp:P", "two": "dp:S(0) tp:S(2)", "norm": "dp:S(0)", "clip": "dp:S(0) tp:P",
     "clip_norm": "tp:P", "clip_weight": "tp:S(1)", "half": "dp:S(0) tp:P", "no_grad": "dp:S(0)", "weights_with_loss": "dp:S(0)", "output_with_loss": "dp:S(0) tp:P",
@@ -32,7 +36,9 @@ def test_same_loss_and_gradients(name):
     model = made(FUNCTIONS[name])
     program = parity(model, "dp=2,tp=2", CALL)
     calls = [n for n in program.graph_module.graph.nodes if kept_of(n.target)]
-    assert len(calls) == {"twice": 3, "two": 2, "in_experts": 2}.get(name, int(name not in ("cube", "reentrant", "not_reentrant", "first_layer")))
+    assert len(calls) == {"twice": 3, "two": 2, "in_experts": 2}.get(
+        name, int(name not in ("cube", "reentrant", "not_reentrant", "first_layer"))
+    )
     if name in TYPES:
         assert typed(calls[0]) == TYPES[name]
     if name in ("mix", "swish", "norm", "clip", "in_experts", "output_with_loss"):
@@ -54,7 +60,44 @@ def test_an_auxiliary_loss_is_never_summed():
     assert call.meta["relation"].constant == call.meta["relation"].unread == {1}
 
 
-# ---- refused ------------------------------------------------------------------------------------------------------------
+def test_runs_in_the_autocast_region_of_its_call():
+    """Half casts its operands to float32 and runs with autocast off; the product in Product's forward is
+    cast.
+    """
+    torch.manual_seed(0)
+    model = Model(
+        Block(lambda b, x: Half.apply(x, b.linear.weight) + Product.apply(x, b.linear.weight)), nn.Identity()
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        traced = trace(model, kwargs=CALL)
+        expected = model(**CALL)
+    expected.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = traced(model, **CALL)
+    loss.backward()
+    assert traced.lowered == {torch.bfloat16} and torch.equal(loss, expected)
+    assert all(torch.equal(p.grad, wanted[n]) for n, p in model.named_parameters() if n in wanted)
+
+
+class Product(Function):
+    """Forward of its own under autocast, like any code."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (grad.to(weight.dtype) @ weight.t()).to(x.dtype), 2 * x.flatten(0, -2).t().to(
+            weight.dtype
+        ) @ grad.flatten(0, -2).to(weight.dtype)
+
+
+# ---- refused -------------------------------------------------------------------------------------------
+# -----------------
 
 LINEAR = nn.Linear(32, 32).double()
 
@@ -162,10 +205,25 @@ def once(function, *more):
 
 REFUSED = [
     (once(Closure), "Closure.forward reads a tensor .* that is not among its arguments", Closure.forward, 1),
-    (once(ClosureBackward), "ClosureBackward.backward reads a tensor .* that is not among its arguments", ClosureBackward.backward, 1),
-    (once(WithModule, "linear"), "WithModule.forward reads a tensor .* that is not among its arguments", WithModule.forward, 2),
+    (
+        once(ClosureBackward),
+        "ClosureBackward.backward reads a tensor .* that is not among its arguments",
+        ClosureBackward.backward,
+        1,
+    ),
+    (
+        once(WithModule, "linear"),
+        "WithModule.forward reads a tensor .* that is not among its arguments",
+        WithModule.forward,
+        2,
+    ),
     (once(Dirty), "Dirty.forward writes into an argument", Dirty.forward, 1),
-    (once(DirtyGradient), "DirtyGradient.backward writes into a tensor that it was given", DirtyGradient.backward, 1),
+    (
+        once(DirtyGradient),
+        "DirtyGradient.backward writes into a tensor that it was given",
+        DirtyGradient.backward,
+        1,
+    ),
     (once(Draws), "Draws.forward draws random numbers", Draws.forward, 1),
     (once(Values), "the gradient of Values cannot be traced without values", Values.backward, 1),
     (once(Numbers), "Numbers.forward returns something that is not a tensor", Numbers.forward, -1),
@@ -193,7 +251,9 @@ def test_what_returns_its_operand_may_not_see_it_change():
         y.add_(1)
         return out
 
-    with pytest.raises(TraceError, match="is a view and its base or another view of its base has been modified inplace"):
+    with pytest.raises(
+        TraceError, match="is a view and its base or another view of its base has been modified inplace"
+    ):
         trace(made(lambda: Model(Block(body))), kwargs=CALL)
 
 

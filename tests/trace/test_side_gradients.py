@@ -1,4 +1,6 @@
-"""What a forward does to autograd on the side is refused at its line, before anything runs; what changes nothing is let be."""
+"""What a forward does to autograd on the side is refused at its line, before anything runs; what changes
+nothing is let be.
+"""
 
 import pytest
 import torch
