@@ -145,7 +145,7 @@ def _random_inputs(model: nn.Module, captured: Trace) -> dict[str, Any]:
         if fake.is_floating_point():
             value = torch.randn(shape, generator=generator).to(fake.dtype)
         else:
-            value = torch.randint(0, vocabulary, shape, generator=generator).to(fake.dtype)
+            value = torch.randint(0, captured.limits.get(path, vocabulary), shape, generator=generator).to(fake.dtype)
         call[path[0]] = value.to(captured.device)
     return call
 

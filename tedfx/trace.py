@@ -99,6 +99,7 @@ class Trace:
     stacked: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     autocast: Autocast | None = None
     lowered: frozenset[torch.dtype] = frozenset()
+    limits: dict[tuple, int] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
