@@ -112,6 +112,7 @@ def parallelize(
     if any(empty) and not all(empty):
         here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
         raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
+    _check_finite(model)
     dtypes = parameter_dtypes(model, precision)
     check_complex(dtypes, zero or 0, gradient_dtype)
     builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes, gradient_dtype, dtypes)
@@ -154,6 +155,14 @@ def parallelize(
     pm._program(Signature.of(flat, model.training, True, around), flat)  # so that there is a graph to look at before the first call
     remember(pm, model)
     return pm
+
+
+def _check_finite(model: nn.Module) -> None:
+    """ConfigError for a parameter that holds nan or inf. One pass over the values."""
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and not (fine := weight.detach().isfinite()).all():
+            bad = int((~fine).sum())
+            raise ConfigError(f"parameter {name} has {bad} of {weight.numel()} values that are nan or inf: every loss would be; initialise or load the weights before parallelize")
 
 
 def _example(model: nn.Module, given) -> dict[str, Any]:

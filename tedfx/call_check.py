@@ -165,6 +165,11 @@ class CallRules:
         self._positions = [r for r in ranges if r.path is None]
         self._reached: set[tuple] = set()
 
+    @property
+    def limits(self) -> dict[Path, int]:
+        """How many values an integer input may have, where something looks it up."""
+        return {r.path: min(q.high + 1 for q in self._values if q.path == r.path) for r in self._values}
+
     def check_sizes(self, given: Mapping[Path, Tensor]) -> None:
         """CallError for sizes that the trace does not hold for."""
         self._sizes(given)

@@ -43,11 +43,9 @@ def random_inputs(
             drawn = torch.complex64 if fake.is_complex() else torch.float32
             value = torch.randn(shape, generator=generator, dtype=drawn).to(fake.dtype)
         else:
-            value = torch.randint(
-                *((0, 2) if fake.dtype == torch.bool and bounds[0] == 0 else bounds),
-                shape,
-                generator=generator,
-            ).to(fake.dtype)
+            low, below = (0, 2) if fake.dtype == torch.bool and bounds[0] == 0 else bounds
+            below = max(min(below, captured.limits.get(path, below)), low + 1)
+            value = torch.randint(low, below, shape, generator=generator).to(fake.dtype)
         leaves[path] = value.to(captured.device).requires_grad_(fake.requires_grad)
     _, places = pytree.tree_unflatten(list(range(captured.in_spec.num_leaves)), captured.in_spec)
     order = {index: leaves.get(path) for path, index in leaves_with_path(places) if index is not None}

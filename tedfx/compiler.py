@@ -171,7 +171,7 @@ class Compilation:
         new.args = (tuple(self._keep(new.args[0])),)
         graph.eliminate_dead_code()
         self.graph_module = fx.GraphModule(source, graph)
-        self.trace = replace(self.trace, graph_module=self.graph_module, mutated_buffers=list(self.trace.mutated_buffers))
+        self.trace = replace(self.trace, graph_module=self.graph_module, mutated_buffers=list(self.trace.mutated_buffers), limits=self.call.limits)
 
     def _name_outputs(self) -> list[str]:
         """A name per leaf of the model's output: ``loss``, ``logits``, ``router_logits[0]``."""

@@ -112,6 +112,7 @@ class Trace:
     extents: dict[str, sympy.Expr] = dataclasses.field(default_factory=dict)
     observed: dict[tuple, Any] = dataclasses.field(default_factory=dict)
     checked: weakref.WeakKeyDictionary = dataclasses.field(default_factory=weakref.WeakKeyDictionary, repr=False, compare=False)
+    limits: dict[tuple, int] = dataclasses.field(default_factory=dict)
 
     @property
     def frozen(self) -> set[str]:

@@ -8,6 +8,7 @@ rank a digest of every piece of state it holds, by which replicas are compared b
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -76,7 +77,8 @@ class Outcome:
 def make_batch(model: nn.Module, size: int, sequence: int, seed: int) -> dict[str, Tensor]:
     """Random token ids, and labels of which the first half of the rows keeps about 70% and the second half one in all.
 
-    So over two batch ranks one has a single valid label, and over four or more some have none.
+    So over two batch ranks one has a single valid label, and over four or more some have none. A model that scores a row as a whole has a label per row, all valid (a
+    number where it has one score), and padding at the end of every other row where it knows a padding id.
     """
     inputs = inspect.signature(model.forward).parameters
     if "input_ids" not in inputs:
@@ -85,12 +87,37 @@ def make_batch(model: nn.Module, size: int, sequence: int, seed: int) -> dict[st
     ids = torch.randint(0, _vocabulary(model), (size, sequence), generator=generator)
     if "labels" not in inputs:
         return {"input_ids": ids}
-    labels = torch.where(torch.rand(size, sequence, generator=generator) < 0.3, IGNORED, ids)
+    scores = _scores(model, ids[:2]) if inputs["labels"].default is not inspect.Parameter.empty else None
+    if scores is not None and scores.dim() == 2:
+        classes, padding = scores.shape[1], getattr(getattr(model, "config", None), "pad_token_id", None)
+        labels = torch.randint(0, classes, (size,), generator=generator) if classes > 1 else torch.randn(size, generator=generator).to(scores.dtype)
+        if padding is None:
+            return {"input_ids": ids, "labels": labels}
+        ids[::2, sequence - sequence // 4 :] = padding
+        masks = {"attention_mask": (ids != padding).long()} if "attention_mask" in inputs else {}
+        return {"input_ids": ids, **masks, "labels": labels}
+    known = ids if scores is None or scores.dim() < 2 else ids % scores.shape[-1]
+    labels = torch.where(torch.rand(size, sequence, generator=generator) < 0.3, IGNORED, known)
     if size > 1:
         half = (size + 1) // 2
         labels[half:] = IGNORED
-        labels[half, sequence // 2] = ids[half, sequence // 2]
+        labels[half, sequence // 2] = known[half, sequence // 2]
     return {"input_ids": ids, "labels": labels}
+
+
+@torch.no_grad()
+def _scores(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """What the model gives without labels: scores of tokens [rows, sequence, classes] or of rows [rows, classes]. A copy runs, so that nothing of the model moves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a process whose other threads have worked cannot be forked
+    try:
+        output = copy.deepcopy(model).eval()(input_ids=ids)
+    except Exception:  # noqa: BLE001  it may need more than ids; the labels are then those of tokens, and what is wrong shows where the model is run
+        return None
+    finally:
+        torch.set_num_threads(threads)
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return named if isinstance(named, Tensor) else next((x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()), None)
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -2,12 +2,10 @@
 
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 import tedfx
 from tedfx.checks import RankFailed, RanksDisagree
@@ -56,6 +54,10 @@ def failures():
     model.broken_on = None
     found["another model"] = attempt(lambda: tedfx.parallelize(MoE(width=16 + 8 * (rank == 2)), mesh, check_timeout=30))
     found["an option"] = attempt(lambda: tedfx.parallelize(model, mesh, check_timeout=30, bucket_bytes=rank))
+    spoiled = MoE()
+    with torch.no_grad():
+        spoiled.router.weight[1, 2] = float("nan")
+    found["nan"] = attempt(lambda: tedfx.parallelize(spoiled, mesh, check_timeout=30))
     pm = tedfx.parallelize(model, mesh, check_timeout=30)
     index, count = pm.batch_coordinate
     ids = torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(0)).chunk(count)[index]
@@ -102,5 +104,6 @@ def test_the_line_of_the_rank_that_failed(ranks):
                 assert issubclass(got, kind) and text.startswith(line), (name, got, text)
             else:
                 assert got is RankFailed and text.startswith(f"rank{'s' * (len(own) > 1)} {', '.join(map(str, own))}: {line}"), (name, got, text)
+        assert found["nan"][0] is ConfigError and found["nan"][1].startswith("parameter router.weight has 1 of 64 values that are nan or inf")
         assert found["another model"][0] is RanksDisagree and found["another model"][1].startswith("the model differs between ranks: ranks 0, 1, 3: ")
         assert found["ignored"][0] is None and found["after it"][0] is None, found
