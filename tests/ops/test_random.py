@@ -55,6 +55,24 @@ def _on_rank():
         assert torch.equal(local, _cut(whole, factors, ctx.coordinates)), name
 
 
+def _rows_on_rank():
+    """Rows of this rank's tokens, two choices each, in an order of their own: they draw what the whole draws at their assignments' numbers."""
+    ctx = pool.context((2, 2), ("a", "b"), (("a", "b"), ("b", "a")))
+    whole = random.uniform(_whole(16, 6), SEED, 3)  # 8 tokens x 2 choices
+    for name, (tokens, _) in CASES.items():
+        with context.use(ctx):
+            mine = _cut(torch.arange(16).view(8, 2), (tokens, ((2, ()),)), ctx.coordinates).flatten()
+            order = torch.randperm(mine.numel(), generator=torch.Generator().manual_seed(1))[:5]
+            numbers = random.row_numbers(order, 2, tokens)
+            assert torch.equal(numbers, mine[order]), name
+            rows = random.uniform((((numbers, tokens, 2, random.NUMBERED),), ((6, ()),)), SEED, 3)
+        assert torch.equal(rows, whole[mine[order]]), name
+
+
+def test_rows_draw_by_their_number(ranks):
+    ranks(4).run(_rows_on_rank)
+
+
 def test_shards_are_pieces_of_the_whole(ranks):
     ranks(4).run(_on_rank)
 

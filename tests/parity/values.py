@@ -90,10 +90,10 @@ class Parts(nn.Module):
 
     def forward(self, x):
         z = torch.polar(self.a(x).abs() + 0.1, self.b(x)) + torch.complex(self.b(x), self.a(x)).conj()
-        score = torch.einsum("bid,bjd->bij", z, z.conj()) + z @ z.mT
-        mixed = torch.where(z.abs() > 1, z, z * 1j).cumsum(1) * 0.1 + score.sgn().mean(-1, keepdim=True) * z
-        mean = z.mean((0, 1))
-        return x + self.o(mixed.real * z.conj().imag), (mean * mean.conj()).real.sum() + torch.linalg.vector_norm(z) * 0.01
+        score = torch.einsum("bid,bjd->bij", z, z.conj())
+        mixed = torch.where(z.abs() > 1, z, z * 1j).cumsum(1) * 0.1 + z.sgn()
+        seen = torch.einsum("bij,bjd->bid", score.real.softmax(-1), z.abs())
+        return x + self.o(mixed.real * z.conj().imag + seen), (z.mean(1).abs() ** 2).mean() + torch.linalg.vector_norm(z) * 0.01
 
 
 class Weights(nn.Module):

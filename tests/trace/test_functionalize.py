@@ -241,6 +241,19 @@ def test_operators_that_do_nothing_go():
     same(model, lambda **kw: t(model, **kw))
 
 
+def test_a_copy_of_what_came_in_stays():
+    """Its owner may write to it between forward and backward."""
+
+    class Copies(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            return x[:, 1:].clone().exp() + y.clone()[:, 1:]
+
+    t = trace(Copies(), kwargs={"x": torch.randn(6, 10)})
+    run_pipeline(t, [Functionalize()])
+    assert targets(t).count(aten.clone.default) == 1
+
+
 def writes_a_parameter(self, y):
     with torch.no_grad():
         self.w.mul_(2)
