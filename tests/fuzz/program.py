@@ -145,7 +145,7 @@ class Program:
     """The program of a seed. `keep`: numbers of the pieces that stay (all by default); `frame`: False for the plainest loss."""
 
     def __init__(self, seed: int, keep: Sequence[int] | None = None, frame: bool = True, leave_out: Iterable[str] | None = None):
-        from tests.fuzz import pieces, pieces_gradients, pieces_mixtures, pieces_state, pieces_views  # noqa: F401  they fill the tables
+        import tests.fuzz.grammar  # noqa: F401  it fills the tables
 
         self.seed, self.keep, self.frame = seed, None if keep is None else tuple(keep), frame
         self.left_out = without() if leave_out is None else frozenset(leave_out)

@@ -166,7 +166,7 @@ def _chunk(programs: list[tuple[int, Program]], mesh: str) -> dict[int, Verdict]
     each = (time.perf_counter() - start) / max(len(ready), 1)
     for (i, (_, _, reference, _)), ranks in zip(ready.items(), outcomes):
         found[i].seconds += each
-        found[i].outcome, found[i].line, found[i].trace = _judge(reference, ranks)
+        found[i].outcome, found[i].line, found[i].trace = judge(reference, ranks)
     return found
 
 
@@ -210,7 +210,8 @@ def _on_ranks(mesh: str, jobs: list) -> list[list[dict]]:
 # ---- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def _judge(reference: dict, ranks: list[dict]) -> tuple[str, str, str]:
+def judge(reference: dict, ranks: list[dict]) -> tuple[str, str, str]:
+    """(outcome, line, traceback) of what the ranks did, given the single device's."""
     crashed = next((r for r in ranks if "crash" in r), None)
     if crashed is not None:
         return "crash", crashed["crash"], crashed["trace"]
