@@ -37,7 +37,7 @@ from tests.fuzz.program import Program
 MESHES = {"dp2xtp2": (("dp", "tp"), (2, 2)), "ep2": (("ep",), (2,)), "ep2xtp2": (("ep", "tp"), (2, 2)), "dp2": (("dp",), (2,)), "tp2": (("tp",), (2,))}
 TOLERANCE = 1e-6
 RATES = (0.05, 0.02, 0.08, 0.01, 0.05)
-CHUNK = 16  # programs per set of forked ranks
+CHUNK = 32  # programs per set of forked ranks
 PATIENCE = 20.0  # seconds that a rank may take for a program before it counts as hanging
 
 
@@ -61,11 +61,11 @@ Run = tuple[Program, str]
 
 
 def default_runs(seeds: Sequence[int]) -> list[Run]:
-    """Odd seeds have a mixture and run on ep2, even ones on dp2 x tp2, every tenth of them on both."""
+    """Odd seeds have a mixture and run on ep2, even ones on dp2 x tp2, every twentieth of them on both."""
     runs = []
     for seed in seeds:
         program = Program(seed)
-        runs += [(program, mesh) for mesh in ("dp2xtp2", "ep2") if (mesh == "ep2") == program.expert or (program.mixture and seed % 10 < 2)]
+        runs += [(program, mesh) for mesh in ("dp2xtp2", "ep2") if (mesh == "ep2") == program.expert or (program.mixture and seed % 20 < 2)]
     return runs
 
 
