@@ -28,7 +28,7 @@ import torch._dynamo.config
 from torch.distributed.device_mesh import init_device_mesh
 
 from tedfx import parallelize, verify_ranks
-from tedfx.errors import TedfxError, user_line
+from tedfx.errors import TedfxError, TypeCheckError, user_line
 from tedfx.roles import MeshShape, Roles
 from tedfx.trace import trace
 from tedfx.verify_run import digests, errors, prepare, split_batch, unequal_replicas
@@ -185,6 +185,9 @@ def _prepare(program: Program, mesh: str, verdict: Verdict):
         model, example = module.make(), split_batch(module.batch(0), 0, _rows(mesh))
         roles = Roles.resolve(MeshShape.of(dict(zip(*MESHES[mesh]))))
         compilation = prepare(model, trace(model, kwargs=example), roles, {"example_inputs": example}, check=True)
+    except TypeCheckError as error:  # of tedfx's own passes, no refusal
+        verdict.outcome, verdict.line, verdict.trace = "crash", _line(error), traceback.format_exc()
+        return None
     except TedfxError as error:
         verdict.outcome, verdict.line = ("refused", str(error)) if "\n" not in str(error) else ("crash", f"a refusal of several lines: {error}")
         return None
