@@ -1,12 +1,14 @@
 """300 random programs on dp2 x tp2 and ep2: each trains as on one device, or is refused with a line. `make fuzz` runs any number of others."""
 
 import collections
+import copy
 import functools
 
 import pytest
+import torch
 
 from tests.fuzz.program import LOSSES, PIECES, Program, without
-from tests.fuzz.run import default_runs, verdicts
+from tests.fuzz.run import default_runs, judge, verdicts
 from tests.parity.nursery import nursery
 
 COUNT, PARTS = 300, 10
@@ -48,3 +50,46 @@ def test_most_programs_reach_parity_and_every_kind_is_drawn():
 
 def test_a_program_is_its_seed():
     assert Program(11).source == Program(11).source != Program(12).source
+
+
+def _outcome(batch: int) -> dict:
+    rows = torch.arange(8.0).view(4, 2)
+    one = {"losses": [1.0, 2.0], "gradients": [{"w": torch.ones(3)}] * 2, "outputs": [{"rows_y": rows, "same_b": torch.ones(2)}] * 2,
+           "parameters": {"w": torch.ones(3)}, "buffers": {"b": torch.ones(2)}}  # fmt: skip
+    if batch < 0:
+        return one
+    outputs = {"rows_y": rows.chunk(2)[batch], "same_b": torch.ones(2)}
+    return {**copy.deepcopy(one), "outputs": [dict(outputs), dict(outputs)], "digests": {("w", ()): "a"}, "batch": batch}
+
+
+def _change(rank: dict, what: str) -> None:
+    if what == "loss":
+        rank["losses"][1] += 1e-4
+    elif what == "gradient":
+        rank["gradients"][1] = {"w": torch.tensor([1.0, 1.0, 1.0001])}
+    elif what == "parameter":
+        rank["parameters"]["w"][0] += 1e-4
+    elif what == "buffer":
+        rank["buffers"]["b"][0] += 1e-4
+    elif what == "rows":
+        rank["outputs"][1]["rows_y"] = torch.arange(8.0).view(4, 2)
+    elif what == "output":
+        rank["outputs"][0]["same_b"] = torch.ones(2) * 1.1
+    else:
+        rank["digests"]["w", ()] = "b"
+
+
+@pytest.mark.parametrize("what, rank", [("loss", 1), ("gradient", 0), ("parameter", 0), ("buffer", 1), ("rows", 1), ("output", 1), ("replica", 1)])
+def test_every_kind_of_difference_is_silent(what, rank):
+    ranks = [_outcome(0), _outcome(1)]
+    assert judge(_outcome(-1), ranks)[0] == "parity"
+    _change(ranks[rank], what)
+    outcome, line, _ = judge(_outcome(-1), ranks)
+    assert outcome == "silent" and line
+
+
+def test_a_refusal_counts_on_all_ranks_and_in_one_line():
+    refused = [{"refused": "no | at a.py:1 | write b"}] * 2
+    assert judge(_outcome(-1), refused)[0] == "refused"
+    assert judge(_outcome(-1), [refused[0], _outcome(1)])[0] == "crash"
+    assert judge(_outcome(-1), [{"refused": "two\nlines"}] * 2)[0] == "crash"

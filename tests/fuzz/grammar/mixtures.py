@@ -44,7 +44,7 @@ LOOPS = ["""
 
 @piece("mixtures", 4)
 def mixture(w: Writer):
-    number, k = w.any((4, 2), (4, 1), (4, 2), (2, 1), (6, 2))
+    number, k = w.any((4, 2), (4, 1), (2, 1), (2, 2))
     e = experts(w, number)
     w.lines(f"t@ = x.{w.any('flatten(0, 1)', 'reshape(-1, x.shape[-1])', 'view(x.shape[0] * x.shape[1], -1)')}")
     router(w, number, k)
