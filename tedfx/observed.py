@@ -82,8 +82,9 @@ class Observation:
                 raise TraceError(
                     f"forward leaves a value in {change.path} that it does not read itself | attribute {change.path} | what reads it outside would see an old one: return it from forward"
                 )
-        if any(_bound_to_the_trace(change.new) or change.old is MISSING and type(change.new) is object for change in changes):
-            raise _state(changes[0])
+        for change in changes:
+            if _bound_to_the_trace(change.new) or change.old is MISSING and type(change.new) is object:
+                raise _state(change)
         first = graph()
         self._start = [c for c in self.changes if not _bound_to_the_trace(c.new)]
         try:

@@ -75,6 +75,9 @@ class Reads:
                 key = (id(table), name)
                 self.written.setdefault(key, key not in self.read)
                 self.owners.setdefault(id(table), (table, this))
+                if name in table["_buffers"] and isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                    table["_buffers"][name] = value  # not by way of export's own hook, which knows buffers of the outermost module alone and writes them one after another
+                    return
             set_attribute(this, name, value)
 
         self._patch(nn.Module)
