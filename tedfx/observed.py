@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tedfx._torch import around_call, pytree
+from tedfx._torch import MODULE_ATTRIBUTES, around_call, pytree
 from tedfx.draws import Draws
 from tedfx.errors import TraceError
 from tedfx.held import MISSING, Change, Snapshot, is_scalar
@@ -122,6 +122,9 @@ class _Tables:
 
     def __init__(self, model: nn.Module):
         self._modules = [(name, m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for name, m in model.named_modules()]
+        # Hooks that a first call installs (transformers' capture of outputs): with the flag that says so put back, they would be installed twice.
+        hooks = MODULE_ATTRIBUTES - {"_parameters", "_buffers", "_modules"}
+        self._hooks = [(table, dict(table)) for m in model.modules() for key in hooks if isinstance(table := vars(m).get(key), dict)]
         self._assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def check(self) -> None:
@@ -157,6 +160,10 @@ class _Tables:
             old.copy_(new)
 
     def restore(self) -> None:
+        for table, saved in self._hooks:
+            if table != saved:
+                table.clear()
+                table.update(saved)
         for _, module, parameters, buffers, modules in self._modules:
             for table, saved in ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules)):
                 if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):
