@@ -36,6 +36,7 @@ class Observation:
         self.model, self.reads = model, Reads()
         self.changes: list[Change] = []  # of the last call
         self._start: list[Change] = []  # what the next call starts from
+        self._hooks: list[dict] = []  # after the last call
         self._steady: set[tuple[int, str]] = set()
 
     @contextlib.contextmanager
@@ -47,6 +48,8 @@ class Observation:
         before, draws, tables = Snapshot(self.model), Draws(self.model), _Tables(self.model)
         for change in self._start:
             change.put()
+        if self._start:
+            tables.put_hooks(self._hooks)
         start = Snapshot(self.model) if self._start else before
         try:
             self.reads.active = True
@@ -55,7 +58,7 @@ class Observation:
             finally:
                 self.reads.active = False
             tables.check()
-            self.changes = start.changes()
+            self.changes, self._hooks = start.changes(), tables.hooks()
             moved = draws.moved()
             if moved is not None:
                 before.restore()
@@ -159,11 +162,17 @@ class _Tables:
         for old, new in values:
             old.copy_(new)
 
-    def restore(self) -> None:
-        for table, saved in self._hooks:
-            if table != saved:
+    def hooks(self) -> list[dict]:
+        return [dict(table) for table, _ in self._hooks]
+
+    def put_hooks(self, hooks: list[dict]) -> None:
+        for (table, _), its in zip(self._hooks, hooks):
+            if table != its:
                 table.clear()
-                table.update(saved)
+                table.update(its)
+
+    def restore(self) -> None:
+        self.put_hooks([saved for _, saved in self._hooks])
         for _, module, parameters, buffers, modules in self._modules:
             for table, saved in ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules)):
                 if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):
