@@ -18,7 +18,7 @@ from torch import nn
 from tedfx import _torch
 from tedfx.errors import ConfigError
 from tedfx.held import is_plain, is_scalar
-from tedfx.named import MISSING, named_outside
+from tedfx.named import MISSING, Named, named_outside
 from tedfx.reads import CODE, Place, equal, freeze, look
 
 
@@ -103,16 +103,14 @@ class Changes:
     def _resolve(self) -> None:
         """Look everything up anew, as the model is now."""
         modules = dict(self._model.named_modules())
-        outside: dict[str, Callable[[], Any]] = {}
+        outside: dict[str, Named] = {}
         for named in named_outside(self._model) if any(place[0] == CODE for place in self._base) else []:
-            outside.update((label, lambda n=named, at=label: n.get(at)) for label in named.read())
+            outside.update((label, named) for label in named.read())
         identities, self._tensors, self._contents = {}, [], []
         had, self._differ = self._identities, {}
         for place, base in self._base.items():
             if place[0] == CODE:
-                get = outside.get(place[1], lambda: MISSING)
-                value = get()
-                self._contents.append((get, freeze(value)))
+                value = self._outside(outside.get(place[1]), place[1], identities)
             else:
                 owner: Any = modules.get(place[0], MISSING)
                 for name in place[1:-1]:
@@ -128,11 +126,21 @@ class Changes:
         self._identities = list(identities.values())
         self._replaced({(id(table), name): value for table, name, value in had})
 
+    def _outside(self, named: Named | None, label: str, identities: dict) -> Any:
+        if named is None:
+            return MISSING
+        value, where = named.get(label), named.where(label)
+        if where is not None and (is_scalar(value) or value is MISSING):
+            identities[id(where[0]), where[1]] = (*where, value)
+        else:
+            self._contents.append((lambda: named.get(label), freeze(value)))
+        return value
+
     def _follow(self, owner: Any, name: str, identities: dict) -> Any:
         attributes = vars(owner)
         if name == "training":
-            self._contents.append((lambda: owner.training == self._model.training, owner.training == self._model.training))
-            return self._contents[-1][1]
+            identities[id(attributes), name] = (attributes, name, owner.training)
+            return owner.training == self._model.training
         value = look(attributes, owner, name)
         if name == "_modules":
             for key, module in attributes["_modules"].items():

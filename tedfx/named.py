@@ -27,11 +27,12 @@ MISSING = type("MISSING", (), {"__repr__": lambda self: "nothing"})()
 
 @dataclass(frozen=True)
 class Named:
-    """Such things that lie together. `read()` gives {what it is called: its value}, MISSING for what is not there; `write` sets them so; `get` is for one."""
+    """Such things that lie together. `read()` gives {what it is called: its value}, MISSING for what is not there; `write` sets them so; `get` is for one; `where` is the table that has it and its key, if there is such a table."""
 
     read: Callable[[], dict[str, Any]]
     write: Callable[[dict[str, Any]], None]
     get: Callable[[str], Any]
+    where: Callable[[str], tuple[Any, str] | None] = lambda label: None
 
 
 def named_outside(model: nn.Module) -> list[Named]:
@@ -145,10 +146,10 @@ class _Walk:
                 else:
                     table[name] = v
 
-            self._add(("global", id(table), name), f"{name} of {table.get('__name__', '')}", lambda: table.get(name, MISSING), write)
+            self._add(("global", id(table), name), f"{name} of {table.get('__name__', '')}", lambda: table.get(name, MISSING), write, (table, name))
 
-    def _add(self, key: tuple, label: str, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
-        self.found.setdefault(key, Named(lambda: {label: get()}, lambda saved: put(saved[label]), lambda _: get()))
+    def _add(self, key: tuple, label: str, get: Callable[[], Any], put: Callable[[Any], None], where: tuple | None = None) -> None:
+        self.found.setdefault(key, Named(lambda: {label: get()}, lambda saved: put(saved[label]), lambda _: get(), lambda _: where))
 
 
 def _attributes_of(cls: type) -> Named:
@@ -176,7 +177,7 @@ def _attributes_of(cls: type) -> Named:
             if vars(cls).get(key, MISSING) is not value:
                 setattr(cls, key, value)
 
-    return Named(read, write, lambda label: vars(cls).get(label.rpartition(".")[2], MISSING))
+    return Named(read, write, lambda label: vars(cls).get(label.rpartition(".")[2], MISSING), lambda label: (vars(cls), label.rpartition(".")[2]))
 
 
 __all__ = ["MISSING", "Named", "named_outside"]

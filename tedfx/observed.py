@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tedfx._torch import around_call, pytree
+from tedfx._torch import MODULE_ATTRIBUTES, around_call, pytree
 from tedfx.draws import Draws
 from tedfx.errors import TraceError
 from tedfx.held import MISSING, Change, Snapshot, is_scalar
@@ -36,6 +36,7 @@ class Observation:
         self.model, self.reads = model, Reads()
         self.changes: list[Change] = []  # of the last call
         self._start: list[Change] = []  # what the next call starts from
+        self._hooks: list[dict] = []  # after the last call
         self._steady: set[tuple[int, str]] = set()
 
     @contextlib.contextmanager
@@ -47,6 +48,8 @@ class Observation:
         before, draws, tables = Snapshot(self.model), Draws(self.model), _Tables(self.model)
         for change in self._start:
             change.put()
+        if self._start:
+            tables.put_hooks(self._hooks)
         start = Snapshot(self.model) if self._start else before
         try:
             self.reads.active = True
@@ -55,7 +58,7 @@ class Observation:
             finally:
                 self.reads.active = False
             tables.check()
-            self.changes = start.changes()
+            self.changes, self._hooks = start.changes(), tables.hooks()
             moved = draws.moved()
             if moved is not None:
                 before.restore()
@@ -82,8 +85,9 @@ class Observation:
                 raise TraceError(
                     f"forward leaves a value in {change.path} that it does not read itself | attribute {change.path} | what reads it outside would see an old one: return it from forward"
                 )
-        if any(_bound_to_the_trace(change.new) or change.old is MISSING and type(change.new) is object for change in changes):
-            raise _state(changes[0])
+        for change in changes:
+            if _bound_to_the_trace(change.new) or change.old is MISSING and type(change.new) is object:
+                raise _state(change)
         first = graph()
         self._start = [c for c in self.changes if not _bound_to_the_trace(c.new)]
         try:
@@ -121,6 +125,9 @@ class _Tables:
 
     def __init__(self, model: nn.Module):
         self._modules = [(name, m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for name, m in model.named_modules()]
+        # Hooks that a first call installs (transformers' capture of outputs): with the flag that says so put back, they would be installed twice.
+        hooks = MODULE_ATTRIBUTES - {"_parameters", "_buffers", "_modules"}
+        self._hooks = [(table, dict(table)) for m in model.modules() for key in hooks if isinstance(table := vars(m).get(key), dict)]
         self._assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def check(self) -> None:
@@ -155,7 +162,17 @@ class _Tables:
         for old, new in values:
             old.copy_(new)
 
+    def hooks(self) -> list[dict]:
+        return [dict(table) for table, _ in self._hooks]
+
+    def put_hooks(self, hooks: list[dict]) -> None:
+        for (table, _), its in zip(self._hooks, hooks):
+            if table != its:
+                table.clear()
+                table.update(its)
+
     def restore(self) -> None:
+        self.put_hooks([saved for _, saved in self._hooks])
         for _, module, parameters, buffers, modules in self._modules:
             for table, saved in ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules)):
                 if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from tedfx import _torch
+from tedfx.errors import is_installed
 from tedfx.held import MISSING, is_plain, is_scalar
 from tedfx.named import named_outside
 
@@ -75,6 +77,9 @@ class Reads:
                 key = (id(table), name)
                 self.written.setdefault(key, key not in self.read)
                 self.owners.setdefault(id(table), (table, this))
+                if name in table["_buffers"] and isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                    table["_buffers"][name] = value  # not by way of export's own hook, which knows buffers of the outermost module alone and writes them one after another
+                    return
             set_attribute(this, name, value)
 
         self._patch(nn.Module)
@@ -98,6 +103,11 @@ class Reads:
 
 # ---- what they hold ------------------------------------------------------------------------------------------------
 
+def _file(table: Any) -> str:
+    """The file of the module whose globals, or of a class whose attributes, a table is."""
+    return table.get("__file__") or getattr(sys.modules.get(table.get("__module__", "")), "__file__", None) or ""
+
+
 CODE = "<code>"
 Place = tuple[str, ...]  # the module's name, then attributes; or CODE and a label of `named_outside`
 
@@ -109,9 +119,9 @@ def observed(model: nn.Module, reads: Reads, steady: set[tuple[int, str]]) -> di
     for table, name in reads.read:
         by_owner[table].append(name)
     found: dict[Place, Any] = {}
-    todo, seen = [(roots[t], t) for t in by_owner if t in roots], set()
+    todo, seen = sorted((roots[t], t) for t in by_owner if t in roots), set()  # the shortest name of what several modules hold
     while todo:
-        place, table = todo.pop()
+        place, table = todo.pop(0)
         if table in seen:
             continue
         seen.add(table)
@@ -124,7 +134,10 @@ def observed(model: nn.Module, reads: Reads, steady: set[tuple[int, str]]) -> di
             if is_plain(value) and id(vars(value)) in by_owner:
                 todo.append(((*place, name), id(vars(value))))
     for named in named_outside(model):
-        found.update(((CODE, label), freeze(value)) for label, value in named.read().items() if is_data(value))
+        for label, value in named.read().items():
+            where = named.where(label)
+            if is_data(value) and (is_scalar(value) or value is MISSING or where is None or not is_installed(_file(where[0]))):
+                found[CODE, label] = freeze(value)
     return found
 
 
