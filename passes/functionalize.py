@@ -4,6 +4,7 @@ Terms. A value's *root* is the value that owns its memory. A *view* shares its r
 share storage exactly where the real ones do, so aliasing is read off them, not guessed from names.
 
 Algorithm, one walk over the nodes in order:
+0. `view_as` and its like become views to the sizes that they read off their other operand.
 1. An operand whose root was written since the operand was made is made again from the root's present value.
 2. A view remembers the value it looks into.
 3. An in-place operator is replaced by its functional counterpart. The result is the new value of its operand, and is written
@@ -45,6 +46,8 @@ class Functionalize(Pass):
 
     def __call__(self, program: Any) -> PassResult:
         graph = program.graph_module.graph
+        for node in list(graph.nodes):
+            _shape_alone(graph, node)
         walk = _Walk(program)
         for node in list(graph.nodes):
             if node.target is aten.detach_.default:  # of a fresh constant: changes no data
@@ -59,6 +62,24 @@ class Functionalize(Pass):
         return PassResult(
             walk.writes, changed, [f"{walk.writes} in-place operators, {tiled} of them tile a tensor, {dropped} operators did nothing"]
         )
+
+
+_LIKE = {
+    getattr(aten, like).default: getattr(aten, plain).default
+    for like, plain in {"view_as": "view", "reshape_as": "reshape", "expand_as": "expand"}.items()
+}
+
+
+def _shape_alone(graph: fx.Graph, node: fx.Node) -> None:
+    """`x.view_as(y)` asks y for its shape and nothing else: written as a view, it needs no value of y on any rank."""
+    if node.target in _LIKE:
+        x, like = node.args
+        with graph.inserting_before(node):
+            sizes = [
+                emit(graph, aten.sym_size.int, (like, d), like=node) if isinstance(size, torch.SymInt) else size
+                for d, size in enumerate(like.meta["val"].shape)
+            ]
+        node.target, node.args = _LIKE[node.target], (x, sizes)
 
 
 def _storage(node: fx.Node) -> Any:
@@ -292,9 +313,9 @@ class _Walk:
             case "unsqueeze":
                 rank = view.meta["val"].dim()
                 return put(aten.squeeze.dim, new, args[1] % rank)
-            case "view" | "reshape" | "flatten" | "unflatten" | "_unsafe_view" | "view_as" | "squeeze" | "_reshape_alias":
+            case "view" | "reshape" | "flatten" | "unflatten" | "_unsafe_view" | "squeeze" | "_reshape_alias":
                 return put(aten.reshape.default, new, self._sizes(whole, why))
-            case "alias" | "detach" | "contiguous" | "to" | "expand" | "expand_as" | "dropout" | "type_as" | "_to_copy":
+            case "alias" | "detach" | "contiguous" | "to" | "expand" | "dropout" | "type_as" | "_to_copy":
                 if _same_sizes(new.meta["val"].shape, whole.meta["val"].shape):
                     return new
         raise _refusal(why, f"writes through a view that tedfx cannot undo ({view.target})")
@@ -373,7 +394,7 @@ def _tile(node: fx.Node) -> int:
 
 # --- step 6: operators that do nothing --------------------------------------------------------------------------------------
 
-_COPIES = {"to", "_to_copy", "type_as", "contiguous", "clone", "expand", "expand_as", "view", "reshape", "alias", "lift_fresh", "lift_fresh_copy"}
+_COPIES = {"to", "_to_copy", "type_as", "contiguous", "clone", "expand", "view", "reshape", "alias", "lift_fresh", "lift_fresh_copy"}
 
 
 def _drop_noops(graph: fx.Graph) -> int:

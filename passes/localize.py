@@ -21,7 +21,7 @@ from tedfx.sizes import Share, Sizes
 from tedfx.types import Shard, sharding_axes
 
 aten = torch.ops.aten
-VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze", "aten.view_as", "aten._reshape_copy"}
+VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze", "aten._reshape_copy"}
 SIZED = {"aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty"}
 
 
@@ -75,7 +75,7 @@ class _Localizer:
             if name not in ("aten.view", "aten._unsafe_view"):
                 node.target = aten.reshape.default
             node.args, node.kwargs = (node.args[0], self.view_shape(node)), {}
-        elif name in ("aten.expand", "aten.expand_as", "aten.broadcast_to"):
+        elif name in ("aten.expand", "aten.broadcast_to"):
             node.target, node.args, node.kwargs = aten.expand.default, (node.args[0], self.shape(node)), {}
         elif name in SIZED:
             at = 1 if name.startswith("aten.new_") else 0

@@ -61,7 +61,11 @@ class SplitLosses(Pass):
                 shape = node.args[1].meta["val"].shape
                 if len(shape) == 1:
                     raise AssertionError(node)
-                new = make(aten.view_as.default if hasattr(aten, "view_as") else aten.reshape.default, rows, node.args[1]) if shape else make(aten.sum.default, rows)
+                sizes = [
+                    make(aten.sym_size.int, node.args[1], d) if isinstance(size, torch.SymInt) else size
+                    for d, size in enumerate(shape)
+                ]
+                new = make(aten.reshape.default, rows, sizes) if shape else make(aten.sum.default, rows)
             else:
                 new = make(aten.sum.default, rows)
                 if reduction == 1:

@@ -22,8 +22,8 @@ from torch import fx
 from tedfx.rules.base import op_name
 
 _VIEWS = frozenset(
-    """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose t permute movedim swapaxes expand expand_as broadcast_to
-    slice select narrow alias detach chunk split split_with_sizes unbind view_as contiguous sum_gradient""".split()
+    """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose t permute movedim swapaxes expand broadcast_to
+    slice select narrow alias detach chunk split split_with_sizes unbind contiguous sum_gradient""".split()
 )
 _COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
 _NOTHING = _VIEWS | frozenset(

@@ -19,7 +19,7 @@ def reads_bits(node: fx.Node) -> bool:
     return op_name(node) == "aten.view" and node.target._overloadname == "dtype"
 
 
-@rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten._reshape_copy", "aten.view_as", "aten.squeeze", "aten.unsqueeze")
+@rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten._reshape_copy", "aten.squeeze", "aten.unsqueeze")
 def view(node: fx.Node, ctx: Annotator) -> Relation:
     """Factors keep their order and are grouped anew. Where sizes cut a factor that cannot be refined, the dims in between are whole."""
     x = operands(node)[0]
@@ -27,10 +27,9 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
         same = x.meta["val"].dtype.itemsize == node.meta["val"].dtype.itemsize
         return Relation(out=ctx.dims(x)) if same else whole_everywhere(node, ctx)
     old, sizes = ctx.dims(x), [as_size(s) for s in node.meta["val"].shape]
-    shape_only = {k: tuple(f for d in ctx.dims(n) for f in d) for k, n in enumerate(operands(node)) if k}  # view_as gives a shape only
     dims = regroup(old, sizes)
     if dims is not None:
-        return Relation(out=dims, whole=shape_only, linear=ONE)
+        return Relation(out=dims, linear=ONE)
     old = ctx.dims(x)
     same = lambda a, b: dim_size(a) == b
     head = 0
@@ -42,7 +41,7 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
     cut = tuple(f for d in old[head : len(old) - tail] for f in d)
     middle = [() if s == 1 else (Factor(s),) for s in sizes[head : len(sizes) - tail]]
     dims = old[:head] + middle + (old[len(old) - tail :] if tail else [])
-    return Relation(out=dims, whole={0: cut, **shape_only}, linear=ONE, created=tuple(f for d in middle for f in d))
+    return Relation(out=dims, whole={0: cut}, linear=ONE, created=tuple(f for d in middle for f in d))
 
 
 @rule("aten.transpose", "aten.t", "aten.permute", "aten.movedim", "aten.swapaxes", "aten.numpy_T", "aten.swapdims")
@@ -64,20 +63,16 @@ def permute(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=[dims[i] for i in order], linear=ONE)
 
 
-@rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+@rule("aten.expand", "aten.broadcast_to")
 def expand(node: fx.Node, ctx: Annotator) -> Relation:
     """New and widened dims are created: they take the shard that the plan gives their factor."""
     x = operands(node)[0]
     old, sizes = ctx.dims(x), [as_size(s) for s in node.meta["val"].shape]
     out, created, lead = [], [], len(sizes) - len(old)
-    like = ctx.dims(operands(node)[1]) if len(operands(node)) > 1 else None
     for d, size in enumerate(sizes):
         mine = old[d - lead] if d >= lead else ()
-        if like is not None and mine != () and like[d] != ():
-            mine = ctx.match((x, d - lead), (operands(node)[1], d))
-            like = ctx.dims(operands(node)[1])
         if mine == () and size != 1:
-            mine = like[d] if like is not None else ctx.dim_of(size)
+            mine = ctx.dim_of(size)
             created += mine
         out.append(mine)
     return Relation(out=out, linear=ONE, created=tuple(created), kind="expand")

@@ -298,3 +298,14 @@ def test_a_write_into_an_input_is_refused():
     t = trace(Writes(), kwargs={"x": torch.randn(6, 10)})
     with pytest.raises(TraceError, match="writes into input or constant x"):
         run_pipeline(t, [Functionalize()])
+
+
+def test_a_shape_asked_of_a_value_is_no_use_of_it():
+    def like(self, y):
+        shape = y.exp()
+        return y.flatten().view_as(shape) + y.sum(-1, keepdim=True).expand_as(shape) + y.reshape_as(shape)
+
+    model, t = functional(like)
+    same(model, lambda x: t(model, x=x))
+    (shape,) = [n for n in t.graph_module.graph.nodes if n.target is aten.exp.default]
+    assert all(user.target is aten.sym_size.int for user in shape.users)
