@@ -241,6 +241,18 @@ def queue_callback(callback) -> None:
 backward_id = torch._C._current_graph_task_id
 
 
+def is_asked(node) -> bool:
+    """Whether the backward that is running gives a gradient to a leaf, of which `node` is the AccumulateGrad.
+
+    Public replacement: none yet.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch does not answer for a leaf that autograd.grad was asked for, and for no other
+        return True
+
+
+
 def make_wrapper(cls, shape, dtype, device) -> torch.Tensor:
     """A tensor of type `cls` without storage. Public replacement: none; the documented way to write a tensor subclass."""
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)

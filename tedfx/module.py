@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from tedfx._torch import inductor_options, pytree
 from tedfx.aliases import apart, possible_aliases
+from tedfx.asked import notice
 from tedfx.autocast import Autocast, region
 from tedfx.buckets import BUCKET_BYTES
 from tedfx.changes import Changes
@@ -232,6 +233,8 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         with torch.no_grad():
             for name, value in zip(program.mutated_buffers, outputs):
                 self.get_buffer(name).copy_(value)
+        if grad:
+            outputs = [*outputs[:written], *notice(outputs[written:], list(self.parameters()), operands[: len(program.parameters)])]
         leaves = program.out_spec.num_leaves
         return [pytree.tree_unflatten(outputs[written + m * leaves : written + (m + 1) * leaves], program.out_spec) for m in range(count)]
 
