@@ -31,6 +31,7 @@ from torch import fx
 
 from tedfx.errors import TraceError, user_line
 from tedfx.factors import as_size
+from tedfx.signature import show
 
 __all__ = ["Functionalize"]
 
@@ -109,6 +110,7 @@ class _Walk:
         self.value: dict[fx.Node, fx.Node] = {}
         self.made_at: dict[fx.Node, int] = {}
         self.version: dict[fx.Node, int] = {}
+        self.writer: dict[fx.Node, fx.Node] = {}  # of what was written, the last operator that did
         self.sizes: dict[Any, fx.Node] = {}  # symbolic size -> node that holds it
         self.writes = 0
         self.dead: list[fx.Node] = []
@@ -137,12 +139,20 @@ class _Walk:
                     self.made_at[node] = self.version.get(self.root(node), 0)
                     break
 
+    def _what(self, root: fx.Node) -> str:
+        if root.name in self.program.parameters:
+            return f"parameter {self.program.parameters[root.name]}"
+        path = self.program.inputs.get(root.name)
+        return f"input {show(path)}" if path else "a tensor that is neither parameter nor buffer"
+
     def finish(self) -> int:
         changed = [root for root in self.version if root.op == "placeholder"]
         for root in changed:
             if root.name not in self.program.buffers:
-                kind = "parameter" if root.name in self.program.parameters else "input or constant"
-                raise TraceError(f"the model writes into {kind} {root.name} | make a new tensor instead")
+                raise TraceError(
+                    f"the model writes into {self._what(root)} | at {user_line(self.writer[root])} | make a new tensor "
+                    "instead, or make it a buffer"
+                )
         output = next(n for n in self.graph.nodes if n.op == "output")
         with self.graph.inserting_before(output):
             leading = tuple(self.current(root) for root in changed)
@@ -253,6 +263,7 @@ class _Walk:
             if old.is_contiguous() and not new.meta["val"].is_contiguous():
                 new = emit(self.graph, aten.contiguous.default, (new,), like=why)
             self.version[node] = self.version.get(node, 0) + 1
+            self.writer[node] = why
             self.value[node] = new
             self.made_at[node] = self.version[node]
 

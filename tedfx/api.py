@@ -22,6 +22,7 @@ from tedfx.input_sizes import with_room
 from tedfx.layouts import layouts_of, stack_name
 from tedfx.module import ParallelModule, Program
 from tedfx.other_optimizer import remember
+from tedfx.overlaps import refuse_overlaps
 from tedfx.passes.base import Pass
 from tedfx.precision import cast_parameters, check_complex, parameter_dtypes
 from tedfx.prepared import refuse_prepared
@@ -119,6 +120,7 @@ def parallelize(
     call = _example(model, example_inputs)
     around = Autocast.around(mesh.device_type)
     first = builder.compile(call, model.training, around)
+    refuse_overlaps(model, first.trace.mutated_buffers)
     layouts = layouts_of(model, first, builder.frozen)
 
     state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}

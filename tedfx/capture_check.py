@@ -17,19 +17,24 @@ from tedfx.check_state import on_gpu
 from tedfx.dtypes import precision, widest
 from tedfx.errors import CaptureError
 from tedfx.observed import kept
+from tedfx.rules.base import argument
 from tedfx.trace import Trace
 
 __all__ = ["check_capture", "draws", "on_device"]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 _HALF = (torch.bfloat16, torch.float16)
-_RANDOM = ("dropout", "bernoulli", "rand", "normal", "multinomial", "exponential")
 
 
 def draws(node: fx.Node) -> bool:
-    if node.op != "call_function" or not any(word in getattr(node.target, "__name__", str(node.target)) for word in _RANDOM):
+    """Whether an operator draws at random, as torch's own tag says."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    return not (len(node.args) > 1 and node.args[1] == 0.0)
+    if node.target is torch.ops.aten.dropout.default:
+        return node.args[1] != 0 and bool(node.args[2])
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return argument(node, 4, "dropout_p", 0.0) != 0
+    return True
 
 
 def check_capture(
