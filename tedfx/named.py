@@ -1,7 +1,7 @@
 """What the code of a model's classes names outside of itself: globals of its files, attributes of its classes, cells of closures, defaults of arguments.
 
-Found by the names in the code objects of the classes' functions, and of the functions and classes that those name in turn, as far as they are the user's own: code of torch,
-of Python and of an installed package other than the model's own file is not followed.
+Found by the names in the code objects of the classes' functions, of the functions that modules hold (hooks among them), and of the functions and classes that those name in
+turn, as far as they are the user's own: code of torch, of Python and of an installed package other than the model's own file is not followed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def named_outside(model: nn.Module) -> list[Named]:
     walk = _Walk()
     for cls in dict.fromkeys(type(module) for module in model.modules()):
         walk.classes(cls)
+    for module in model.modules():
+        for value in list(vars(module).values()):
+            walk.held(value)
     walk.run()
     return list(walk.found.values())
 
@@ -78,6 +81,20 @@ class _Walk:
         """The functions and attributes of a class of the model and of those that it inherits from."""
         for each in cls.__mro__:
             self._class(each, own=True)
+
+    def held(self, value: Any, depth: int = 2) -> None:
+        """The code that an attribute of a module holds: a function, a hook, an object that is called."""
+        if isinstance(value, types.FunctionType):
+            self._functions.extend((value, inspect.unwrap(value)))
+        elif isinstance(value, types.MethodType):
+            self.held(value.__func__, depth)
+        elif isinstance(value, functools.partial):
+            self.held(value.func, depth)
+        elif isinstance(value, (dict, list, tuple)) and depth:
+            for each in list(value.values() if isinstance(value, dict) else value):
+                self.held(each, depth - 1)
+        elif not isinstance(value, (nn.Module, type)) and callable(value):
+            self._class(type(value))
 
     def run(self) -> None:
         while self._functions:

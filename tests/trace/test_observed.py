@@ -28,6 +28,7 @@ class Base(nn.Module):
         self.register_buffer("c", torch.ones(8))
         self.register_buffer("n", torch.zeros((), dtype=torch.long))
         self.table, self.items, self.step, self.aux, self.ema = {}, [], 0, 0.0, torch.zeros(8)
+        self.functions = [_another()]
         self.config, self.numpy, self.python = Config(), np.random.default_rng(0), random.Random(0)
 
     @functools.cached_property
@@ -188,6 +189,22 @@ def _closure():
 kind(_closure())
 
 
+def _another():
+    calls = 0
+
+    def count(x):
+        nonlocal calls
+        calls += 1
+        return x / calls
+
+    return count
+
+
+@kind
+def in_a_function_that_it_holds(self, x):
+    return self.linear(x) + sum(f(x) for f in self.functions)
+
+
 @kind
 def running_mean(self, x):
     self.ema = 0.9 * self.ema + x.mean((0, 1)).detach()
@@ -243,7 +260,7 @@ def torch_seed(self, x):
 REFUSED = {
     "with_gradient": "buffer b", "another_shape": "buffer b", "another_dtype": "buffer n", "new_buffer": "buffer q", "new_parameter": "parameter linear.weight",
     "counter": "attribute step", "in_a_dict": "attribute table['s']", "in_a_list": "attribute items", "in_a_config": "attribute config.k", "in_a_global": "CALLS",
-    "on_the_class": "on_the_class.calls", "in_a_default": "seen of _helper", "in_a_closure": "count of", "running_mean": "attribute ema", "running_mean_in_place": "attribute ema",
+    "on_the_class": "on_the_class.calls", "in_a_default": "seen of _helper", "in_a_closure": "count of", "in_a_function_that_it_holds": "calls of", "running_mean": "attribute ema", "running_mean_in_place": "attribute ema",
     "first_call_only": "attribute step", "left_for_others": "attribute aux", "python_draw": "Python's random", "python_object_draw": "python", "numpy_draw": "numpy.random",
     "numpy_object_draw": "numpy", "torch_seed": "torch's default generator",
 }  # fmt: skip
