@@ -66,7 +66,7 @@ class GatherParameters(Pass):
             region = unit if isinstance(unit, int) else None
             if region is None and self.compiled:
                 region, regions = regions, regions + 1
-            self._gather(graph, number, axes, group, region)
+            self._gather(program, number, axes, group, region)
             result.changes += 1
         for node, placed in shares.items():
             node.meta["local_shape"] = placed.share.shape
@@ -87,11 +87,12 @@ class GatherParameters(Pass):
             size += mine
         return groups
 
-    def _gather(self, graph: fx.Graph, number: int, axes, group: list[list], region: int | None) -> None:
+    def _gather(self, program, number: int, axes, group: list[list], region: int | None) -> None:
+        graph = program.graph_module.graph
         first, parameters = group[0][2][0], [node for _, node, _, _ in group]
         with graph.inserting_before(first):
             cuts = tuple(tuple(placed.cut) for *_, placed in group)
-            gather = graph.call_function(ops.gather_parameters, (parameters, axes, cuts, number))
+            gather = graph.call_function(ops.gather_parameters, (parameters, axes, cuts, number, program.gradient_dtype))
         gather.meta.update({k: first.meta[k] for k in ("stack_trace", "nn_module_stack") if k in first.meta})
         gather.meta["in_graph"] = self.compiled  # whether backward scatters the gradients there, or leaves it to the boundary
         gather.meta["differentiable"] = any(p.meta.get("differentiable") for p in parameters)

@@ -366,11 +366,11 @@ def _all_reduce_batched(node, cost, reached):
 
 def _gather_parameters(node, cost, reached):
     """The row of this rank's shares; in a compiled graph its adjoint scatters rows of all ranks."""
-    _, axes, cuts, _ = node.args
+    _, axes, cuts, _, summed_in = node.args
     row, dtype = sum(Cut(*cut).width for cut in cuts), _dtype(node.args[0][0])
     made = cost.make(node, GATHER_PARAMETERS, axes, "forward", row, dtype)
     if reached and node.meta["in_graph"]:
-        made += cost.make(node, SCATTER_GRADIENTS, axes, "backward", row * cost.compilation.roles.mesh.size(axes), dtype)
+        made += cost.make(node, SCATTER_GRADIENTS, axes, "backward", row * cost.compilation.roles.mesh.size(axes), summed_in or dtype)
     return made
 
 

@@ -17,17 +17,20 @@ from tedfx.ops.context import Axes, Span
 GATHER, SCATTER = "gather_parameters", "scatter_gradients"  # as they are counted
 
 
-def gather_parameters(shares: list[Tensor], axes: Axes, cuts: tuple[tuple, ...], number: int = 0) -> list[Tensor]:
+def gather_parameters(
+    shares: list[Tensor], axes: Axes, cuts: tuple[tuple, ...], number: int = 0, summed_in: torch.dtype | None = None
+) -> list[Tensor]:
     """S -> R of each: this rank's shares, of any shapes and one dtype -> the whole local tensors. `cuts`: a `Cut` each, as tuples. `number`: of this gather in its graph.
 
-    Backward sums the gradients over `axes` and keeps this rank's share of each.
+    Backward sums the gradients over `axes`, in the dtype `summed_in` (by default their own), and keeps this rank's share
+    of each, in the share's dtype.
     """
     span, cuts = context.span(axes), [Cut(*cut) for cut in cuts]
     if not torch.compiler.is_compiling() and (store := context.current().store) is not None:
         return store.gather(number, shares)
     if not any(x.requires_grad for x in shares):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
         return wholes(gathered(pack(shares, cuts), span), cuts)
-    return list(_Gather.apply(span, cuts, *shares))
+    return list(_Gather.apply(span, cuts, summed_in, *shares))
 
 
 def pack(shares, cuts: list[Cut]) -> Tensor:
@@ -52,19 +55,21 @@ def _own(x: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, span, cuts, *shares):
-        ctx.span, ctx.cuts, ctx.shapes = span, cuts, [x.shape for x in shares]
+    def forward(ctx, span, cuts, summed_in, *shares):
+        ctx.span, ctx.cuts, ctx.summed_in, ctx.shapes = span, cuts, summed_in, [x.shape for x in shares]
         ctx.needed = [x.requires_grad for x in shares]
         return tuple(wholes(gathered(pack(shares, cuts), span), cuts))
 
     @staticmethod
     def backward(ctx, *grads):
         rows = torch.cat([cut.spread(g) for cut, g in zip(ctx.cuts, grads)], 1)
+        dtype = rows.dtype
+        rows = rows if ctx.summed_in is None else rows.to(ctx.summed_in)
         context.record(SCATTER, ctx.span.axes, "backward", rows)
         mine = _torch.reduce_scatter(rows.view(-1), ctx.span.size, ctx.span.name)
-        parts = mine.split([cut.width for cut in ctx.cuts])
+        parts = mine.to(dtype).split([cut.width for cut in ctx.cuts])
         found = [part[: shape.numel()].view(shape) if needed else None for part, shape, needed in zip(parts, ctx.shapes, ctx.needed)]
-        return None, None, *found
+        return None, None, None, *found
 
 
 __all__ = ["gather_parameters"]
