@@ -86,7 +86,7 @@ def test_the_line_of_the_rank_that_failed(ranks):
     results = ranks(4).run(failures)
     assert len({loss for _, loss in results}) == 1
     told = {  # which ranks fail by themselves, with what, and their line
-        "parallelize": ((1,), TraceError, "cannot trace: ValueError: a line of the model"),
+        "parallelize": ((1,), TraceError, "the model itself fails on this input: ValueError: a line of the model"),
         "an option": ((0,), ConfigError, "bucket_bytes=0: a whole number, at least 1"),
         "id": ((3,), CallError, "input_ids[1, 3] is 40, out of range of the embedding table of 32 rows (embed.weight): 0 to 31 | at "),
         "ids": ((2, 3), CallError, "input_ids[1, 3] is 40, out of range"),
@@ -94,7 +94,7 @@ def test_the_line_of_the_rank_that_failed(ranks):
         "places": ((0, 1, 2, 3), CallError, "the sizes of this call reach place 24 of the embedding table of 24 rows (place.weight)"),
         "sizes": ((1,), CallError, "dim 1 of labels is 5; expected 9, as dim 1 of input_ids"),
         "argument": ((2,), ConfigError, "forward has no argument 'use_cache'"),
-        "first call": ((2,), TraceError, "cannot trace: ValueError: a line of the model"),
+        "first call": ((2,), TraceError, "the model itself fails on this input: ValueError: a line of the model"),
     }
     for rank, (found, _) in enumerate(results):
         for name, (own, kind, line) in told.items():
