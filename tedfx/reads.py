@@ -72,12 +72,12 @@ class Reads:
         set_attribute = nn.Module.__setattr__
 
         def write(this, name, value):
-            if self.active:
+            if self.active and name != "__dict__":  # a stand-in of torch.fx for a shared module takes its attributes over
                 table = this.__dict__
                 key = (id(table), name)
                 self.written.setdefault(key, key not in self.read)
                 self.owners.setdefault(id(table), (table, this))
-                if name in table["_buffers"] and isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                if name in table.get("_buffers", ()) and isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                     table["_buffers"][name] = value  # not by way of export's own hook, which knows buffers of the outermost module alone and writes them one after another
                     return
             set_attribute(this, name, value)

@@ -19,6 +19,10 @@ def t(*shape):
     return torch.randn(shape, dtype=torch.float64, generator=_generator)
 
 
+def c(*shape):
+    return torch.complex(t(*shape), t(*shape))
+
+
 def positive(*shape):
     return torch.rand(shape, dtype=torch.float64, generator=_generator) + 0.5
 
@@ -333,6 +337,20 @@ CREATION = [
 
 
 
+COMPLEXES = [
+    *(Case(n, getattr(aten, n).default, (c(4, 6),), reaches=("S0>S0", "P>P")) for n in ("real", "imag", "conj_physical")),
+    Case("view_as_real", aten.view_as_real.default, (c(4, 6),), reaches=("S0>S0", "S1>S1")),
+    Case("view_as_complex", aten.view_as_complex.default, (t(4, 6, 2),), reaches=("S0>S0", "P>P")),
+    Case("complex", aten.complex.default, (t(4, 6), t(4, 6)), reaches=("S0 S0>S0", "P P>P")),
+    Case("polar", aten.polar.default, (t(4, 6), t(4, 6)), reaches=("S0 S0>S0",)),
+    Case("mul of complex", aten.mul.Tensor, (c(4, 6), c(4, 6)), reaches=("S0 S0>S0",)),
+    Case("fft", aten.fft_fft.default, (c(4, 6),), reaches=("S0>S0", "P>P")),
+    Case("rfft", aten.fft_rfft.default, (t(4, 6), None, 0), reaches=("S1>S1",)),
+    Case("irfft2", aten.fft_irfft2.default, (c(4, 6, 8), None, [0, 1]), reaches=("S2>S2",)),
+    Case("fftshift", aten.fft_fftshift.default, (t(4, 6), [1]), reaches=("S0>S0",)),
+]
+
+
 def _whole_experts(program, types):
     """Rows and experts whole: where they are split, counts and row numbers are a rank's own (tests/passes/test_lower_experts.py)."""
     nodes = operands(program.call)
@@ -348,4 +366,4 @@ EXPERTS = [
     Case("combine", moe.combine.default, (t(8, 6), torch.randperm(8, generator=_generator), t(4, 2)), reaches=("P I R>P", "S1 I R>S1"), meets=_whole_experts),
 ]  # fmt: skip
 
-CASES = CONTRACTIONS + POINTWISE + VIEWS + INDEXING + CREATION + EXPERTS
+CASES = CONTRACTIONS + POINTWISE + VIEWS + INDEXING + CREATION + COMPLEXES + EXPERTS

@@ -16,6 +16,7 @@ from tedfx.passes.localize import Localize
 from tedfx.passes.place import route
 from torch import fx
 
+from tedfx.dtypes import has_gradient
 from tedfx.factors import leaves
 from tedfx.placing import decide
 from tedfx.plan import Plan, differentiable
@@ -72,13 +73,13 @@ def build(case: Case, trainable="all") -> SimpleNamespace:
             item.meta["val"] = value
             outputs.append(item)
     graph.output(tuple(outputs))
-    floats = [n for n, v in values.items() if v.dtype.is_floating_point and int(n[1:]) not in case.frozen]
+    floats = [n for n, v in values.items() if has_gradient(v.dtype) and int(n[1:]) not in case.frozen]
     learned = {"all": floats, "first": floats[:1], "rest": floats[1:], "none": []}[trainable]
     program = SimpleNamespace(
         graph_module=fx.GraphModule({}, graph),
-        trace=SimpleNamespace(parameters={n: n for n in floats}, buffers={}, constants={}, sizes={}, stacked={}),
+        trace=SimpleNamespace(parameters={n: n for n in floats}, buffers={}, constants={}, sizes={}, stacked={}, mutated_buffers=[]),
         roles=Roles.resolve(MeshShape.of(MESH)), trainable=set(learned), is_batch_input=lambda node: False,
-        batch_factor=None, plan=None, hints={}, values=values, call=call, case=case,
+        batch_factor=None, plan=None, hints={}, row_numbers={}, values=values, call=call, case=case,
     )  # fmt: skip
     Annotate()(program)
     program.plan = Plan(program.roles, algebra=NAMES)
@@ -87,7 +88,7 @@ def build(case: Case, trainable="all") -> SimpleNamespace:
 
 def choices(node: fx.Node) -> list:
     """The placements that an operand may come with."""
-    found = [R, I] + ([P] if node.meta["val"].dtype.is_floating_point else [])
+    found = [R, I] + ([P] if has_gradient(node.meta["val"].dtype) else [])
     flat = [f for d in node.meta["dims"] for f in leaves(d)]
     return found + [Shard(f) for f in dict.fromkeys(flat) if f.size % 2 == 0 and flat.count(f) == 1]
 
