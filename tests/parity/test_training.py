@@ -236,18 +236,14 @@ def test_dropout_draws_do_not_depend_on_the_mesh(model):
 
 
 def test_dropout_inside_an_expert():
-    """Its rows move between ranks: replicas of a row draw the same (tp draws what one rank does), other meshes draw differently."""
+    """A row draws by the number of its assignment in the global batch: the same on any mesh, whatever rank it is sent to."""
     overrides = {"dropout": 0.3}
     first = on_ranks(case("plain_test", "tp=1", overrides=overrides), with_dropout)[0]
     assert relative(first[2], first[0]) > 1e-5, "the second forward has to draw anew"
     for mesh, roles in (("tp=2", {}), ("ep=2,tp=2", {}), ("tp=2", {"expert": "tp"})):
-        results = on_ranks(case("plain_test", mesh, overrides=overrides, roles=roles), with_dropout)
-        for loss, grads, _, replay in results:
-            assert loss == results[0][0] == replay
-            if (mesh, roles) == ("tp=2", {}):
-                assert relative(loss, first[0]) < 1e-6 and worst(grads, first[1])[1] < 1e-5
-            else:
-                assert 1e-6 < relative(loss, first[0]) < 0.2
+        for loss, grads, _, replay in on_ranks(case("plain_test", mesh, overrides=overrides, roles=roles), with_dropout):
+            assert loss == replay
+            assert relative(loss, first[0]) < 1e-6 and worst(grads, first[1])[1] < 1e-5, (mesh, roles)
 
 
 # ---- many steps ------------------------------------------------------------------------------------------------------
