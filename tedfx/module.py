@@ -148,7 +148,11 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         self._ready: dict[tuple[Signature, int], _Ready] = {}  # by call and number of micro-batches
         self._last: Signature | None = None
         self._changes: Changes | None = None
-        self._guard = Guard(self, {layout.name: layout.requires_grad for layout in layouts})
+        self._seal()
+
+    def _seal(self) -> None:
+        """From here on parameters and submodules are those that there are."""
+        self._guard = Guard(self, {layout.name: layout.requires_grad for layout in self.layouts})
         self._sealed = True
 
     # ---- a call --------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
     partial = frozenset(i for i, t in enumerate(types) if t == P)
     if partial:
         for group in relation.linear if not any(reduced(i) for i in partial) else ():
-            if ("merge" if len(group) > 1 else "delay") in plan.algebra and partial <= group and not _casts(node, nodes, partial) and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
+            if ("merge" if len(group) > 1 else "delay") in plan.algebra and partial <= group and not _casts(node, nodes, group) and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
                 targets = []
                 for j in range(len(nodes)):
                     if j in group:
@@ -103,11 +103,11 @@ def _twice(dims, factor) -> bool:
     return sum(leaf is factor for d in dims for leaf in leaves(d)) > 1
 
 
-def _casts(node, nodes, partial) -> bool:
-    """Whether the op changes the precision of a partial sum: it is summed before, in the precision that it was made in, with one rounding after."""
+def _casts(node, nodes, group) -> bool:
+    """Whether the op changes the precision of what would be a partial sum beside the others: it is summed before, in the precision that it was made in, with one rounding after."""
     value = node.meta["val"]
     value = value[0] if isinstance(value, (tuple, list)) else value
-    dtypes = [nodes[i].meta["val"].dtype for i in partial]
+    dtypes = [nodes[i].meta["val"].dtype for i in group]
     return any(has_gradient(dtype) and precision(dtype) != precision(value.dtype) for dtype in dtypes)
 
 

@@ -98,10 +98,21 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
     graph.erase_node(call)
 
 
+# Operators whose schema says nothing of an alias, and which give back their operand where nothing is to be done.
+# Others are not tried on fakes: a product of them would tie sizes to each other (torch 2.11).
+_MAY_RETURN_OPERAND = {
+    getattr(aten, name).default
+    for name in ("type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "sum_to_size", "pad",
+                 "atleast_1d", "atleast_2d", "atleast_3d")
+}  # fmt: skip
+
+
 def _returned_operand(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """The operand that the operator gave back as it was, the same object and not a view of it; None where it made a value."""
     val = node.meta.get("val")
     if node.target is operator.getitem or not isinstance(val, torch.Tensor):
+        return None
+    if not (_aliases(node) or node.target in _MAY_RETURN_OPERAND):
         return None
     alike = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dtype == val.dtype and n.meta["val"].dim() == val.dim()]
     made = evaluate(graph, node.target, node.args, node.kwargs) if alike else None

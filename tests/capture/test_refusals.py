@@ -205,13 +205,6 @@ def twice_the_same(m, x, probs, w, ids):
     return out
 
 
-def shared_weight(m, x, probs, w, ids):
-    out = torch.zeros_like(x)
-    for e, token, slot in loop(ids):
-        out.index_add_(0, token, m.experts[min(e, 2)](x[token]) * w[token, slot, None])
-    return out
-
-
 def outside(m, x, probs, w, ids):
     out = torch.zeros_like(x)
     for e, token, slot in loop(ids):
@@ -256,7 +249,6 @@ CASES = [
     (unproven, "nothing proves that the expert ids lie in"),
     (wider_router, r"\[4\] are never added"),
     (twice_the_same, "may name an expert twice"),
-    (shared_weight, "belongs to several experts"),
     (outside, "also used outside the loop"),
     (two_inputs, "reads two values of a token"),
     (half_weighted, "carry their routing weight"),
