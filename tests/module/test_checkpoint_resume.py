@@ -466,7 +466,7 @@ def test_killed_between_rename_and_name(tmp_path):
 def torchrun(*args, ranks_count, restarts=0, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **environment}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks_count), "--max-restarts", str(restarts), *args]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def killed_while_saving(folder):
