@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tedfx.derived import Fit, fits, multiple, solve, symbol_of
-from tedfx.errors import TraceError
+from tedfx.call_check import CallRules
+from tedfx.derived import solve, symbol_of, whole_pieces
+from tedfx.errors import CallError
 from tedfx.factors import leaves
 from tests.passes import models as m
 from tests.passes.helpers import PLAIN, parity, placeholder, upto
@@ -49,20 +50,19 @@ def test_a_pair_is_a_refinement_and_a_half_is_whole():
 
 def test_rows_that_do_not_fit_are_refused_with_the_line():
     program, _ = upto(scaled(lambda s, x: x[::2] * x[1::2]), "dp=2", m.inputs(8, 6), "place")
-    (fit,) = fits(program)
+    (fit,) = whole_pieces(program)
     fit.check({("x",): torch.empty(4, 6, 8)})
-    with pytest.raises(TraceError, match=r"dim 0 of x is 3 on a rank, and the model takes 2 neighbours at a time \| at .*test_sizes.py:\d+ \| pass a multiple of 2 per rank"):
+    with pytest.raises(CallError, match=r"dim 0 of x is 3 on a rank, and the model takes 2 neighbours at a time \| at .*test_sizes.py:\d+ \| pass a multiple of 2 per rank"):
         fit.check({("x",): torch.empty(3, 6, 8)})
-    alone = Fit(fit.path, 0, fit.size, 1, 1, fit.line)
-    with pytest.raises(TraceError, match="dim 0 of x is 3; the model only accepts 2\\*s"):
-        alone.check({("x",): torch.empty(3, 6, 8)})
-    with pytest.raises(TraceError, match="dim 0 of x is 7; the model only accepts 2\\*s"):
-        program.trace.flatten((), {"x": torch.empty(7, 6, 8, dtype=torch.float64)})
+    rules = CallRules(program.trace, 1)
+    rules.check_sizes({("x",): torch.empty(4, 6, 8)})
+    with pytest.raises(CallError, match="dim 0 of x is 7"):
+        rules.check_sizes({("x",): torch.empty(7, 6, 8, dtype=torch.float64)})
 
 
 def test_a_size_and_its_symbol():
     s = next(iter(upto(scaled(lambda s, x: x[::2] * x[1::2]), "dp=2", m.inputs(8, 6), "place")[0].trace.extents["batch"].free_symbols))
-    assert symbol_of(2 * s + 1) == s and solve(2 * s + 1, 9) == 4 and multiple(2 * s + 1) == (2, 1)
+    assert symbol_of(2 * s + 1) == s and solve(2 * s + 1, 9) == 4
     assert symbol_of(5) is None and symbol_of(s * s) is None and symbol_of(s // 2) is None
 
 
