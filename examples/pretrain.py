@@ -105,6 +105,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="where they go, a folder that all hosts see (default: OUT/checkpoints)")
     group.add_argument("--resume", default="no", metavar="WHAT", help="auto: go on from the latest whole checkpoint, if there is one; older: where the latest is damaged, from the newest whole one; or the path of one (default: no)")
 
+    group.add_argument("--export", type=Path, metavar="DIR", help="a new folder, which from_pretrained reads, for the weights at the end (default: none)")
+
     group.add_argument("--timeout", type=float, metavar="SECONDS",
                        help="how long ranks wait in a collective for one that does not come, before all end with a line (default: 90; 600 with --compile, which takes long and not alike)")
 
@@ -343,6 +345,8 @@ def main(args: argparse.Namespace) -> None:
     first = 0
     if args.save_every:
         checkpoints.claim()  # a second run in this folder is told now, not after its first steps
+    if args.export:
+        pm.save_pretrained(args.export, dry_run=True)  # likewise a folder that cannot be written to
     if args.resume != "no":
         resumed = checkpoints.load("auto" if args.resume == "older" else args.resume, older=args.resume == "older")
         if resumed is not None:
@@ -447,6 +451,9 @@ def main(args: argparse.Namespace) -> None:
             return
     bar.close()
     checkpoints.wait()
+    if args.export:
+        pm.save_pretrained(args.export)
+        say(f"weights for from_pretrained: {args.export}", flush=True)
 
     # Step 4: what came of it.
     if rank == 0:

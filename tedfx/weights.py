@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tedfx import _transformers
 from tedfx.checkpoints import Folder, box_of, plan
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.failures import RankFailed, failure_line
 from tedfx.initialise import Slot, initialise
 from tedfx.parameters import Placed
-from tedfx.shards import Writer
+from tedfx.shards import Writer, check_target
 
 WAYS = "give it weights first: pm.init_weights(), pm.load_pretrained(folder) or pm.load_state_dict(state)"
 
@@ -160,11 +161,11 @@ class WeightAccess:
         # On the mesh's own group: ranks may be minutes apart here (a slow disk), which the checks' patience is not made for.
         dist.all_gather(every, mine, group=self._context.group(tuple(self._mesh.mesh_dim_names)))
         if any(bool(row[0]) for row in every):
-            texts = self._meeting.texts("" if error is None else str(error), what)
+            texts = self._meeting.texts("" if error is None else failure_line(error), what)
             if error is not None:
                 raise error
             rank, text = next((r, t) for r, t in texts.items() if t)
-            raise TedfxError(f"{what} failed on rank {rank}: {text}")
+            raise RankFailed(f"rank {rank}: {text}")
         return [int(row[1]) for row in every]
 
     # ---- folders -------------------------------------------------------------------------------------------------
@@ -236,13 +237,15 @@ class WeightAccess:
             node.fill(box_of(offsets, part.shape), part, read)
 
     @torch.no_grad()
-    def save_pretrained(self, path: str | os.PathLike, max_shard_size: int | str = "5GB", overwrite: bool = False) -> None:
+    def save_pretrained(self, path: str | os.PathLike, max_shard_size: int | str = "5GB", overwrite: bool = False,
+                        dry_run: bool = False) -> None:
         """Write a folder that plain `from_pretrained` (and `load_pretrained`) reads, with the same weights bit by bit.
 
         path             a new or empty folder. The first rank writes, into a folder beside it that is renamed at the end:
                          a folder of this name is complete.
         max_shard_size   bytes per file, a number or "5GB".
         overwrite        replace a folder of weights that is there, by renames when the new one is complete; what else is in it (a tokenizer) stays.
+        dry_run          look whether it can be done, and write nothing: before a training run whose end it is.
 
         Config, generation config and names are those of the library's own `save_pretrained`; for modules that are not of
         Hugging Face transformers the files hold the state dict alone. One parameter at a time is gathered, converted and
@@ -268,14 +271,19 @@ class WeightAccess:
                 planned: dict[str, Tensor] = {}
                 for group in groups:
                     planned.update(convert({name: wanted[name] for name in group}))
-                writer = Writer(path, planned, max_shard_size, overwrite)
-                if pretrained:
+                if dry_run:
+                    check_target(os.path.realpath(path), overwrite)
+                else:
+                    writer = Writer(path, planned, max_shard_size, overwrite)
+                if pretrained and writer is not None:
                     dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
                     _transformers.save_configs(model, dtype, writer.folder)
         except Exception as raised:  # noqa: BLE001  told to the other ranks, then raised
             error = raised
         try:
             self._settle(error, "save_pretrained")
+            if dry_run:
+                return
             for group in groups:
                 full = {n: self._whole(name, placed, tensor, to_first=True) if placed is not None else self.get_buffer(name) for n in group for name, placed, tensor in [rows[n]]}
                 error = None

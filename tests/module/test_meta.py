@@ -256,6 +256,11 @@ def replaced(folder, other):
         shards.os.rename = rename
     assert all(torch.equal(value, before[name]) for name, value in load_all(folder).items())
     assert "is not a folder of weights, it holds neither model.safetensors nor" in refused(tedfx.TedfxError, pm.save_pretrained, other, overwrite=True)
+    assert "not an empty folder" in refused(tedfx.TedfxError, pm.save_pretrained, folder, dry_run=True)
+    pm.save_pretrained(folder, overwrite=True, dry_run=True)
+    pm.save_pretrained(f"{folder}-new", dry_run=True)
+    assert not [name for name in os.listdir(os.path.dirname(folder)) if name.startswith(f"{os.path.basename(folder)}-new")]
+    assert all(torch.equal(value, before[name]) for name, value in load_all(folder).items())
     dist.barrier()
     pm.save_pretrained(folder, overwrite=True)
 
