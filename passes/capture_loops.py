@@ -42,11 +42,15 @@ from tedfx.passes.capture_stacks import Stacks
 from tedfx.passes.capture_uncaptured import find_uncaptured
 from torch import fx
 
-from tedfx.errors import CaptureError, user_line
+from tedfx.errors import CaptureError, user_line, warn
 
 __all__ = ["CaptureLoops", "find_uncaptured"]
 
 aten = torch.ops.aten
+SKIPPED = (
+    "an expert that no token of the batch chose has a gradient of zero here; on one device the loop skips it, so its "
+    "gradient is None and an optimizer with momentum or weight decay leaves it as it is for that step"
+)
 _NOTE = re.compile(r"assumed that an expert has tokens: .+ \(in (.+):(\d+)-(\d+)\)$")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -75,7 +79,9 @@ class CaptureLoops(Pass):
         _erase(graph, depends)
         stacks.finish()
         _check_rest(graph, known, depends, done)
-        _check_answers(trace, frames)
+        if _check_answers(trace, frames) and trace.stacked:
+            result.notes.append(SKIPPED)
+            warn(SKIPPED)
         result.changes = result.matches
         return result
 
@@ -189,12 +195,13 @@ def _compared(mask: fx.Node) -> fx.Node | None:
     return mask.args[0] if name_of(mask) == "eq" and isinstance(mask.args[1], int) else None
 
 
-def _check_answers(trace: Any, frames: set[tuple[str, str]]) -> None:
-    """Every emptiness test that was answered while tracing stands in a `forward` from which a loop was captured."""
-    for note in trace.notes:
-        found = _NOTE.match(note)
-        if found and not any(file == found[1] and int(found[2]) <= int(line) <= int(found[3]) for file, line in frames):
+def _check_answers(trace: Any, frames: set[tuple[str, str]]) -> bool:
+    """Every emptiness test that was answered while tracing stands in a `forward` from which a loop was captured. Whether there are any."""
+    answers = [(note, found) for note in trace.notes if (found := _NOTE.match(note))]
+    for note, found in answers:
+        if not any(file == found[1] and int(found[2]) <= int(line) <= int(found[3]) for file, line in frames):
             raise CaptureError(
                 f"{note}, but no loop over experts was captured there | write the loop as out.index_add_(0, token, expert(x[token]) * "
                 "w[token, slot, None]) over all experts, or drop the test"
             )
+    return bool(answers)

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tedfx.capture_check import check_capture, draws, on_device
@@ -29,7 +27,7 @@ from tedfx.check_float64 import Draws, NoFloat64
 from tedfx.check_inputs import attempts
 from tedfx.check_sample import sample, widest
 from tedfx.check_steps import GraphFailed, two_steps
-from tedfx.errors import CaptureError, ConfigError
+from tedfx.errors import CaptureError, ConfigError, warn
 from tedfx.frontends import default_frontends
 from tedfx.precision import cast_parameters, parameter_dtypes
 from tedfx.trace import Trace
@@ -77,13 +75,9 @@ def check_program(program: Any, model: nn.Module, level: str = "full") -> str:
 
 
 def _not_checked(why: str, what: str = "it") -> str:
-    """The line for the history; on one rank a warning as well, since nothing else says that this program was
-    never compared."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        warnings.warn(
-            f"the captured graph was not checked against the model: {why}; `tedfx verify` compares {what} with a single device, step by step",
-            stacklevel=2,
-        )
+    """The line for the history; a warning as well, since nothing else says that this program was never compared."""
+    warn(f"the captured graph was not checked against the model: {why}; `tedfx verify` compares {what} with a single "
+         "device, step by step")
     return f"not checked against the model: {why}"
 
 

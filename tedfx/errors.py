@@ -9,8 +9,11 @@ import os
 import re
 import sysconfig
 import traceback
+import warnings
 
-__all__ = ["CallError", "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line"]
+import torch.distributed as dist
+
+__all__ = ["CallError", "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line", "warn"]
 
 
 class TedfxError(Exception):
@@ -39,6 +42,12 @@ class ConfigError(TedfxError):
 
 class TypeCheckError(TedfxError):
     """A value's placement does not fit the operation that uses it."""
+
+
+def warn(text: str) -> None:
+    """A warning of what is the same on every rank: one rank of a job says it."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(text, stacklevel=3)
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
