@@ -27,7 +27,7 @@ class MoE(nn.Module):
     def forward(self, input_ids, labels=None):
         if dist.get_rank() == self.broken_on:
             raise ValueError("a line of the model\nand another")
-        x = (self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1]))).flatten(0, 1)
+        x = (self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1], device=input_ids.device))).flatten(0, 1)
         weights, ids = self.router(x).softmax(-1).topk(2, -1)
         out = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
