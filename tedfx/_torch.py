@@ -22,6 +22,7 @@ import torch.distributed._functional_collectives  # noqa: F401
 
 # Trees of inputs and outputs. Public replacement: `torch.utils.pytree`, whose tree specs torch.export does not use yet.
 import torch.utils._pytree as pytree  # noqa: F401
+from torch._dispatch.python import enable_python_dispatcher  # noqa: F401  public replacement: none; torch.export evaluates under it
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public replacement: none; torch.export takes one and makes none
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
@@ -88,6 +89,20 @@ def quiet_export():
             logger.removeFilter(hold)
         for record in held:
             logging.getLogger(record.name).handle(record)
+
+
+@contextlib.contextmanager
+def export_hooks():
+    """A failed export leaves nothing behind: that of torch 2.11 leaves its hook on assigned buffers, which then fails
+    wherever the model assigns one. Public replacement: torch 2.13."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    except BaseException:
+        for left in hooks.keys() - before:
+            del hooks[left]
+        raise
 
 
 def _plain(x: torch.Tensor) -> bool:
