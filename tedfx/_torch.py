@@ -244,6 +244,50 @@ def inductor_options() -> dict:
     return options
 
 
+@contextlib.contextmanager
+def functions_recompute():
+    """Meanwhile, what `torch.compile` makes of a checkpointed region computes the forwards of its autograd.Functions again
+    as well. torch 2.11 tags the operators beside them only and keeps all of theirs: the collectives of a region, and the
+    weights that ZeRO gathers. Public replacement: torch 2.13, which tags what runs (it has no `tag_nodes`)."""
+    from torch._functorch.autograd_function import autograd_function_apply
+    from torch._higher_order_ops.wrap import TagActivationCheckpoint as cls
+
+    own = vars(cls).get("tag_nodes")
+    if own is None:
+        yield
+        return
+
+    def tag_nodes(module, is_sac):
+        own.__func__(module, is_sac)
+        todo = [module]
+        while todo:
+            outside = todo.pop()
+            for node in outside.graph.find_nodes(op="call_function", target=autograd_function_apply):
+                inside = outside.get_submodule(node.args[0].target)
+                for each in inside.graph.nodes:
+                    if each.op in ("call_function", "call_method", "call_module"):
+                        each.meta.update({key: node.meta[key] for key in ("ac_graph_id", "recompute")})
+                todo.append(inside)
+        return module
+
+    cls.tag_nodes = staticmethod(tag_nodes)
+    try:
+        yield
+    finally:
+        cls.tag_nodes = own
+
+
+def size_max(a, b):
+    """The larger size. While compiling by `max`: the dynamo of torch 2.11 knows no `torch.sym_max` of two numbers.
+    Public replacement: torch.sym_max of torch 2.13."""
+    return max(a, b) if torch.compiler.is_compiling() else torch.sym_max(a, b)
+
+
+def size_min(a, b):
+    """The smaller size, likewise."""
+    return min(a, b) if torch.compiler.is_compiling() else torch.sym_min(a, b)
+
+
 # ---- state and gradients (tedfx/gradients.py, tedfx/checks.py, tedfx/pieces.py) ----------------------------------
 
 
