@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from tedfx._torch import enable_python_dispatcher
 from tedfx.errors import ContractError, TedfxError
 
 __all__ = ["Pass", "PassRecord", "PassResult", "check_contracts", "emit", "evaluate", "fake_mode", "run_pipeline"]
@@ -132,12 +133,15 @@ def fake_mode(graph: fx.Graph) -> Any:
 
 
 def evaluate(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict) -> Any:
-    """The fake value of `target(*args, **kwargs)`, nodes standing for their `meta['val']`. No size may become fixed by it."""
+    """The fake value of `target(*args, **kwargs)`, nodes standing for their `meta['val']`. No size may become fixed by it.
+
+    Python decompositions come before the kernels of composite operators, as in torch.export: some of those kernels
+    (matmul's before torch 2.13) ask for sizes as numbers."""
     args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta.get("val"))
     mode = fake_mode(graph)
     env = getattr(mode, "shape_env", None)
     fixed = len(env.replacements) if env is not None else 0
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, enable_python_dispatcher():
         value = target(*args, **kwargs)
     if env is not None and len(env.replacements) > fixed:
         raise TedfxError(f"{target} ties sizes of the graph to each other or to numbers: {env.replacements}")

@@ -22,6 +22,7 @@ import torch.distributed._functional_collectives  # noqa: F401
 
 # Trees of inputs and outputs. Public replacement: `torch.utils.pytree`, whose tree specs torch.export does not use yet.
 import torch.utils._pytree as pytree  # noqa: F401
+from torch._dispatch.python import enable_python_dispatcher  # noqa: F401  public replacement: none; torch.export evaluates under it
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public replacement: none; torch.export takes one and makes none
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
@@ -88,6 +89,20 @@ def quiet_export():
             logger.removeFilter(hold)
         for record in held:
             logging.getLogger(record.name).handle(record)
+
+
+@contextlib.contextmanager
+def export_hooks():
+    """A failed export leaves nothing behind: that of torch 2.11 leaves its hook on assigned buffers, which then fails
+    wherever the model assigns one. Public replacement: torch 2.13."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    except BaseException:
+        for left in hooks.keys() - before:
+            del hooks[left]
+        raise
 
 
 def _plain(x: torch.Tensor) -> bool:
@@ -227,6 +242,50 @@ def inductor_options() -> dict:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         options["triton.max_tiles"] = 1
     return options
+
+
+@contextlib.contextmanager
+def functions_recompute():
+    """Meanwhile, what `torch.compile` makes of a checkpointed region computes the forwards of its autograd.Functions again
+    as well. torch 2.11 tags the operators beside them only and keeps all of theirs: the collectives of a region, and the
+    weights that ZeRO gathers. Public replacement: torch 2.13, which tags what runs (it has no `tag_nodes`)."""
+    from torch._functorch.autograd_function import autograd_function_apply
+    from torch._higher_order_ops.wrap import TagActivationCheckpoint as cls
+
+    own = vars(cls).get("tag_nodes")
+    if own is None:
+        yield
+        return
+
+    def tag_nodes(module, is_sac):
+        own.__func__(module, is_sac)
+        todo = [module]
+        while todo:
+            outside = todo.pop()
+            for node in outside.graph.find_nodes(op="call_function", target=autograd_function_apply):
+                inside = outside.get_submodule(node.args[0].target)
+                for each in inside.graph.nodes:
+                    if each.op in ("call_function", "call_method", "call_module"):
+                        each.meta.update({key: node.meta[key] for key in ("ac_graph_id", "recompute")})
+                todo.append(inside)
+        return module
+
+    cls.tag_nodes = staticmethod(tag_nodes)
+    try:
+        yield
+    finally:
+        cls.tag_nodes = own
+
+
+def size_max(a, b):
+    """The larger size. While compiling by `max`: the dynamo of torch 2.11 knows no `torch.sym_max` of two numbers.
+    Public replacement: torch.sym_max of torch 2.13."""
+    return max(a, b) if torch.compiler.is_compiling() else torch.sym_max(a, b)
+
+
+def size_min(a, b):
+    """The smaller size, likewise."""
+    return min(a, b) if torch.compiler.is_compiling() else torch.sym_min(a, b)
 
 
 # ---- state and gradients (tedfx/gradients.py, tedfx/checks.py, tedfx/pieces.py) ----------------------------------

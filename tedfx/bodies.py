@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tedfx._torch import (
     TorchDispatchMode,
+    enable_python_dispatcher,
     pytree,
     quiet_export,
     restricted,
@@ -215,7 +216,8 @@ def _attempt(kept: Kept, values: list, sizes: list, used: tuple[int, ...], line:
         return inside, [out] if isinstance(out, Tensor) else list(out)
 
     watch = _Watch(kept, line)
-    with mode, torch.enable_grad(), _materializing() as asked:
+    # The dispatcher: see `tedfx.passes.base.evaluate`.
+    with mode, enable_python_dispatcher(), torch.enable_grad(), _materializing() as asked:
         with watch.over([given[i] for i in tensors]):
             outs = forward([given[i] for i in tensors])[1]
         backward = [k for k, out in enumerate(outs) if k in used and out.requires_grad]

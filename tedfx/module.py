@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tedfx._torch import inductor_options, pytree
+from tedfx._torch import functions_recompute, inductor_options, pytree
 from tedfx.aliases import apart, possible_aliases
 from tedfx.asked import notice
 from tedfx.autocast import Autocast, region
@@ -295,7 +295,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
 
                 def runner(*operands):
                     # counts of routed rows are host integers: symbols of the compiled graph, not constants
-                    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+                    with torch._dynamo.config.patch(capture_scalar_outputs=True), functions_recompute():
                         return compiled(*operands)
 
             aliases = possible_aliases(program.graph_module.graph, len(program.mutated_buffers))

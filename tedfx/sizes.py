@@ -20,6 +20,7 @@ from sympy.core.symbol import Str
 from torch import fx
 
 from tedfx import ops
+from tedfx._torch import size_max, size_min
 from tedfx.derived import solve, symbol_of
 from tedfx.errors import TraceError, user_line
 from tedfx.factors import Factor, as_size, dim_size, leaves
@@ -162,7 +163,7 @@ class Sizes:
             return reduce(lambda a, b: self._call(operator.mul, a, b), args)
         if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
             return reduce(lambda a, b: self._call(operator.mul, a, b), [self.node(expr.base)] * int(expr.exp))
-        table = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "CleanDiv": operator.floordiv, "Max": torch.sym_max, "Min": torch.sym_min}
+        table = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "CleanDiv": operator.floordiv, "Max": size_max, "Min": size_min}
         name = type(expr).__name__
         if name in _NUMBERS:
             return self._call(_NUMBERS[name], *args)

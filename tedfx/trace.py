@@ -33,7 +33,7 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tedfx._torch import FakeTensorMode, frames_of_nodes, pytree, quiet_export
+from tedfx._torch import FakeTensorMode, export_hooks, frames_of_nodes, pytree, quiet_export
 from tedfx.autocast import Autocast, explicit_casts, region
 from tedfx.call_check import SizeCheck
 from tedfx.derived import symbol_of
@@ -325,7 +325,7 @@ def trace(
             dynamic = spec.unflatten([shapes(x, r, free) for x, r in zip(leaves, leaf_roles)])
 
             def export():
-                with quiet_export():
+                with quiet_export(), export_hooks():
                     return torch.export.export(model, (), examples, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred)  # noqa: B023
 
             try:

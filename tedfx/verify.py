@@ -184,7 +184,9 @@ def verify(
             traced = trace(model, kwargs=_example(batch), device=device)
         prepared = [prepare(model, traced, resolved, options)]
         given = model
-    else:
+        # The trace of a Function runs its backward. Where torch has a device, or counts one, that started a thread.
+        fork = verify_ranks.can_fork()
+    if not fork:
         prepared, given = [], model_factory
         _check_picklable(model_factory)
     ranks = verify_ranks.jobs(train_rank, (given, batches, recipe, shape, options, prepared, before), shape.world, device, backend, timeout)

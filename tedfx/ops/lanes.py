@@ -98,7 +98,7 @@ def spread_lanes(rows: Tensor, index: Tensor, totals: list[int]) -> Tensor:
 def _room(totals: list[int]) -> int:
     room = totals[0]
     for rows in totals[1:]:
-        room = torch.sym_max(room, rows)
+        room = _torch.size_max(room, rows)
     return room
 
 

@@ -68,7 +68,7 @@ def test_mixtral(compilations):
         r"^cross_entropy_loss_default \(vocab_par.* fwd 2 all_reduce tp 192 B",
         r"^all_gather .* fwd all_gather_into_tensor tp",
         r"^phase +axes +ranks +collective",
-        r"^forward +dp,ep +8 +all_reduce +1 ",  # four small sums in one
+        r"^forward +dp,ep +8 +all_reduce +[12] ",  # four small sums in one; two where the model counts tokens as integers (transformers before 5.23)
         r"^forward +ep +2 +all_to_all_single +6 +~1.5 KiB\*batch\*sequence +~24 KiB +~12 KiB",
         r"^backward +ep +2 +all_to_all_single +6 ",
         r"^boundary +dp +4 +all_reduce +2 ",
