@@ -98,7 +98,9 @@ def dim_size(dim: Iterable[Factor]):
 
 @functools.cache
 def divides(small, big) -> bool:
-    """Whether ``big / small`` is a whole number for all values of the symbols."""
+    """Whether ``big / small`` is a whole number for all values of the symbols. An empty dim is of no other's parts: only an empty one is of its."""
+    if small == 0 or big == 0:
+        return small == big
     if isinstance(small, int) and isinstance(big, int):
         return big % small == 0
     quotient = sympy.cancel(sympy.sympify(big) / sympy.sympify(small))
@@ -108,6 +110,8 @@ def divides(small, big) -> bool:
 
 @functools.cache
 def quotient(big, small):
+    if big == small:
+        return 1
     return as_size(sympy.cancel(sympy.sympify(big) / sympy.sympify(small)))
 
 

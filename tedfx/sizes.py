@@ -134,13 +134,15 @@ class Sizes:
         return made
 
     def _of_data(self, symbol) -> tuple[fx.Node, int]:
-        """The first value that is as long as only the data tells."""
+        """The first value that is as long as only the data tells. What the node at hand makes, pieces of a split by such lengths, is no source of them."""
         for node in self.graph.nodes:
+            if node is self.current:
+                break
             for d, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
                 if as_size(size) == symbol and is_tensor(node):
                     return node, d
         raise TraceError(
-            f"a size that only the data tells ({symbol}) shapes a value here, and no tensor of the graph has that size | at {user_line(self.current)} | use a mask over all "
+            f"a size that only the data tells ({symbol}) shapes a value here, and no tensor before it has that size | at {user_line(self.current)} | use a mask over all "
             "elements, or a size that follows from those of the inputs"
         )
 

@@ -18,60 +18,10 @@ import torch
 from torch import nn
 
 from tedfx.errors import ConfigError
+from tedfx.tiny_config import tiny, unset
 
 # The model types that are verified on every mesh (`--all-models`).
 VERIFIED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama")
-
-# Sizes by the names that configs use. A field is only ever made smaller, except where its own default is a marker.
-_SMALL = {
-    ("hidden_size", "d_model", "n_embd"): 32,
-    ("num_hidden_layers", "n_layers", "n_layer", "num_layers"): 2,
-    ("vocab_size",): 64,
-    ("max_position_embeddings", "max_seq_len", "n_positions"): 256,
-    ("num_attention_heads", "n_heads", "n_head"): 4,
-    ("head_dim", "kv_channels", "qk_rope_head_dim"): 8,
-    ("intermediate_size", "ffn_hidden_size", "n_inner"): 48,
-    ("moe_intermediate_size",): 24,
-    ("shared_expert_intermediate_size",): 40,
-    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"): 8,
-    ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"): 2,
-    ("n_group",): 4,
-    ("topk_group",): 2,
-    ("n_shared_experts", "moe_num_shared_experts", "first_k_dense_replace", "moe_layer_end_index"): 1,
-    ("q_lora_rank",): 20,
-    ("kv_lora_rank",): 16,
-    ("qk_nope_head_dim",): 12,
-    ("v_head_dim",): 10,
-    ("sliding_window",): 6,
-}
-_SIZES = {name: size for names, size in _SMALL.items() for name in names}
-
-
-def shrink(config) -> dict[str, Any]:
-    """Overrides that make a config tiny and deterministic, by its standard fields; nested configs become dicts."""
-    fields, small = vars(config), {}
-    for name in {*_SIZES, *fields}:
-        value = getattr(config, name, None)
-        if name in _SIZES and isinstance(value, int) and not isinstance(value, bool):
-            small[name] = min(value, _SIZES[name])
-        elif hasattr(value, "to_dict"):
-            small[name] = shrink(value)
-        elif isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "jitter")):
-            small[name] = 0.0
-    layers = next((small[n] for n in ("num_hidden_layers", "n_layers", "n_layer", "num_layers") if n in small), 2)
-    for name in ("num_key_value_heads", "kv_n_heads"):
-        if isinstance(getattr(config, name, None), int):
-            heads = getattr(config, "num_attention_heads", None)
-            small[name] = 4 if getattr(config, name) == heads else 2
-    if isinstance(fields.get("layer_types"), (list, tuple)):
-        kinds = list(dict.fromkeys(fields["layer_types"]))
-        small["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"):
-        if isinstance(fields.get(name), int) and fields[name] >= small.get("vocab_size", 64):
-            small[name] = None
-    if hasattr(config, "output_router_logits"):
-        small["output_router_logits"] = True  # and with it the auxiliary loss
-    return small
 
 
 @dataclass(frozen=True)
@@ -89,7 +39,11 @@ class ByType:
             model = AutoModelForCausalLM.from_config(config)
         except Exception as error:  # noqa: BLE001  whatever a model class says to a config
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ConfigError(f"{self.model_type}: its class does not build from its config made tiny ({said}): give the fields it misses with --set KEY=VALUE") from error
+            missing = unset(_default_config(self.model_type))
+            raise ConfigError(
+                f"{self.model_type}: its class does not build from its config made tiny ({said}): give the fields it misses with --set KEY=VALUE"
+                + (f" | its default has no value for {', '.join(missing)}" if missing else "")
+            ) from error
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.dim() <= 1 or "bias" in name:
@@ -101,14 +55,15 @@ class ByType:
 
     def config(self):
         default = _default_config(self.model_type)
-        small = shrink(default)
+        made, small, part = tiny(type(default))
         known = {*vars(default), *small, *getattr(type(default), "attribute_map", {})}
         for key in self.overrides:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
                 raise ConfigError(f"--set {key}: {type(default).__name__} has no such field" + (f"; did you mean {near[0]}?" if near else ""))
         try:
-            return type(default)(**_merge(small, self.overrides))
+            given = {key: value for key, value in self.overrides.items() if key != part} | self.overrides.get(part, {})
+            return made(**_merge(small, given))
         except Exception as error:  # noqa: BLE001  whatever a config class says to a value
             raise ConfigError(f"{self.model_type} with {dict(self.overrides)}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 

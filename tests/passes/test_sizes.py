@@ -7,7 +7,7 @@ from torch import nn
 
 from tedfx.call_check import CallRules
 from tedfx.derived import solve, symbol_of, whole_pieces
-from tedfx.errors import CallError
+from tedfx.errors import CallError, TraceError
 from tedfx.factors import leaves
 from tests.passes import models as m
 from tests.passes.helpers import PLAIN, parity, placeholder, upto
@@ -91,6 +91,25 @@ def test_unequal_pieces_with_factors_behind_them(length):
 def test_sizes_that_only_the_data_tells(fn):
     for mesh, options in MESHES[-1:]:
         parity(scaled(fn), mesh, m.inputs(8, 6), **options)
+
+
+def test_lengths_that_only_the_data_tells_are_no_sizes_of_their_own_pieces():
+    """The rows of each expert, counted on the host: on a rank there are other rows, and nothing before the split has their number."""
+
+    def fn(s, x):
+        rows = x.flatten(0, 1)
+        lengths = F.one_hot((rows.detach()[:, 0] > 0).long(), 2).sum(0).tolist()
+        first, second = rows.split(lengths)
+        return torch.cat((first * 2, second)).square().sum()
+
+    with pytest.raises(TraceError, match=r"only the data tells \(u\d+\) shapes a value here, and no tensor before it has that size \| at .*test_sizes.py"):
+        upto(scaled(fn), "dp=2", m.inputs(8, 6), "localize")
+
+
+def test_an_empty_dim_is_viewed():
+    """No window fits: x[:, :0] in windows of 4."""
+    fn = lambda s, x: torch.cat((x[:, :0].reshape(x.shape[0], 0, 4, 8).sum(2), x), 1)  # noqa: E731
+    parity(scaled(fn), "dp=2", m.inputs(8, 6))
 
 
 class Loop(nn.Module):
