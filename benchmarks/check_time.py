@@ -1,7 +1,7 @@
 """What the capture check costs beside the trace: python benchmarks/check_time.py
 
 Mixtral by number of parameters, with weights, on the CPU: CPU seconds of the trace, of `check="forward"` and
-of `check="full"`, and the host memory that the full check adds at its peak. Up to `tedfx.check_sample.FULL`
+of `check="full"`, and the host memory that the full check adds at its peak. Up to `tedfx.checking.sample.FULL`
 elements every gradient is compared, above those of sampled parameters (the line says which it was). Each size
 runs in a process of its own.
 """
@@ -32,10 +32,10 @@ def measure(size: str) -> dict:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from tedfx.check_full import check_program
+    from tedfx.checking.full import check_program
     from tedfx.compiler import Compilation, compile_trace, default_passes
-    from tedfx.roles import MeshShape, Roles
-    from tedfx.trace import trace
+    from tedfx.placement.roles import MeshShape, Roles
+    from tedfx.trace.export import trace
 
     hidden, feed, layers, vocabulary, dtype = SIZES[size]
     torch.set_num_threads(1)

@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import tedfx
-from tedfx import checkpoint_checksums
-from tedfx.checkpoint_checksums import Sum
+from tedfx.saving import checksums as checkpoint_checksums
+from tedfx.saving.checksums import Sum
 
 WIDTH = 4096
 

@@ -5,7 +5,7 @@
 For every tensor degree T, number of experts E (one per coordinate of ep, so E x T ranks) and top-k, and for every order of the table: one rank's graph runs forward,
 recompute and backward, every collective is counted as it is called, and what one more MoE layer adds is taken (a model of two layers less one of one layer). Worlds up to
 `--gloo` ranks run on gloo, every rank of them; larger ones on torch's fake process group, whose collectives answer with this rank's own data. Three numbers must agree: what
-ran, what `tedfx explain` predicts (`tedfx/cost.py`), and the formula. Exit status 1 where one does not.
+ran, what `tedfx explain` predicts (`tedfx/analysis/cost.py`), and the formula. Exit status 1 where one does not.
 
 The model is a Mixtral of tiny width whose router sends token n to experts (k n + j) mod E, so that the counts are known and the same everywhere. Sizes of the formulas, in
 bytes: nh is a rank's tokens times hidden, V = k nh its routed rows.
@@ -30,13 +30,13 @@ from tabulate import tabulate  # noqa: E402
 from torch import nn  # noqa: E402
 
 import tedfx  # noqa: E402
-from tedfx import verify_ranks  # noqa: E402
+from tedfx.verification import processes as verify_ranks  # noqa: E402
 from tedfx._torch import fake_world  # noqa: E402
 from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes  # noqa: E402
-from tedfx.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Cost  # noqa: E402
-from tedfx.roles import MeshShape, Roles  # noqa: E402
-from tedfx.trace import trace  # noqa: E402
-from tedfx.verify import versions  # noqa: E402
+from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Cost  # noqa: E402
+from tedfx.placement.roles import MeshShape, Roles  # noqa: E402
+from tedfx.trace.export import trace  # noqa: E402
+from tedfx.verification.verify import versions  # noqa: E402
 
 HIDDEN = 64
 SHORT = {ALL_REDUCE: "all-reduce", ALL_TO_ALL: "all-to-all", ALL_GATHER: "all-gather", REDUCE_SCATTER: "reduce-scatter"}

@@ -30,9 +30,9 @@ def measure(model: str, mesh: str, layers: int, overrides: list[str], profile: i
 
     from tedfx.cli import make_model
     from tedfx.compiler import Compilation, compile_trace
-    from tedfx.report import explain
-    from tedfx.roles import MeshShape, Roles
-    from tedfx.trace import trace
+    from tedfx.report.explanation import explain
+    from tedfx.placement.roles import MeshShape, Roles
+    from tedfx.trace.export import trace
 
     done("import tedfx")
     options = SimpleNamespace(model=model, overrides=overrides, layers=layers, dtype="float32", eval=False)

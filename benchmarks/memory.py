@@ -1,4 +1,4 @@
-"""What one rank keeps between forward and backward, measured, beside what formulas and the ledger of `tedfx/activations.py` say.
+"""What one rank keeps between forward and backward, measured, beside what formulas and the ledger of `tedfx/analysis/activations.py` say.
 
     python benchmarks/memory.py activations                        the tables of docs/memory.md, about a minute on two cores
     python benchmarks/memory.py activations --json memory.jsonl    and a JSON line per row
@@ -33,15 +33,15 @@ from torch import fx, nn
 
 from tedfx import ops
 from tedfx._torch import FakeTensorMode, TorchDispatchMode, fake_world, memory_tracker
-from tedfx.activations import Ledger, Sizing
+from tedfx.analysis.activations import Ledger, Sizing
 from tedfx.api import _groups  # private to tedfx
 from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes
-from tedfx.emission import emit
-from tedfx.layers import layers
+from tedfx.graph.emission import emit
+from tedfx.analysis.layers import layers
 from tedfx.ops.context import RankContext, use
 from tedfx.passes.checkpoint import Checkpoint
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
 
 # ---- the models -----------------------------------------------------------------------------------------------------------
 

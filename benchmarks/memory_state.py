@@ -17,7 +17,7 @@ from memory import table
 from memory_state_models import SMALL, TED_7B, ZERO_7B, Shape
 from memory_state_rank import Row, extrapolated, measure
 from tedfx.optim.optimizer import TILE
-from tedfx.roles import MeshShape
+from tedfx.placement.roles import MeshShape
 from zero import formula as zero_formula
 
 TED_TILE = 178_956_971  # elements, DeepSpeed's

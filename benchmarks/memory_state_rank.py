@@ -21,8 +21,8 @@ from torch import nn
 import tedfx
 from memory_state_models import Shape, make_model
 from tedfx._torch import FakeTensorMode, TorchDispatchMode, fake_world, pytree
-from tedfx.roles import MeshShape
-from tedfx.trace import trace
+from tedfx.placement.roles import MeshShape
+from tedfx.trace.export import trace
 
 SEQUENCE = 64  # short: what is measured does not depend on it; 2 x 64 tokens are at least one for each of 128 groups
 

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from tedfx.errors import TedfxError  # noqa: E402
-from tedfx.verify import TOLERANCES, versions  # noqa: E402
+from tedfx.verification.verify import TOLERANCES, versions  # noqa: E402
 
 MODELS = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama", "llama tied", "plain", "plain_boolean", "plain_stacked"]
 DENSE = {"llama", "llama tied"}

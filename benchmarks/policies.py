@@ -18,8 +18,8 @@ import warnings
 
 import torch
 
-from tedfx import verify_ranks
-from tedfx.verify import versions
+from tedfx.verification import processes as verify_ranks
+from tedfx.verification.verify import versions
 
 RUNS = [
     # (mesh, options of parallelize)
@@ -63,8 +63,8 @@ def measure(rank, args) -> list[dict]:
     from torch.distributed.device_mesh import init_device_mesh
 
     import tedfx
-    from tedfx.roles import MeshShape
-    from tedfx.trace import trace
+    from tedfx.placement.roles import MeshShape
+    from tedfx.trace.export import trace
 
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ Predicted, from what is measured apart from the limited steps:
 
     step(variant, link) = step(variant, no limit) + sum over messages of bytes * (1 / speed(link) - 1 / speed(no limit))
 
-The messages are the collectives that cross the link by the expressions of `tedfx.cost` (balanced routing). The speed is that of plain gloo sends of as many bytes over the
+The messages are the collectives that cross the link by the expressions of `tedfx.analysis.cost` (balanced routing). The speed is that of plain gloo sends of as many bytes over the
 link as it is set, both ways at once, in the order in which gloo's algorithm posts them: this decides whether both directions of the link are in use at a time.
 gloo sends when it has heard of the other side's receive. An all-to-all posts its send before its receive, so the news of the receive can stand behind the data of the
 send, in the same stream; then one direction waits for the other. The ring all-reduce posts the receive first.
@@ -100,8 +100,8 @@ def prepare(args) -> tuple:
     import torch
 
     from tedfx.compiler import Compilation, compile_trace, example_sizes
-    from tedfx.roles import MeshShape, Roles
-    from tedfx.trace import trace
+    from tedfx.placement.roles import MeshShape, Roles
+    from tedfx.trace.export import trace
 
     torch.manual_seed(0)
     model = make_model(args)
@@ -130,7 +130,7 @@ def crossing(compilation, args) -> list[Message]:
     Two ranks over ep: each of a node's `tp` pairs sends its wire bytes. All ranks together: gloo's ring goes through the ranks in order, node by node, and so
     crosses the link once in each direction; what passes there is what one rank sends.
     """
-    from tedfx.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Cost
+    from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Cost
 
     cost, found = Cost(compilation), []
     orders = {ALL_REDUCE: RECEIVE_FIRST, ALL_GATHER: SEND_FIRST, ALL_TO_ALL: SEND_FIRST}
@@ -302,8 +302,8 @@ def measure(index: int, args, model, compilations) -> dict:
 
 def report(args, compilations, measured: dict) -> list[dict]:
     """One record per speed and variant."""
-    from tedfx.cost import PHASES
-    from tedfx.verify import versions
+    from tedfx.analysis.cost import PHASES
+    from tedfx.verification.verify import versions
 
     median = {key: statistics.median(times) for key, times in measured["steps"].items()}
     line = {rate: statistics.median(values) for rate, values in measured["one_way"].items()}
@@ -439,7 +439,7 @@ def main() -> int:
 
     import torch
 
-    from tedfx import verify_ranks
+    from tedfx.verification import processes as verify_ranks
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from policies import make_model, on_two_gpus, parser  # noqa: E402
 
-from tedfx.buckets import BUCKET_BYTES  # noqa: E402
-from tedfx.verify import versions  # noqa: E402
+from tedfx.state.buckets import BUCKET_BYTES  # noqa: E402
+from tedfx.verification.verify import versions  # noqa: E402
 
 RUNS = [
     # (options of parallelize, options of the optimizer)
@@ -88,7 +88,7 @@ def measure(rank, args) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     import tedfx
-    from tedfx.trace import trace
+    from tedfx.trace.export import trace
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(os.cpu_count() // 2)  # for what runs on the host

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import tedfx
-from tedfx.cost import Cost
+from tedfx.analysis.cost import Cost
 
 
 @dataclass(frozen=True)

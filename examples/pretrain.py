@@ -40,8 +40,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tedfx
 from tedfx.errors import ConfigError
-from tedfx.precision import cast_model
-from tedfx.roles import MeshShape, Roles
+from tedfx.trace.precision import cast_model
+from tedfx.placement.roles import MeshShape, Roles
 
 BYTES = 256
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}  # of the check of the first step, by precision

@@ -11,7 +11,7 @@ from torch import fx
 
 from tedfx.dtypes import has_gradient
 from tedfx.errors import user_line
-from tedfx.factors import Factor, as_size
+from tedfx.placement.factors import Factor, as_size
 from tedfx.rules import Annotator, Relation, rule_for
 from tedfx.rules.base import is_tensor, operands
 

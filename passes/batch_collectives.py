@@ -9,8 +9,8 @@ from itertools import pairwise
 from math import prod
 from typing import ClassVar, NamedTuple
 
-from tedfx.emission import schedule
-from tedfx.layers import layers
+from tedfx.graph.emission import schedule
+from tedfx.analysis.layers import layers
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 

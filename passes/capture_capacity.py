@@ -14,7 +14,7 @@ Algorithm:
    (capture_slot_bodies.py), which refuses what mixes slots. An empty slot reaches no token, so what a bias makes of it does not matter.
 3. Proven at the dispatch: its mask is 0 or 1; it is 1 wherever the combine's weight is not 0, term by term; no two tokens share a slot.
 4. ids [N, K] of all choices side by side, those of dropped assignments no expert's, so that they are not sent; weights [N, K] from the values of the terms;
-   `combine` takes the place of the product. How many slots an expert has is kept with the dispatch (`tedfx/slots.py`).
+   `combine` takes the place of the product. How many slots an expert has is kept with the dispatch (`tedfx/placement/slots.py`).
 5. What only the masks needed is dead. A dispatch that is left was not understood: refused.
 """
 
@@ -24,19 +24,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult, emit
-from tedfx.passes.capture_choices import Choices
-from tedfx.passes.capture_letters import contraction_of
-from tedfx.passes.capture_routing import shape_of
-from tedfx.passes.capture_slot_bodies import SlotBodies
-from tedfx.passes.capture_slot_facts import slot_facts
-from tedfx.passes.capture_slots import Mask, Term, shared_slot, sizes_of
-from tedfx.passes.capture_stacks import Stacks
+from tedfx.graph.emit import emit
+from tedfx.passes.base import Pass, PassResult
+from tedfx.capture.choices import Choices
+from tedfx.capture.letters import contraction_of
+from tedfx.capture.routing import shape_of
+from tedfx.capture.slot_bodies import SlotBodies
+from tedfx.capture.slot_facts import slot_facts
+from tedfx.capture.slots import Mask, Term, shared_slot, sizes_of
+from tedfx.capture.stacks import Stacks
 from torch import fx
 
 from tedfx.errors import CaptureError, user_line
-from tedfx.factors import as_size
-from tedfx.slots import Slots
+from tedfx.placement.factors import as_size
+from tedfx.placement.slots import Slots
 
 __all__ = ["CaptureCapacity"]
 

@@ -33,13 +33,13 @@ from typing import Any, ClassVar
 
 import torch
 from tedfx.passes.base import Pass, PassResult
-from tedfx.passes.capture_bodies import Bodies
-from tedfx.passes.capture_chains import Step, chain_of, dependence, is_zero
-from tedfx.passes.capture_masks import facts
-from tedfx.passes.capture_routing import Routing, name_of, shape_of
-from tedfx.passes.capture_rules import refuse
-from tedfx.passes.capture_stacks import Stacks
-from tedfx.passes.capture_uncaptured import find_uncaptured
+from tedfx.capture.bodies import Bodies
+from tedfx.capture.chains import Step, chain_of, dependence, is_zero
+from tedfx.capture.masks import facts
+from tedfx.capture.routing import Routing, name_of, shape_of
+from tedfx.capture.rules import refuse
+from tedfx.capture.stacks import Stacks
+from tedfx.capture.uncaptured import find_uncaptured
 from torch import fx
 
 from tedfx.errors import CaptureError, user_line, warn

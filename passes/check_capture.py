@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tedfx.check_full import check_program
+from tedfx.checking.full import check_program
 from tedfx.passes.base import Pass, PassResult
 
 
@@ -14,7 +14,7 @@ class CheckCapture(Pass):
     on the device of the weights.
 
     "full" is two training steps with an update in between, in float64: outputs, gradients and buffers
-    (`tedfx/check_steps.py`). "forward" is one forward in the model's own dtype, and "none" nothing. A
+    (`tedfx/checking/steps.py`). "forward" is one forward in the model's own dtype, and "none" nothing. A
     difference beyond rounding is a CaptureError that names what differs. Nothing is checked where there are
     no weights (`tedfx explain`, a model on the meta device); the pass's note says what was.
     """

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.errors import TypeCheckError, user_line
-from tedfx.placing import decide
-from tedfx.plan import differentiable
+from tedfx.decisions.decide import decide
+from tedfx.placement.plan import differentiable
 from tedfx.rules import operands
-from tedfx.types import I, P, R, Shard
+from tedfx.placement.types import I, P, R, Shard
 
 # (source, target) pairs with an op of their own; S stands for any shard
 DIRECT = {(P, I), (I, R), (R, P), (I, P), (P, "S"), (R, "S"), (I, "S"), ("S", R), ("S", I)}

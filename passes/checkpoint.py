@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.attention_cores import attention_cores
+from tedfx.analysis.attention_cores import attention_cores
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
-from tedfx.activations import Ledger, Sizing, repeated, saves, short_name
-from tedfx.cost import Cost, format_bytes
-from tedfx.emission import schedule
+from tedfx.analysis.activations import Ledger, Sizing, repeated, saves, short_name
+from tedfx.analysis.cost import Cost, format_bytes
+from tedfx.graph.emission import schedule
 from tedfx.errors import ConfigError, TedfxError, user_line
-from tedfx.layers import layers
+from tedfx.analysis.layers import layers
 from tedfx.rules.base import op_name
 
 POLICIES = ("none", "full", "selective", "comm")
@@ -137,7 +137,7 @@ def _decides(node: fx.Node) -> bool:
 
 
 def communicating_nodes(program) -> set[str]:
-    """Names of the nodes that run a collective in forward, as `tedfx/cost.py` counts them."""
+    """Names of the nodes that run a collective in forward, as `tedfx/analysis/cost.py` counts them."""
     return {item.node for item in Cost(program).items if item.phase == "forward"}
 
 

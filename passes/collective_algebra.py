@@ -35,7 +35,7 @@ class CollectiveAlgebra(Pass):
     rows    names of the rows of `ROWS` to use; all of them by default. Without this pass none holds: every partial sum is reduced where it arises, and
             rows are cut and gathered right at the exchange, which is the order of Megatron-LM and of DeepSpeed-TED.
 
-    The rows are not rewrites of a finished graph. They are cases of the typing rules (`tedfx/placing_general.py`, `tedfx/placing_experts.py`, `passes/place.py`), each
+    The rows are not rewrites of a finished graph. They are cases of the typing rules (`tedfx/decisions/general.py`, `tedfx/decisions/experts.py`, `passes/place.py`), each
     under its name, so that the types of everything behind follow, adjoints included, and the type check covers them. Two equalities need no row, since
     no order goes without them: a conversion of a value is made once for all its users; and a slice of what was gathered from slices is nothing, for a conversion
     starts from the value itself, never from another conversion.

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult, emit
+from tedfx.graph.emit import emit
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
-from tedfx.factors import as_size
+from tedfx.placement.factors import as_size
 from tedfx.rules.base import argument, op_name
 
 aten = torch.ops.aten

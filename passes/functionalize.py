@@ -26,12 +26,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult, emit
+from tedfx.graph.emit import emit
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
-from tedfx.factors import as_size
-from tedfx.signature import show
+from tedfx.placement.factors import as_size
+from tedfx.graph.signature import show
 
 __all__ = ["Functionalize"]
 

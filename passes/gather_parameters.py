@@ -10,14 +10,14 @@ from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
-from tedfx.layers import layers
-from tedfx.layouts import placed_on_first
-from tedfx.parameters import Placed
+from tedfx.analysis.layers import layers
+from tedfx.state.layouts import placed_on_first
+from tedfx.state.parameters import Placed
 
 
 @dataclass(frozen=True)
 class GatherParameters(Pass):
-    """Stage 3 of ZeRO (arXiv 1910.02054): each parameter that the data axes replicate is an input of the graph in this rank's share (`tedfx.parameters.Placed.share`).
+    """Stage 3 of ZeRO (arXiv 1910.02054): each parameter that the data axes replicate is an input of the graph in this rank's share (`tedfx.runtime.state_dict.parameters.Placed.share`).
 
     bucket_bytes   whole parameters that one gather makes, at most; a larger parameter goes alone.
     compiled       the graph is to be compiled: see 3.
@@ -26,7 +26,7 @@ class GatherParameters(Pass):
        first use, in buckets of equal axes and dtype: `gather_parameters` stands before the bucket's first user. A parameter of several units is gathered in each.
     2. A gather belongs to the region of its users: recompute gathers again, and backward's adjoint sends each rank the sum of its share. What a policy promises of
        recompute is about collectives of activations; gathers of parameters are counted by their own name.
-    3. Outside of regions whole parameters are saved for backward as a note of what to gather again (`tedfx/gathers.py`). A compiler sees no such notes: there a gather
+    3. Outside of regions whole parameters are saved for backward as a note of what to gather again (`tedfx/runtime/gathers.py`). A compiler sees no such notes: there a gather
        becomes a region of its own, so that backward repeats it instead of keeping what it made.
     """
 

@@ -4,7 +4,7 @@ This is what DeepSpeed and GShard mean by a capacity under data parallelism. It 
 device: the same model with its tokens in as many groups as there are batch coordinates. So it is written as a rewrite of the single-device graph, before
 any type is known; that nothing is exchanged for it follows from the types, as for everything else.
 
-Of what decides the place of a token (facts: capture_slot_facts.py), where the queue runs along the batch:
+Of what decides the place of a token (facts: tedfx/capture/slot_facts.py), where the queue runs along the batch:
 1. the cumsum that numbers the queue counts in each group from the start: `group_cumsum`;
 2. totals of earlier choices that are added to a place become those of the token's own group: `group_total`. The sum they were stays for other uses of it
    (the share of an expert in an auxiliary loss is one of all tokens);
@@ -21,15 +21,16 @@ from functools import reduce
 from typing import Any, ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult, emit
-from tedfx.passes.capture_routing import dim_of, name_of, shape_of
-from tedfx.passes.capture_slot_facts import slot_facts
-from tedfx.passes.capture_slots import Place, Totals
+from tedfx.graph.emit import emit
+from tedfx.passes.base import Pass, PassResult
+from tedfx.capture.routing import dim_of, name_of, shape_of
+from tedfx.capture.slot_facts import slot_facts
+from tedfx.capture.slots import Place, Totals
 from torch import fx
 
 from tedfx import ops
 from tedfx.errors import CaptureError, ConfigError, user_line
-from tedfx.factors import as_size
+from tedfx.placement.factors import as_size
 
 __all__ = ["LocalCapacity"]
 

@@ -11,14 +11,14 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.errors import TraceError, user_line
-from tedfx.factors import as_size, leaves
+from tedfx.placement.factors import as_size, leaves
 from tedfx.ops.random import NUMBERED, SHARE
-from tedfx.plan import roots
+from tedfx.placement.plan import roots
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
 from tedfx.rules.views import piece_of, reads_bits
-from tedfx.sizes import Share, Sizes
-from tedfx.types import Shard, sharding_axes
+from tedfx.analysis.sizes import Share, Sizes
+from tedfx.placement.types import Shard, sharding_axes
 
 aten = torch.ops.aten
 VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze", "aten._reshape_copy"}
@@ -208,7 +208,7 @@ class _Localizer:
             raise TraceError(f"a cumsum along a dim of which two factors are sharded has no parallel form ({user_line(node)})")
         if sharded:
             ((axes, outer),) = sharded
-            node.meta["runs"] = outer  # the size of what is exchanged: tedfx/cost.py
+            node.meta["runs"] = outer  # the size of what is exchanged: tedfx/analysis/cost.py
             node.target, node.args, node.kwargs = ops.cumsum, (x, dim, axes, self.sizes.node(outer), node.kwargs.get("dtype")), {}
 
     def groups(self, node: fx.Node) -> None:

@@ -11,10 +11,10 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.errors import TypeCheckError, user_line
-from tedfx.factors import leaves
+from tedfx.placement.factors import leaves
 from tedfx.rules.base import op_name, regroup_barrier
-from tedfx.sizes import Share, Sizes
-from tedfx.types import I, P, R, Shard, find_dim
+from tedfx.analysis.sizes import Share, Sizes
+from tedfx.placement.types import I, P, R, Shard, find_dim
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from tedfx.passes.row_numbers import RowNumbers
 from torch import fx
 
 from tedfx import ops
-from tedfx.factors import leaves
-from tedfx.sizes import Sizes
-from tedfx.types import I, P, R, Shard
+from tedfx.placement.factors import leaves
+from tedfx.analysis.sizes import Sizes
+from tedfx.placement.types import I, P, R, Shard
 
 
 @dataclass

@@ -8,11 +8,11 @@ from torch import fx
 
 from tedfx import ops
 from tedfx._torch import FloorDiv
-from tedfx.factors import as_size, leaves
+from tedfx.placement.factors import as_size, leaves
 from tedfx.passes.row_numbers import RowNumbers
-from tedfx.sizes import Sizes
-from tedfx.slots import rows_per_expert
-from tedfx.types import Shard
+from tedfx.analysis.sizes import Sizes
+from tedfx.placement.slots import rows_per_expert
+from tedfx.placement.types import Shard
 
 _BODY = {"grouped": (ops.slot_linear, (0, 1, 3)), "expert_rows": (ops.slot_rows, (0, 2))}  # the operands that are left without counts
 

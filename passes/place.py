@@ -8,11 +8,11 @@ from typing import ClassVar
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
-from tedfx.placing import decide
-from tedfx.plan import differentiable
+from tedfx.decisions.decide import decide
+from tedfx.placement.plan import differentiable
 from tedfx.rules import Relation, op_name, operands
 from tedfx.rules.base import argument
-from tedfx.types import I, P, R, Shard, find_dim
+from tedfx.placement.types import I, P, R, Shard, find_dim
 
 
 def convert(x, axis, source, target):

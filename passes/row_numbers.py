@@ -11,10 +11,10 @@ from collections.abc import Callable
 from torch import fx
 
 from tedfx import ops
-from tedfx.factors import leaves
+from tedfx.placement.factors import leaves
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
-from tedfx.types import I, Shard
+from tedfx.placement.types import I, Shard
 
 __all__ = ["RowNumbers"]
 

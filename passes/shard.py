@@ -10,9 +10,9 @@ from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.errors import CaptureError, ConfigError
-from tedfx.factors import leaves
-from tedfx.placing_experts import expert_layout
-from tedfx.plan import Plan, roots
+from tedfx.placement.factors import leaves
+from tedfx.decisions.experts import expert_layout
+from tedfx.placement.plan import Plan, roots
 
 
 def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:

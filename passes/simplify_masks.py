@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult, emit, evaluate
+from tedfx.graph.emit import emit, evaluate
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 __all__ = ["SimplifyMasks"]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult, emit
+from tedfx.graph.emit import emit
+from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.errors import TraceError, user_line

@@ -3,12 +3,12 @@
 from tedfx import optim
 from tedfx._version import __version__
 from tedfx.api import parallelize
-from tedfx.checkpoint import Checkpointer
-from tedfx.checkpoint_folder import CheckpointError
+from tedfx.saving.checkpoint import Checkpointer
+from tedfx.saving.folder import CheckpointError
 from tedfx.compiler import default_passes
 from tedfx.errors import CallError, CaptureError, ConfigError, ContractError, TedfxError, TraceError, TypeCheckError
-from tedfx.script import run
-from tedfx.verify import verify
+from tedfx.ranks.script import run
+from tedfx.verification.verify import verify
 
 __all__ = [
     "CallError", "CaptureError", "CheckpointError", "Checkpointer", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__",

@@ -288,7 +288,7 @@ def size_min(a, b):
     return min(a, b) if torch.compiler.is_compiling() else torch.sym_min(a, b)
 
 
-# ---- state and gradients (tedfx/gradients.py, tedfx/checks.py, tedfx/pieces.py) ----------------------------------
+# ---- state and gradients (tedfx/runtime/gradients.py, tedfx/ranks/checks.py, tedfx/state/pieces.py) ----------------------------------
 
 
 def queue_callback(callback) -> None:
@@ -347,7 +347,7 @@ def version_of(x: torch.Tensor) -> int:
     return x._version
 
 
-# ---- a model's own initialisation (tedfx/initialise.py) ----------------------------------------------------------
+# ---- a model's own initialisation (tedfx/state/initialise.py) ----------------------------------------------------------
 
 
 def is_view(func) -> bool:
@@ -370,7 +370,7 @@ set_grad_enabled_function = torch._C._set_grad_enabled
 """What no_grad and enable_grad call, as a TorchFunctionMode sees it. Public replacement: none; torch.set_grad_enabled is a class that calls it."""
 
 
-# ---- what a model holds beside its tables (tedfx/held.py, tedfx/hooks.py, tedfx/observed.py) ----------------------
+# ---- what a model holds beside its tables (tedfx/trace/held.py, tedfx/trace/hooks.py, tedfx/trace/observed.py) ----------------------
 
 MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
 """Attributes of a bare module: tables, hooks and flags of torch's own. Public replacement: none needed, no name is spelled here."""
@@ -424,7 +424,7 @@ def around_call(module: torch.nn.Module, wrap):
             cls._call_impl = own
 
 
-# ---- autograd.Function (tedfx/functions.py, tedfx/bodies.py) ------------------------------------------------------
+# ---- autograd.Function (tedfx/trace/functions.py, tedfx/trace/bodies.py) ------------------------------------------------------
 
 
 @contextlib.contextmanager

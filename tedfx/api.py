@@ -9,26 +9,26 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
-from tedfx.autocast import Autocast, region
-from tedfx.buckets import BUCKET_BYTES
-from tedfx.changes import Changes, fits
-from tedfx.checks import told
+from tedfx.ops.autocast import Autocast, region
+from tedfx.state.buckets import BUCKET_BYTES
+from tedfx.runtime.changes import Changes, fits
+from tedfx.ranks.checks import told
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
-from tedfx.derived import whole_pieces
+from tedfx.placement.derived import whole_pieces
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
-from tedfx.hooks import refuse_hooks
-from tedfx.input_sizes import with_room
-from tedfx.layouts import layouts_of, stack_name
-from tedfx.module import ParallelModule, Program
-from tedfx.other_optimizer import remember
-from tedfx.overlaps import refuse_overlaps
+from tedfx.trace.hooks import refuse_hooks
+from tedfx.trace.input_sizes import with_room
+from tedfx.state.layouts import layouts_of, stack_name
+from tedfx.runtime.module import ParallelModule, Program
+from tedfx.runtime.other_optimizer import remember
+from tedfx.trace.overlaps import refuse_overlaps
 from tedfx.passes.base import Pass
-from tedfx.precision import cast_parameters, check_complex, parameter_dtypes
-from tedfx.prepared import refuse_prepared
-from tedfx.roles import MeshShape, Roles
-from tedfx.signature import Signature, bind, flatten
-from tedfx.trace import Trace, infer_inputs, trace
+from tedfx.trace.precision import cast_parameters, check_complex, parameter_dtypes
+from tedfx.runtime.prepared import refuse_prepared
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.graph.signature import Signature, bind, flatten
+from tedfx.trace.export import Trace, infer_inputs, trace
 
 
 @told("parallelize")
@@ -64,7 +64,7 @@ def parallelize(
                     ``init_weights``, ``load_pretrained`` or ``load_state_dict`` of what is returned. The captured graph is then not run against the model, which a warning says.
     mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
     example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
-    roles           role name -> axis names, see ``tedfx/roles.py``; what is not named keeps its default.
+    roles           role name -> axis names, see ``tedfx/placement/roles.py``; what is not named keeps its default.
     passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, algebra, checkpoint, capacity, zero, check) it is an error.
     checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or "budget=<bytes>", see ``tedfx/passes/checkpoint.py``.
                     A budget is for activations at the sizes of example_inputs, which have to be given then, equal on all ranks.
@@ -77,16 +77,16 @@ def parallelize(
                     batch coordinate by themselves, as DeepSpeed and GShard do under data parallelism: see ``tedfx/passes/local_capacity.py``.
     zero            stage of ZeRO over the data axes, expert and other parameters each over those that their gradient is summed over: 1, optimizer states of this rank's share
                     only (``tedfx.optim.ShardedOptimizer``); 2, gradients too; 3, parameters too, gathered where a layer uses them.
-    precision       "bf16", "fp16" or "fp32": the dtype of the floating-point parameters, and so of what is computed from them, see ``tedfx/precision.py``; by default
+    precision       "bf16", "fp16" or "fp32": the dtype of the floating-point parameters, and so of what is computed from them, see ``tedfx/trace/precision.py``; by default
                     the model's own. Buffers, float inputs and what a Hugging Face model keeps in float32 stay as they are.
     gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's dtype.
     bucket_bytes    gradients that are summed together, whole ones on a rank (default 25 MiB).
     gather_bytes    with zero=3: whole parameters of a layer that are gathered together (default 256 MiB).
     prefetch        with zero=3: gathers in flight beyond the one in use (default 2); a compiled graph has no use for it.
     check           what the captured graph is compared with the model in, before anything is sharded: "full" (the default), two training steps with an update in between, in float64: outputs,
-                    every parameter's gradient and every buffer; "forward", one forward in the model's dtype; "none". ``history`` says what was done; see ``tedfx/check_full.py``.
+                    every parameter's gradient and every buffer; "forward", one forward in the model's dtype; "none". ``history`` says what was done; see ``tedfx/checking/full.py``.
     check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
-    traces          traces (``tedfx.trace.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
+    traces          traces (``tedfx.trace.export.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
 
     Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is not understood, or a graph that does not train as the model does).
     """

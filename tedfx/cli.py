@@ -108,11 +108,11 @@ def _positive(text: str) -> int:
 
 def _explain(options) -> int:
     from tedfx.compiler import Compilation, compile_trace, pipeline
-    from tedfx.before_after import before_after
-    from tedfx.precision import cast_parameters, check_precision, parameter_dtypes
-    from tedfx.report import default_values, explain
-    from tedfx.roles import MeshShape, Roles
-    from tedfx.trace import trace
+    from tedfx.report.before_after import before_after
+    from tedfx.trace.precision import cast_parameters, check_precision, parameter_dtypes
+    from tedfx.report.explanation import default_values, explain
+    from tedfx.placement.roles import MeshShape, Roles
+    from tedfx.trace.export import trace
 
     stages, clock = {}, time.perf_counter()
 
@@ -121,7 +121,7 @@ def _explain(options) -> int:
         stages[name], clock = time.perf_counter() - clock, time.perf_counter()
 
     if options.picture:
-        from tedfx.picture import check_format
+        from tedfx.report.picture import check_format
 
         check_format(options.picture)
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
@@ -290,7 +290,7 @@ def _check_overrides(config, overrides: dict[str, Any], where: str) -> None:
 
 
 def _verify(argv: Sequence[str]) -> int:
-    module = importlib.import_module("tedfx.verify")  # only now: it brings process machinery that nothing else needs
+    module = importlib.import_module("tedfx.verification.command")  # only now: it brings process machinery that nothing else needs
     parser = argparse.ArgumentParser(prog="tedfx verify", description=(module.__doc__ or "").strip().split("\n\n")[0])
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv))

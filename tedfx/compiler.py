@@ -9,12 +9,12 @@ import torch
 from torch import fx, nn
 
 from tedfx._torch import pytree
-from tedfx.buckets import BUCKET_BYTES
-from tedfx.call_check import CallRules
-from tedfx.check_full import check_level
-from tedfx.derived import solve, symbol_of
+from tedfx.state.buckets import BUCKET_BYTES
+from tedfx.trace.call_check import CallRules
+from tedfx.checking.full import check_level
+from tedfx.placement.derived import solve, symbol_of
 from tedfx.errors import ConfigError
-from tedfx.factors import Factor, as_size
+from tedfx.placement.factors import Factor, as_size
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, run_pipeline
 from tedfx.passes.batch_collectives import BatchCollectives
@@ -37,10 +37,10 @@ from tedfx.passes.sequence_parallel import SequenceParallel
 from tedfx.passes.shard import ShardExperts, ShardTensors
 from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.passes.split_losses import SplitLosses
-from tedfx.plan import Plan
-from tedfx.roles import Roles
-from tedfx.signature import flatten
-from tedfx.trace import Trace
+from tedfx.placement.plan import Plan
+from tedfx.placement.roles import Roles
+from tedfx.graph.signature import flatten
+from tedfx.trace.export import Trace
 
 
 CAPACITIES = ("global", "local")

@@ -164,7 +164,7 @@ def _user_frame() -> FrameType | None:
     """The model's own frame that this question comes from; None where torch asks it itself while it exports, on nobody's behalf."""
     frame = sys._getframe(1)
     while frame is not None and is_machinery(frame.f_code.co_filename):
-        if frame.f_globals.get("__name__") == "tedfx.trace":  # above it is whoever called tedfx
+        if frame.f_globals.get("__name__") == "tedfx.trace.export":  # above it is whoever called tedfx
             return None
         frame = frame.f_back
     return frame

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tedfx import _torch
-from tedfx.groups import group_among
+from tedfx.ops.groups import group_among
 
 Axes = tuple[str, ...]
 
@@ -67,7 +67,7 @@ class RankContext:
         self.ensure_groups(groups)
 
     def with_store(self, store) -> "RankContext":
-        """This context for one call whose parameters are gathered by `store` (`tedfx/gathers.py`); groups are shared."""
+        """This context for one call whose parameters are gathered by `store` (`tedfx/runtime/gathers.py`); groups are shared."""
         mine = copy.copy(self)
         mine.store = store
         return mine

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tedfx._torch import pytree
-from tedfx.autocast import Autocast, region
+from tedfx.ops.autocast import Autocast, region
 
 __all__ = ["SIZE", "TENSOR", "Kept", "kept_of", "operator_of"]
 
@@ -36,7 +36,7 @@ class Kept:
     autocast    the region that it was called in
     device_type of that region
     single      it returns a tensor, not a tuple of tensors
-    studied     what `tedfx/bodies.py` found, by the kinds of the operands
+    studied     what `tedfx/trace/bodies.py` found, by the kinds of the operands
     """
 
     function: type

@@ -1,8 +1,8 @@
 """ZeRO-3's gather: whole parameters from the ranks' shares, several by one collective.
 
-The shares of a bucket lie side by side in one row per rank (`tedfx.cuts.Cut`). The adjoint is a reduce-scatter of the gradients of all of them: S -> R.
+The shares of a bucket lie side by side in one row per rank (`tedfx.ops.cuts.Cut`). The adjoint is a reduce-scatter of the gradients of all of them: S -> R.
 
-In eager mode a call of a `ParallelModule` has a **store** (`tedfx/gathers.py`) that launches gathers ahead and takes the gradients; then autograd only passes through
+In eager mode a call of a `ParallelModule` has a **store** (`tedfx/runtime/gathers.py`) that launches gathers ahead and takes the gradients; then autograd only passes through
 here. In a compiled graph both collectives are in the graph.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tedfx import _torch
-from tedfx.cuts import Cut
+from tedfx.ops.cuts import Cut
 from tedfx.ops import context
 from tedfx.ops.context import Axes, Span
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tedfx.errors import ConfigError, TedfxError
-from tedfx.module import ParallelModule
+from tedfx.runtime.module import ParallelModule
 from tedfx.optim.compression import CompressedMean
 from tedfx.optim.onebit_state import OneBitState
 from tedfx.optim.shares import Share

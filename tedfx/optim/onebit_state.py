@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tedfx.checkpoint_folder import CheckpointError
-from tedfx.state import StateError
+from tedfx.saving.folder import CheckpointError
+from tedfx.runtime.state_dict import StateError
 
 
 class OneBitState:
-    """Mixed into OneBitAdam: the interface of `tedfx/optimizer_state.py`, and torch's."""
+    """Mixed into OneBitAdam: the interface of `tedfx/saving/optimizer_state.py`, and torch's."""
 
     # ---- in the parameters' shapes -----------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tedfx.errors import ConfigError, TedfxError
-from tedfx.module import ParallelModule
+from tedfx.runtime.module import ParallelModule
 from tedfx.optim.gathering import Gathering
 from tedfx.optim.norm import clip_factor, gradient_norm
 from tedfx.optim.offload import check_room
@@ -230,7 +230,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
     loss_scale = property(lambda self: 1.0 if self._scaler is None else self._scaler.scale, doc="What `scale` multiplies by now.")
     skipped = property(lambda self: 0 if self._scaler is None else self._scaler.skipped, doc="Steps left out so far, for a gradient that was not finite.")
 
-    # What `tedfx/leaving.py` asks of who takes gradients.
+    # What `tedfx/runtime/leaving.py` asks of who takes gradients.
 
     def take(self, name: str, value: Tensor) -> None:
         self._shares[name].take(value)

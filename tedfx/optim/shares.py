@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from tedfx import _torch
 from tedfx.errors import TedfxError
-from tedfx.parameters import Placed
+from tedfx.state.parameters import Placed
 
 
 class Share:

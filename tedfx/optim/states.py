@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from tedfx.errors import TedfxError
 from tedfx.optim.probe import SHAPE, elementwise, state_kinds
 from tedfx.optim.shares import Share
-from tedfx.pieces import PiecedTensor
-from tedfx.state import StateError
+from tedfx.state.pieces import PiecedTensor
+from tedfx.runtime.state_dict import StateError
 
 MASTER = "master"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tedfx.gradients import GradientBoundary
+from tedfx.runtime.gradients import GradientBoundary
 from tedfx.optim.shares import Share
 
 

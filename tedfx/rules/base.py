@@ -1,7 +1,7 @@
 """What a rule says of a node, the registry of rules, and the annotator that rules talk to.
 
 A rule relates the factors of a node's operands and outputs. It returns a `Relation`; sharding, types and the type check all follow from it:
-``tedfx/placing.py`` reads nothing else. A factor of an operand is
+``tedfx/decisions/decide.py`` reads nothing else. A factor of an operand is
 
 - in the output: a shard passes through;
 - ``contracted``: the op sums over it, so a shard makes the output a partial sum;
@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from tedfx import ops
-from tedfx.factors import Factor, as_size, dim_size, divides, is_data, leaves, quotient, settle, unify
+from tedfx.placement.factors import Factor, as_size, dim_size, divides, is_data, leaves, quotient, settle, unify
 
 _BATCHED = frozenset(ops.BATCHED.values())
 _LINEAR = ("aten", "prims", "tedfx")  # operators whose backward is the adjoint of a derivative; that of a user's own may be anything

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.factors import Factor, as_size
+from tedfx.placement.factors import Factor, as_size
 from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule
 
 ONE = (frozenset({0}),)

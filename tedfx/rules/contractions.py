@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.errors import TraceError
-from tedfx.factors import as_size, dim_size
+from tedfx.placement.factors import as_size, dim_size
 from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule, whole_everywhere
 
 EACH = (frozenset({0}), frozenset({1}))

@@ -1,13 +1,13 @@
 """The canonical MoE ops. ``rows`` is a ragged factor; ``experts`` ties the counts to the stacked weights.
 
-Their types have rules of their own (`tedfx/placing.py`): rows that vary on an expert axis meet weights that are split over it.
+Their types have rules of their own (`tedfx/decisions/decide.py`): rows that vary on an expert axis meet weights that are split over it.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
-from tedfx.factors import Factor, as_size
+from tedfx.placement.factors import Factor, as_size
 from tedfx.errors import TraceError, user_line
 from tedfx.rules.base import Annotator, Relation, argument, operands
 from tedfx.rules.base import rule as any_rule

@@ -1,7 +1,7 @@
 """The rule of a kept Function (`tedfx/ops/function.py`) is computed, not written: from the types that the
 typing rules give the graph of its forward and backward.
 
-The graph (`tedfx/bodies.py`) gets factors like any other. Then the theory itself (`tedfx/placing.py`) is
+The graph (`tedfx/trace/bodies.py`) gets factors like any other. Then the theory itself (`tedfx/decisions/decide.py`) is
 run over it on one axis, for each assignment of types to the operands that may be
 wanted, with the cotangents that belong to the outputs. What comes out without a single conversion is what a
 rank may compute from its own parts by running the user's code on them:
@@ -27,11 +27,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from tedfx.bodies import Body, bodies_of
-from tedfx.factors import Factor, as_size, leaves, settle, unify
-from tedfx.plan import Plan, roots
+from tedfx.trace.bodies import Body, bodies_of
+from tedfx.placement.factors import Factor, as_size, leaves, settle, unify
+from tedfx.placement.plan import Plan, roots
 from tedfx.rules.base import Annotator, Relation, is_tensor, op_name, operands
-from tedfx.types import I, P, R, Shard
+from tedfx.placement.types import I, P, R, Shard
 
 __all__ = ["function", "is_elementwise"]
 
@@ -339,7 +339,7 @@ class _Types:
         """Types of the outputs and of the gradients; None where some node would need a conversion. `seed`:
         the cotangents of replicated outputs.
         """
-        from tedfx.placing import decide  # which uses the rules
+        from tedfx.decisions.decide import decide  # which uses the rules
 
         plan = Plan(
             None, {_AXIS: [factor] if factor is not None else []}, algebra=frozenset({"merge", "delay"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.factors import as_size
+from tedfx.placement.factors import as_size
 from tedfx.rules.base import Annotator, Relation, argument, is_tensor, op_name, rule, whole_everywhere
 
 ONE = (frozenset({0}),)

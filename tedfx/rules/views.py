@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.factors import Factor, as_size, dim_size, divides, quotient, refine_dim, regroup
+from tedfx.placement.factors import Factor, as_size, dim_size, divides, quotient, refine_dim, regroup
 from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule, whole_everywhere
 
 ONE = (frozenset({0}),)

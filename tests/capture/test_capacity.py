@@ -13,7 +13,7 @@ from tedfx.passes.functionalize import Functionalize
 from torch import einsum, nn
 
 from tedfx.errors import CaptureError
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 from tests.capture.test_models import BIASES, check, operators, routers, tokens
 from tests.models_capacity import FACTORS, LAYERS
 from tests.models_plain import Config

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tedfx import check_full, check_sample, check_steps
-from tedfx.check_full import check_program, check_trace
-from tedfx.check_sample import sample
+from tedfx.checking import full as check_full
+from tedfx.checking import sample as check_sample
+from tedfx.checking import steps as check_steps
+from tedfx.checking.full import check_program, check_trace
+from tedfx.checking.sample import sample
 from tedfx.compiler import Compilation, default_passes
 from tedfx.errors import CaptureError, ConfigError
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
 from tests.capture.silent import SILENT, Assigned, Net, parameter_hook
 
 X = {"x": torch.zeros(2, 5, 8)}
@@ -45,7 +47,7 @@ def without_finders(monkeypatch):
     for name, stand_in in {
         "Observation": Blind, "refuse_hooks": nothing, "refuse_side_gradients": nothing, "kept_calls": nothing,
     }.items():  # fmt: skip
-        monkeypatch.setattr(f"tedfx.trace.{name}", stand_in)
+        monkeypatch.setattr(f"tedfx.trace.export.{name}", stand_in)
 
 
 def told(model, **inputs):

@@ -8,10 +8,10 @@ import operator
 
 import pytest
 import torch
-from tedfx.passes.capture_chains import dependence
-from tedfx.passes.capture_masks import facts
-from tedfx.passes.capture_slot_facts import slot_facts
-from tedfx.passes.capture_slots import Drop
+from tedfx.capture.chains import dependence
+from tedfx.capture.masks import facts
+from tedfx.capture.slot_facts import slot_facts
+from tedfx.capture.slots import Drop
 from torch import fx
 
 aten = torch.ops.aten

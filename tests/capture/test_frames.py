@@ -8,8 +8,8 @@ import torch
 
 from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.errors import TraceError, user_line
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
 from tests.models import MODELS
 
 MODEL = """

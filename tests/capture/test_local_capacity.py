@@ -12,8 +12,8 @@ from torch import einsum
 from tedfx import ops
 from tedfx.compiler import default_passes
 from tedfx.errors import CaptureError, ConfigError
-from tedfx.trace import trace
-from tedfx.verify_run import in_groups
+from tedfx.trace.export import trace
+from tedfx.verification.run import in_groups
 from tests.capture.test_capacity import Layer, Mixture, experts
 from tests.capture.test_models import BIASES, routers, tokens
 from tests.models_capacity import CAPACITY

@@ -10,7 +10,7 @@ from tedfx.passes.capture_loops import CaptureLoops
 from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 from tests.models_plain import MOES, PLAIN, Config
 
 

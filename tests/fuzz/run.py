@@ -27,11 +27,12 @@ import torch
 import torch._dynamo.config
 from torch.distributed.device_mesh import init_device_mesh
 
-from tedfx import parallelize, verify_ranks
+from tedfx import parallelize
+from tedfx.verification import processes as verify_ranks
 from tedfx.errors import TedfxError, TypeCheckError, user_line
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
-from tedfx.verify_run import digests, errors, prepare, split_batch, unequal_replicas
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
+from tedfx.verification.run import digests, errors, prepare, split_batch, unequal_replicas
 from tests.fuzz.program import Program
 
 MESHES = {"dp2xtp2": (("dp", "tp"), (2, 2)), "ep2": (("ep",), (2,)), "ep2xtp2": (("ep", "tp"), (2, 2)), "dp2": (("dp",), (2,)), "tp2": (("tp",), (2,))}
@@ -140,7 +141,7 @@ def _line(error: BaseException) -> str:
 
 
 def verdicts(runs: Sequence[Run], chunk: int = CHUNK) -> list[Verdict]:
-    """A verdict per run, in order. This process must be able to fork (`tedfx.verify_ranks.can_fork`)."""
+    """A verdict per run, in order. This process must be able to fork (`tedfx.verification.processes.can_fork`)."""
     torch.set_num_threads(1)
     torch._dynamo.config.fake_tensor_cache_enabled = False  # programs have little in common: without it a trace takes a quarter less
     made: dict[int, Verdict] = {}

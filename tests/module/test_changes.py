@@ -154,7 +154,7 @@ def test_models_that_something_else_has_prepared(ranks):
 
 
 def reused():
-    from tedfx.trace import trace
+    from tedfx.trace.export import trace
 
     model = changing.Model()
     traced = trace(model, kwargs=changing.data(0))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import tedfx
-from tedfx import checkpoint_owner
-from tedfx.checkpoint_checksums import CHECKSUMS, Sum, damage, sum_of, write_checksums
-from tedfx.checkpoint_folder import CheckpointError, Folder
+from tedfx.saving import owner as checkpoint_owner
+from tedfx.saving.checksums import CHECKSUMS, Sum, damage, sum_of, write_checksums
+from tedfx.saving.folder import CheckpointError, Folder
 from tests.module.test_checkpoint_resume import held, make, saved_toy, step
 
 

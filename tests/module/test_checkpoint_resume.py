@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import tedfx
-from tedfx.checkpoint import _pieces
-from tedfx.checkpoint_checksums import sum_of, write_checksums
-from tedfx.checkpoint_folder import Folder, read_metadata, tiles
+from tedfx.saving.checkpoint import _pieces
+from tedfx.saving.checksums import sum_of, write_checksums
+from tedfx.saving.folder import Folder, read_metadata, tiles
 from tests.module import toy
 from tests.pool import context
 
@@ -481,7 +481,7 @@ def killed_while_saving(folder):
     step(pm, optimizer, 0)
     checkpoints.save(1)
     step(pm, optimizer, 1)
-    from tedfx.checkpoint_folder import Writer
+    from tedfx.saving.folder import Writer
 
     write = Writer.write_data
 

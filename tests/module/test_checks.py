@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tedfx.checks import CallCheck, Meeting, RanksDisagree, checksums
+from tedfx.ranks.checks import CallCheck, Meeting, RanksDisagree, checksums
 from tedfx.errors import ConfigError, TedfxError
 from tests.module import toy
 from tests.pool import context

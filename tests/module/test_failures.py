@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tedfx
-from tedfx.checks import RankFailed, RanksDisagree
+from tedfx.ranks.checks import RankFailed, RanksDisagree
 from tedfx.errors import CallError, ConfigError, TraceError
 from tests.pool import context
 

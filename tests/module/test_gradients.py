@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tedfx.errors import TedfxError
-from tedfx.gradients import GradientBoundary
-from tedfx.parameters import ParameterLayout, Placed, materialize
+from tedfx.runtime.gradients import GradientBoundary
+from tedfx.state.parameters import ParameterLayout, Placed, materialize
 from tests.module import toy
 from tests.module.test_module import named_grads
 from tests.module.toy import F, H

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tedfx
-from tedfx.weights import NoWeights
+from tedfx.runtime.weights import NoWeights
 from tests.models import BASE
 from tests.models_plain import Config, PlainMoELM
 from tests.pool import context
@@ -246,7 +246,7 @@ def replaced(folder, other):
     """A folder of other weights, in more shards, beside a tokenizer; a failure in the last rename leaves it as it was."""
     pm = on_meta("plain", "tp2", single("plain"))
     before = load_all(folder)
-    from tedfx import shards
+    from tedfx.state import shards
 
     rename = os.rename
     shards.os.rename = lambda a, b: (_ for _ in ()).throw(OSError("disk full")) if "unfinished" in a else rename(a, b)
@@ -387,7 +387,7 @@ def test_refusals(ranks, tmp_path):
 def torn(folder, other):
     """A failure while reading, on one rank: the module has no weights, on all."""
     pm = on_meta("mixtral", "tp2")
-    import tedfx.weights as module
+    import tedfx.runtime.weights as module
 
     fill, calls = module.WeightAccess._fill, []
 
@@ -404,7 +404,7 @@ def torn(folder, other):
         module.WeightAccess._fill = fill
     refused(NoWeights, pm.state_dict)
     pm.load_pretrained(folder)
-    from tedfx.shards import Writer
+    from tedfx.state.shards import Writer
 
     write = Writer.write
     Writer.write = lambda self, name, tensor: (_ for _ in ()).throw(OSError("disk full")) if "layers.0.mlp" in name or "experts" in name else write(self, name, tensor)
@@ -436,7 +436,7 @@ def test_half_meta(ranks):
 
 def test_boxes_of_converted_tensors():
     """What is read box by box is what the operations make of the whole: boxes that span parts, too."""
-    from tedfx.lazy import Cat, Cut, Source, Stack, Swap
+    from tedfx.state.lazy import Cat, Cut, Source, Stack, Swap
 
     files = {f"{kind}{e}": torch.randn(3, 4) for kind in "gu" for e in range(3)}
     sources = {name: Source(name, (3, 4)) for name in files}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tedfx.errors import ConfigError
-from tedfx.overlaps import refuse_overlaps
+from tedfx.trace.overlaps import refuse_overlaps
 
 
 class Shares(nn.Module):

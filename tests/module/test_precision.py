@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 import tedfx
-from tedfx.checkpoint_folder import CheckpointError
+from tedfx.saving.folder import CheckpointError
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim import LossScale, ShardedOptimizer
-from tedfx.precision import cast_model, check_precision, parameter_dtypes
+from tedfx.trace.precision import cast_model, check_precision, parameter_dtypes
 from tests.module.mixed import Dense, Mixture, tokens
 from tests.pool import context
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tedfx.errors import ConfigError
-from tedfx.module import ParallelModule
-from tedfx.parameters import ParameterLayout, Placed
-from tedfx.pieces import PiecedTensor
-from tedfx.state import StateError
+from tedfx.runtime.module import ParallelModule
+from tedfx.state.parameters import ParameterLayout, Placed
+from tedfx.state.pieces import PiecedTensor
+from tedfx.runtime.state_dict import StateError
 from tests.module import toy
 from tests.pool import context
 

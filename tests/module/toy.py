@@ -13,9 +13,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from tedfx.module import ParallelModule, Program
+from tedfx.runtime.module import ParallelModule, Program
 from tedfx.ops import convert
-from tedfx.parameters import ParameterLayout
+from tedfx.state.parameters import ParameterLayout
 
 H, F = 6, 8
 aten = torch.ops.aten

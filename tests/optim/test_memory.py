@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tedfx._torch import TorchDispatchMode
-from tedfx.module import ParallelModule
+from tedfx.runtime.module import ParallelModule
 from tedfx.optim import ShardedOptimizer
-from tedfx.parameters import ParameterLayout
+from tedfx.state.parameters import ParameterLayout
 from tests.optim.training import mesh
 
 

@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 
 import tedfx
-from tedfx.checkpoint_folder import CheckpointError
+from tedfx.saving.folder import CheckpointError
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim import OneBitAdam
 from tedfx.optim.compression import CompressedMean
 from tedfx.optim.volume import ring_bytes
-from tedfx.state import StateError
+from tedfx.runtime.state_dict import StateError
 from tests.module import toy
 from tests.optim.training import assert_replicas_equal, loss_of, mesh, module, parameters
 

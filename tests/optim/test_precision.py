@@ -106,7 +106,7 @@ def test_offload_changes_no_number(ranks, zero, offload):
 
 def leaving_early(zero):
     """Buckets leave while backward runs, each as the next is launched."""
-    import tedfx.leaving as leaving
+    import tedfx.runtime.leaving as leaving
 
     real, leaving.Leaving.ready = leaving.Leaving.ready, lambda self, work, device: True
     try:

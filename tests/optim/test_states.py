@@ -6,8 +6,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from tedfx.optim import ShardedOptimizer
-from tedfx.pieces import PiecedTensor
-from tedfx.state import StateError
+from tedfx.state.pieces import PiecedTensor
+from tedfx.runtime.state_dict import StateError
 from tests.module import toy
 from tests.optim.training import OPTIMIZERS, assert_replicas_equal, loss_of, module, parameters, sharded, single, train
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from tedfx import verify_ranks
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
-from tedfx.verify import TOLERANCES, VerifyResult, compare
-from tedfx.verify_run import Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
+from tedfx.verification import processes as verify_ranks
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
+from tedfx.verification.verify import TOLERANCES, VerifyResult, compare
+from tedfx.verification.run import Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
 

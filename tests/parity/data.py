@@ -2,7 +2,7 @@
 
 import torch
 
-from tedfx.verify_run import make_batch
+from tedfx.verification.run import make_batch
 
 
 def uneven_labels(model):

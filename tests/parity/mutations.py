@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from tedfx import gradients
+from tedfx.runtime import gradients
 from tedfx.ops import batch, context, convert, experts, lanes, moe, vocab
 
 
@@ -48,7 +48,7 @@ def boundary_averages(rank):
 
 def boundary_skips(rank):
     """Nothing is summed over the batch axes."""
-    from tedfx import parameters
+    from tedfx.state import parameters
 
     before = parameters.Placed.__init__
 
@@ -60,7 +60,7 @@ def boundary_skips(rank):
 
 def boundary_skips_experts(rank):
     """Experts are not summed over dp: what remains when a parameter is in the wrong group."""
-    from tedfx import parameters
+    from tedfx.state import parameters
 
     before = parameters.Placed.__init__
 
@@ -72,7 +72,7 @@ def boundary_skips_experts(rank):
 
 def shares_in_another_order(rank):
     """ZeRO's rows of the ranks, collected in the wrong order."""
-    from tedfx import cuts
+    from tedfx.ops import cuts
 
     before = cuts.Cut.collect
     cuts.Cut.collect = lambda self, rows, out=None: before(self, rows.flip(0), out)
@@ -80,7 +80,7 @@ def shares_in_another_order(rank):
 
 def weights_read_back_to_front(rank):
     """ZeRO-3's backward reads whole weights in another order than forward did."""
-    from tedfx import gathers
+    from tedfx.runtime import gathers
 
     before = gathers.Store._read
 
@@ -187,6 +187,6 @@ def nothing(rank):
 
 def rate_stays(rank):
     """The scheduler has no effect: the learning rate stays that of the first step."""
-    from tedfx import verify_run
+    from tedfx.verification import run as verify_run
 
     verify_run.rate_of_step = lambda step: 1.0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tedfx.verify_run import split_batch
+from tedfx.verification.run import split_batch
 from tests.parity.cases import case, on_ranks, on_single
 
 ONE = {"num_hidden_layers": 1}

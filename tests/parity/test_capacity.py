@@ -3,7 +3,7 @@
 import pytest
 
 from tedfx.ops import count_collectives
-from tedfx.verify_run import errors, relative, split_batch
+from tedfx.verification.run import errors, relative, split_batch
 from tests.parity.cases import case, on_ranks, on_single, verified
 
 PPMOE = {"expert": "tp"}

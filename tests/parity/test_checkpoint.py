@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from tedfx.cost import COUNTED, Cost
+from tedfx.analysis.cost import COUNTED, Cost
 from tedfx.ops import count_collectives, count_events
-from tedfx.verify_run import errors, relative, split_batch
+from tedfx.verification.run import errors, relative, split_batch
 from tests.parity.cases import case, on_ranks, on_single, verified
 
 PPMOE = {"expert": "tp"}

@@ -6,7 +6,7 @@ dynamo's part, so that test leaves inductor (minutes of C++) out; the other runs
 
 import torch
 
-from tedfx.verify_run import errors, make_batch, relative, split_batch
+from tedfx.verification.run import errors, make_batch, relative, split_batch
 from tests.parity.cases import case, on_ranks, on_single, verified
 
 ONE_LAYER = dict(overrides={"num_hidden_layers": 1}, outputs=("loss",))

@@ -9,9 +9,9 @@ import torch
 
 import tedfx
 from tedfx.errors import ConfigError
-from tedfx.verify import verify
-from tedfx.verify_models import factory
-from tedfx.verify_run import split_batch
+from tedfx.verification.verify import verify
+from tedfx.verification.models import factory
+from tedfx.verification.run import split_batch
 from tests.parity.cases import case, on_ranks
 from tests.parity.nursery import nursery
 

@@ -5,8 +5,8 @@ and micro-batch by micro-batch.
 import pytest
 import torch
 
-from tedfx import verify_ranks
-from tedfx.verify import verify
+from tedfx.verification import processes as verify_ranks
+from tedfx.verification.verify import verify
 from tests.models_functions import Block, Clip, Model
 from tests.parity.cases import case, on_ranks, verified
 from tests.parity.test_layered import three_ways

@@ -9,10 +9,10 @@ from torch import nn
 
 import tedfx
 from tedfx.errors import TedfxError
-from tedfx.layered import interleave, segments
-from tedfx.layers import layers
+from tedfx.runtime.layered import interleave, segments
+from tedfx.analysis.layers import layers
 from tedfx.ops import count_collectives
-from tedfx.verify_run import split_batch
+from tedfx.verification.run import split_batch
 from tests.parity.cases import case, on_ranks
 
 NO_AUX = {"router_aux_loss_coef": 0.0}  # the router's loss of a batch is not the mean of its parts'

@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from tedfx.verify import TOLERANCES, compare
-from tedfx.verify_run import Outcome, rate_of_step, step_batches
+from tedfx.verification.verify import TOLERANCES, compare
+from tedfx.verification.run import Outcome, rate_of_step, step_batches
 from tests.parity import mutations
 from tests.parity.cases import case, verified
 

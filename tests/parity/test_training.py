@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tedfx.verify_run import errors, relative, split_batch
+from tedfx.verification.run import errors, relative, split_batch
 from tests.parity import data
 from tests.parity.cases import case, on_ranks, on_single, verified
 

@@ -7,8 +7,8 @@ from torch import nn
 import tedfx
 from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.errors import ConfigError, TraceError
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
 from tests.parity import values
 from tests.pool import context, ranks  # noqa: F401
 

@@ -7,7 +7,7 @@ import torch
 
 from tedfx.ops import count_collectives
 from tedfx.optim import ShardedOptimizer
-from tedfx.verify_run import split_batch
+from tedfx.verification.run import split_batch
 from tests.parity.cases import case, on_ranks, verified
 
 TILE = 500

@@ -9,11 +9,11 @@ from tedfx.passes.base import run_pipeline
 from torch import fx
 
 from tedfx.compiler import Compilation, compile_trace, default_passes
-from tedfx.derived import solve, symbol_of
-from tedfx.roles import MeshShape, Roles
+from tedfx.placement.derived import solve, symbol_of
+from tedfx.placement.roles import MeshShape, Roles
 from tedfx.rules import op_name
-from tedfx.trace import trace
-from tedfx.types import format_type
+from tedfx.trace.export import trace
+from tedfx.placement.types import format_type
 from tests.rules.simulate import Ranks, cotangent, join, same, split
 
 _TRACES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # a Compilation works on a copy

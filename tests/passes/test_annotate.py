@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tedfx.factors import dim_size, leaves
+from tedfx.placement.factors import dim_size, leaves
 from tests.passes import models as m
 from tests.passes.helpers import find, placeholder, upto
 

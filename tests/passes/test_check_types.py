@@ -9,7 +9,7 @@ from tedfx.passes.place import convert
 from torch import fx
 
 from tedfx.errors import TypeCheckError
-from tedfx.types import I, P, R, Shard
+from tedfx.placement.types import I, P, R, Shard
 from tests.passes import models as m
 from tests.passes.helpers import upto
 

@@ -8,20 +8,20 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from tedfx.passes.attention_cores import attention_cores
+from tedfx.analysis.attention_cores import attention_cores
 from tedfx.passes.checkpoint import Checkpoint, assert_no_recomputed_collectives, barrier, communicating_nodes, parse, regions_of
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tedfx
-from tedfx.activations import Ledger, Sizing, saved, saves, short_name
+from tedfx.analysis.activations import Ledger, Sizing, saved, saves, short_name
 from tedfx.compiler import compile_trace, default_passes, example_sizes, pipeline
-from tedfx.cost import Cost
-from tedfx.emission import emit, schedule
+from tedfx.analysis.cost import Cost
+from tedfx.graph.emission import emit, schedule
 from tedfx.errors import ConfigError, TedfxError
-from tedfx.layers import layer_of, path_of
-from tedfx.roles import MeshShape, Roles
+from tedfx.analysis.layers import layer_of, path_of
+from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
 from tests.passes.helpers import compilation, find, run_ranks
 

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from tedfx.compiler import Compilation, compile_trace
-from tedfx.cost import Cost
+from tedfx.analysis.cost import Cost
 from tedfx.errors import ConfigError, TypeCheckError
 from tedfx.passes.base import run_pipeline
 from tedfx.passes.check_types import check_types
 from tedfx.passes.collective_algebra import ROWS, CollectiveAlgebra
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
-from tedfx.types import I
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
+from tedfx.placement.types import I
 from tests.models_capacity import CAPACITY
 from tests.passes import models as m
 from tests.passes.helpers import PLAIN, compilation, count, default_passes, find, parity

@@ -8,7 +8,7 @@ from tedfx import ops
 from tedfx.compiler import pipeline
 from tedfx.errors import ConfigError
 from tedfx.passes.gather_parameters import GatherParameters
-from tedfx.roles import MeshShape, Roles
+from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
 from tests.passes.helpers import calls, find, placeholder, upto
 

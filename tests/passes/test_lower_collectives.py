@@ -12,11 +12,11 @@ from torch.nn import functional
 from tedfx import ops
 from tedfx.compiler import compile_trace, default_passes
 from tedfx.errors import TypeCheckError
-from tedfx.factors import Factor
-from tedfx.plan import Plan
-from tedfx.roles import MeshShape, Roles
+from tedfx.placement.factors import Factor
+from tedfx.placement.plan import Plan
+from tedfx.placement.roles import MeshShape, Roles
 from tedfx.rules.base import op_name
-from tedfx.types import I, P, R, Shard
+from tedfx.placement.types import I, P, R, Shard
 from tests.passes import models as m
 from tests.passes.helpers import compilation, find, run_ranks, upto
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split

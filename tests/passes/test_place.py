@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tedfx.types import I, P, R
+from tedfx.placement.types import I, P, R
 from tests.passes import models as m
 from tests.passes.helpers import conversions, find, parity, placeholder, typed, upto
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tedfx.call_check import CallRules
-from tedfx.derived import solve, symbol_of, whole_pieces
+from tedfx.trace.call_check import CallRules
+from tedfx.placement.derived import solve, symbol_of, whole_pieces
 from tedfx.errors import CallError, TraceError
-from tedfx.factors import leaves
+from tedfx.placement.factors import leaves
 from tests.passes import models as m
 from tests.passes.helpers import PLAIN, parity, placeholder, upto
 
@@ -152,7 +152,7 @@ def test_experts_used_twice_and_experts_that_share(tie):
 
 
 def test_a_stack_of_tied_parameters_has_all_names():
-    from tedfx.layouts import layouts_of
+    from tedfx.state.layouts import layouts_of
 
     model = nn.Module()
     model.first, model.again = Loop(), nn.Module()

@@ -5,8 +5,8 @@ import functools
 import pytest
 
 from tedfx.compiler import Compilation, compile_trace, default_passes
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
 from tests.models import MODELS
 
 

@@ -14,11 +14,11 @@ from math import prod
 import torch
 
 import tedfx
-from tedfx import verify_ranks
+from tedfx.verification import processes as verify_ranks
 from tedfx.compiler import Compilation, compile_trace, default_passes
-from tedfx.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, GATHER_PARAMETERS, Cost
-from tedfx.roles import MeshShape, Roles
-from tedfx.trace import trace
+from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, GATHER_PARAMETERS, Cost
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.trace.export import trace
 from tests.models import MODELS
 from tests.models_capacity import CAPACITY
 

@@ -141,8 +141,8 @@ def test_verify_is_handed_on(monkeypatch):
     import sys
     import types
 
-    fake = types.ModuleType("tedfx.verify", "Compare.")
+    fake = types.ModuleType("tedfx.verification.command", "Compare.")
     fake.add_arguments = lambda parser: parser.add_argument("model")
     fake.run = lambda options: 1 if options.model == "bad" else 0
-    monkeypatch.setitem(sys.modules, "tedfx.verify", fake)
+    monkeypatch.setitem(sys.modules, "tedfx.verification.command", fake)
     assert (main(["verify", "good"]), main(["verify", "bad"]), main(["verify"])) == (0, 1, 2)

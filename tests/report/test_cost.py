@@ -11,7 +11,7 @@ import pytest
 import sympy
 import torch
 
-from tedfx.cost import GATHER_PARAMETERS, SCATTER_GRADIENTS, ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Communication, Cost, format_bytes, format_formula
+from tedfx.analysis.cost import GATHER_PARAMETERS, SCATTER_GRADIENTS, ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Communication, Cost, format_bytes, format_formula
 from tests.report.counting import CASES, SLOTS
 
 

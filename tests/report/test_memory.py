@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tedfx import activations
+from tedfx.analysis import activations
 
 _SPEC = importlib.util.spec_from_file_location("benchmarks_memory", Path(__file__).parents[2] / "benchmarks" / "memory.py")
 memory = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)  # dataclasses look their module up

@@ -3,8 +3,8 @@
 import pytest
 
 from tedfx.errors import ConfigError
-from tedfx.tiny_config import _kept, _repairs
-from tedfx.verify_models import ByType
+from tedfx.verification.tiny_config import _kept, _repairs
+from tedfx.verification.models import ByType
 
 
 def config(model_type: str, **overrides):

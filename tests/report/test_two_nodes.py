@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tedfx.cost import parameter_nodes
-from tedfx.types import R
+from tedfx.analysis.cost import parameter_nodes
+from tedfx.placement.types import R
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HIDDEN, TOKENS, TOP_K = 16, 24, 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 import tedfx.ops.experts  # noqa: F401  (registers torch.ops.tedfx)
-from tedfx.factors import leaves
+from tedfx.placement.factors import leaves
 from tedfx.rules import operands
-from tedfx.types import Shard
+from tedfx.placement.types import Shard
 from tests.rules.one_op import Case
 
 aten = torch.ops.aten

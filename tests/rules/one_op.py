@@ -17,12 +17,12 @@ from tedfx.passes.place import route
 from torch import fx
 
 from tedfx.dtypes import has_gradient
-from tedfx.factors import leaves
-from tedfx.placing import decide
-from tedfx.plan import Plan, differentiable
-from tedfx.roles import MeshShape, Roles
+from tedfx.placement.factors import leaves
+from tedfx.decisions.decide import decide
+from tedfx.placement.plan import Plan, differentiable
+from tedfx.placement.roles import MeshShape, Roles
 from tedfx.rules import op_name, operands
-from tedfx.types import I, P, R, Shard
+from tedfx.placement.types import I, P, R, Shard
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split
 
 MESH = {"tp": 2}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from tedfx import _torch
-from tedfx.factors import leaves
+from tedfx.placement.factors import leaves
 from tedfx.ops import context
 from tedfx.ops.context import Span
-from tedfx.types import I, P, R, Shard, find_dim
+from tedfx.placement.types import I, P, R, Shard, find_dim
 
 TIMEOUT = 60.0
 

@@ -2,8 +2,8 @@
 
 import sympy
 
-from tedfx.factors import Factor, as_size, dim_size, leaves, refine_dim, regroup, unify
-from tedfx.types import I, P, R, Shard, find_dim, format_type, local_size, sharding_axes
+from tedfx.placement.factors import Factor, as_size, dim_size, leaves, refine_dim, regroup, unify
+from tedfx.placement.types import I, P, R, Shard, find_dim, format_type, local_size, sharding_axes
 
 s = sympy.Symbol("s", positive=True, integer=True)
 b = sympy.Symbol("b", positive=True, integer=True)

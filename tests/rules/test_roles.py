@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tedfx.errors import ConfigError
-from tedfx.roles import MeshShape, Roles, parse_mesh
+from tedfx.placement.roles import MeshShape, Roles, parse_mesh
 
 
 def resolve(mesh, **roles):

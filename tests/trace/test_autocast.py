@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tedfx.errors import TraceError
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 from tests.module.mixed import Dense
 
 aten = torch.ops.aten

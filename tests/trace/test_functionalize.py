@@ -7,7 +7,7 @@ from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 
 aten = torch.ops.aten
 

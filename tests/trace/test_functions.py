@@ -7,7 +7,7 @@ from torch.autograd import Function
 
 from tedfx.errors import CaptureError, TraceError
 from tedfx.ops.function import kept_of
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 from tests.models_functions import FUNCTIONS, AddLoss, Block, Clip, Half, Mixture, Model, Norm, Reverse
 from tests.passes.helpers import parity, typed
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tedfx.call_check import CallRules
+from tedfx.trace.call_check import CallRules
 from tedfx.errors import CallError, TraceError
-from tedfx.input_sizes import is_batch, with_room
-from tedfx.trace import trace
+from tedfx.trace.input_sizes import is_batch, with_room
+from tedfx.trace.export import trace
 
 
 class Model(nn.Module):

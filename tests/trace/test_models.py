@@ -13,8 +13,8 @@ from tedfx.passes.simplify_masks import SimplifyMasks  # noqa: E402
 
 from tedfx.errors import CaptureError, ConfigError, TraceError  # noqa: E402
 from tedfx.frontends import HuggingFace, huggingface  # noqa: E402
-from tedfx.capture_check import check_capture  # noqa: E402
-from tedfx.trace import trace  # noqa: E402
+from tedfx.checking.forward import check_capture  # noqa: E402
+from tedfx.trace.export import trace  # noqa: E402
 from tests.models import MODELS  # noqa: E402
 
 aten = torch.ops.aten

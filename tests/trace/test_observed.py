@@ -13,7 +13,7 @@ from torch import nn
 from tedfx.errors import TraceError
 from tedfx.passes.base import run_pipeline
 from tedfx.passes.functionalize import Functionalize
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 
 CALLS = 0
 SCALE = 2.0

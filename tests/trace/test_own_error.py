@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tedfx.errors import TraceError
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 
 
 class Counting(nn.Module):

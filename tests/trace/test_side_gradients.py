@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook, save_on_cpu, saved_tensors_hooks
 
 from tedfx.errors import TraceError
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 from tests.passes.helpers import parity
 
 

@@ -8,7 +8,7 @@ from tedfx.passes.simplify_masks import SimplifyMasks
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from tedfx.trace import trace
+from tedfx.trace.export import trace
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

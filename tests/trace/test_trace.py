@@ -9,7 +9,7 @@ from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError, user_line
-from tedfx.trace import infer_inputs, trace
+from tedfx.trace.export import infer_inputs, trace
 
 aten = torch.ops.aten
 

@@ -1,0 +1,181 @@
+"""Local sizes: every size in the local graph is written anew from the inputs' sizes.
+
+A dim of the inputs' sizes that ranks split among themselves (tokens over a tensor axis) need not divide: its local size is a `Share`.
+
+The symbol of the sharded batch dim stands, in the local graph, for this rank's part: `batch` there is the local size, and the global one is
+`batch x degree`. So does the symbol s of a batch that must be even (`2*s` in the trace): on a rank it is the local size, and the global s is `batch x degree / 2`. A size that
+only the data tells is asked of the value that has it. Sizes that shape a tensor become local; sizes used as numbers (a mean's divisor, the length of a range) stay global. The graph's own
+size arithmetic is dropped: dims know their sizes, so nothing has to be followed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from functools import reduce
+
+import sympy
+import torch
+from sympy.core.symbol import Str
+from torch import fx
+
+from tedfx import ops
+from tedfx._torch import size_max, size_min
+from tedfx.placement.derived import solve, symbol_of
+from tedfx.errors import TraceError, user_line
+from tedfx.placement.factors import Factor, as_size, dim_size, leaves
+from tedfx.rules.base import is_tensor
+from tedfx.placement.types import sharding_axes
+
+
+# Numbers made from sizes, through floats: a capacity of `ceil(tokens / experts * factor)`.
+_NUMBERS = {"ToFloat": torch.sym_float, "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv, "CeilToInt": math.ceil, "FloorToInt": math.floor,
+            "TruncToInt": math.trunc, "RoundToInt": round}  # fmt: skip
+
+
+class Share(sympy.Function):
+    """Share(whole, degree, *axis names): this rank's piece of a dim that `degree` ranks need not divide. As a number, the average."""
+
+    @classmethod
+    def eval(cls, whole, degree, *axes):
+        if whole.is_Integer:
+            return sympy.Rational(int(whole), int(degree))
+
+    def _eval_is_integer(self):
+        return True
+
+    def _eval_is_nonnegative(self):
+        return True
+
+    def _sympystr(self, printer):
+        return f"{printer.parenthesize(self.args[0], 50)}/{self.args[1]}"
+
+    axes = property(lambda self: tuple(str(a) for a in self.args[2:]))
+
+
+class Sizes:
+    """Expressions and nodes for sizes of one local graph."""
+
+    def __init__(self, program):
+        self.program, self.graph, self.plan = program, program.graph_module.graph, program.plan
+        self.mesh = program.roles.mesh
+        self.symbols: dict = {}  # symbol -> its global value, in local symbols
+        self.sources: dict = {}  # symbol -> (placeholder, dim) whose local size it is here
+        self.given: dict = {}  # factor -> axes that split the inputs along it
+        self.nodes: dict = {}
+        self.locals: dict = {}  # (global size, degree) -> local size
+        self.products: dict = {}
+        self.last, self.current = None, None
+        for node in self.graph.find_nodes(op="placeholder"):
+            self.last = node
+            for d, dim in enumerate(node.meta.get("dims", ())):
+                size = dim_size(leaves(dim))
+                symbol = symbol_of(size)
+                if symbol is not None and (symbol not in self.sources or (symbol == size and self.symbols[symbol][1] != size)):
+                    axes = [sharding_axes(node.meta["type"], f) for f in leaves(dim)]
+                    self.given.update((f.root(), a) for f, a in zip(leaves(dim), axes))
+                    self.sources[symbol] = (node, d)
+                    self.symbols[symbol] = (solve(size, symbol * math.prod(map(self.mesh.size, axes))), size)
+
+    def whole(self, expr):
+        """A global size in terms of local symbols."""
+        expr = as_size(expr)
+        if isinstance(expr, int):
+            return expr
+        return as_size(expr.subs({s: self.symbols[s][0] for s in expr.free_symbols & self.symbols.keys()}, simultaneous=True))
+
+    def factor(self, factor: Factor, type_) -> "int | sympy.Expr":
+        """Local size of a factor in a value of this type."""
+        axes = sharding_axes(type_, factor)
+        counted = factor.root().everywhere
+        rest = tuple(a for a in axes if a not in self.given.get(factor.root(), ()))  # what is left to split once the inputs' own split is taken off
+        key = (factor.size, axes, rest, factor.ragged, counted)
+        if key not in self.locals:
+            total, degree = self.whole(factor.size) if counted is None else counted, self.mesh.size(axes)
+            if isinstance(total, int):
+                assert total % degree == 0, (factor, degree)
+                self.locals[key] = total // degree
+            else:
+                local, over = as_size(total / degree), self.mesh.size(rest)
+                exact = over == 1 or factor.ragged or counted is not None or _is_whole(local)
+                self.locals[key] = local if exact else Share(total / degree * over, over, *(Str(a) for a in rest))
+        return self.locals[key]
+
+    def dim(self, dim, type_) -> "int | sympy.Expr":
+        sizes = tuple(self.factor(f, type_) for f in leaves(dim))
+        if len(sizes) == 1:
+            return sizes[0]
+        if sizes not in self.products:
+            self.products[sizes] = as_size(reduce(operator.mul, sizes, sympy.Integer(1)))
+        return self.products[sizes]
+
+    def shape(self, node: fx.Node) -> list:
+        """Local shape of a node, as expressions."""
+        self.current = node
+        return [self.dim(d, node.meta["type"]) for d in node.meta["dims"]]
+
+    # nodes ----------------------------------------------------------------------------------------------------------------
+    def node(self, expr):
+        """An int, or the node that computes the expression from the inputs' sizes."""
+        expr = as_size(expr)
+        if isinstance(expr, int):
+            return expr
+        if expr not in self.nodes:
+            self.nodes[expr] = self._make(sympy.sympify(expr))
+        return self.nodes[expr]
+
+    def _call(self, target, *args) -> fx.Node:
+        """Behind the inputs and their sizes; behind its operands where those are sizes of computed values."""
+        later = max([self.last, *(a for a in args if isinstance(a, fx.Node))])
+        with self.graph.inserting_after(later):
+            made = self.graph.call_function(target, args)
+        if later is self.last:
+            self.last = made
+        return made
+
+    def _of_data(self, symbol) -> tuple[fx.Node, int]:
+        """The first value that is as long as only the data tells. What the node at hand makes, pieces of a split by such lengths, is no source of them."""
+        for node in self.graph.nodes:
+            if node is self.current:
+                break
+            for d, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+                if as_size(size) == symbol and is_tensor(node):
+                    return node, d
+        raise TraceError(
+            f"a size that only the data tells ({symbol}) shapes a value here, and no tensor before it has that size | at {user_line(self.current)} | use a mask over all "
+            "elements, or a size that follows from those of the inputs"
+        )
+
+    def _make(self, expr):
+        if expr.is_Float:
+            return float(expr)
+        if expr.is_Symbol:
+            source, dim = self.sources.get(expr) or self._of_data(expr)
+            return self._call(torch.ops.aten.sym_size.int, source, dim)
+        if expr.is_Add or expr.is_Mul:
+            top, bottom = sympy.fraction(sympy.together(expr))
+            if bottom.is_Integer and bottom != 1:
+                return self._call(operator.floordiv, self.node(top), int(bottom))
+        if isinstance(expr, Share):
+            return self._call(ops.share, self.node(expr.args[0]), expr.axes)
+        args = [self.node(a) for a in expr.args]
+        if expr.is_Add:
+            return reduce(lambda a, b: self._call(operator.add, a, b), args)
+        if expr.is_Mul:
+            return reduce(lambda a, b: self._call(operator.mul, a, b), args)
+        if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
+            return reduce(lambda a, b: self._call(operator.mul, a, b), [self.node(expr.base)] * int(expr.exp))
+        table = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "CleanDiv": operator.floordiv, "Max": size_max, "Min": size_min}
+        name = type(expr).__name__
+        if name in _NUMBERS:
+            return self._call(_NUMBERS[name], *args)
+        if name in table:
+            return reduce(lambda a, b: self._call(table[name], a, b), args)
+        raise TraceError(f"a size of the form {expr} cannot be written for one rank | at {user_line(self.current)} | make it of +, *, //, %, min and max of the inputs' sizes")
+
+
+def _is_whole(size) -> bool:
+    """Whether a quotient is a whole number whatever the symbols are, as far as its form tells."""
+    if isinstance(size, int) or not size.is_polynomial():
+        return True
+    return all(c.is_Integer for c in sympy.Poly(size, *sorted(size.free_symbols, key=str)).coeffs())

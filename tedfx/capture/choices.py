@@ -1,0 +1,120 @@
+"""The choices of a mixture as ids [N, K] and weights [N, K], from the terms of its combine weights (terms: slots.py).
+
+The choices of all terms stand side by side: K is their sum. A weight is the product of a term's values, each read at the token, its choice, and
+the expert that was chosen (a matrix over the experts is gathered by the ids); bits among them are the keep flags: a dropped assignment has weight zero.
+
+It is not sent either. A term is 0 where one of its guards is, so an assignment is kept if all of them are 1, and the id of any other is E, no expert's: the
+rows of those stand behind all others in what `dispatch` gives (its tail). Weights are read at the model's own ids.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+
+import torch
+from tedfx.graph.emit import emit
+from tedfx.capture.routing import Routing, product, shape_of
+from tedfx.capture.rules import refuse
+from tedfx.capture.slots import Bit, Term, Value
+from torch import fx
+
+from tedfx.placement.factors import as_size
+from tedfx.placement.slots import Slots
+
+__all__ = ["Choices"]
+
+aten = torch.ops.aten
+
+
+class Choices:
+    def __init__(self, graph: fx.Graph, terms: tuple[Term, ...], like: fx.Node):
+        self.graph, self.terms, self.like = graph, terms, like
+        self.ids = [self._flat(term.routing.node, term.routing.dims, term.routing) for term in terms]
+
+    def emit(self, target, *args, **kwargs) -> fx.Node:
+        return emit(self.graph, target, args, kwargs, like=self.like)
+
+    def dispatch(self, x: fx.Node, slots: Slots) -> tuple[tuple[fx.Node, fx.Node, fx.Node], bool]:
+        """((rows, counts, order), whether there may be a tail)."""
+        experts = self.terms[0].routing.experts
+        kept = [self._kept(term, ids) for term, ids in zip(self.terms, self.ids)]
+        tail = any(keep is not None for keep in kept)
+        sent = [ids if keep is None else self.emit(aten.where.ScalarOther, keep, ids, experts) for keep, ids in zip(kept, self.ids)]
+        out = self.emit(torch.ops.tedfx.dispatch.default, x, self._side_by_side(sent), experts, *(True,) * tail)
+        out.meta["slots"] = slots
+        return tuple(self.emit(operator.getitem, out, i) for i in range(3)), tail
+
+    def _kept(self, term: Term, ids: fx.Node) -> fx.Node | None:
+        """Where all guards of a term are 1: truth values that broadcast to [N, K]; None for a term without any."""
+        bits = [bit.source for bit in term.guards]
+        bits = sorted(bits, key=lambda value: (value.node, value.inverted)) + self._within(term)  # in the order of the graph: a set has none
+        read = [self._read(value, term.routing, ids, torch.bool) for value in bits]
+        return reduce(lambda a, b: self.emit(aten.logical_and.default, a, b), read) if read else None
+
+    def weights(self, end: fx.Node) -> fx.Node:
+        dtype = end.meta["val"].dtype
+        return self._side_by_side([self._weight(term, ids, dtype) for term, ids in zip(self.terms, self.ids)])
+
+    def _side_by_side(self, nodes: list[fx.Node]) -> fx.Node:
+        return nodes[0] if len(nodes) == 1 else self.emit(aten.cat.default, nodes, 1)
+
+    def _weight(self, term: Term, ids: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """[N, K] of one term."""
+        total = None
+        for value in (*term.values, *self._within(term)):
+            read = self._read(value, term.routing, ids, dtype)
+            total = read if total is None else self.emit(aten.mul.Tensor, total, read)
+        if total is None or not isinstance(total.meta["val"], torch.Tensor) or as_size(shape_of(total)[-1]) != as_size(shape_of(ids)[-1]) or shape_of(total)[0] == 1:
+            ones = self.emit(aten.ones_like.default, ids, dtype=dtype)
+            total = ones if total is None else self.emit(aten.mul.Tensor, ones, total)
+        return total if total.meta["val"].dtype == dtype else self.emit(aten.to.dtype, total, dtype)
+
+    def _within(self, term: Term) -> list[Value]:
+        """A place beyond the last slot has none: the bit that says so, unless the term has it already."""
+        slot = term.slot
+        if slot.beyond is None:
+            return []
+        limit = as_size(slot.size - slot.first)
+        known = any(bit.queue == slot.queue and bit.limit is not None and as_size(bit.limit) == limit for bit in term.guards if isinstance(bit, Bit))
+        found = [] if known else [Value(self.emit(aten.lt.Scalar, slot.place.node, slot.beyond), slot.place.dims)]
+        return found if slot.first >= 0 else [*found, Value(self.emit(aten.ge.Scalar, slot.place.node, 0), slot.place.dims)]
+
+    def _read(self, value: Value, routing: Routing, ids: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """A value at (token, choice): [N, K], [N, 1] or [1, 1]."""
+        node = value.node
+        if not isinstance(node, fx.Node):
+            return self.emit(aten.full.default, [1, 1], node, dtype=dtype, device=ids.meta["val"].device)
+        if not node.meta["val"].dtype.is_floating_point:
+            node = self.emit(aten.logical_not.default, node) if value.inverted else node
+            node = node if node.meta["val"].dtype == dtype else self.emit(aten.to.dtype, node, dtype)
+        labels = {x for dim in value.dims for x in dim}
+        if not labels:
+            return self.emit(aten.reshape.default, node, [1, 1])
+        if labels == {"e"}:
+            return self.emit(aten.index.Tensor, self.emit(aten.reshape.default, node, [-1]), [ids])
+        flat = self._flat(node, value.dims, routing)
+        if "e" not in labels:
+            return flat
+        if "k" not in labels:
+            return self.emit(aten.gather.default, flat, 1, ids)
+        picked = self.emit(aten.gather.default, flat, 1, self.emit(aten.reshape.default, ids, [-1, 1]))
+        return self.emit(aten.reshape.default, picked, [-1, routing.choices])
+
+    def _flat(self, node: fx.Node, dims: tuple, routing: Routing) -> fx.Node:
+        """[N, K]; with a dim of experts [N, E], or [N * K, E] where there are choices too."""
+        split: list = []
+        for dim in dims:
+            rest = tuple(x for x in dim if x != "k")
+            split += [dim] if not rest or "k" not in dim else [("k",), rest] if dim[0] == "k" else [rest, ("k",)] if dim[-1] == "k" else [dim]
+        if split != list(dims):
+            sizes = [product(routing.sizes[x] for x in dim) for dim in split]
+            node = self.emit(aten.reshape.default, node, [s if isinstance(s, int) else -1 for s in sizes])
+        order = sorted(range(len(split)), key=lambda d: ({"k": 1, "e": 2}.get(split[d][0], 0), routing.tokens.index(split[d][0]) if split[d][0] in routing.tokens else 0) if split[d] else (0, -1))
+        if tuple(x for d in order for x in split[d] if x in routing.tokens) != routing.tokens:
+            raise refuse("a weight that is not one number per token", self.like, "let a weight have all the tokens' dims, in their order")
+        if order != list(range(len(order))):
+            node = self.emit(aten.permute.default, node, order)
+        labels = [x for dim in split for x in dim]
+        width = routing.experts if "e" in labels else routing.choices if "k" in labels else 1
+        return node if len(shape_of(node)) == 2 and shape_of(node)[1] == width else self.emit(aten.reshape.default, node, [-1, width])

@@ -1,0 +1,67 @@
+"""Matrix products and norms of an expert's body, batched (the terms are in rules.py).
+
+- A linear or matmul of rows with stacked matrices is a `grouped_linear`, its bias a row per expert, added. With one shared matrix it is what it was.
+- A norm with stacked weights is the norm without them, then a product with and a sum of rows of the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from tedfx.capture.rules import Batched, aligned, refuse, unknown
+from torch import fx
+
+__all__ = ["linear", "norm"]
+
+aten = torch.ops.aten
+
+
+def linear(batch, like: fx.Node, name: str, args: tuple) -> Batched:
+    bias, rows, weight = None, *args[:2]
+    if name == "linear":
+        bias = args[2] if len(args) > 2 else None
+    elif name == "addmm":
+        bias, rows, weight = args[:3]
+        if like.kwargs:
+            raise unknown(like)
+    if weight.kind == "rows" or rows.kind == "stacked":
+        raise unknown(like)
+    if rows.kind == "shared":
+        rows = batch.tokens(rows, like)
+    if rows.right != 1:
+        raise refuse("a matrix product over the rows", like, "keep the rows in a dim of their own")
+    if weight.kind == "shared":
+        given = (rows.node, weight.node)
+        node = batch.emit(aten.linear.default if name == "linear" else aten.matmul.default, given, {}, like)
+    else:
+        if rows.node.meta["val"].dim() != 2 or weight.right != 2:
+            raise refuse("a matrix product of an expert that is not (rows, features) by (features, features)", like, "reshape to rows first")
+        base = batch.transposes.get(weight.node)
+        transposed = (name != "linear") == (base is None)
+        node = batch.emit(torch.ops.tedfx.grouped_linear.default, (rows.node, weight.node if base is None else base, batch.counts, transposed, *batch.tail), {}, like)
+    out = Batched("rows", node, like, 1, rows.span)
+    if bias is not None:
+        node = batch.emit(aten.add.Tensor, (node, aligned(batch, like, bias, out)), {}, like)
+    return replace(out, node=node)
+
+
+def norm(batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
+    def operand(name, default=None):
+        for position, spec in enumerate(like.target._schema.arguments):
+            if spec.name == name:
+                return args[position] if position < len(args) else kwargs.get(name, spec.default_value)
+        return default
+
+    source, shape = operand("input"), operand("normalized_shape")
+    if source.kind == "shared":
+        source = batch.tokens(source, like)
+    if source.kind != "rows" or len(shape) > source.right:
+        raise refuse(f"{name} over the rows", like, "normalise the features of each row")
+    weight, bias, eps = operand("weight"), operand("bias"), operand("eps")
+    given = (source.node, shape, None, None, eps) if name == "layer_norm" else (source.node, shape, None, eps)
+    out = Batched("rows", batch.emit(like.target, given, {}, like), like, source.right, source.span)
+    for target, value in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
+        if value is not None:
+            out = replace(out, node=batch.emit(target, (out.node, aligned(batch, like, value, out)), {}, like))
+    return out

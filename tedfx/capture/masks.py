@@ -1,0 +1,204 @@
+"""What follows from a routing, by one walk over the graph: masks and searches here, gates in gates.py (terms: routing.py).
+
+| the model writes | fact |
+|---|---|
+| `ids == e`, `ids[..., None] == arange(E)`, `one_hot(ids, E)`, ones scattered at ids | hit (`ids != e`, `~hit`: miss) |
+| `any` or, for unique ids, `sum` of a hit over the choices | hit, reduced |
+| `torch.where(hit)`, `hit.nonzero()`; one of its columns | search; with `column` |
+| views, transposes, casts, `[e]`, `[:, e]`, `unbind` | the same fact, its dims moved, its `expert` known |
+
+Whatever is not in the table has no fact, so a mask that means more than this (capacity, padding) is never taken for a hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from tedfx.capture.gates import masked_fill, multiply, scatter, softmax, where
+from tedfx.capture.routing import VIEWS, Dims, Fact, argument, dim_of, moved, name_of, origin, shape_of
+from torch import fx
+
+__all__ = ["facts"]
+
+
+def facts(graph: fx.Graph) -> dict[fx.Node, Fact]:
+    known: dict[fx.Node, Fact] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        found = origin(node, known) or _derive(node, known)
+        if found is not None:
+            known[node] = found
+    return known
+
+
+def _derive(node: fx.Node, known: dict) -> Fact | None:
+    """What follows from known operands."""
+    name = name_of(node)
+    if name == "arange" and len(node.args) == 1 and isinstance(node.args[0], int):
+        return Fact("numbers", None, (("e",),), expert=None, column=node.args[0])
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    fact = known.get(source)
+    if name in _BINARY:
+        return _BINARY[name](node, known)
+    if name in ("scatter", "where", "masked_fill"):
+        return _SPECIAL[name](node, known)
+    if fact is None:
+        return None
+    if name in _SPECIAL:
+        return _SPECIAL[name](node, known)
+    if fact.kind == "search" and fact.column is None:
+        return _column(node, name, fact)
+    if fact.kind == "search":
+        same = name in _SAME or (name in VIEWS and len(shape_of(node)) == 1)
+        return fact if same else None
+    dims = _layout(node, name, fact)
+    return replace(fact, dims=dims) if dims is not None else None
+
+
+def _sizes(fact: Fact) -> dict:
+    return fact.routing.sizes if fact.routing is not None else {"e": fact.column}
+
+
+_SAME = ("to", "_to_copy", "clone", "contiguous", "detach", "alias", "long", "int", "bool", "float", "lift_fresh_copy", "type_as")
+
+
+def _layout(node: fx.Node, name: str, fact: Fact) -> Dims | None:
+    """The dims of a change of layout or dtype; None where `node` is something else."""
+    if name in _SAME:
+        return fact.dims if fact.kind in ("hit", "miss", "ids", "numbers") or node.meta["val"].is_floating_point() else None
+    return moved(node, name, fact.dims, _sizes(fact))
+
+
+def _same_kind(a: Dims, b: Dims) -> Dims | None:
+    """Dims of a broadcast: right-aligned, equal or one of them ()."""
+    rank = max(len(a), len(b))
+    a, b = ((),) * (rank - len(a)) + tuple(a), ((),) * (rank - len(b)) + tuple(b)
+    out = tuple(x or y for x, y in zip(a, b))
+    return out if all(not x or not y or x == y for x, y in zip(a, b)) else None
+
+
+def _compare(node: fx.Node, known: dict) -> Fact | None:
+    """`ids == e`, `ids.unsqueeze(-1) == arange(E)`; of a hit, `== 1`, `!= 0`, `> 0`."""
+    name, (left, right) = name_of(node), node.args[:2]
+    if isinstance(right, fx.Node) and known.get(right) is not None and (known.get(left) is None or known[left].kind == "numbers"):
+        left, right = right, left
+    fact, other = known.get(left), known.get(right) if isinstance(right, fx.Node) else None
+    if fact is None:
+        return None
+    if fact.kind == "ids" and name in ("eq", "ne"):
+        kind = "hit" if name == "eq" else "miss"
+        if isinstance(right, int) and not isinstance(right, bool):
+            return Fact(kind, fact.routing, fact.dims, expert=right)
+        if other is not None and other.kind == "numbers" and other.column == fact.routing.experts:
+            dims = _same_kind(fact.dims, other.dims)
+            return Fact(kind, fact.routing, dims) if dims is not None and sum("e" in d for d in dims) == 1 else None
+    if fact.kind == "hit" and (name, right) in (("eq", 1), ("ne", 0), ("gt", 0), ("ge", 1)):
+        return fact
+    return None
+
+
+def _reduce(node: fx.Node, known: dict) -> Fact | None:
+    """`any` and `sum` over the choices."""
+    fact, rank = known[node.args[0]], len(known[node.args[0]].dims)
+    dim = argument(node, "dim")
+    if dim is None or fact.kind not in ("hit", "weighed", "gate"):
+        return None
+    over = {d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])}
+    labels = {label for d in over for label in fact.dims[d]}
+    if labels - {"k"} or (name_of(node) != "sum" and fact.kind != "hit") or (name_of(node) == "sum" and fact.kind == "hit" and not fact.routing.unique):
+        return None
+    keep = bool(argument(node, "keepdim"))
+    dims = tuple(() if d in over else dim for d, dim in enumerate(fact.dims) if d not in over or keep)
+    if not labels and fact.routing.choices > 1:
+        return replace(fact, dims=dims)
+    return replace(fact, dims=dims, reduced=True, kind="hit" if fact.kind == "hit" else "gate")
+
+
+def _one_hot(node: fx.Node, known: dict) -> Fact | None:
+    fact = known[node.args[0]]
+    if fact.kind != "ids" or node.args[1] != fact.routing.experts:
+        return None
+    return Fact("hit", fact.routing, (*fact.dims, ("e",)))
+
+
+def _pick(node: fx.Node, known: dict) -> Fact | None:
+    """`mask[e]`, `gates[:, e]`, `gates[:, e:e+1]`."""
+    fact = known[node.args[0]]
+    if fact.kind == "search":
+        return _column(node, name_of(node), fact)
+    dim = dim_of(node, len(fact.dims), default=0)
+    if dim is not None and fact.dims[dim] == ():
+        dims = moved(node, name_of(node), fact.dims, _sizes(fact))
+        return replace(fact, dims=dims) if dims is not None else None
+    if dim is None or fact.dims[dim] != ("e",) or fact.kind not in ("hit", "miss", "weighed", "gate"):
+        return None
+    if name_of(node) == "select":
+        expert, dims = node.args[2], fact.dims[:dim] + fact.dims[dim + 1 :]
+    else:
+        expert, dims = argument(node, "start") or 0, fact.dims[:dim] + ((),) + fact.dims[dim + 1 :]
+        if shape_of(node)[dim] != 1 or fact.routing.experts == 1:
+            return None
+    if not isinstance(expert, int):
+        return None
+    return replace(fact, dims=dims, expert=expert % fact.routing.experts)
+
+
+def _unbind(node: fx.Node, known: dict) -> Fact | None:
+    fact = known[node.args[0]]
+    if fact.kind == "search":
+        return fact if dim_of(node, 2, default=0) == 1 else None
+    dim = dim_of(node, len(fact.dims), default=0)
+    if fact.dims[dim] != ("e",):
+        return None
+    return replace(fact, dims=(("e",), *fact.dims[:dim], *fact.dims[dim + 1 :]), column=-1)  # a list over experts
+
+
+def _getitem(node: fx.Node, known: dict) -> Fact | None:
+    fact, index = known[node.args[0]], node.args[1]
+    if fact.kind == "search":
+        return replace(fact, column=index % len(fact.dims)) if fact.column is None else None
+    if fact.column == -1:
+        return replace(fact, dims=fact.dims[1:], column=None, expert=index % fact.routing.experts)
+    return None
+
+
+def _find(node: fx.Node, known: dict) -> Fact | None:
+    """`torch.where` of one operand searches, of three it chooses."""
+    return _search(node, known) if len(node.args) == 1 else where(node, known)
+
+
+def _search(node: fx.Node, known: dict) -> Fact | None:
+    """`torch.where(mask)`, `mask.nonzero()`."""
+    fact = known.get(node.args[0])
+    return replace(fact, kind="search") if fact is not None and fact.kind == "hit" and fact.expert is not None else None
+
+
+def _column(node: fx.Node, name: str, fact: Fact) -> Fact | None:
+    """One column of `mask.nonzero()`, a matrix with a row per entry found."""
+    width = len(fact.dims)
+    if name == "select" and argument(node, "dim") in (1, -1):
+        return replace(fact, column=node.args[2] % width)
+    if name in _SAME:
+        return fact
+    if width == 1 and name in ("squeeze", "view", "reshape", "flatten") and len(shape_of(node)) == 1:
+        return replace(fact, column=0)
+    if name == "t":
+        return replace(fact, column=-2)
+    return None
+
+
+def _not(node: fx.Node, known: dict) -> Fact | None:
+    fact = known[node.args[0]]
+    other = {"hit": "miss", "miss": "hit"}.get(fact.kind)
+    return replace(fact, kind=other) if other and node.meta["val"].dtype == torch.bool else None
+
+
+_BINARY: dict[str, Callable] = {"eq": _compare, "ne": _compare, "gt": _compare, "ge": _compare, "mul": multiply, "div": multiply}
+_SPECIAL: dict[str, Callable] = {
+    "any": _reduce, "sum": _reduce, "amax": _reduce, "one_hot": _one_hot, "select": _pick, "slice": _pick, "unbind": _unbind,
+    "getitem": _getitem, "where": _find, "nonzero": _search, "nonzero_numpy": _search, "scatter": scatter, "softmax": softmax,
+    "_softmax": softmax, "masked_fill": masked_fill, "logical_not": _not, "bitwise_not": _not,
+}  # fmt: skip

@@ -1,0 +1,150 @@
+"""Products and sums of masks and places (terms: slots.py).
+
+A product has **letters**: one per dim, as in an einsum; equal letters are one dim. Labels of a letter come from the operands that are masks or places;
+an operand of which nothing is known is a value, and may not widen a mask by a dim that has no label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from tedfx.capture.routing import product, shape_of
+from tedfx.capture.slots import Bit, Mask, Place, Term, Total, Totals, Value, sizes_of
+from torch import fx
+
+__all__ = ["multiply", "reduce", "scaled"]
+
+
+def scaled(fact: Mask, node: fx.Node, dims) -> Mask | None:
+    """A value by token that was computed on: `node` is the value now."""
+    if len(fact.terms) != 1:
+        return None
+    return Mask(dims, (replace(fact.terms[0], values=(Value(node, dims),)),))
+
+
+def multiply(node: fx.Node, operands: list, letters: list, known: dict, divides: bool = False):
+    """The product of (operand, its letters), before any sum; `divides`: by the second."""
+    labels: dict = {}
+    found = []
+    for x, own in operands:
+        fact = known.get(x) if isinstance(x, fx.Node) else None
+        fact = fact if isinstance(fact, (Mask, Place)) else None
+        found.append(fact)
+        for letter, dim in zip(own, fact.dims if fact is not None else ()):
+            if dim and labels.setdefault(letter, dim) != dim:
+                return None
+    if not any(found) or (divides and found[1] is not None and found[0] is None):
+        return None
+    places = [f for f in found if isinstance(f, Place)]
+    masks = [f for f in found if isinstance(f, Mask)]
+    routings = {t.routing for m in masks for t in m.terms if not t.plain} | {p.queue.routing for p in places}
+    if not routings:
+        routings = {t.routing for m in masks[:1] for t in m.terms}
+    out = tuple(labels.get(letter, ()) for letter in letters)
+    if places:
+        if len(places) > 1 or len(masks) != 1 or len(operands) != 2 or divides:
+            return None
+        return _masked(places[0], masks[0], out)
+    total: list[Term] | None = None
+    values: list[Value] = []
+    sizes = {k: v for m in masks for k, v in sizes_of(m).items()}
+    for (x, own), fact in zip(operands, found):
+        usable = fact is not None and not (divides and fact is found[-1] and x is operands[-1][0])
+        if usable and not (all(t.plain for t in fact.terms) and fact.terms[0].routing not in routings):
+            total = list(fact.terms) if total is None else _times(total, fact.terms)
+            if total is None:
+                return None
+        else:
+            dims = _dims_of(x, own, labels, sizes)
+            if dims is None:
+                return None
+            values.append(Value(x, dims))
+    if total is None:
+        return None
+    for value in values:
+        total = [_valued(term, value, divides) for term in total]
+        if None in total:
+            return None
+    if all(term.plain for term in total):
+        return scaled(Mask(out, tuple(total)), node, out) if len(total) == 1 else None
+    if divides and values:
+        return None  # the division of a mask is left to its value, before it is spread over experts and slots
+    return Mask(out, tuple(total))
+
+
+def _dims_of(x, own: list, labels: dict, sizes: dict):
+    """The labels of an operand of which nothing is known."""
+    if not isinstance(x, fx.Node) or not isinstance(x.meta["val"], torch.Tensor):
+        return ()
+    dims = []
+    for letter, size in zip(own, shape_of(x)):
+        dim = labels.get(letter, ())
+        if size == 1:
+            dims.append(())
+        elif dim and size == product(sizes[label] for label in dim):
+            dims.append(dim)
+        else:
+            return None
+    return tuple(dims)
+
+
+def _times(left, right) -> list[Term] | None:
+    out = []
+    for a in left:
+        for b in right:
+            if a.routing is not b.routing or (a.slot is not None and b.slot is not None and a.slot != b.slot):
+                return None
+            if (a.nonzero and not b.exact) or (b.nonzero and not a.exact):
+                return None
+            out.append(
+                Term(a.routing, a.hit or b.hit, a.slot or b.slot, a.values + tuple(v for v in b.values if v not in a.values or not b.exact),
+                     a.guards | b.guards, a.exact and b.exact, a.nonzero or b.nonzero, a.merged or b.merged)
+            )  # fmt: skip
+    return out
+
+
+def _valued(term: Term, value: Value, divides: bool) -> Term | None:
+    if term.nonzero:
+        return None
+    if not isinstance(value.node, fx.Node) and value.node == 1:
+        return term
+    if isinstance(value.node, fx.Node) and value.node.meta["val"].dtype == torch.bool and not divides:
+        return replace(term, values=(*term.values, value), guards=term.guards | {Bit(node=value.node, source=value)})
+    return replace(term, values=(*term.values, value), exact=False)
+
+
+def _masked(place: Place, mask: Mask, out) -> Place | None:
+    """A place times a mask of bits: the place where they are 1."""
+    if len(mask.terms) != 1 or out != tuple(place.dims):
+        return None
+    (term,) = mask.terms
+    if not term.exact or term.slot is not None or term.routing is not place.queue.routing or (term.merged and not place.queue.merged):
+        return None
+    return replace(place, guards=place.guards | term.guards, outside=0 if place.outside == 0 or (term.hit and not place.reduced) else None)
+
+
+def reduce(fact, labels: set, dims, node: fx.Node):
+    """The sum over dims with these labels; `dims` are left."""
+    if isinstance(fact, Place):
+        if labels == {"e"} and fact.outside == 0 and not fact.queue.merged and not fact.reduced:
+            return replace(fact, dims=dims, reduced=True)
+        return replace(fact, dims=dims) if not labels else None
+    if not isinstance(fact, Mask):
+        return None
+    terms = fact.terms
+    if not labels:
+        return replace(fact, dims=dims) if not terms[0].plain else scaled(fact, node, dims)
+    if "c" in labels or any(t.plain or t.nonzero for t in terms):
+        return None
+    if labels == {"k"}:
+        exact = lambda t: t.exact and (t.slot is not None or t.routing.unique)
+        return Mask(dims, tuple(replace(t, exact=exact(t), merged=t.merged or t.slot is None) for t in terms))
+    if len(terms) != 1 or not terms[0].hit or terms[0].slot is not None:
+        return None
+    (term,) = terms
+    if labels == {"e"}:
+        return None if term.merged else Mask(dims, (replace(term, hit=False, values=(Value(node, dims),)),))
+    if term.exact and "e" not in labels and any(x.startswith("t") for x in labels) and not any(set(dim) & labels for dim in dims):
+        return Totals(dims, frozenset({Total(term.routing, frozenset(labels), term.guards)}))
+    return None

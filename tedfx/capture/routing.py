@@ -1,0 +1,213 @@
+"""What routing values mean: which tokens and which of their choices a mask, an index or a gate stands for.
+
+A **routing** is a tensor of expert ids that provably lie in 0..E-1: the indices of a top-k, argmax or sort over a dim of size E, draws from E
+probabilities, or ids modulo E (`origin`). A **fact** says of a node that follows from a routing by layout, comparison and reduction
+(`masks.py`) what it holds, exactly:
+
+| kind | entry at (token n, choice k, expert e) |
+|---|---|
+| ids | ids[n,k] |
+| hit | 1 where ids[n,k] == e else 0; with `reduced`, 1 where any of the token's ids is e |
+| miss | 1 - hit |
+| weighed | w[n,k] where ids[n,k] == e else 0 |
+| gate | the sum of those over k: the weight of expert e for token n, zero for an expert that is not chosen |
+| logits | as gate, with -inf instead of zero: its softmax over the experts is a gate |
+| numbers | e (an arange over `column` numbers, to be compared with ids) |
+| search | the indices found by a search (`where(mask)`, `nonzero`) for a mask; `column` c is the index into dim c of the mask |
+
+Dims are tuples of labels: token dims "t0", "t1", .. (as many as the routing has), the choice "k", the expert "e"; () is a dim of size 1,
+("t0", "t1") the flattened tokens. `expert` is the number where the expert dim was selected. A value that is not in the result means nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tedfx.placement.factors import as_size
+
+__all__ = ["VIEWS", "Fact", "Routing", "argument", "dim_of", "moved", "name_of", "origin", "product", "relabel", "shape_of"]
+
+Dims = tuple
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Ids in 0..experts-1. `unique`: a token never names one expert twice."""
+
+    node: fx.Node
+    dims: Dims
+    sizes: dict
+    experts: int
+    unique: bool
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return tuple(label for dim in self.dims for label in dim if label.startswith("t"))
+
+    @property
+    def choices(self) -> int:
+        return self.sizes.get("k", 1)
+
+
+@dataclass(frozen=True)
+class Fact:
+    kind: str
+    routing: Routing
+    dims: Dims
+    expert: int | None = None
+    reduced: bool = False
+    weight: tuple | None = None  # (node, dims): entry [n,k], or [n,e] of a gate matrix
+    column: int | None = None
+
+    @property
+    def order(self) -> tuple:
+        """In which order a search lists what it finds: by its dims, major first; by tokens alone where a token is found once."""
+        labels = tuple(label for dim in self.dims for label in dim)
+        return tuple(label for label in labels if label != "k") if self.routing.unique and labels[-1:] == ("k",) else labels
+
+
+# --- reading nodes ------------------------------------------------------------------------------------------------------------
+
+
+def name_of(node) -> str:
+    """`index_add` for `aten.index_add.default` and for `index_add_`; "" for what is not a call of an operator."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.split("::")[1]
+        return name if name.endswith("__") else name.removesuffix("_")
+    return getattr(node.target, "__name__", "")
+
+
+def shape_of(node: fx.Node) -> list:
+    return [as_size(size) for size in node.meta["val"].shape]
+
+
+def argument(node: fx.Node, name: str, default=None):
+    """An operand by the name it has in the operator's schema."""
+    for position, spec in enumerate(node.target._schema.arguments):
+        if spec.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, spec.default_value if default is None else default)
+    return default
+
+
+def dim_of(node: fx.Node, rank: int, name: str = "dim", default=None) -> int | None:
+    dim = argument(node, name, default)
+    return dim % rank if isinstance(dim, int) and rank else None
+
+
+def product(sizes):
+    result = 1
+    for size in sizes:
+        result = as_size(result * size)
+    return result
+
+
+def relabel(dims: Dims, sizes: dict, shape: list) -> Dims | None:
+    """The dims of a view of this shape, or None where it cuts a dim."""
+    flat = [label for dim in dims for label in dim if sizes[label] != 1]
+    out, position = [], 0
+    for size in shape:
+        taken, product = [], 1
+        while product != size:
+            if position == len(flat):
+                return None
+            taken.append(flat[position])
+            product = as_size(product * sizes[flat[position]])
+            position += 1
+            if isinstance(product, int) and isinstance(size, int) and product > size:
+                return None
+        out.append(tuple(taken))
+    return tuple(out) if position == len(flat) else None
+
+
+VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze")
+
+
+def moved(node: fx.Node, name: str, dims: Dims, sizes: dict) -> Dims | None:
+    """The dims after a change of layout; None where `node` is something else or cuts a dim."""
+    rank = len(dims)
+    if name in VIEWS:
+        return relabel(dims, sizes, shape_of(node))
+    if name == "permute":
+        return tuple(dims[d % rank] for d in node.args[1])
+    if name in ("transpose", "t"):
+        one, other = (0, 1) if name == "t" else (node.args[1] % rank, node.args[2] % rank)
+        order = list(range(rank))
+        if rank > 1:
+            order[one], order[other] = order[other], order[one]
+        return tuple(dims[d] for d in order)
+    if name == "select" and dims[dim_of(node, rank)] == () and shape_of(node.args[0])[dim_of(node, rank)] == 1:
+        return tuple(label for d, label in enumerate(dims) if d != dim_of(node, rank))
+    if name == "unsqueeze":
+        at = node.args[1] % (rank + 1)
+        return (*dims[:at], (), *dims[at:])
+    return None
+
+
+# --- where ids come from ------------------------------------------------------------------------------------------------------
+
+
+def _routing(node: fx.Node, dim: int | None, experts, unique: bool) -> Fact | None:
+    """The fact of a new routing whose choices lie in `dim` (None: a token has one choice)."""
+    if not isinstance(experts, int):
+        return None
+    shape = shape_of(node)
+    if dim is not None and not isinstance(shape[dim], int):
+        return None
+    labels, tokens = [], 0
+    for position in range(len(shape)):
+        labels.append(("k",) if position == dim else (f"t{tokens}",))
+        tokens += position != dim
+    sizes = {label[0]: size for label, size in zip(labels, shape)}
+    labels = tuple(() if sizes[label[0]] == 1 and label == ("k",) else label for label in labels)
+    return Fact("ids", Routing(node, labels, {**sizes, "e": experts}, experts, unique), labels)
+
+
+def origin(node: fx.Node, known: dict) -> Fact | None:
+    """Operators whose results are ids in a known range."""
+    name = name_of(node)
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if source is None:
+        return None
+    if node.target is operator.getitem and node.args[1] == 1 and name_of(source) in ("topk", "sort", "max", "min"):
+        scores = source.args[0]
+        rank, kind = len(shape_of(scores)), name_of(source)
+        dim = dim_of(source, rank, default=-1)
+        if dim is None or (kind in ("max", "min") and len(source.args) + len(source.kwargs) < 2):
+            return None
+        kept = kind in ("topk", "sort") or bool(argument(source, "keepdim"))
+        return _routing(node, dim if kept else None, shape_of(scores)[dim], True)
+    if name in ("argsort", "argmax", "argmin"):
+        rank = len(shape_of(source))
+        dim = dim_of(node, rank, default=-1 if name == "argsort" else None)
+        if dim is None:
+            return None
+        kept = name == "argsort" or bool(argument(node, "keepdim"))
+        return _routing(node, dim if kept else None, shape_of(source)[dim], True)
+    if name == "multinomial":
+        return _routing(node, len(shape_of(node)) - 1, shape_of(source)[-1], not argument(node, "replacement"))
+    if name == "remainder" and isinstance(node.args[1], int) and node.args[1] > 0 and not node.meta["val"].is_floating_point():
+        return _routing(node, None, node.args[1], True)
+    if name == "gather" and source in known and known[source].kind == "ids":
+        fact, index = known[source], known.get(node.args[2])
+        dim = dim_of(node, len(fact.dims))
+        if fact.dims[dim] == ("k",):
+            unique = fact.routing.unique and index is not None and index.kind == "ids" and index.routing.unique
+            return _routing(node, dim, fact.routing.experts, unique)
+    if name == "slice" and source in known and known[source].kind == "ids":
+        fact = known[source]
+        dim = dim_of(node, len(fact.dims), default=0)
+        if fact.dims[dim] == ("k",) and shape_of(node) != shape_of(source):
+            return _routing(node, dim, fact.routing.experts, fact.routing.unique)
+    if name == "select" and source in known and known[source].kind == "ids":
+        fact = known[source]
+        if fact.dims[dim_of(node, len(fact.dims))] == ("k",):
+            return _routing(node, None, fact.routing.experts, True)
+    return None

@@ -1,0 +1,187 @@
+"""What the masks of a mixture with a capacity mean: hits times slots, and why no two tokens share a slot.
+
+    position = cumsum(mask, 0) - mask            a place in the **queue** of each expert
+    keep = position < capacity                   a **bit**: 0 or 1
+    combine[n, e, c] = gate[n] * keep[n] * [ids[n] == e] * [position[n] == c]
+
+A **mask** is a sum of terms. A **term** is, at (token n, choice k, expert e, slot c), the product of values (nodes of the user's), of 1 where
+ids[n,k] == e (`hit`) and of 1 where the place is c (`slot`); without `hit` its values are those at the expert that was chosen.
+
+A **queue** numbers those tokens of an expert whose guards are 1, one after the other along `labels`, behind the totals `before`. A **guard** is a bit;
+a place says where a token stands only where its guards are 1. So two tokens share no slot (`shared_slot` finds none) if
+
+1. every term's slot is a place of its own routing whose guards are guards of the term too: where they are 0, the term is 0;
+2. the queue runs over all the tokens and choices among which the expert sums;
+3. of any two terms one queues behind all that the other can place: behind the total of its queue, or of those of it that a bit `position < limit`,
+   a guard of the term, lets through: the first of the queue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tedfx.capture.routing import Dims, Routing
+from torch import fx
+
+__all__ = ["Bit", "Drop", "Mask", "Numbers", "Place", "Queue", "Slot", "Term", "Total", "Totals", "Value", "sizes_of", "shared_slot"]
+
+
+@dataclass(frozen=True)
+class Total:
+    """How many tokens of each expert have these guards, over `labels`. `source`: the mask that was summed."""
+
+    routing: Routing
+    labels: frozenset
+    guards: frozenset
+    source: Value | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """`merged`: of a mask that says whether any choice of a token is e."""
+
+    routing: Routing
+    labels: frozenset
+    guards: frozenset = frozenset()
+    before: frozenset = frozenset()
+    merged: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    node: Any  # or a number
+    dims: Dims
+    inverted: bool = False  # its logical not
+
+
+@dataclass(frozen=True)
+class Bit:
+    """0 or 1: whether a position in `queue` is below `limit`; or any truth value `node`. `source`: where it can be read (equal bits have equal values)."""
+
+    queue: Queue | None = None
+    limit: Any = None
+    node: fx.Node | None = None
+    source: Value | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """1 where the place is c. `beyond`: the node of the number of slots, where a place beyond has none and that is no error."""
+
+    queue: Queue
+    first: int
+    guards: frozenset
+    place: Value
+    size: Any
+    beyond: Any = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """`exact`: its values are bits, all of them guards. `nonzero`: it is 1 where the product of its values is not 0."""
+
+    routing: Routing
+    hit: bool = False
+    slot: Slot | None = None
+    values: tuple[Value, ...] = ()
+    guards: frozenset = frozenset()
+    exact: bool = False
+    nonzero: bool = False
+    merged: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """A value by token, at the expert that was chosen."""
+        return not self.hit and self.slot is None
+
+
+# --- facts: what a node is ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mask:
+    dims: Dims
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """`first` + the position in the queue, where the guards are 1; `outside`: its value where the expert was not chosen, if that is known."""
+
+    dims: Dims
+    queue: Queue
+    first: int
+    guards: frozenset
+    outside: int | None = None
+    reduced: bool = field(default=False)  # at the expert that was chosen
+
+
+@dataclass(frozen=True)
+class Totals:
+    dims: Dims
+    totals: frozenset
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The logical not of a bit."""
+
+    dims: Dims
+    term: Term
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """0, 1, .. size - 1."""
+
+    dims: Dims
+    size: Any
+    source: Any
+
+
+def sizes_of(fact: Any) -> dict:
+    """Label -> size."""
+    if isinstance(fact, Numbers):
+        return {"c": fact.size}
+    if isinstance(fact, Place):
+        return fact.queue.routing.sizes
+    if isinstance(fact, Totals):
+        return next(iter(fact.totals)).routing.sizes
+    terms = fact.terms if isinstance(fact, Mask) else (fact.term,)
+    slots = [t.slot.size for t in terms if t.slot is not None]
+    return {**terms[0].routing.sizes, **({"c": slots[0]} if slots else {})}
+
+
+# --- the proof ------------------------------------------------------------------------------------------------------------------
+
+
+def shared_slot(terms: tuple[Term, ...], over: set) -> str:
+    """Why two tokens (or choices of one) may share a slot of an expert, which sums over the token labels `over`; "" where none can."""
+    for term in terms:
+        queue, choices = term.slot.queue, term.routing.choices > 1
+        if queue.routing is not term.routing:
+            return "a token's place was counted among the tokens of another choice of experts"
+        if not term.slot.guards <= term.guards:
+            return "tokens beyond the capacity are not masked out: they share a slot"
+        if choices and not (queue.merged or "k" in queue.labels):
+            return "each choice counts its places from zero"
+        if (queue.merged or term.merged) and choices and not term.routing.unique:
+            return "a token that may name an expert twice has one place there"
+        if not over <= queue.labels:
+            return "places are counted in groups of tokens, and the slots are filled from all groups"
+    for i, one in enumerate(terms):
+        for other in terms[i + 1 :]:
+            if one.slot.first != other.slot.first or not (_behind(one, other) or _behind(other, one)):
+                return "one choice of experts does not queue behind another"
+    return ""
+
+
+def _behind(later: Term, earlier: Term) -> bool:
+    queue = earlier.slot.queue
+    first = {bit for bit in earlier.guards if bit.queue == queue}
+    for total in later.slot.queue.before:
+        if total.routing is queue.routing and total.labels == queue.labels and queue.guards <= total.guards <= queue.guards | first:
+            if queue.before <= later.slot.queue.before - {total}:
+                return True
+    return False

@@ -1,0 +1,129 @@
+"""The general typing rule of `tedfx/decisions/decide.py`: what an op without a rule of its own asks of its operands on one mesh axis."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tedfx.dtypes import has_gradient, precision
+from tedfx.placement.factors import leaves
+from tedfx.placement.plan import Decision, differentiable, roots
+from tedfx.rules import Relation, operands
+from tedfx.placement.types import I, P, R, Shard
+
+_EMPTY: frozenset = frozenset()
+
+
+def _carried(node: fx.Node) -> frozenset:
+    """The factors of a value; kept with it, since factors do not change once types are asked for."""
+    if "carried" not in node.meta:
+        node.meta["carried"] = frozenset(roots(f for d in node.meta["dims"] for f in d))
+    return node.meta["carried"]
+
+
+def _outs(relation: Relation) -> list:
+    return relation.out if relation.several else [relation.out]
+
+
+def general(node, axis, types, plan, relation, reduced=lambda position: False) -> Decision:
+    """The three cases of `tedfx/decisions/decide.py`, in order."""
+    nodes = operands(node)
+    diff = [differentiable(n) for n in nodes]
+    dims = [n.meta["dims"] for n in nodes]
+    whole = [_EMPTY if i not in relation.whole else roots(relation.whole[i]) for i in range(len(nodes))]
+    carried = [_carried(n) for n in nodes]
+    outs = [roots(f for d in ds for f in d) for ds in _outs(relation)]
+
+    def usable(f) -> bool:
+        return (
+            not any(f in carried[j] and (f in whole[j] or _twice(dims[j], f)) for j in range(len(nodes)))
+            and not any(_twice(ds, f) for ds in _outs(relation))
+            and not (any(f in o for o in outs) and f in roots(relation.contracted))  # summed over and kept: a shard can be neither
+        )
+
+    def shard_by(chosen) -> Decision:
+        targets, summed = [], roots(relation.contracted)
+        for j in range(len(nodes)):
+            if chosen in carried[j]:
+                targets.append(Shard(chosen))
+            elif chosen in summed and any(j in g and any(chosen in carried[k] for k in g) for g in relation.linear):
+                targets.append(P)  # added to the sum: once, not once per rank
+            elif diff[j]:
+                targets.append(R)
+            else:
+                targets.append(None if types[j] in (R, I) else I)
+        if any(chosen in o for o in outs):
+            out = [Shard(chosen) if chosen in o else (R if differentiable(node) else I) for o in outs]
+        elif chosen in roots(relation.absorbed):
+            out = [I for _ in outs]
+        else:
+            assert chosen in roots(relation.contracted) or relation.kind == "expand", (node, chosen)
+            out = [P for _ in outs]
+        return Decision(targets, out)
+
+    # 1. a sharded factor
+    tokens = plan.cuts(axis)
+    candidates: list = []
+    for i, t in enumerate(types):
+        if isinstance(t, Shard) and t.factor.root() not in whole[i]:
+            candidates.append((plan.elements(dims[i]), t.factor.root()))
+    if relation.kind == "expand":
+        candidates += [(0.0, f.root()) for f in leaves(relation.created) if plan.shards(axis, f)]
+    candidates = [c for c in candidates if usable(c[1])]
+    planned = [c for c in candidates if c[1] is not tokens]
+    if planned:
+        return shard_by(max(planned, key=lambda c: (c[0], -c[1].uid))[1])
+    if candidates and axis in plan.sequence:
+        return shard_by(tokens)
+
+    # 2. partial sums
+    partial = frozenset(i for i, t in enumerate(types) if t == P)
+    if partial:
+        for group in relation.linear if not any(reduced(i) for i in partial) else ():
+            if ("merge" if len(group) > 1 else "delay") in plan.algebra and partial <= group and not _casts(node, nodes, group) and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
+                targets = []
+                for j in range(len(nodes)):
+                    if j in group:
+                        targets.append(P)
+                    elif diff[j]:
+                        targets.append(R)
+                    else:
+                        targets.append(None if types[j] in (R, I) else I)
+                return Decision(targets, [P for _ in outs])
+
+        if axis in plan.sequence and usable(tokens) and any(tokens in o for o in outs) and any(tokens in carried[i] and tokens not in whole[i] for i in partial):
+            return shard_by(tokens)
+
+    # 3. replicated
+    want = R if any(d and t == R for d, t in zip(diff, types)) else I
+    targets = [want if d else (None if t in (R, I) else I) for d, t in zip(diff, types)]
+    return Decision(targets, [want if differentiable(node) else I for _ in outs])
+
+
+def _twice(dims, factor) -> bool:
+    return sum(leaf is factor for d in dims for leaf in leaves(d)) > 1
+
+
+def _casts(node, nodes, group) -> bool:
+    """Whether the op changes the precision of what would be a partial sum beside the others: it is summed before, in the precision that it was made in, with one rounding after."""
+    value = node.meta["val"]
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    dtypes = [nodes[i].meta["val"].dtype for i in group]
+    return any(has_gradient(dtype) and precision(dtype) != precision(value.dtype) for dtype in dtypes)
+
+
+def _may_pass(nodes, types, diff, dims, group, partial, plan, relation) -> bool:
+    """Whether a partial sum goes on through a linear op rather than being reduced before it."""
+    if len(group) == 1:
+        (position,) = group
+        if sum(n is nodes[position] for n in nodes) > 1:  # x * x is not linear in x
+            return False
+        return sum(plan.elements(o) for o in _outs(relation)) <= plan.elements(dims[position])
+    largest = max(plan.elements(dims[i]) for i in partial)
+    if sum(plan.elements(o) for o in _outs(relation)) > sum(plan.elements(dims[i]) for i in {nodes[i]: i for i in partial}.values()):
+        return False  # an outer sum, or the same value stacked: larger than what it was made of
+    for j in group - partial:
+        if isinstance(types[j], Shard):
+            return False
+        if types[j] == I and diff[j] and plan.elements(dims[j]) >= largest:
+            return False  # a residual stream: reduce now, so that the stream stays replicated
+    return True

@@ -1,0 +1,417 @@
+"""ParallelModule: what one rank holds of a model and runs of it.
+
+Parameters are DTensors under the user's own names, in a skeleton of empty modules that mirrors the user's. A call is
+bound to the names of the model's forward, checked against the other ranks', and run by the program of its signature;
+programs are compiled at first use and share the parameters. What leaves autograd goes through the gradient boundary
+(`tedfx/runtime/gradients.py`): gradients are those of the global loss, summed once per step.
+
+Randomness: the ranks share one stream of seeds, from rank 0's `torch.initial_seed()` when the module is made, advanced
+once per forward in training; `rng_state` reads and sets it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tedfx._torch import functions_recompute, inductor_options, pytree
+from tedfx.graph.aliases import apart, possible_aliases
+from tedfx.runtime.asked import notice
+from tedfx.ops.autocast import Autocast, region
+from tedfx.state.buckets import BUCKET_BYTES
+from tedfx.runtime.changes import Changes
+from tedfx.ranks.checks import CallCheck, Meeting
+from tedfx.graph.emission import emit
+from tedfx.errors import ConfigError, TedfxError
+from tedfx.ranks.failures import noting
+from tedfx.runtime.gathers import Gathered, Store
+from tedfx.runtime.gradients import GradientBoundary
+from tedfx.runtime.layered import interleave
+from tedfx.runtime.mirror import Guard, Mirror
+from tedfx.ops.context import RankContext, use
+from tedfx.state.parameters import ParameterLayout, Placed, materialize
+from tedfx.runtime.program import Program
+from tedfx.graph.signature import Path, Signature, bind, flatten, show
+from tedfx.runtime.state_dict import StateAccess, broadcast_from_first
+from tedfx.runtime.weights import WeightAccess
+
+EXPORT = "to export: model.load_state_dict(pm.gather_parameters(buffers=True)), then use the plain model"
+
+
+@dataclass
+class _Ready:
+    """A program that can run: how, with which gathers of parameters, and in which order it uses parameters."""
+
+    program: Program
+    runner: Callable[..., Sequence]
+    gathers: list[Gathered]
+    order: list[str]
+    copied: set[int]  # operands that are read from a copy
+    aliases: dict[int, tuple[int, ...]]  # outputs that may share memory with operands, see `tedfx/graph/aliases.py`
+
+
+class ParallelModule(WeightAccess, StateAccess, Mirror):
+    """One rank's module. Made by `tedfx.parallelize`; collective over the job to construct.
+
+    layouts: one per parameter (or stack of them), the same on every rank.
+    source: the user's name -> full tensor. Called on the mesh's first rank only, once per tensor (per source of a stack).
+    buffers: the user's names -> tensor; values of the first rank are taken.
+    compile_program: `(signature, flat, training) -> Program`; `flat` maps paths to the leaves of this rank's call.
+    batch_axes: axes over which tokens differ. axis_groups: tuples of axes whose process groups the programs use.
+    input_names: the names of the model's forward, in order; var_keyword: whether it takes others as well.
+    compile: run programs through torch.compile(fullgraph=True); a mapping adds options, e.g. {"mode": "max-autotune"}.
+    number_inputs: names whose python numbers are data, not constants: they enter as 0-dim tensors.
+    non_persistent: buffers that are no part of the state dict.
+    check_inputs: compare each call between ranks; check_timeout: seconds to wait for a rank that does not come.
+    bucket_bytes: gradients that are summed together. zero: ZeRO's stage, see `tedfx.runtime.state_dict.parameters.Placed`. gradient_dtype: what gradients are summed and kept in.
+    gathers_ahead: under ZeRO-3, gathers of parameters in flight beyond the one in use.
+    """
+
+    def __init__(
+        self,
+        layouts: Iterable[ParameterLayout],
+        source: Callable[[str], Tensor],
+        buffers: Mapping[str, Tensor],
+        device_mesh,
+        compile_program: Callable[[Signature, dict[Path, Any], bool], Program],
+        batch_axes: Sequence[str],
+        axis_groups: Iterable[tuple[str, ...]] = (),
+        input_names: Sequence[str] = (),
+        compile: bool | Mapping[str, Any] = False,
+        *,
+        var_keyword: bool = True,
+        number_inputs: Iterable[str] = (),
+        non_persistent: Iterable[str] = (),
+        check_inputs: bool = True,
+        check_timeout: float = 60.0,
+        bucket_bytes: int = BUCKET_BYTES,
+        zero: int = 0,
+        gradient_dtype: torch.dtype | None = None,
+        gathers_ahead: int = 2,
+        origin: nn.Module | None = None,
+        empty: bool = False,
+        precision: str | None = None,
+    ):
+        super().__init__()
+        layouts = list(layouts)
+        # Step 1: groups, and agreement on what is about to be built.
+        self._mesh, self._batch_axes, self._device = device_mesh, tuple(batch_axes), _device(device_mesh)
+        self._meeting = meeting = Meeting(device_mesh, check_timeout)
+        shapes = [(layout, tuple(buffers)) for layout in layouts]
+        kinds = ["on the meta device", *(str(source(name).dtype) for layout in layouts for name in layout.names[:1])] if empty else ["with weights"]
+        kinds += [f"precision {precision}"] * (precision is not None)
+        meeting.agree(", ".join(kinds) + " " + repr(shapes) + repr(device_mesh.mesh.tolist()), "the model", "Every rank must parallelize the same model on the same mesh")
+        self._context = RankContext(device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)])
+
+        # Step 2: parameters and buffers of the first rank, one at a time.
+        placed = {layout.name: Placed(layout, device_mesh, zero) for layout in layouts}
+        if len(placed) != len(layouts):
+            raise ConfigError("two parameter layouts have the same name")
+        self._init_state(placed, set(non_persistent))
+        group = None if device_mesh.size() == 1 else self._context.group(tuple(device_mesh.mesh_dim_names))
+        absent = []
+        for name, each in placed.items():
+            if empty:
+                parameter = allocate(each, source, self._device)
+                absent.extend(each.layout.sources or (name,))
+            else:
+                parameter = materialize(each, lambda n: broadcast_from_first(n, source, meeting, group, self._device))
+            if gradient_dtype is not None:
+                parameter.grad_dtype = gradient_dtype
+            for user_name in dict.fromkeys((name, *each.layout.aliases)):
+                self._place(user_name, parameter)
+        for name in buffers:
+            if empty and buffers[name].is_meta:
+                self._place(name, nn.Buffer(torch.empty_like(buffers[name], device=self._device), persistent=name not in self._non_persistent))
+                absent.append(name)
+                continue
+            tensor = broadcast_from_first(name, lambda n: buffers[n], meeting, group, self._device)
+            self._place(name, nn.Buffer(tensor.clone(), persistent=name not in self._non_persistent))
+
+        self._init_weights_state(origin, absent)
+
+        # Step 3: what a call needs.
+        seed = meeting.exchange([torch.initial_seed() & (2**62 - 1)], "parallelize")
+        self._rng_state = (seed[meeting.ranks[0]][0], 0)
+        self._boundary = GradientBoundary(placed, self._parameter, bucket_bytes, gradient_dtype)
+        self._boundary.in_graph = bool(compile)
+        self._zero, self._gathers_ahead = zero, gathers_ahead
+        self._compile_program, self._compile = compile_program, compile
+        self._input_names, self._var_keyword = tuple(input_names), var_keyword
+        self._number_inputs, self._check_inputs = frozenset(number_inputs), check_inputs
+        self._check = CallCheck(meeting, self._batch_axes)
+        self._ready: dict[tuple[Signature, int], _Ready] = {}  # by call and number of micro-batches
+        self._last: Signature | None = None
+        self._changes: Changes | None = None
+        self._seal()
+
+    def _seal(self) -> None:
+        """From here on parameters and submodules are those that there are."""
+        self._guard = Guard(self, {layout.name: layout.requires_grad for layout in self.layouts})
+        self._sealed = True
+
+    # ---- a call --------------------------------------------------------------------------------------------------
+
+    def forward(self, *args, **kwargs):
+        """The model's forward on this rank's share of the global batch; the model's own output class."""
+        return self._call([(args, kwargs)])[0]
+
+    def layered(self, batches: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
+        """What forward returns for each of several micro-batches, run layer by layer: all micro-batches of a layer before the next (arXiv 2106.02679).
+
+        batches: the arguments of a call each, kwargs (a dict) or args (a tuple); alike but for their tensors' values and sizes. Add their losses up, weighted as they are to count, and call
+        backward once: it runs layer by layer too. So a step gathers each parameter once per direction (ZeRO-3) and sums each gradient once, where the layer's micro-batches are done;
+        with gradients and buffers as if one call had followed the other. Activations of all micro-batches are kept, see `explain(micro_batches=)`.
+        """
+        batches = list(batches)
+        if not batches:
+            raise TedfxError("layered() was given no micro-batch: pass the arguments of one call each, layered([{'input_ids': ..}, ..])")
+        return self._call([((), batch) if isinstance(batch, Mapping) else (tuple(batch), {}) for batch in batches])
+
+    def _call(self, calls: list[tuple[tuple, Mapping[str, Any]]]) -> list[Any]:
+        """The outputs of one call, or of several layer by layer. What a rank can refuse it refuses before the first collective, and the others raise its line."""
+        with self._meeting.telling("forward") if self._check_inputs else contextlib.nullcontext():
+            self.require_weights("forward")
+            self._guard.check()
+            flats = [self._inputs(*call) for call in calls]
+            kinds = [self._signature(flat) for flat in flats]
+            for i, kind in enumerate(kinds):
+                if kind != kinds[0]:
+                    raise TedfxError(f"layered(): micro-batch {i} is another call than the first: {kind} and {kinds[0]}; run calls of different kinds one after another")
+            with region(None, self._device.type):  # the casts of the region around the call are in the graph
+                ready = self._agreed(kinds[0], flats)
+        with region(None, self._device.type), noting(self._meeting.ranks):
+            self._context.ensure_groups(ready.program.groups)
+            return self._ran(ready, kinds[0], flats)
+
+    def _agreed(self, signature: Signature, flats: list[dict[Path, Any]]) -> _Ready:
+        """The program of this call, which all ranks make alike and which its inputs fit."""
+        ready = self._ready.get((signature, len(flats)))
+        if self._compare(ready, signature, flats):
+            ready = self._prepared(signature, flats[0], len(flats))
+            self._compare(ready, signature, flats)
+        self._last = signature
+        return ready
+
+    def _compare(self, ready: _Ready | None, signature: Signature, flats: list[dict[Path, Any]]) -> bool:
+        """Whether the call is still to be compiled, here or on another rank. Raises where it does not fit its program, or ranks differ."""
+        which = [f"micro-batch {m}: " if len(flats) > 1 else "" for m in range(len(flats))]
+        rules = ready.program.call if ready is not None else None
+        if rules is not None:
+            for flat in flats:
+                rules.check_sizes(flat)
+                for fit in ready.program.fits:
+                    fit.check(flat)
+        if not self._check_inputs:
+            return ready is None
+        tensors = {which[m] + show(path): leaf for m, flat in enumerate(flats) for path, leaf in flat.items() if isinstance(leaf, Tensor)}
+        shared, data = (), None
+        if rules is not None:
+            shared = {which[m] + show(path) for m in range(len(flats)) for path in rules.shared_inputs}
+            data = rules.check_values(flats, tensors, shared, self._meeting.alone)
+        return self._check(str(signature), tensors, ready is not None, shared, data)
+
+    def _signature(self, flat: dict[Path, Any]) -> Signature:
+        attributes = self._changes.now(self.training) if self._changes is not None else ()
+        return Signature.of(flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type), attributes)
+
+    def _ran(self, ready: _Ready, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
+        grad, count, program = signature.grad, len(flats), ready.program
+        if grad:
+            self._boundary.begin(ready.order)
+        operands = [*self._boundary.leaves(program.parameters), *(self.get_buffer(name) for name in program.buffers), *program.constants]
+        for m, flat in enumerate(flats):
+            operands += [flat[path] for path in program.input_keys]
+            if program.uses_seed:
+                operands.append(torch.tensor(self._seed(m), dtype=torch.int64, device=self._device))
+        read = [x.clone() if i in ready.copied else x for i, x in enumerate(operands)] if ready.copied else operands
+        outputs = apart(self._run(ready, read, grad), read, ready.aliases)
+        if self.training:
+            self._rng_state = (self._rng_state[0], self._rng_state[1] + count)
+        written = len(program.mutated_buffers)
+        with torch.no_grad():
+            for name, value in zip(program.mutated_buffers, outputs):
+                self.get_buffer(name).copy_(value)
+        if grad:
+            outputs = [*outputs[:written], *notice(outputs[written:], list(self.parameters()), operands[: len(program.parameters)])]
+        leaves = program.out_spec.num_leaves
+        return [pytree.tree_unflatten(outputs[written + m * leaves : written + (m + 1) * leaves], program.out_spec) for m in range(count)]
+
+    def _run(self, ready: _Ready, operands: list, grad: bool) -> list:
+        if self._compile or not ready.gathers:
+            with use(self._context):
+                return list(ready.runner(*operands))
+        shares = dict(zip(ready.program.parameters, operands))
+        store = Store(ready.gathers, shares, self._context, self._boundary.arrived, self._gathers_ahead, self._boundary.gradient_dtype)
+        with use(self._context.with_store(store)), store.notes() if grad else contextlib.nullcontext():
+            outputs = list(ready.runner(*operands))
+        store.end_forward()
+        return outputs
+
+    def _inputs(self, args, kwargs) -> dict[Path, Any]:
+        call = bind(args, kwargs, self._input_names, self._var_keyword)
+        if call.pop("use_cache", False):
+            raise TedfxError(f"use_cache=True: key-value caches are not supported by a ParallelModule; {EXPORT}")
+        if "past_key_values" in call:
+            raise TedfxError(f"past_key_values: key-value caches are not supported by a ParallelModule; {EXPORT}")
+        for name in self._number_inputs & call.keys():
+            if isinstance(call[name], (int, float)) and not isinstance(call[name], bool):
+                call[name] = torch.tensor(call[name], device=self._device)
+        flat = flatten(call)
+        for path, leaf in flat.items():
+            if isinstance(leaf, Tensor) and leaf.device != self._device:
+                raise TedfxError(f"{show(path)} is on {leaf.device}, this rank's module on {self._device}: move it there first")
+        return flat
+
+    def _program(self, signature: Signature, flat: dict[Path, Any]) -> Program:
+        """The program of a call, compiled ahead of it. Collective over the mesh."""
+        ready = self._prepared(signature, flat, 1)
+        self._last = signature
+        self._context.ensure_groups(ready.program.groups)
+        return ready.program
+
+    def _prepared(self, signature: Signature, flat: dict[Path, Any], count: int) -> _Ready:
+        """The program of a call, or of `count` micro-batches of it."""
+        if (signature, count) not in self._ready:
+            if count == 1:
+                program = self._compile_program(signature, flat, self.training)
+                unknown = [name for name in program.parameters if name not in self._placed]
+                if unknown:
+                    raise TedfxError(f"the program uses parameters without a layout: {', '.join(unknown[:5])}")
+            else:
+                program = interleave(self._prepared(signature, flat, 1).program, count, self._boundary.gradient_dtype if self._compile else None)
+            runner = running = emit(program.graph_module)
+            if self._compile:
+                options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
+                if not options.keys() & {"mode", "options", "backend"}:
+                    options["options"] = inductor_options()
+                # `forward`, not the module: an fx module's call reads tracebacks when it fails, which dynamo then stumbles on, and the cause is lost.
+                compiled = torch.compile(running.forward, fullgraph=True, **options)
+
+                def runner(*operands):
+                    # counts of routed rows are host integers: symbols of the compiled graph, not constants
+                    with torch._dynamo.config.patch(capture_scalar_outputs=True), functions_recompute():
+                        return compiled(*operands)
+
+            aliases = possible_aliases(program.graph_module.graph, len(program.mutated_buffers))
+            self._ready[signature, count] = _Ready(
+                program, runner, program.gathers(), program.use_order(), program.overwritten(), aliases
+            )
+        return self._ready[signature, count]
+
+    def _twin(self) -> nn.Module | None:
+        return self._origin[0] if self.__dict__.get("_sealed") else None
+
+    def _reads(self, name: str) -> bool:
+        return self._asks(("", name))
+
+    def _asks(self, place: tuple[str, ...]) -> bool:
+        return self._changes is not None and self._changes.asks(place)
+
+    @property
+    def trained(self) -> bool:
+        """Whether a forward with gradients ran."""
+        return self._boundary.used
+
+    def _seed(self, ahead: int = 0) -> int:
+        base, step = self._rng_state
+        return (base * 0x9E3779B97F4A7C15 + step + ahead) & (2**63 - 1)
+
+    def no_sync(self):
+        """`with pm.no_sync(): loss.backward()` accumulates without communication; see `tedfx/runtime/gradients.py`."""
+        return self._boundary.no_sync()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; gradients that an optimizer has taken to the host go too."""
+        super().zero_grad(set_to_none)
+        self._boundary.leaving.drop(zero=not set_to_none)
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
+        """Whether backward sums gradients, from now on, as FSDP2's method of this name: False leaves `p.grad` as `no_sync()` does, this rank's part of a sum, `Partial` on the axes to be summed."""
+        self._boundary.synced = bool(requires_gradient_sync)
+
+    @property
+    def batch_coordinate(self) -> tuple[int, int]:
+        """(index, count) of this rank's share of the global batch, over the batch axes, first axis major."""
+        return self._context.coordinate(self._batch_axes), self._context.size(self._batch_axes)
+
+    @property
+    def rng_state(self) -> tuple[int, int]:
+        """(base seed, forwards in training so far): equal on all ranks; save and set it to resume a run."""
+        return self._rng_state
+
+    @rng_state.setter
+    def rng_state(self, state: tuple[int, int]) -> None:
+        self._rng_state = (int(state[0]), int(state[1]))
+
+    device_mesh = property(lambda self: self._mesh, doc="The user's mesh.")
+    device = property(lambda self: self._device, doc="Where this rank's parameters are and its inputs must be.")
+    context = property(lambda self: self._context, doc="The RankContext that programs run in.")
+    layouts = property(lambda self: [p.layout for p in self._placed.values()], doc="A ParameterLayout per parameter.")
+    programs = property(lambda self: {signature: ready.program for (signature, count), ready in self._ready.items() if count == 1}, doc="{Signature: Program}, in order of first use.")
+
+    # ---- looking at it -------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The local graph of the last signature."""
+        return self._last_program().graph_module
+
+    @property
+    def graphs(self) -> dict[Signature, fx.GraphModule]:
+        return {signature: program.graph_module for signature, program in self.programs.items()}
+
+    @property
+    def history(self) -> list[Any]:
+        """A result per pass, of the last signature."""
+        return self._last_program().history
+
+    @property
+    def reductions(self):
+        """What the last synced backward summed: a `tedfx.runtime.gradients.Reduction` per bucket, in order of launch."""
+        return self._boundary.reductions
+
+    def _last_program(self) -> Program:
+        if self._last is None:
+            raise TedfxError("nothing is compiled yet: call the module once")
+        return self._ready[self._last, 1].program
+
+    def explain(self, **options):
+        """The local graph as a table: see `tedfx.report.explanation`."""
+        from tedfx.report.explanation import explain
+
+        return explain(self, **options)
+
+    def __repr__(self) -> str:
+        return str(self.explain())
+
+    def __getattr__(self, name: str):
+        if name == "generate":
+            raise AttributeError(f"generate() needs a key-value cache, which a ParallelModule has not; {EXPORT}")
+        if name == "push_to_hub":
+            raise AttributeError("a ParallelModule has no push_to_hub(): write a folder with save_pretrained(path) and upload that")
+        return super().__getattr__(name)
+
+
+def allocate(placed: Placed, source: Callable[[str], Tensor], device: torch.device) -> nn.Parameter:
+    """This rank's parameter without values, in the dtype of `source`'s tensor (on the meta device)."""
+    layout = placed.layout
+    like = source(layout.names[0])
+    want = layout.shape[1:] if layout.sources else layout.shape
+    if tuple(like.shape) != want:
+        raise ConfigError(f"parameter {layout.names[0]} has shape {tuple(like.shape)}, the layout of {layout.name} expects {want}")
+    return nn.Parameter(placed.dtensor(torch.empty(placed.kept.shape, dtype=like.dtype, device=device)), requires_grad=layout.requires_grad)
+
+
+def _device(mesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+__all__ = ["ParallelModule", "Program"]

@@ -1,0 +1,94 @@
+"""Parameter layouts from a compiled graph: where the types of the placeholders say each parameter lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from types import MappingProxyType
+
+from torch import fx, nn
+
+from tedfx.placement.factors import leaves
+from tedfx.state.parameters import ParameterLayout, Placed
+from tedfx.placement.types import R, Shard
+
+
+def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[ParameterLayout]:
+    """One layout per parameter of the model, in the model's order; stacks of experts once.
+
+    A dim is viewed as (outer, rest) where a factor that tensor axes may shard is not its first, on every mesh alike, so that a checkpoint's names do
+    not depend on the mesh. Parameters that the graph does not use are replicated.
+    """
+    trace = compilation.trace
+    stacked = getattr(trace, "stacked", {})
+    nodes = {n.name: n for n in compilation.graph_module.graph.find_nodes(op="placeholder")}
+    aliases: dict[str, list[str]] = {}
+    for name, canonical in trace.tied.items():
+        aliases.setdefault(canonical, []).append(name)
+    placeholder_of = {name: p for p, name in trace.parameters.items() if p in nodes}
+    stack_of = {name: p for p, names in stacked.items() if p in nodes for name in names}
+    done, out = set(), []
+    batch = compilation.roles.mesh.wide(compilation.roles.batch)
+    for name, parameter in model.named_parameters():
+        placeholder = stack_of.get(name) or placeholder_of.get(name)
+        if placeholder is None:
+            out.append(ParameterLayout(name, tuple(parameter.shape), reduce_axes=batch, requires_grad=parameter.requires_grad, aliases=tuple(aliases.get(name, ()))))
+            continue
+        if placeholder in done:
+            continue
+        done.add(placeholder)
+        node = nodes[placeholder]
+        out.append(layout_of(compilation, node, name, parameter.requires_grad, aliases))
+    return out
+
+
+def layout_of(compilation, node: fx.Node, name: str, requires_grad: bool, aliases: Mapping[str, Sequence[str]] = MappingProxyType({})) -> ParameterLayout:
+    """The layout of the parameter (or stack) that a placeholder stands for; `name` is what the user calls it, `aliases` what else each tied tensor is called."""
+    sources = tuple(getattr(compilation.trace, "stacked", {}).get(node.name, ()))
+    shardable = {f.root() for f in compilation.shardable}
+    view, where = [], {}
+    for d, dim in enumerate(node.meta["dims"]):
+        parts = leaves(dim)
+        cut = next((k for k, f in enumerate(parts) if f in shardable or any(isinstance(p, Shard) and p.factor.root() is f for p in node.meta["type"].values())), 0)
+        outer, rest = prod(f.size for f in parts[:cut]), prod(f.size for f in parts[cut:])
+        if cut and outer > 1:
+            view.append(outer)
+        for axis, placement in node.meta["type"].items():
+            if isinstance(placement, Shard) and placement.factor.root() in parts:
+                assert parts.index(placement.factor.root()) == cut, (name, parts, placement)
+                where[axis] = len(view)
+        view.append(rest)
+    return ParameterLayout(
+        stack_name(sources) if sources else name,
+        tuple(int(s) for s in node.meta["val"].shape),
+        tuple(view),
+        tuple(where.items()),
+        tuple(a for a, p in node.meta["type"].items() if p == R),
+        requires_grad,
+        sources,
+        () if sources else tuple(aliases.get(name, ())),
+        tuple(tuple(aliases.get(s, ())) for s in sources) if any(s in aliases for s in sources) else (),
+    )
+
+
+class _AnyRank:
+    """A mesh as far as shapes go: every rank's shares have the same list of sizes."""
+
+    def __init__(self, shape):
+        self.mesh_dim_names, self.mesh = shape.names, self
+        self.shape = tuple(shape.sizes)
+
+    def get_coordinate(self) -> list[int]:
+        return [0] * len(self.shape)
+
+
+def placed_on_first(compilation, node: fx.Node, stage: int) -> Placed:
+    """Where the parameter of a placeholder lies on the mesh's first rank. Needs no process group."""
+    name = compilation.trace.parameters.get(node.name, node.name)
+    return Placed(layout_of(compilation, node, name, node.name in compilation.trainable), _AnyRank(compilation.roles.mesh), stage)
+
+
+def stack_name(sources: Sequence[str]) -> str:
+    """``experts.0.w1.weight, experts.1.w1.weight, ..`` -> ``experts.*.w1.weight`` with ``*`` written ``stacked``."""
+    first, last = sources[0].split("."), sources[-1].split(".")
+    return ".".join(a if a == b else "stacked" for a, b in zip(first, last))
