@@ -1,5 +1,6 @@
 # make demo    an unmodified Mixtral trains on 4 local ranks (ep=2, tp=2), on the standard library's own source
 # make test    the test suite
+# make lint    ruff: format at 110 columns, and its checks
 # make parity  every model on every mesh against the single device; writes docs/parity.md
 # make fuzz    random small programs against the single device: ARGS="--count 2000 --first 1000" (that is the default); ARGS="17 --trace" is one of them
 #
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test parity fuzz clean
+.PHONY: help setup demo test lint parity fuzz clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -38,6 +39,10 @@ demo: $(VENV)/.stamp
 
 test: $(VENV)/.stamp
 	$(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+lint: $(VENV)/.stamp
+	$(BIN)/ruff format --check --quiet . || { echo 'run: $(BIN)/ruff format .' >&2; exit 1; }
+	$(BIN)/ruff check .
 
 parity: $(VENV)/.stamp
 	$(BIN)/python benchmarks/parity.py $(ARGS)

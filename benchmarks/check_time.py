@@ -1,9 +1,9 @@
 """What the capture check costs beside the trace: python benchmarks/check_time.py
 
 Mixtral by number of parameters, with weights, on the CPU: CPU seconds of the trace, of `check="forward"` and
-of `check="full"`, and the host memory that the full check adds at its peak. Up to `tedfx.checking.sample.FULL`
-elements every gradient is compared, above those of sampled parameters (the line says which it was). Each size
-runs in a process of its own.
+of `check="full"`, and the host memory that the full check adds at its peak. Up to
+`tedfx.checking.sample.FULL` elements every gradient is compared, above those of sampled parameters (the line
+says which it was). Each size runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -40,9 +40,15 @@ def measure(size: str) -> dict:
     hidden, feed, layers, vocabulary, dtype = SIZES[size]
     torch.set_num_threads(1)
     config = MixtralConfig(
-        hidden_size=hidden, intermediate_size=feed, num_hidden_layers=layers, vocab_size=vocabulary, num_attention_heads=hidden // 8 if hidden < 64 else hidden // 64,
-        num_key_value_heads=2, num_local_experts=8, output_router_logits=True,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=feed,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        num_attention_heads=hidden // 8 if hidden < 64 else hidden // 64,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        output_router_logits=True,
+    )
     model = MixtralForCausalLM(config).to(getattr(torch, dtype))
     clock = time.process_time()
 

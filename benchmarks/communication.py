@@ -1,14 +1,18 @@
-"""DeepSpeed-TED's tables of collectives, counted on the graphs that ranks run, beside its formulas; writes docs/ted.md.
+"""DeepSpeed-TED's tables of collectives, counted on the graphs that ranks run, beside its formulas; writes
+docs/ted.md.
 
     python benchmarks/communication.py --out docs/ted.md
 
-For every tensor degree T, number of experts E (one per coordinate of ep, so E x T ranks) and top-k, and for every order of the table: one rank's graph runs forward,
-recompute and backward, every collective is counted as it is called, and what one more MoE layer adds is taken (a model of two layers less one of one layer). Worlds up to
-`--gloo` ranks run on gloo, every rank of them; larger ones on torch's fake process group, whose collectives answer with this rank's own data. Three numbers must agree: what
-ran, what `tedfx explain` predicts (`tedfx/analysis/cost.py`), and the formula. Exit status 1 where one does not.
+For every tensor degree T, number of experts E (one per coordinate of ep, so E x T ranks) and top-k, and for
+every order of the table: one rank's graph runs forward, recompute and backward, every collective is counted
+as it is called, and what one more MoE layer adds is taken (a model of two layers less one of one layer).
+Worlds up to `--gloo` ranks run on gloo, every rank of them; larger ones on torch's fake process group, whose
+collectives answer with this rank's own data. Three numbers must agree: what ran, what `tedfx explain`
+predicts (`tedfx/analysis/cost.py`), and the formula. Exit status 1 where one does not.
 
-The model is a Mixtral of tiny width whose router sends token n to experts (k n + j) mod E, so that the counts are known and the same everywhere. Sizes of the formulas, in
-bytes: nh is a rank's tokens times hidden, V = k nh its routed rows.
+The model is a Mixtral of tiny width whose router sends token n to experts (k n + j) mod E, so that the counts
+are known and the same everywhere. Sizes of the formulas, in bytes: nh is a rank's tokens times hidden, V = k
+nh its routed rows.
 """
 
 from __future__ import annotations
@@ -30,24 +34,30 @@ from tabulate import tabulate  # noqa: E402
 from torch import nn  # noqa: E402
 
 import tedfx  # noqa: E402
-from tedfx.verification import processes as verify_ranks  # noqa: E402
 from tedfx._torch import fake_world  # noqa: E402
-from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes  # noqa: E402
 from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Cost  # noqa: E402
+from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes  # noqa: E402
 from tedfx.placement.roles import MeshShape, Roles  # noqa: E402
 from tedfx.trace.export import trace  # noqa: E402
+from tedfx.verification import processes as verify_ranks  # noqa: E402
 from tedfx.verification.verify import versions  # noqa: E402
 
 HIDDEN = 64
-SHORT = {ALL_REDUCE: "all-reduce", ALL_TO_ALL: "all-to-all", ALL_GATHER: "all-gather", REDUCE_SCATTER: "reduce-scatter"}
+SHORT = {
+    ALL_REDUCE: "all-reduce",
+    ALL_TO_ALL: "all-to-all",
+    ALL_GATHER: "all-gather",
+    REDUCE_SCATTER: "reduce-scatter",
+}
 TED = dict(sequence_parallel=False, algebra=False)
 
-# What one MoE layer moves, in payload bytes of a rank (what it hands to the collective): {collective: [(how many, bytes of each), ..]}.
-# `n` is nh, `v` is V, `t` is T. The exchange of counts is apart.
+# What one MoE layer moves, in payload bytes of a rank (what it hands to the collective): {collective: [(how
+# many, bytes of each), ..]}. `n` is nh, `v` is V, `t` is T. The exchange of counts is apart.
 
 
 def _ted(passes: int, dedup: bool):
-    """`passes`: how often the forward's collectives run (2 with full recompute, 1 without), and backward once."""
+    """`passes`: how often the forward's collectives run (2 with full recompute, 1 without), and backward
+    once."""
 
     def formula(n, v, t, w):
         sent = v / t if dedup else v
@@ -62,7 +72,8 @@ def _ted(passes: int, dedup: bool):
 
 
 def _algebra(n, v, t, w):
-    """Sums are scattered to the lanes, tokens and not rows are gathered behind the combine; the combine's weights (w bytes) are sliced, and gathered in backward."""
+    """Sums are scattered to the lanes, tokens and not rows are gathered behind the combine; the combine's
+    weights (w bytes) are sliced, and gathered in backward."""
     found = {ALL_TO_ALL: [(4, v / t)]}
     if t > 1:
         found[ALL_REDUCE] = [(2, n)]  # attention, each way
@@ -81,7 +92,8 @@ def _sequence(n, v, t, w):
 
 
 def _ppmoe(n, v, t, w):
-    """Two all-reduces forward and two backward, as a dense layer; and the gradient of the combine's weights."""
+    """Two all-reduces forward and two backward, as a dense layer; and the gradient of the combine's
+    weights."""
     return {ALL_REDUCE: [(4, n), (1, w)]}
 
 
@@ -98,7 +110,8 @@ PPMOE = ("PPMoE", dict(sequence_parallel=False, checkpoint="comm"), _ppmoe)
 
 
 class KnownRouter(nn.Module):
-    """Mixtral's router with choices that are known: token n goes to experts (k n + j) mod E. The weights stay learned."""
+    """Mixtral's router with choices that are known: token n goes to experts (k n + j) mod E. The weights stay
+    learned."""
 
     def __init__(self, router: nn.Module):
         super().__init__()
@@ -108,7 +121,9 @@ class KnownRouter(nn.Module):
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = nn.functional.linear(hidden_states, self.weight)
         tokens = torch.arange(hidden_states.shape[0], device=logits.device)
-        ids = (tokens[:, None] * self.top_k + torch.arange(self.top_k, device=logits.device)) % self.num_experts
+        ids = (
+            tokens[:, None] * self.top_k + torch.arange(self.top_k, device=logits.device)
+        ) % self.num_experts
         scores = logits.float().softmax(-1).gather(1, ids)
         return logits, scores / scores.sum(-1, keepdim=True), ids
 
@@ -117,9 +132,18 @@ def make_model(experts: int, top_k: int, layers: int, tokens: int) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, num_local_experts=experts,
-        num_experts_per_tok=top_k, vocab_size=64, max_position_embeddings=tokens, use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        vocab_size=64,
+        max_position_embeddings=tokens,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
     torch.manual_seed(0)
     model = MixtralForCausalLM(config)
     for layer in model.model.layers:
@@ -128,7 +152,8 @@ def make_model(experts: int, top_k: int, layers: int, tokens: int) -> nn.Module:
 
 
 def tokens_for(experts: int, degree: int, top_k: int) -> int:
-    """Tokens of a rank such that every slice of them over the tensor axis has as many rows for each expert."""
+    """Tokens of a rank such that every slice of them over the tensor axis has as many rows for each
+    expert."""
     return max(experts * degree // top_k, 2 * degree)
 
 
@@ -138,17 +163,33 @@ def batch_of(tokens: int) -> dict:
 
 
 def prepare(model, traced, mesh: str, roles, options, tokens) -> Compilation:
-    made = Compilation(traced, Roles.resolve(MeshShape.of(mesh), roles), set(traced.parameters), outputs=("loss",), example=example_sizes(traced, batch_of(tokens)))
+    made = Compilation(
+        traced,
+        Roles.resolve(MeshShape.of(mesh), roles),
+        set(traced.parameters),
+        outputs=("loss",),
+        example=example_sizes(traced, batch_of(tokens)),
+    )
     return compile_trace(made, default_passes(**options))
 
 
 def step(model, compilation, mesh: str, roles, options, tokens) -> dict:
-    """What this rank's collectives are in one step: {(phase, collective, axes): {payload: how many}}. Counts exchanged for routing come under axes + 'counts'."""
+    """What this rank's collectives are in one step: {(phase, collective, axes): {payload: how many}}. Counts
+    exchanged for routing come under axes + 'counts'."""
     from torch.distributed.device_mesh import init_device_mesh
 
     shape = MeshShape.of(mesh)
     device_mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=shape.names)
-    pm = tedfx.parallelize(model, device_mesh, roles=roles, traces=[compilation], passes=default_passes(**options), outputs=("loss",), check_inputs=False, example_inputs=batch_of(tokens))
+    pm = tedfx.parallelize(
+        model,
+        device_mesh,
+        roles=roles,
+        traces=[compilation],
+        passes=default_passes(**options),
+        outputs=("loss",),
+        check_inputs=False,
+        example_inputs=batch_of(tokens),
+    )
     with tedfx.ops.count_collectives() as log:
         pm(**batch_of(tokens)).loss.backward()
     found: Counter = Counter()
@@ -176,7 +217,9 @@ def measure(prepared, mesh: str, roles, options, tokens: int, gloo: int) -> tupl
     for model, compilation in prepared:
         arguments = (model, compilation, mesh, roles, options, tokens)
         if world <= gloo:
-            answers = verify_ranks.run(verify_ranks.jobs(gloo_step, (arguments,), world, "cpu", "gloo", 120.0), True, 120.0)
+            answers = verify_ranks.run(
+                verify_ranks.jobs(gloo_step, (arguments,), world, "cpu", "gloo", 120.0), True, 120.0
+            )
             if any(a["ran"] != answers[0]["ran"] for a in answers):
                 raise SystemExit(f"{mesh}: ranks did not run the same collectives")
         else:
@@ -191,7 +234,15 @@ class Row:
     """One order on one mesh: what ran per MoE layer, beside the prediction and the formula."""
 
     def __init__(self, name, mesh, experts, top_k, degree, tokens, ran, told, formula, world, gloo):
-        self.name, self.mesh, self.experts, self.top_k, self.degree, self.world, self.gloo = name, mesh, experts, top_k, degree, world, gloo
+        self.name, self.mesh, self.experts, self.top_k, self.degree, self.world, self.gloo = (
+            name,
+            mesh,
+            experts,
+            top_k,
+            degree,
+            world,
+            gloo,
+        )
         self.nh, self.v, self.w = tokens * HIDDEN * 4, tokens * top_k * HIDDEN * 4, tokens * top_k * 4
         layer = ran[1] - ran[0]
         self.exact = ran == told
@@ -201,16 +252,27 @@ class Row:
             if op != "counts":
                 self.ran.setdefault(op, Counter())[payload] += count
                 self.phases[phase, op] += count
-        self.expected = {op: _counted(terms) for op, terms in formula(self.nh, self.v, degree, self.w).items()}
+        self.expected = {
+            op: _counted(terms) for op, terms in formula(self.nh, self.v, degree, self.w).items()
+        }
         self.as_formula = self.ran == self.expected
 
     def volume(self, op) -> int:
         return sum(n * k for n, k in self.ran.get(op, {}).items())
 
     def cells(self) -> list:
-        unit = lambda op: f"{self.count(op)} / {self.volume(op) / self.nh:.4g}" if op in self.ran else "-"  # noqa: E731
+        unit = lambda op: f"{self.count(op)} / {self.volume(op) / self.nh:.4g}" if op in self.ran else "-"
         backend = "gloo" if self.gloo else "fake"
-        return [self.experts, f"top-{self.top_k}", self.degree, f"{self.world} ({backend})", self.name, *(unit(op) for op in SHORT), "yes" if self.as_formula else "NO", "yes" if self.exact else "NO"]
+        return [
+            self.experts,
+            f"top-{self.top_k}",
+            self.degree,
+            f"{self.world} ({backend})",
+            self.name,
+            *(unit(op) for op in SHORT),
+            "yes" if self.as_formula else "NO",
+            "yes" if self.exact else "NO",
+        ]
 
     def count(self, op) -> int:
         return sum(self.ran.get(op, {}).values())
@@ -230,26 +292,61 @@ def survey(experts, degrees, top_ks, gloo, progress=print) -> tuple[list[Row], d
         for top_k in top_ks:
             longest = tokens_for(number, max(degrees), top_k)
             models = [make_model(number, top_k, layers, longest) for layers in (1, 2)]
-            traces = [trace(model, kwargs=batch_of(longest) | {"input_ids": torch.zeros(2, longest, dtype=torch.int64), "labels": torch.zeros(2, longest, dtype=torch.int64)}) for model in models]
+            traces = [
+                trace(
+                    model,
+                    kwargs=batch_of(longest)
+                    | {
+                        "input_ids": torch.zeros(2, longest, dtype=torch.int64),
+                        "labels": torch.zeros(2, longest, dtype=torch.int64),
+                    },
+                )
+                for model in models
+            ]
             for degree in degrees:
                 tokens, start = tokens_for(number, degree, top_k), time.perf_counter()
-                cases = [(order, f"ep={number},tp={degree}", None) for order in ORDERS if degree > 1 or order[0] in ("full recompute", "+ CAC")]
+                cases = [
+                    (order, f"ep={number},tp={degree}", None)
+                    for order in ORDERS
+                    if degree > 1 or order[0] in ("full recompute", "+ CAC")
+                ]
                 if degree > 1 and number % degree == 0:
                     cases.append((PPMOE, f"dp=1,tp={degree}", {"expert": ("tp",)}))
                 for (name, options, formula), mesh, roles in cases:
                     if degree == 1 or roles:
                         options = {k: v for k, v in options.items() if k != "sequence_parallel" or degree > 1}
-                    prepared = [(m, prepare(m, t, mesh, roles, options, tokens)) for m, t in zip(models, traces)]
+                    prepared = [
+                        (m, prepare(m, t, mesh, roles, options, tokens)) for m, t in zip(models, traces)
+                    ]
                     ran, groups = measure(prepared, mesh, roles, options, tokens, gloo)
                     world = MeshShape.of(mesh).world
-                    rows.append(Row(name, mesh, number, top_k, degree, tokens, ran, [predicted(c, tokens) for _, c in prepared], formula, world, world <= gloo))
+                    rows.append(
+                        Row(
+                            name,
+                            mesh,
+                            number,
+                            top_k,
+                            degree,
+                            tokens,
+                            ran,
+                            [predicted(c, tokens) for _, c in prepared],
+                            formula,
+                            world,
+                            world <= gloo,
+                        )
+                    )
                     kept[mesh] = groups
-                progress(f"E={number} top-{top_k} T={degree}: {len(cases)} orders, {time.perf_counter() - start:.0f} s", flush=True)
+                progress(
+                    f"E={number} top-{top_k} T={degree}: {len(cases)} orders, "
+                    f"{time.perf_counter() - start:.0f} s",
+                    flush=True,
+                )
     return rows, kept
 
 
 def listed_groups() -> list[list]:
-    """The rank groups that the DeepSpeed-TED paper lists for 16 ranks, T = 2, 4 expert-parallel ranks, beside ours."""
+    """The rank groups that the DeepSpeed-TED paper lists for 16 ranks, T = 2, 4 expert-parallel ranks, beside
+    ours."""
     from torch.distributed.device_mesh import init_device_mesh
 
     listed = {
@@ -259,8 +356,18 @@ def listed_groups() -> list[list]:
         ("expert data", ("dp",)): [[0, 8], [2, 10], [4, 12], [6, 14], [1, 9], [3, 11], [5, 13], [7, 15]],
     }
     with fake_world(0, 16):
-        context = tedfx.ops.RankContext(init_device_mesh("cpu", (2, 4, 2), mesh_dim_names=("dp", "ep", "tp")), [("dp", "ep")])
-        return [[name, ", ".join(axes), " ".join(map(str, groups)), "yes" if sorted(context.groups(axes)) == sorted(groups) else "NO"] for (name, axes), groups in listed.items()]
+        context = tedfx.ops.RankContext(
+            init_device_mesh("cpu", (2, 4, 2), mesh_dim_names=("dp", "ep", "tp")), [("dp", "ep")]
+        )
+        return [
+            [
+                name,
+                ", ".join(axes),
+                " ".join(map(str, groups)),
+                "yes" if sorted(context.groups(axes)) == sorted(groups) else "NO",
+            ]
+            for (name, axes), groups in listed.items()
+        ]
 
 
 TEXT = """# DeepSpeed-TED, counted
@@ -321,19 +428,46 @@ def summary(rows: list[Row]) -> str:
         base = by[e, k, t, "full recompute"]
         if name in ("+ CAC", "+ DTD", "+ both"):
             ratios[name, t, round(row.volume(ALL_TO_ALL) / base.volume(ALL_TO_ALL), 6)] += 1
-    lines = [[name, t, f"{ratio:.4g}", f"{ {'+ CAC': 4 / 6, '+ DTD': 1 / t, '+ both': 4 / 6 / t}[name]:.4g}", n] for (name, t, ratio), n in sorted(ratios.items())]
-    table = tabulate(lines, ["order", "T", "all-to-all bytes over those of full recompute", "expected: 4/6, 1/T, (4/6)/T", "configurations"], tablefmt="github", disable_numparse=True)
+    lines = [
+        [name, t, f"{ratio:.4g}", f"{ {'+ CAC': 4 / 6, '+ DTD': 1 / t, '+ both': 4 / 6 / t}[name]:.4g}", n]
+        for (name, t, ratio), n in sorted(ratios.items())
+    ]
+    table = tabulate(
+        lines,
+        [
+            "order",
+            "T",
+            "all-to-all bytes over those of full recompute",
+            "expected: 4/6, 1/T, (4/6)/T",
+            "configurations",
+        ],
+        tablefmt="github",
+        disable_numparse=True,
+    )
     right = sum(r.as_formula for r in rows)
-    return f"{right} of {len(rows)} rows are as the formula, {sum(r.exact for r in rows)} as predicted.\n\n{table}"
+    return (
+        f"{right} of {len(rows)} rows are as the formula, {sum(r.exact for r in rows)} as "
+        f"predicted.\n\n{table}"
+    )
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the document here; without it the table is printed only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="write the document here; without it the table is printed only"
+    )
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--gloo", type=int, default=8, metavar="N", help="worlds up to N ranks run on gloo, every rank (default 8)")
+    parser.add_argument(
+        "--gloo",
+        type=int,
+        default=8,
+        metavar="N",
+        help="worlds up to N ranks run on gloo, every rank (default 8)",
+    )
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     start = time.perf_counter()
@@ -344,10 +478,28 @@ def main(argv=None) -> int:
     print(table)
     for row in rows:
         if not row.as_formula:
-            print(f"{row.name} E={row.experts} T={row.degree} top-{row.top_k}: ran {row.ran}, formula {row.expected} (nh={row.nh}, V={row.v})")
+            print(
+                f"{row.name} E={row.experts} T={row.degree} top-{row.top_k}: ran {row.ran}, formula "
+                f"{row.expected} (nh={row.nh}, V={row.v})"
+            )
     if args.out:
-        named = tabulate(groups, ["group", "axes", "listed in the paper", "the same"], tablefmt="github", disable_numparse=True)
-        args.out.write_text(TEXT.format(versions=versions(), minutes=(time.perf_counter() - start) / 60, gloo=args.gloo, hidden=HIDDEN, groups=named, summary=summary(rows), table=table))
+        named = tabulate(
+            groups,
+            ["group", "axes", "listed in the paper", "the same"],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+        args.out.write_text(
+            TEXT.format(
+                versions=versions(),
+                minutes=(time.perf_counter() - start) / 60,
+                gloo=args.gloo,
+                hidden=HIDDEN,
+                groups=named,
+                summary=summary(rows),
+                table=table,
+            )
+        )
     right = all(r.as_formula and r.exact for r in rows) and all(g[-1] == "yes" for g in groups)
     print(summary(rows))
     return 0 if right else 1

@@ -1,11 +1,13 @@
-"""What compiling costs: time per stage and memory by number of layers, and how it grows. No weights, no process group.
+"""What compiling costs: time per stage and memory by number of layers, and how it grows. No weights, no
+process group.
 
     python benchmarks/compile_time.py                                    8, 16, 32, 64 layers of the real Mixtral 8x7B, 128 ranks
     python benchmarks/compile_time.py --model deepseek_v3 --layers 8 16 --passes
     python benchmarks/compile_time.py --layers 32 --profile 40           the 40 most expensive functions of the passes and the report
 
-Each size runs in a process of its own. Seconds are CPU time, so that other work on the machine does not count; the passes are told apart by wall
-time. `growth` is a row's time per layer over that of the row before: 1.00 is linear.
+Each size runs in a process of its own. Seconds are CPU time, so that other work on the machine does not
+count; the passes are told apart by wall time. `growth` is a row's time per layer over that of the row before:
+1.00 is linear.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ def measure(model: str, mesh: str, layers: int, overrides: list[str], profile: i
 
     from tedfx.cli import make_model
     from tedfx.compiler import Compilation, compile_trace
-    from tedfx.report.explanation import explain
     from tedfx.placement.roles import MeshShape, Roles
+    from tedfx.report.explanation import explain
     from tedfx.trace.export import trace
 
     done("import tedfx")
@@ -45,7 +47,9 @@ def measure(model: str, mesh: str, layers: int, overrides: list[str], profile: i
 
         profiler = cProfile.Profile()
         profiler.enable()
-    compilation = compile_trace(Compilation(traced, Roles.resolve(MeshShape.of(mesh)), set(traced.parameters)))
+    compilation = compile_trace(
+        Compilation(traced, Roles.resolve(MeshShape.of(mesh)), set(traced.parameters))
+    )
     done("passes")
     text = str(explain(compilation))
     done("report")
@@ -53,7 +57,9 @@ def measure(model: str, mesh: str, layers: int, overrides: list[str], profile: i
         import pstats
 
         profiler.disable()
-        pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(profile).sort_stats("cumtime").print_stats(profile)
+        pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(profile).sort_stats(
+            "cumtime"
+        ).print_stats(profile)
     import resource
 
     return {
@@ -76,32 +82,84 @@ def table(results: list[dict], passes: bool) -> str:
         total = sum(stages.values())
         mine = {"trace": stages["trace"] / r["layers"], "passes": stages["passes"] / r["layers"]}
         growth = [f"{mine[k] / before[k]:.2f}" if before else "" for k in mine]
-        rows.append([r["layers"], r["nodes"], *(f"{s:.1f}" for s in stages.values()), f"{total:.1f}", f"{stages['passes'] / total:.0%}", *growth, f"{r['memory']:.2f}"])
+        rows.append(
+            [
+                r["layers"],
+                r["nodes"],
+                *(f"{s:.1f}" for s in stages.values()),
+                f"{total:.1f}",
+                f"{stages['passes'] / total:.0%}",
+                *growth,
+                f"{r['memory']:.2f}",
+            ]
+        )
         before = mine
-    heads = ["layers", "nodes", *results[0]["stages"], "total s", "passes of it", "growth: trace", "passes", "GiB"]
+    heads = [
+        "layers",
+        "nodes",
+        *results[0]["stages"],
+        "total s",
+        "passes of it",
+        "growth: trace",
+        "passes",
+        "GiB",
+    ]
     text = tabulate(rows, headers=heads, tablefmt="plain", disable_numparse=True)
     if passes:
         names = list(results[0]["passes"])
-        text += "\n\n" + tabulate([[n, *(f"{r['passes'][n]:.2f}" for r in results)] for n in names], headers=["pass, wall s", *(f"{r['layers']} layers" for r in results)], tablefmt="plain", disable_numparse=True)
+        text += "\n\n" + tabulate(
+            [[n, *(f"{r['passes'][n]:.2f}" for r in results)] for n in names],
+            headers=["pass, wall s", *(f"{r['layers']} layers" for r in results)],
+            tablefmt="plain",
+            disable_numparse=True,
+        )
     return text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mixtral", help="a Hugging Face model type, or package.module:factory that takes num_hidden_layers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default="mixtral",
+        help="a Hugging Face model type, or package.module:factory that takes num_hidden_layers",
+    )
     parser.add_argument("--mesh", default="dp=4,ep=8,tp=4")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--passes", action="store_true", help="add a table by pass")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N most expensive functions (one number of layers)")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the N most expensive functions (one number of layers)",
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.model, options.mesh, options.layers[0], options.overrides, options.profile)))
+        print(
+            json.dumps(
+                measure(options.model, options.mesh, options.layers[0], options.overrides, options.profile)
+            )
+        )
         return
     results = []
     for layers in options.layers:
-        command = [sys.executable, __file__, "--one", "--model", options.model, "--mesh", options.mesh, "--layers", str(layers), "--profile", str(options.profile)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            "--model",
+            options.model,
+            "--mesh",
+            options.mesh,
+            "--layers",
+            str(layers),
+            "--profile",
+            str(options.profile),
+        ]
         command += ["--set", *options.overrides] if options.overrides else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)

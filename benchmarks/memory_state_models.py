@@ -11,7 +11,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Shape:
-    """kind: "llama", of transformers, or "gpt", whose every second layer has `experts` where there are any."""
+    """kind: "llama", of transformers, or "gpt", whose every second layer has `experts` where there are
+    any."""
 
     kind: str
     hidden: int
@@ -29,18 +30,27 @@ class Shape:
 
 ZERO_7B = Shape("llama", hidden=4096, layers=36, heads=32, inner=11008, vocabulary=32000)
 SMALL = Shape("llama", hidden=2048, layers=2, heads=16, inner=5504, vocabulary=32000)
-TED_7B = Shape("gpt", hidden=4096, layers=32, heads=32, experts=16, vocabulary=51200)  # "6.7B", with experts "40B"
+TED_7B = Shape(
+    "gpt", hidden=4096, layers=32, heads=32, experts=16, vocabulary=51200
+)  # "6.7B", with experts "40B"
 
 
 class Switch(nn.Module):
-    """Experts as Switch and DeepSpeed-MoE write them: top-1, a capacity, one-hot masks, weights of all experts in one tensor."""
+    """Experts as Switch and DeepSpeed-MoE write them: top-1, a capacity, one-hot masks, weights of all
+    experts in one tensor."""
 
     def __init__(self, hidden: int, experts: int, capacity_factor: float = 1.25):
         super().__init__()
         self.experts, self.capacity_factor = experts, capacity_factor
         self.router = nn.Linear(hidden, experts, bias=False)
-        self.up, self.up_bias = nn.Parameter(torch.empty(experts, hidden, 4 * hidden)), nn.Parameter(torch.empty(experts, 4 * hidden))
-        self.down, self.down_bias = nn.Parameter(torch.empty(experts, 4 * hidden, hidden)), nn.Parameter(torch.empty(experts, hidden))
+        self.up, self.up_bias = (
+            nn.Parameter(torch.empty(experts, hidden, 4 * hidden)),
+            nn.Parameter(torch.empty(experts, 4 * hidden)),
+        )
+        self.down, self.down_bias = (
+            nn.Parameter(torch.empty(experts, 4 * hidden, hidden)),
+            nn.Parameter(torch.empty(experts, hidden)),
+        )
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
@@ -53,7 +63,9 @@ class Switch(nn.Module):
         combine = (gate * mask.sum(-1))[:, None, None] * mask[:, :, None] * slot[:, None, :]
         inputs = torch.einsum("nec,nh->ech", combine.bool().to(x.dtype), flat)
         inner = F.gelu(torch.bmm(inputs, self.up) + self.up_bias[:, None])
-        return torch.einsum("nec,ech->nh", combine, torch.bmm(inner, self.down) + self.down_bias[:, None]).reshape(x.shape)
+        return torch.einsum(
+            "nec,ech->nh", combine, torch.bmm(inner, self.down) + self.down_bias[:, None]
+        ).reshape(x.shape)
 
 
 class Dense(nn.Sequential):
@@ -71,16 +83,28 @@ class Layer(nn.Module):
     def forward(self, x):
         batch, sequence, hidden = x.shape
         y = self.norm(x)
-        q, k, v = (w(y).view(batch, sequence, self.heads, hidden // self.heads).transpose(1, 2) for w in (self.q, self.k, self.v))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, sequence, hidden))
+        q, k, v = (
+            w(y).view(batch, sequence, self.heads, hidden // self.heads).transpose(1, 2)
+            for w in (self.q, self.k, self.v)
+        )
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .reshape(batch, sequence, hidden)
+        )
         return x + self.mlp(self.norm_2(x))
 
 
 class GPT(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        self.embed, self.head = nn.Embedding(shape.vocabulary, shape.hidden), nn.Linear(shape.hidden, shape.vocabulary, bias=False)
-        self.layers = nn.ModuleList(Layer(shape.hidden, shape.heads, shape.experts * (i % 2)) for i in range(shape.layers))
+        self.embed, self.head = (
+            nn.Embedding(shape.vocabulary, shape.hidden),
+            nn.Linear(shape.hidden, shape.vocabulary, bias=False),
+        )
+        self.layers = nn.ModuleList(
+            Layer(shape.hidden, shape.heads, shape.experts * (i % 2)) for i in range(shape.layers)
+        )
         self.norm = nn.LayerNorm(shape.hidden)
         self.head.weight = self.embed.weight
 
@@ -100,8 +124,14 @@ def make_model(shape: Shape) -> nn.Module:
                 return GPT(shape)
             from transformers import LlamaConfig, LlamaForCausalLM
 
-            return LlamaForCausalLM(LlamaConfig(
-                hidden_size=shape.hidden, intermediate_size=shape.inner, num_hidden_layers=shape.layers, num_attention_heads=shape.heads, vocab_size=shape.vocabulary,
-            )).train()  # fmt: skip
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=shape.hidden,
+                    intermediate_size=shape.inner,
+                    num_hidden_layers=shape.layers,
+                    num_attention_heads=shape.heads,
+                    vocab_size=shape.vocabulary,
+                )
+            ).train()
     finally:
         torch.set_default_dtype(torch.float32)

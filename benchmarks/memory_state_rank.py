@@ -1,7 +1,10 @@
-"""One rank of a mesh of fake ranks, on fake tensors, and the count of every storage that is there: what `python benchmarks/memory.py state` measures with.
+"""One rank of a mesh of fake ranks, on fake tensors, and the count of every storage that is there: what
+`python benchmarks/memory.py state` measures with.
 
-An unmodified model on the meta device goes through `tedfx.parallelize`, its parameters become fake tensors of the real sizes, forward and backward run (so gradients are what the boundary leaves),
-`tedfx.optim.ShardedOptimizer` makes masters and states and takes steps. Every storage is counted from when it is made to when it is freed.
+An unmodified model on the meta device goes through `tedfx.parallelize`, its parameters become fake tensors of
+the real sizes, forward and backward run (so gradients are what the boundary leaves),
+`tedfx.optim.ShardedOptimizer` makes masters and states and takes steps. Every storage is counted from when it
+is made to when it is freed.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
+from memory_state_models import Shape, make_model
 from torch import nn
 
 import tedfx
-from memory_state_models import Shape, make_model
 from tedfx._torch import FakeTensorMode, TorchDispatchMode, fake_world, pytree
 from tedfx.placement.roles import MeshShape
 from tedfx.trace.export import trace
 
-SEQUENCE = 64  # short: what is measured does not depend on it; 2 x 64 tokens are at least one for each of 128 groups
+SEQUENCE = (
+    64  # short: what is measured does not depend on it; 2 x 64 tokens are at least one for each of 128 groups
+)
 
 
 def call(rows: int, sequence: int = SEQUENCE) -> dict[str, torch.Tensor]:
@@ -38,7 +43,7 @@ def traced(shape: Shape):
     return model, trace(model, kwargs=call(2))
 
 
-# ---- counting storages ----------------------------------------------------------------------------------------------------
+# ---- counting storages -------------------------------------------------------------------------------------
 
 
 class Live(TorchDispatchMode):
@@ -56,7 +61,11 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {_key(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         # The fake kernel of a wait makes a new tensor, the real one does not.
-        out = args[0] if func is torch.ops._c10d_functional.wait_tensor.default else func(*args, **(kwargs or {}))
+        out = (
+            args[0]
+            if func is torch.ops._c10d_functional.wait_tensor.default
+            else func(*args, **(kwargs or {}))
+        )
         for x in pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor) and (key := _key(x)) not in given and key not in self._there:
                 storage = x.untyped_storage()
@@ -72,10 +81,13 @@ def _key(x: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def addresses() -> Iterator[None]:
-    """Fake tensors all answer 0 when they are asked for their address. Under this they have one: equal exactly where storage and offset are."""
+    """Fake tensors all answer 0 when they are asked for their address. Under this they have one: equal
+    exactly where storage and offset are."""
     with (
         mock.patch.object(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata),
-        mock.patch.object(torch.Tensor, "data_ptr", lambda x: (_key(x) << 64) + x.storage_offset() * x.element_size()),
+        mock.patch.object(
+            torch.Tensor, "data_ptr", lambda x: (_key(x) << 64) + x.storage_offset() * x.element_size()
+        ),
     ):
         yield
 
@@ -85,12 +97,13 @@ def held(tensors: Iterable[torch.Tensor | None]) -> int:
     return sum({_key(x): x.untyped_storage().nbytes() for x in tensors if x is not None}.values())
 
 
-# ---- one rank --------------------------------------------------------------------------------------------------------------
+# ---- one rank ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Row:
-    """Bytes on one rank. `total`: all that is there between backward and the update, however it came about; the three before it are found at their owners."""
+    """Bytes on one rank. `total`: all that is there between backward and the update, however it came about;
+    the three before it are found at their owners."""
 
     table: str
     model: Shape
@@ -111,22 +124,31 @@ class Row:
 
 
 def materialize(pm) -> None:
-    """Parameters and buffers made anew, where they are seen, in the place of those that `parallelize` allocated (virtual memory that nobody touched): fake ones under a FakeTensorMode."""
+    """Parameters and buffers made anew, where they are seen, in the place of those that `parallelize`
+    allocated (virtual memory that nobody touched): fake ones under a FakeTensorMode."""
     del pm._sealed
     for name, placed in pm._placed.items():
         old = pm._parameter(name)
-        new = nn.Parameter(placed.dtensor(torch.zeros(placed.kept.shape, dtype=old.dtype)), requires_grad=old.requires_grad)
+        new = nn.Parameter(
+            placed.dtensor(torch.zeros(placed.kept.shape, dtype=old.dtype)), requires_grad=old.requires_grad
+        )
         for each in dict.fromkeys((name, *placed.layout.aliases)):
             pm._place(each, new)
     for name, buffer in list(pm.named_buffers()):
-        pm._place(name, nn.Buffer(torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=name not in pm._non_persistent))
+        pm._place(
+            name,
+            nn.Buffer(
+                torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=name not in pm._non_persistent
+            ),
+        )
     pm._absent.clear()
     pm._seal()
 
 
 @contextlib.contextmanager
 def rank_of(shape: Shape, mesh: str, stage: int, real: bool = False) -> Iterator[tuple]:
-    """(the ParallelModule of rank 0, the count of what is alive), on fake tensors, or on real ones. Capacities are those of a rank's tokens, as in DeepSpeed: so no size depends on a routing."""
+    """(the ParallelModule of rank 0, the count of what is alive), on fake tensors, or on real ones.
+    Capacities are those of a rank's tokens, as in DeepSpeed: so no size depends on a routing."""
     from torch.distributed.device_mesh import init_device_mesh
 
     axes, hook = MeshShape.of(mesh), sys.excepthook
@@ -136,7 +158,16 @@ def rank_of(shape: Shape, mesh: str, stage: int, real: bool = False) -> Iterator
     try:
         with fake_world(0, axes.world):
             devices = init_device_mesh("cpu", axes.sizes, mesh_dim_names=axes.names)
-            pm = tedfx.parallelize(model, devices, zero=stage, traces=[source], example_inputs=call(2), outputs=("loss",) if shape.kind == "llama" else None, capacity="local" if shape.experts else None, check_inputs=False)
+            pm = tedfx.parallelize(
+                model,
+                devices,
+                zero=stage,
+                traces=[source],
+                example_inputs=call(2),
+                outputs=("loss",) if shape.kind == "llama" else None,
+                capacity="local" if shape.experts else None,
+                check_inputs=False,
+            )
             with contextlib.ExitStack() as stack:
                 if not real:
                     stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -154,8 +185,17 @@ def backward(pm) -> None:
     (output if isinstance(output, torch.Tensor) else output.loss).backward()
 
 
-def measure(table: str, shape: Shape, mesh: str, stage: int, *, steppers: Sequence[Mapping] = ({"fused": True},), real: bool = False) -> list[Row]:
-    """A row per optimizer; steppers: options of ShardedOptimizer over AdamW. A spike is that of the second step: the first makes the states."""
+def measure(
+    table: str,
+    shape: Shape,
+    mesh: str,
+    stage: int,
+    *,
+    steppers: Sequence[Mapping] = ({"fused": True},),
+    real: bool = False,
+) -> list[Row]:
+    """A row per optimizer; steppers: options of ShardedOptimizer over AdamW. A spike is that of the second
+    step: the first makes the states."""
     rows = []
     with rank_of(shape, mesh, stage, real) as (pm, live):
         backward(pm)
@@ -170,10 +210,38 @@ def measure(table: str, shape: Shape, mesh: str, stage: int, *, steppers: Sequen
             stepper.step()
             shares = list(stepper._shares.values())
             mine = held(x for share in shares for x in (share.master, *share.homes.values()))
-            host = held(x for share in shares for x in (*((share.master, *share.homes.values()) if share.host else ()), share.taken()))
-            parameters, gradients = held(p.to_local() for p in pm.parameters()), held(p.grad.to_local() for p in pm.parameters() if p.grad is not None)
-            psi, owned = sum(p.numel() for p in traced(shape)[0].parameters()), sum(share.numel for share in shares)
-            rows.append(Row(table, shape, mesh, stage, stepper.tile, dict(options), psi, owned, parameters, gradients, mine, before, live.most - before, None, host))
+            host = held(
+                x
+                for share in shares
+                for x in (*((share.master, *share.homes.values()) if share.host else ()), share.taken())
+            )
+            parameters, gradients = (
+                held(p.to_local() for p in pm.parameters()),
+                held(p.grad.to_local() for p in pm.parameters() if p.grad is not None),
+            )
+            psi, owned = (
+                sum(p.numel() for p in traced(shape)[0].parameters()),
+                sum(share.numel for share in shares),
+            )
+            rows.append(
+                Row(
+                    table,
+                    shape,
+                    mesh,
+                    stage,
+                    stepper.tile,
+                    dict(options),
+                    psi,
+                    owned,
+                    parameters,
+                    gradients,
+                    mine,
+                    before,
+                    live.most - before,
+                    None,
+                    host,
+                )
+            )
             if options is steppers[-1]:
                 stepper.zero_grad()
                 rows[-1] = replace(rows[-1], idle=live.now)
@@ -183,9 +251,13 @@ def measure(table: str, shape: Shape, mesh: str, stage: int, *, steppers: Sequen
 
 
 def longer(few: Row, more: Row, counts: tuple[int, int], layers: int) -> Row:
-    """The row of a model of `layers` layers, from those of two shorter ones: layers are alike, and what is kept of a parameter is proportional to it. A tiled spike is not, and is left out."""
-    at = lambda a, b: a + (b - a) * (layers - counts[0]) // (counts[1] - counts[0])  # noqa: E731
-    kept = {name: at(getattr(few, name), getattr(more, name)) for name in ("psi", "share", "parameters", "gradients", "states", "total", "host")}
+    """The row of a model of `layers` layers, from those of two shorter ones: layers are alike, and what is
+    kept of a parameter is proportional to it. A tiled spike is not, and is left out."""
+    at = lambda a, b: a + (b - a) * (layers - counts[0]) // (counts[1] - counts[0])
+    kept = {
+        name: at(getattr(few, name), getattr(more, name))
+        for name in ("psi", "share", "parameters", "gradients", "states", "total", "host")
+    }
     return replace(few, **kept, idle=None, spike=at(few.spike, more.spike) if few.tile is None else None)
 
 

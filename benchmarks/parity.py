@@ -1,17 +1,21 @@
 """Every model on every mesh against the single device: `make parity`, which writes docs/parity.md.
 
-    python benchmarks/parity.py --out docs/parity.md [--models mixtral,llama] [--meshes "tp=2;ep=2,tp=2"] [--dtype float32]
+    python benchmarks/parity.py --out docs/parity.md [--models mixtral,llama] [--meshes "tp=2;ep=2,tp=2"]
+    [--dtype float32]
 
-Each model is traced once; each pair is compiled once and its ranks are forked. Exit status 1 where a pair fails.
+Each model is traced once; each pair is compiled once and its ranks are forked. Exit status 1 where a pair
+fails.
 
     python benchmarks/parity.py --savings --out docs/parity-savings.md
 
-runs the savings instead: four models (one with a capacity) on the meshes that have something to save, each saving alone, none, and all of them.
+runs the savings instead: four models (one with a capacity) on the meshes that have something to save, each
+saving alone, none, and all of them.
 
     python benchmarks/parity.py --zero --out docs/parity-zero.md
 
-runs ZeRO's stages: 5 steps of `tedfx.optim.ShardedOptimizer` against torch's AdamW on one device, tiled and not, stage 3 also recomputed and compiled.
-`--rows FILE` keeps the rows as JSON lines: a run that is cut off goes on from there.
+runs ZeRO's stages: 5 steps of `tedfx.optim.ShardedOptimizer` against torch's AdamW on one device, tiled and
+not, stage 3 also recomputed and compiled. `--rows FILE` keeps the rows as JSON lines: a run that is cut off
+goes on from there.
 """
 
 from __future__ import annotations
@@ -37,28 +41,56 @@ from tabulate import tabulate  # noqa: E402
 from tedfx.errors import TedfxError  # noqa: E402
 from tedfx.verification.verify import TOLERANCES, versions  # noqa: E402
 
-MODELS = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama", "llama tied", "plain", "plain_boolean", "plain_stacked"]
+MODELS = [
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama",
+    "llama tied",
+    "plain",
+    "plain_boolean",
+    "plain_stacked",
+]
 DENSE = {"llama", "llama tied"}
 MESHES = ["dp=2", "tp=2", "ep=2", "tp=4", "dp=2,tp=2", "dp=2,ep=2", "ep=2,tp=2", "dp=2,ep=2,tp=2"]
 MESHES += ["tp=2 expert=tp", "tp=4 expert=tp", "ep=2,tp=2 expert=ep+tp", "dp=1,ep=2,tp=2", "tp=2,ep=2"]
 
 PLAIN = {"dedup": False, "sequence_parallel": False, "algebra": False}
 SAVINGS = {
-    "defaults": {}, "none, TED's own order": PLAIN, "dedup alone": PLAIN | {"dedup": True}, "algebra alone": PLAIN | {"algebra": True},
-    "sequence parallelism alone": PLAIN | {"sequence_parallel": True}, "defaults, comm": {"checkpoint": "comm"}, "defaults, full": {"checkpoint": "full"},
+    "defaults": {},
+    "none, TED's own order": PLAIN,
+    "dedup alone": PLAIN | {"dedup": True},
+    "algebra alone": PLAIN | {"algebra": True},
+    "sequence parallelism alone": PLAIN | {"sequence_parallel": True},
+    "defaults, comm": {"checkpoint": "comm"},
+    "defaults, full": {"checkpoint": "full"},
     "defaults, selective": {"checkpoint": "selective"},
-}  # fmt: skip
+}
 SAVED_MODELS = ["mixtral", "deepseek_v3", "gpt_oss", "capacity_gshard"]
 SAVED_MESHES = ["ep=2,tp=2", "dp=2,ep=2,tp=2", "tp=2", "tp=2 expert=tp", "ep=2,tp=2 expert=ep+tp"]
 
 TILE = 500  # elements: cuts stacks of experts on every mesh, and matrices where their shares are larger
-STAGES = {f"{stage}, {name}": {"zero": stage, "sharded": {"tile": tile}} for stage in range(4) for name, tile in (("tiled", TILE), ("untiled", None))}
-STAGES |= {"3, untiled, comm": {"zero": 3, "sharded": {"tile": None}, "checkpoint": "comm"}, "3, untiled, compiled (aot_eager)": {"zero": 3, "sharded": {"tile": None}, "compile": "aot_eager"}}
+STAGES = {
+    f"{stage}, {name}": {"zero": stage, "sharded": {"tile": tile}}
+    for stage in range(4)
+    for name, tile in (("tiled", TILE), ("untiled", None))
+}
+STAGES |= {
+    "3, untiled, comm": {"zero": 3, "sharded": {"tile": None}, "checkpoint": "comm"},
+    "3, untiled, compiled (aot_eager)": {"zero": 3, "sharded": {"tile": None}, "compile": "aot_eager"},
+}
 
 
 STAGED = (
-    f"The mesh steps with `tedfx.optim.ShardedOptimizer` over AdamW, the single device with `torch.optim.AdamW`. Tiled: {TILE} elements are updated at a time, so that stacks of experts are cut on every mesh; untiled: every parameter whole. "
-    "Compiled is `torch.compile(fullgraph=True)` with the backend aot_eager: forward and backward as the partitioner cuts them, without inductor's kernels, whose compilation takes minutes per rank on a CPU."
+    "The mesh steps with `tedfx.optim.ShardedOptimizer` over AdamW, the single device with "
+    f"`torch.optim.AdamW`. Tiled: {TILE} elements are updated at a time, so that stacks of experts are "
+    "cut on every mesh; untiled: every parameter whole. "
+    "Compiled is `torch.compile(fullgraph=True)` with the backend aot_eager: forward and backward as "
+    "the partitioner cuts them, without inductor's kernels, whose compilation takes minutes per rank on "
+    "a CPU."
 )
 
 
@@ -78,7 +110,15 @@ class Set:
 EVERYTHING = Set("", "docs/parity.md", MODELS, MESHES, "", {"defaults": {}})
 SETS = [
     Set("savings", "docs/parity-savings.md", SAVED_MODELS, SAVED_MESHES, "savings", SAVINGS),
-    Set("zero", "docs/parity-zero.md", ["mixtral", "deepseek_v3"], ["ep=2,tp=2", "dp=2,ep=2,tp=2"], "stage", STAGES, steps=5),
+    Set(
+        "zero",
+        "docs/parity-zero.md",
+        ["mixtral", "deepseek_v3"],
+        ["ep=2,tp=2", "dp=2,ep=2,tp=2"],
+        "stage",
+        STAGES,
+        steps=5,
+    ),
 ]
 
 
@@ -100,9 +140,19 @@ def make_case(model: str, mesh: str, dtype: str, switches: dict, steps: int):
     from tests.parity.cases import case
 
     axes, _, roles = mesh.partition(" ")
-    roles = {role: tuple(names.split("+")) for role, _, names in (word.partition("=") for word in roles.split())}
+    roles = {
+        role: tuple(names.split("+")) for role, _, names in (word.partition("=") for word in roles.split())
+    }
     name, _, tied = model.partition(" ")
-    return case(name, axes, roles=roles, overrides={"tie_word_embeddings": True} if tied else {}, dtype=dtype, steps=steps, **switches)
+    return case(
+        name,
+        axes,
+        roles=roles,
+        overrides={"tie_word_embeddings": True} if tied else {},
+        dtype=dtype,
+        steps=steps,
+        **switches,
+    )
 
 
 def applies(model: str, mesh: str) -> bool:
@@ -116,7 +166,9 @@ def run(model: str, mesh: str, dtype: str, name: str, which: Set) -> Line:
     start = time.perf_counter()
     try:
         result = verified(make_case(model, mesh, dtype, which.switches[name], which.steps))
-        verdict = "ok" if result.ok else "FAIL: " + ", ".join(row.quantity for row in result.rows if not row.ok)
+        verdict = (
+            "ok" if result.ok else "FAIL: " + ", ".join(row.quantity for row in result.rows if not row.ok)
+        )
         errors = [row.error for row in result.rows[:4]]
     except (TedfxError, TimeoutError, RuntimeError) as error:
         verdict, errors = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", []
@@ -128,26 +180,57 @@ def write(lines: list[Line], which: Set, dtype: str, path: Path) -> None:
     failed = [line for line in lines if not line.ok]
     columns = ["loss", "gradient norm", "gradients", "parameters"]
     limits = [tolerance.loss, tolerance.norm, tolerance.gradients, tolerance.parameters]
-    worst = [[name, f"{limit:.0e}", f"{found[0]:.1e}", found[1]] for i, (name, limit) in enumerate(zip(columns, limits)) if (found := _worst(lines, i))]
+    worst = [
+        [name, f"{limit:.0e}", f"{found[0]:.1e}", found[1]]
+        for i, (name, limit) in enumerate(zip(columns, limits))
+        if (found := _worst(lines, i))
+    ]
     several, seconds = bool(which.column), sum(line.seconds for line in lines)
-    pairs = [[line.model, line.mesh, *[line.switches] * several, *(f"{e:.1e}" for e in line.errors), *[""] * (4 - len(line.errors)), line.verdict] for line in lines]
+    pairs = [
+        [
+            line.model,
+            line.mesh,
+            *[line.switches] * several,
+            *(f"{e:.1e}" for e in line.errors),
+            *[""] * (4 - len(line.errors)),
+            line.verdict,
+        ]
+        for line in lines
+    ]
     text = [
         "# Parity",
         "",
-        f"Written by {f'`python benchmarks/parity.py --{which.flag}`' if which.flag else '`make parity` (`benchmarks/parity.py`)'}. {versions()}, {dtype}, gloo ranks on the CPU, {seconds / 60:.0f} minutes.",
+        "Written by "
+        f"{f'`python benchmarks/parity.py --{which.flag}`' if which.flag else '`make parity` (`benchmarks/parity.py`)'}. "
+        ""
+        f"{versions()}, {dtype}, gloo ranks on the CPU, {seconds / 60:.0f} minutes.",
         "",
-        "Each pair trains the unmodified model on the whole global batch on one device (eager experts) and `tedfx.parallelize`'s module on local ranks, in the same "
-        f"run: {which.steps} AdamW steps with clipping, each with the rows on other ranks and another learning rate. Loss, gradient norm as `clip_grad_norm_` returns it, every parameter's gradient (here of the "
-        "first step; those of the others, and buffers, are part of the verdict), every parameter after the last step, replicas bit by bit. The auxiliary loss is on where the model has one; 30% of the labels in the first half of the rows are -100, and all but one in the second half. An "
-        "error is the norm of the difference over the larger of the reference's norm and 1e-6 of the total norm; of gradients and parameters the worst one counts. "
-        "The models compute some steps in float32 whatever their dtype (softmax, norms, the loss), which is where the errors come from.",
+        "Each pair trains the unmodified model on the whole global batch on one device (eager experts) "
+        "and `tedfx.parallelize`'s module on local ranks, in the same "
+        f"run: {which.steps} AdamW steps with clipping, each with the rows on other ranks and another "
+        "learning rate. Loss, gradient norm as `clip_grad_norm_` returns it, every parameter's "
+        "gradient (here of the "
+        "first step; those of the others, and buffers, are part of the verdict), every parameter after "
+        "the last step, replicas bit by bit. The auxiliary loss is on where the model has one; 30% of "
+        "the labels in the first half of the rows are -100, and all but one in the second half. An "
+        "error is the norm of the difference over the larger of the reference's norm and 1e-6 of the "
+        "total norm; of gradients and parameters the worst one counts. "
+        "The models compute some steps in float32 whatever their dtype (softmax, norms, the loss), "
+        "which is where the errors come from.",
         "",
         *([STAGED, ""] if which.flag == "zero" else []),
         f"{len(lines) - len(failed)} of {len(lines)} pairs pass.",
         "",
-        tabulate(worst, ["worst of all", "allowed", "error", "where"], tablefmt="github", disable_numparse=True),
+        tabulate(
+            worst, ["worst of all", "allowed", "error", "where"], tablefmt="github", disable_numparse=True
+        ),
         "",
-        tabulate(pairs, ["model", "mesh", *[which.column] * several, *columns, "verdict"], tablefmt="github", disable_numparse=True),
+        tabulate(
+            pairs,
+            ["model", "mesh", *[which.column] * several, *columns, "verdict"],
+            tablefmt="github",
+            disable_numparse=True,
+        ),
         "",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,12 +243,18 @@ def _worst(lines: list[Line], index: int):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="default docs/parity.md, docs/parity-savings.md or docs/parity-zero.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default docs/parity.md, docs/parity-savings.md or docs/parity-zero.md"
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--savings", action="store_true", help="each saving alone, none and all")
     only.add_argument("--zero", action="store_true", help="ZeRO's stages, tiled and not, after 5 steps")
-    parser.add_argument("--rows", type=Path, help="JSON lines: rows that the file has are taken from it, the others added")
+    parser.add_argument(
+        "--rows", type=Path, help="JSON lines: rows that the file has are taken from it, the others added"
+    )
     parser.add_argument("--models", help="comma-separated; `llama tied` has tied embeddings")
     parser.add_argument("--meshes", help="semicolon-separated; roles after a blank: `ep=2,tp=2 expert=ep+tp`")
     parser.add_argument("--dtype", default="float64", choices=["float64", "float32"])
@@ -175,8 +264,18 @@ def main(argv=None) -> int:
     models = args.models.split(",") if args.models else which.models
     meshes = [m.strip() for m in args.meshes.split(";")] if args.meshes else which.meshes
     out = args.out or Path(which.out)
-    pairs = [(model, mesh, name) for model in models for mesh in meshes if applies(model, mesh) for name in which.switches]
-    done = [Line(**json.loads(line)) for line in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
+    pairs = [
+        (model, mesh, name)
+        for model in models
+        for mesh in meshes
+        if applies(model, mesh)
+        for name in which.switches
+    ]
+    done = (
+        [Line(**json.loads(line)) for line in args.rows.read_text().splitlines()]
+        if args.rows and args.rows.exists()
+        else []
+    )
     done, lines = {(line.model, line.mesh, line.switches): line for line in done}, []
     for number, (model, mesh, name) in enumerate(pairs, 1):
         before = done.get((model, mesh, name))
@@ -185,7 +284,11 @@ def main(argv=None) -> int:
             with args.rows.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(lines[-1])) + "\n")
         worst = f"worst gradient {lines[-1].errors[2]:.1e}, " if lines[-1].errors else ""
-        print(f"[{number}/{len(pairs)}] {model} on {mesh}, {name}: {lines[-1].verdict} ({worst}{lines[-1].seconds:.0f} s)", flush=True)
+        print(
+            f"[{number}/{len(pairs)}] {model} on {mesh}, {name}: {lines[-1].verdict} "
+            f"({worst}{lines[-1].seconds:.0f} s)",
+            flush=True,
+        )
     write(lines, which, args.dtype, out)
     failed = [line for line in lines if not line.ok]
     print(f"{len(lines) - len(failed)} of {len(lines)} pairs pass; written to {out}")

@@ -1,9 +1,11 @@
-"""Peak memory and step time of the checkpoint policies and of sequence parallelism, on two GPUs: one JSON line per run.
+"""Peak memory and step time of the checkpoint policies and of sequence parallelism, on two GPUs: one JSON
+line per run.
 
     python benchmarks/policies.py --out benchmarks/results/policies-2xH100.jsonl
 
-One Mixtral (8 layers, hidden 2048, feed-forward 4096, 8 experts, top-2, bfloat16), sequence 4096, 2 sequences per data rank, random tokens, AdamW. A step
-is forward, backward and optimizer; its time is the median after warm-up, on rank 0. Runs follow each other in the same two processes, from one trace.
+One Mixtral (8 layers, hidden 2048, feed-forward 4096, 8 experts, top-2, bfloat16), sequence 4096, 2 sequences
+per data rank, random tokens, AdamW. A step is forward, backward and optimizer; its time is the median after
+warm-up, on rank 0. Runs follow each other in the same two processes, from one trace.
 """
 
 from __future__ import annotations
@@ -48,9 +50,18 @@ def make_model(args):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=args.hidden, intermediate_size=2 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=16, num_key_value_heads=4,
-        num_local_experts=8, num_experts_per_tok=2, vocab_size=32000, max_position_embeddings=args.sequence, router_aux_loss_coef=0.01, output_router_logits=True,
-    )  # fmt: skip
+        hidden_size=args.hidden,
+        intermediate_size=2 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=32000,
+        max_position_embeddings=args.sequence,
+        router_aux_loss_coef=0.01,
+        output_router_logits=True,
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
@@ -76,11 +87,20 @@ def measure(rank, args) -> list[dict]:
         mesh, options = RUNS[number]
         shape = MeshShape.of(mesh)
         device_mesh = init_device_mesh("cuda", shape.sizes, mesh_dim_names=shape.names)
-        pm = tedfx.parallelize(model, device_mesh, traces=[traced], outputs=("loss",), example_inputs={"input_ids": ids, "labels": ids}, **options)
+        pm = tedfx.parallelize(
+            model,
+            device_mesh,
+            traces=[traced],
+            outputs=("loss",),
+            example_inputs={"input_ids": ids, "labels": ids},
+            **options,
+        )
         optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-4, fused=True)
         generator = torch.Generator().manual_seed(pm.batch_coordinate[0])
         tokens = torch.randint(32000, (args.batch, args.sequence), generator=generator).cuda()
-        left_over = torch.cuda.memory_allocated() - sum(p.to_local().numel() * p.element_size() for p in [*pm.parameters()])
+        left_over = torch.cuda.memory_allocated() - sum(
+            p.to_local().numel() * p.element_size() for p in [*pm.parameters()]
+        )
         times, start = [], time.perf_counter()
         for step in range(args.warmup + args.steps):
             if step == args.warmup:
@@ -96,7 +116,9 @@ def measure(rank, args) -> list[dict]:
             if step == 0:
                 first = time.perf_counter() - start
         if args.profile and rank.index == 0:
-            profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU])
+            profiler = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+            )
             profiler.start()
         if args.profile:
             pm(input_ids=tokens, labels=tokens).loss.backward()
@@ -104,16 +126,31 @@ def measure(rank, args) -> list[dict]:
             torch.cuda.synchronize()
         if args.profile and rank.index == 0:
             profiler.stop()
-            print(profiler.key_averages().table(sort_by=args.profile_by, row_limit=args.profile, max_name_column_width=60))
+            print(
+                profiler.key_averages().table(
+                    sort_by=args.profile_by, row_limit=args.profile, max_name_column_width=60
+                )
+            )
         timed = times[args.warmup :]
         held = sum(p.to_local().numel() * p.element_size() for p in pm.parameters())
         record = {
-            "mesh": mesh, **{"checkpoint": "none", "compile": False, **options}, "step_ms": round(1e3 * statistics.median(timed), 1), "fastest_ms": round(1e3 * min(timed), 1),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "peak_to_backward_gib": round(after_backward / 2**30, 2), "parameters_gib": round(held / 2**30, 2),
-            "model_gib": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30, 2), "first_step_s": round(first, 1),
+            "mesh": mesh,
+            **{"checkpoint": "none", "compile": False, **options},
+            "step_ms": round(1e3 * statistics.median(timed), 1),
+            "fastest_ms": round(1e3 * min(timed), 1),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "peak_to_backward_gib": round(after_backward / 2**30, 2),
+            "parameters_gib": round(held / 2**30, 2),
+            "model_gib": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30, 2),
+            "first_step_s": round(first, 1),
             "held_before_gib": round(left_over / 2**30, 2),
-            "layers": args.layers, "hidden": args.hidden, "batch": args.batch, "sequence": args.sequence, "device": torch.cuda.get_device_name(), "versions": versions(),
-        }  # fmt: skip
+            "layers": args.layers,
+            "hidden": args.hidden,
+            "batch": args.batch,
+            "sequence": args.sequence,
+            "device": torch.cuda.get_device_name(),
+            "versions": versions(),
+        }
         found.append(record)
         if rank.index == 0:
             with open(args.out, "a") as file:
@@ -135,7 +172,13 @@ def parser(description: str, runs: list, steps: int, out: str) -> argparse.Argum
     made.add_argument("--batch", type=int, default=2, help="sequences per data rank")
     made.add_argument("--warmup", type=int, default=2)
     made.add_argument("--steps", type=int, default=steps)
-    made.add_argument("--runs", type=int, nargs="+", default=list(range(len(runs))), help="numbers of the runs (default: all)")
+    made.add_argument(
+        "--runs",
+        type=int,
+        nargs="+",
+        default=list(range(len(runs))),
+        help="numbers of the runs (default: all)",
+    )
     made.add_argument("--timeout", type=float, default=560.0)
     made.add_argument("--out", default=out)
     return made
@@ -146,14 +189,20 @@ def on_two_gpus(measure, made: argparse.ArgumentParser) -> int:
     args = made.parse_args()
     if torch.cuda.device_count() < 2:
         made.error(f"needs two GPUs, {torch.cuda.device_count()} here")
-    verify_ranks.run(verify_ranks.jobs(measure, (args,), 2, "cuda", "nccl", args.timeout), False, args.timeout)
+    verify_ranks.run(
+        verify_ranks.jobs(measure, (args,), 2, "cuda", "nccl", args.timeout), False, args.timeout
+    )
     return 0
 
 
 def main() -> int:
     made = parser(__doc__.split("\n\n")[0], RUNS, 5, "policies.jsonl")
-    made.add_argument("--profile", type=int, default=0, metavar="N", help="print the N most costly kernels of one more step")
-    made.add_argument("--profile-by", default="self_cuda_time_total", help="or self_cpu_time_total: what keeps the host")
+    made.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="print the N most costly kernels of one more step"
+    )
+    made.add_argument(
+        "--profile-by", default="self_cuda_time_total", help="or self_cpu_time_total: what keeps the host"
+    )
     return on_two_gpus(measure, made)
 
 

@@ -1,16 +1,21 @@
-"""The ranks, the prediction, the table and the plot of benchmarks/two_nodes.sh, which starts this once per node. docs/two_nodes.md describes it.
+"""The ranks, the prediction, the table and the plot of benchmarks/two_nodes.sh, which starts this once per
+node. docs/two_nodes.md describes it.
 
-A step is forward, backward and the gradient boundary (no optimizer: it is the same in all variants). All variants live in the same processes, made from one
-trace; in every round, at every link speed, they take a step in turn. A step lasts as long as that of the slowest rank.
+A step is forward, backward and the gradient boundary (no optimizer: it is the same in all variants). All
+variants live in the same processes, made from one trace; in every round, at every link speed, they take a
+step in turn. A step lasts as long as that of the slowest rank.
 
 Predicted, from what is measured apart from the limited steps:
 
-    step(variant, link) = step(variant, no limit) + sum over messages of bytes * (1 / speed(link) - 1 / speed(no limit))
+    step(variant, link) = step(variant, no limit) + sum over messages of bytes * (1 / speed(link) - 1 /
+    speed(no limit))
 
-The messages are the collectives that cross the link by the expressions of `tedfx.analysis.cost` (balanced routing). The speed is that of plain gloo sends of as many bytes over the
-link as it is set, both ways at once, in the order in which gloo's algorithm posts them: this decides whether both directions of the link are in use at a time.
-gloo sends when it has heard of the other side's receive. An all-to-all posts its send before its receive, so the news of the receive can stand behind the data of the
-send, in the same stream; then one direction waits for the other. The ring all-reduce posts the receive first.
+The messages are the collectives that cross the link by the expressions of `tedfx.analysis.cost` (balanced
+routing). The speed is that of plain gloo sends of as many bytes over the link as it is set, both ways at
+once, in the order in which gloo's algorithm posts them: this decides whether both directions of the link are
+in use at a time. gloo sends when it has heard of the other side's receive. An all-to-all posts its send
+before its receive, so the news of the receive can stand behind the data of the send, in the same stream; then
+one direction waits for the other. The ring all-reduce posts the receive first.
 """
 
 from __future__ import annotations
@@ -45,19 +50,40 @@ FREE = 0.0  # the rate that stands for "no limit"
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks/two_nodes.sh", description="TED's savings between two network namespaces, against the speed of the link.")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/two_nodes.sh",
+        description="TED's savings between two network namespaces, against the speed of the link.",
+    )
     parser.add_argument("--big", action="store_true", help="four ranks per node (ep=2,tp=4) instead of two")
-    parser.add_argument("--rates", default="50 100 200 500", help='link speeds in Mbit/s, e.g. "50 100 200 500"; one without a limit is added')
-    parser.add_argument("--steps", type=int, default=7, help="rounds: timed steps of the variants compared at the slowest speed, of which more are taken at others")
+    parser.add_argument(
+        "--rates",
+        default="50 100 200 500",
+        help='link speeds in Mbit/s, e.g. "50 100 200 500"; one without a limit is added',
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=7,
+        help="rounds: timed steps of the variants compared at the slowest speed, of which more are taken at "
+        "others",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1, help="sequences per node")
     parser.add_argument("--sequence", type=int, help="default 512, with --big 256: both send about as much")
-    parser.add_argument("--budget", type=float, default=360.0, help="seconds after which no further round begins")
-    parser.add_argument("--timeout", type=float, default=780.0, help="seconds after which the ranks are ended")
+    parser.add_argument(
+        "--budget", type=float, default=360.0, help="seconds after which no further round begins"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=780.0, help="seconds after which the ranks are ended"
+    )
     for name, kind in (("check", None), ("node", int), ("device", str), ("address", str)):  # the script's own
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **({"action": "store_true"} if kind is None else {"type": kind}))
+        parser.add_argument(
+            f"--{name}",
+            help=argparse.SUPPRESS,
+            **({"action": "store_true"} if kind is None else {"type": kind}),
+        )
     args = parser.parse_args(argv)
     try:
         args.rates = sorted({float(word) for word in args.rates.replace(",", " ").split()})
@@ -72,7 +98,7 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-# ---- the model and its four compilations --------------------------------------------------------------------------------------
+# ---- the model and its four compilations -------------------------------------------------------------------
 
 
 def make_model(args):
@@ -80,11 +106,20 @@ def make_model(args):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=args.hidden, intermediate_size=2 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=4,
-        num_local_experts=8, num_experts_per_tok=2, vocab_size=VOCABULARY, max_position_embeddings=args.sequence, output_router_logits=True,
-    )  # fmt: skip
+        hidden_size=args.hidden,
+        intermediate_size=2 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=args.sequence,
+        output_router_logits=True,
+    )
     model = MixtralForCausalLM(config)
-    # Tokens far apart, as nn.Embedding draws them: with transformers' 0.02 a sequence's rows are much alike and go to few experts. So routing is near balanced.
+    # Tokens far apart, as nn.Embedding draws them: with transformers' 0.02 a sequence's rows are much alike
+    # and go to few experts. So routing is near balanced.
     torch.nn.init.normal_(model.get_input_embeddings().weight)
     return model
 
@@ -110,14 +145,19 @@ def prepare(args) -> tuple:
     roles = Roles.resolve(MeshShape.of(f"ep=2,tp={args.tp}"), None)
     example = example_sizes(traced, {"input_ids": ids[: args.batch], "labels": ids[: args.batch]})
     made = {
-        variant: compile_trace(Compilation(traced, roles, set(traced.parameters), outputs=("loss",), example=example), passes(variant)) for variant in VARIANTS
+        variant: compile_trace(
+            Compilation(traced, roles, set(traced.parameters), outputs=("loss",), example=example),
+            passes(variant),
+        )
+        for variant in VARIANTS
     }
     return model, made
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one collective sends from one node to the other: the bytes of all ranks of a node, in one direction."""
+    """What one collective sends from one node to the other: the bytes of all ranks of a node, in one
+    direction."""
 
     phase: str
     order: str
@@ -127,8 +167,9 @@ class Message:
 def crossing(compilation, args) -> list[Message]:
     """Every message of a step.
 
-    Two ranks over ep: each of a node's `tp` pairs sends its wire bytes. All ranks together: gloo's ring goes through the ranks in order, node by node, and so
-    crosses the link once in each direction; what passes there is what one rank sends.
+    Two ranks over ep: each of a node's `tp` pairs sends its wire bytes. All ranks together: gloo's ring goes
+    through the ranks in order, node by node, and so crosses the link once in each direction; what passes
+    there is what one rank sends.
     """
     from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Cost
 
@@ -138,9 +179,13 @@ def crossing(compilation, args) -> list[Message]:
         if "ep" not in item.axes:
             continue
         if item.op not in orders or (item.op == ALL_TO_ALL and item.axes != ("ep",)):
-            raise NotImplementedError(f"{item.op} over {item.axes}: how it crosses the link is not known here")
+            raise NotImplementedError(
+                f"{item.op} over {item.axes}: how it crosses the link is not known here"
+            )
         wire = cost.number(item.payload * item.factor, {"batch": args.batch, "sequence": args.sequence})
-        found.append(Message(item.phase, orders[item.op], round(wire * (args.tp if item.axes == ("ep",) else 1))))
+        found.append(
+            Message(item.phase, orders[item.op], round(wire * (args.tp if item.axes == ("ep",) else 1)))
+        )
     return found
 
 
@@ -150,12 +195,26 @@ def sizes(compilations, args) -> list[tuple[str, int]]:
     return sorted(pair for pair in found if pair[1] * 100 >= max(found, key=lambda p: p[1])[1])
 
 
-# ---- a rank --------------------------------------------------------------------------------------------------------------------
+# ---- a rank ------------------------------------------------------------------------------------------------
 
 
 def limit(args, rate: float) -> None:
     """This node's end of the link: `rate` Mbit/s out of it."""
-    on = ["tc", "qdisc", "replace", "dev", args.device, "root", "tbf", "rate", f"{round(rate * 1000)}kbit", "burst", "16kb", "limit", "16mb"]
+    on = [
+        "tc",
+        "qdisc",
+        "replace",
+        "dev",
+        args.device,
+        "root",
+        "tbf",
+        "rate",
+        f"{round(rate * 1000)}kbit",
+        "burst",
+        "16kb",
+        "limit",
+        "16mb",
+    ]
     off = ["tc", "qdisc", "del", "dev", args.device, "root"]
     done = subprocess.run(on if rate else off, capture_output=True, text=True, timeout=20)
     if rate and done.returncode:  # nothing to take off is no error
@@ -181,22 +240,31 @@ def slowest(seconds: float) -> float:
 
 
 def exchange_seconds(index: int, args, order: str, size: int) -> float:
-    """Seconds, on average, in which each node sends `size` bytes to the other by plain gloo sends: every rank its part to its partner, both ways.
+    """Seconds, on average, in which each node sends `size` bytes to the other by plain gloo sends: every rank
+    its part to its partner, both ways.
 
-    The ranks come one by one, up to SKEW apart, as in a step; who comes first changes by chance, and is another one for each rank. Time counts from the last to
-    come to the last to be done, by the clock that all processes of a machine share.
+    The ranks come one by one, up to SKEW apart, as in a step; who comes first changes by chance, and is
+    another one for each rank. Time counts from the last to come to the last to be done, by the clock that all
+    processes of a machine share.
     """
     import torch
     import torch.distributed as dist
 
     partner, late = (index + args.tp) % (2 * args.tp), random.Random()
-    out, came = torch.zeros(size // args.tp, dtype=torch.uint8), torch.empty(size // args.tp, dtype=torch.uint8)
+    out, came = (
+        torch.zeros(size // args.tp, dtype=torch.uint8),
+        torch.empty(size // args.tp, dtype=torch.uint8),
+    )
     times = torch.zeros(PROBES, 2, dtype=torch.float64)
     for i in range(PROBES):
         dist.barrier()
         time.sleep(late.uniform(0, SKEW))
         times[i, 0] = time.monotonic()
-        work = [dist.isend(out, partner), dist.irecv(came, partner)] if order == SEND_FIRST else [dist.irecv(came, partner), dist.isend(out, partner)]
+        work = (
+            [dist.isend(out, partner), dist.irecv(came, partner)]
+            if order == SEND_FIRST
+            else [dist.irecv(came, partner), dist.isend(out, partner)]
+        )
         for each in work:
             each.wait()
         times[i, 1] = time.monotonic()
@@ -231,12 +299,23 @@ def measure(index: int, args, model, compilations) -> dict:
 
     import tedfx
 
-    dist.init_process_group("gloo", init_method=f"tcp://{args.address}:{PORT}", rank=index, world_size=2 * args.tp, timeout=datetime.timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://{args.address}:{PORT}",
+        rank=index,
+        world_size=2 * args.tp,
+        timeout=datetime.timedelta(seconds=120),
+    )
     mesh = init_device_mesh("cpu", (2, args.tp), mesh_dim_names=("ep", "tp"))
     example = torch.zeros(args.batch, args.sequence, dtype=torch.int64)
     modules = {
         variant: tedfx.parallelize(
-            model, mesh, traces=[compilation], passes=passes(variant), outputs=("loss",), example_inputs={"input_ids": example, "labels": example}
+            model,
+            mesh,
+            traces=[compilation],
+            passes=passes(variant),
+            outputs=("loss",),
+            example_inputs={"input_ids": example, "labels": example},
         )
         for variant, compilation in compilations.items()
     }
@@ -289,15 +368,25 @@ def measure(index: int, args, model, compilations) -> dict:
         rounds += number >= 0
         say(f"{f'round {rounds} of {args.steps}' if rounds else 'warmed up'}: {spent:.0f} s", flush=True)
         if min(3, args.steps) <= rounds < args.steps and spent * (rounds + 2) / (rounds + 1) > args.budget:
-            say(f"stopped after {rounds} rounds: one more would take longer than --budget {args.budget:g}", flush=True)
+            say(
+                f"stopped after {rounds} rounds: one more would take longer than --budget {args.budget:g}",
+                flush=True,
+            )
             break
     congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     return {
-        "steps": found, "exchange": exchange, "one_way": one_way, "sent": bytes_sent, "rounds": rounds, "load": statistics.median(load), "losses": losses, "congestion": congestion,
-    }  # fmt: skip
+        "steps": found,
+        "exchange": exchange,
+        "one_way": one_way,
+        "sent": bytes_sent,
+        "rounds": rounds,
+        "load": statistics.median(load),
+        "losses": losses,
+        "congestion": congestion,
+    }
 
 
-# ---- the report -----------------------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
 def report(args, compilations, measured: dict) -> list[dict]:
@@ -323,26 +412,55 @@ def report(args, compilations, measured: dict) -> list[dict]:
         return sum(m.bytes for m in messages[variant]) * 8e-6 / line[rate]
 
     predicted = {(r, v): median[FREE, v] + on_link(r, v) - on_link(FREE, v) for r in line for v in VARIANTS}
-    simple = {(r, v): median[FREE, v] + at_line_speed(r, v) - at_line_speed(FREE, v) for r in line for v in VARIANTS}
+    simple = {
+        (r, v): median[FREE, v] + at_line_speed(r, v) - at_line_speed(FREE, v) for r in line for v in VARIANTS
+    }
     records = []
     for rate in [*args.rates, FREE]:
         for v in VARIANTS:
-            ratio, expected = median[rate, "baseline"] / median[rate, v], predicted[rate, "baseline"] / predicted[rate, v]
+            ratio, expected = (
+                median[rate, "baseline"] / median[rate, v],
+                predicted[rate, "baseline"] / predicted[rate, v],
+            )
             times = measured["steps"][rate, v]
             records.append(
                 {
-                    "limit_mbit": rate or None, "one_way_mbit": round(line[rate], 1),
-                    "exchange_mbit": {f"{order}, {size} bytes": round(size * 8e-6 / exchange[rate, order, size], 1) for order, size in probes},
-                    "variant": v, "step_s": round(median[rate, v], 4), "fastest_s": round(min(times), 4), "slowest_s": round(max(times), 4),
-                    "predicted_s": round(predicted[rate, v], 4), "step_deviation": round(median[rate, v] / predicted[rate, v] - 1, 4),
-                    "ratio": round(ratio, 4), "predicted_ratio": round(expected, 4), "ratio_deviation": round(ratio / expected - 1, 4),
-                    "full_duplex_s": round(simple[rate, v], 4), "full_duplex_ratio": round(simple[rate, "baseline"] / simple[rate, v], 4),
-                    "link_bytes": sum(m.bytes for m in messages[v]), "link_bytes_by_phase": {p: sum(m.bytes for m in messages[v] if m.phase == p) for p in PHASES},
+                    "limit_mbit": rate or None,
+                    "one_way_mbit": round(line[rate], 1),
+                    "exchange_mbit": {
+                        f"{order}, {size} bytes": round(size * 8e-6 / exchange[rate, order, size], 1)
+                        for order, size in probes
+                    },
+                    "variant": v,
+                    "step_s": round(median[rate, v], 4),
+                    "fastest_s": round(min(times), 4),
+                    "slowest_s": round(max(times), 4),
+                    "predicted_s": round(predicted[rate, v], 4),
+                    "step_deviation": round(median[rate, v] / predicted[rate, v] - 1, 4),
+                    "ratio": round(ratio, 4),
+                    "predicted_ratio": round(expected, 4),
+                    "ratio_deviation": round(ratio / expected - 1, 4),
+                    "full_duplex_s": round(simple[rate, v], 4),
+                    "full_duplex_ratio": round(simple[rate, "baseline"] / simple[rate, v], 4),
+                    "link_bytes": sum(m.bytes for m in messages[v]),
+                    "link_bytes_by_phase": {
+                        p: sum(m.bytes for m in messages[v] if m.phase == p) for p in PHASES
+                    },
                     "interface_bytes": round(statistics.median(measured["sent"][v])),
-                    "steps": len(times), "mesh": f"ep=2,tp={args.tp}", "hidden": args.hidden, "layers": args.layers, "batch": args.batch, "sequence": args.sequence,
-                    "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()), "congestion": measured["congestion"], "cores": os.cpu_count(), "load": round(measured["load"], 1), "loss": round(measured["losses"][v], 6), "versions": versions(),
+                    "steps": len(times),
+                    "mesh": f"ep=2,tp={args.tp}",
+                    "hidden": args.hidden,
+                    "layers": args.layers,
+                    "batch": args.batch,
+                    "sequence": args.sequence,
+                    "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
+                    "congestion": measured["congestion"],
+                    "cores": os.cpu_count(),
+                    "load": round(measured["load"], 1),
+                    "loss": round(measured["losses"][v], 6),
+                    "versions": versions(),
                 }
-            )  # fmt: skip
+            )
     return records
 
 
@@ -351,32 +469,68 @@ def table(args, records) -> str:
 
     first, both = records[0], [r for r in records if r["variant"] in ("baseline", BOTH)]
     lines = [
-        f"mesh {first['mesh']}, Mixtral of {args.layers} layers, hidden {args.hidden}, feed-forward {2 * args.hidden}, 8 experts, top-2, vocabulary {VOCABULARY}, float32; "
-        f"{args.batch} x {args.sequence} tokens per node; medians of {min(r['steps'] for r in both)} to {max(r['steps'] for r in both)} steps per speed; {first['cores']} cores, load {first['load']}",
+        f"mesh {first['mesh']}, Mixtral of {args.layers} layers, hidden {args.hidden}, feed-forward "
+        f"{2 * args.hidden}, 8 experts, top-2, vocabulary {VOCABULARY}, float32; "
+        f"{args.batch} x {args.sequence} tokens per node; medians of {min(r['steps'] for r in both)} to "
+        f"{max(r['steps'] for r in both)} steps per speed; {first['cores']} cores, load {first['load']}",
         "",
         "MB that one node sends to the other in a step",
         tabulate(
             [
-                [r["variant"], *(f"{b / 1e6:.2f}" for b in r["link_bytes_by_phase"].values()), f"{r['link_bytes'] / 1e6:.2f}", f"{r['interface_bytes'] / 1e6:.2f}"]
+                [
+                    r["variant"],
+                    *(f"{b / 1e6:.2f}" for b in r["link_bytes_by_phase"].values()),
+                    f"{r['link_bytes'] / 1e6:.2f}",
+                    f"{r['interface_bytes'] / 1e6:.2f}",
+                ]
                 for r in records[: len(VARIANTS)]
             ],
-            headers=["variant", *first["link_bytes_by_phase"], "predicted", "interface, with headers"], tablefmt="github", disable_numparse=True,
+            headers=["variant", *first["link_bytes_by_phase"], "predicted", "interface, with headers"],
+            tablefmt="github",
+            disable_numparse=True,
         ),
         "",
-        "Seconds per step, and how much faster than the baseline. Exchanges, both ways at once: " + "; ".join(first["exchange_mbit"]),
+        "Seconds per step, and how much faster than the baseline. Exchanges, both ways at once: "
+        + "; ".join(first["exchange_mbit"]),
         tabulate(
             [
                 [
-                    f"{r['limit_mbit']:g}" if r["limit_mbit"] else "none", f"{r['one_way_mbit']:.0f}", "/".join(f"{v:.0f}" for v in r["exchange_mbit"].values()), r["variant"], f"{r['step_s']:.3f}",
-                    *([f"{r['predicted_s']:.3f}", f"{r['step_deviation']:+.1%}"] if r["limit_mbit"] else ["(taken)", ""]), f"{r['ratio']:.2f}",
-                    *([f"{r['predicted_ratio']:.2f}", f"{r['ratio_deviation']:+.1%}"] if r["limit_mbit"] else ["", ""]),
+                    f"{r['limit_mbit']:g}" if r["limit_mbit"] else "none",
+                    f"{r['one_way_mbit']:.0f}",
+                    "/".join(f"{v:.0f}" for v in r["exchange_mbit"].values()),
+                    r["variant"],
+                    f"{r['step_s']:.3f}",
+                    *(
+                        [f"{r['predicted_s']:.3f}", f"{r['step_deviation']:+.1%}"]
+                        if r["limit_mbit"]
+                        else ["(taken)", ""]
+                    ),
+                    f"{r['ratio']:.2f}",
+                    *(
+                        [f"{r['predicted_ratio']:.2f}", f"{r['ratio_deviation']:+.1%}"]
+                        if r["limit_mbit"]
+                        else ["", ""]
+                    ),
                 ]
                 for r in records
             ],
-            headers=["limit, Mbit/s", "one way", "exchanges", "variant", "step", "predicted", "off by", "ratio", "predicted", "off by"], tablefmt="github", disable_numparse=True,
+            headers=[
+                "limit, Mbit/s",
+                "one way",
+                "exchanges",
+                "variant",
+                "step",
+                "predicted",
+                "off by",
+                "ratio",
+                "predicted",
+                "off by",
+            ],
+            tablefmt="github",
+            disable_numparse=True,
         ),
         "",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -385,18 +539,27 @@ def claims(records) -> str:
     both = [r for r in limited if r["variant"] == BOTH]
     at_slowest = min(both, key=lambda r: r["limit_mbit"])
     ratio_off = max(both, key=lambda r: abs(r["ratio_deviation"]))
-    step_off = max((r for r in limited if r["variant"] in ("baseline", BOTH)), key=lambda r: abs(r["step_deviation"]))
+    step_off = max(
+        (r for r in limited if r["variant"] in ("baseline", BOTH)), key=lambda r: abs(r["step_deviation"])
+    )
     simple = max(both, key=lambda r: abs(r["ratio"] / r["full_duplex_ratio"] - 1))
-    word = lambda holds: "holds" if holds else "DOES NOT HOLD"  # noqa: E731
+    word = lambda holds: "holds" if holds else "DOES NOT HOLD"
     return "\n".join(
         [
-            f"claim 1, {word(at_slowest['ratio'] >= TED)}: at {at_slowest['limit_mbit']:g} Mbit/s {BOTH} is {at_slowest['ratio']:.2f} times as fast as the baseline (at least {TED})",
-            f"claim 2, {word(abs(ratio_off['ratio_deviation']) <= TOLERANCE)}: at every limit the ratio is within {TOLERANCE:.0%} of the predicted one; "
-            f"furthest off at {ratio_off['limit_mbit']:g} Mbit/s, {ratio_off['ratio']:.2f} for {ratio_off['predicted_ratio']:.2f} ({ratio_off['ratio_deviation']:+.1%})",
-            f"        {word(abs(step_off['step_deviation']) <= TOLERANCE)} for the step times of both as well; furthest off {step_off['variant']} at {step_off['limit_mbit']:g} Mbit/s, "
-            f"{step_off['step_s']:.3f} s for {step_off['predicted_s']:.3f} s ({step_off['step_deviation']:+.1%})",
-            f"        for comparison, predicted from the one-way speed alone, as if both directions were always in use: {simple['ratio']:.2f} for {simple['full_duplex_ratio']:.2f} "
-            f"({simple['ratio'] / simple['full_duplex_ratio'] - 1:+.1%}) where it is furthest off, {simple['limit_mbit']:g} Mbit/s",
+            f"claim 1, {word(at_slowest['ratio'] >= TED)}: at {at_slowest['limit_mbit']:g} Mbit/s "
+            f"{BOTH} is {at_slowest['ratio']:.2f} times as fast as the baseline (at least {TED})",
+            f"claim 2, {word(abs(ratio_off['ratio_deviation']) <= TOLERANCE)}: at every limit the ratio "
+            f"is within {TOLERANCE:.0%} of the predicted one; "
+            f"furthest off at {ratio_off['limit_mbit']:g} Mbit/s, {ratio_off['ratio']:.2f} for "
+            f"{ratio_off['predicted_ratio']:.2f} ({ratio_off['ratio_deviation']:+.1%})",
+            f"        {word(abs(step_off['step_deviation']) <= TOLERANCE)} for the step times of both "
+            f"as well; furthest off {step_off['variant']} at {step_off['limit_mbit']:g} Mbit/s, "
+            f"{step_off['step_s']:.3f} s for {step_off['predicted_s']:.3f} s "
+            f"({step_off['step_deviation']:+.1%})",
+            "        for comparison, predicted from the one-way speed alone, as if both directions "
+            f"were always in use: {simple['ratio']:.2f} for {simple['full_duplex_ratio']:.2f} "
+            f"({simple['ratio'] / simple['full_duplex_ratio'] - 1:+.1%}) where it is furthest off, "
+            f"{simple['limit_mbit']:g} Mbit/s",
         ]
     )
 
@@ -412,7 +575,9 @@ def plot(args, records, path: Path) -> None:
     for variant, colour in (("DTD", "tab:green"), ("CAC", "tab:orange"), (BOTH, "tab:blue")):
         mine = sorted((r for r in records if r["variant"] == variant), key=lambda r: r["one_way_mbit"])
         speeds = [r["one_way_mbit"] for r in mine]
-        ax.plot(speeds, [r["predicted_ratio"] for r in mine], color=colour, lw=1, label=f"{variant}, predicted")
+        ax.plot(
+            speeds, [r["predicted_ratio"] for r in mine], color=colour, lw=1, label=f"{variant}, predicted"
+        )
         ax.plot(speeds, [r["ratio"] for r in mine], "o", color=colour, ms=5, label=f"{variant}, measured")
     ax.axhline(TED, color="grey", lw=0.8, ls="--", label=f"{TED}, what TED reports")
     ax.axhline(1, color="grey", lw=0.5)
@@ -444,7 +609,10 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     model, compilations = prepare(args)
-    work = [verify_ranks.Job(f"rank {i}", measure, (i, args, model, compilations)) for i in range(args.node * args.tp, (args.node + 1) * args.tp)]
+    work = [
+        verify_ranks.Job(f"rank {i}", measure, (i, args, model, compilations))
+        for i in range(args.node * args.tp, (args.node + 1) * args.tp)
+    ]
     results = verify_ranks.run(work, True, args.timeout)
     if args.node == 1:
         return 0

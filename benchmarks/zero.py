@@ -1,10 +1,13 @@
-"""Peak memory and step time of ZeRO's stages and of the optimizer's tiles, on two GPUs: one JSON line per run.
+"""Peak memory and step time of ZeRO's stages and of the optimizer's tiles, on two GPUs: one JSON line per
+run.
 
     python benchmarks/zero.py --out benchmarks/results/zero-2xH100.jsonl
 
-The model and batch of benchmarks/policies.py (one Mixtral, 8 layers, bfloat16), plain data parallelism (dp=2), `tedfx.optim.ShardedOptimizer` over AdamW with float32
-masters and clipping. A step is forward, backward and optimizer; its time is the median after warm-up, on rank 0. `stored` is what a rank holds between steps:
-parameters and optimizer states (and gradients before `zero_grad`), beside it ZeRO's formula (arXiv 1910.02054, table 1) for this model: psi parameters, N = 2 ranks.
+The model and batch of benchmarks/policies.py (one Mixtral, 8 layers, bfloat16), plain data parallelism
+(dp=2), `tedfx.optim.ShardedOptimizer` over AdamW with float32 masters and clipping. A step is forward,
+backward and optimizer; its time is the median after warm-up, on rank 0. `stored` is what a rank holds between
+steps: parameters and optimizer states (and gradients before `zero_grad`), beside it ZeRO's formula (arXiv
+1910.02054, table 1) for this model: psi parameters, N = 2 ranks.
 """
 
 from __future__ import annotations
@@ -67,8 +70,13 @@ RUNS = [
 
 
 def formula(stage: int, psi: int, ranks: int, offload: str | None = None) -> float:
-    """Bytes on a rank's device: 16-bit parameters and gradients and 12 bytes of optimizer per parameter, as far as they are not on the host."""
-    parts = {"parameters": 2 / (ranks if stage >= 3 else 1), "gradients": 2 / (ranks if stage >= 2 else 1), "optimizer": 12 / (ranks if stage >= 1 else 1)}
+    """Bytes on a rank's device: 16-bit parameters and gradients and 12 bytes of optimizer per parameter, as
+    far as they are not on the host."""
+    parts = {
+        "parameters": 2 / (ranks if stage >= 3 else 1),
+        "gradients": 2 / (ranks if stage >= 2 else 1),
+        "optimizer": 12 / (ranks if stage >= 1 else 1),
+    }
     gone = {None: (), "cpu": ("gradients", "optimizer")}.get(offload, (offload,))
     return psi * sum(size for name, size in parts.items() if name not in gone)
 
@@ -105,9 +113,18 @@ def measure(rank, args) -> None:
         given = {key: value for key, value in options.items() if key not in ("micro_batches", "layered")}
         mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("dp",))
         before = torch.cuda.memory_allocated()
-        pm = tedfx.parallelize(model, mesh, traces=[traced], outputs=("loss",), example_inputs={"input_ids": ids, "labels": ids}, **given)
+        pm = tedfx.parallelize(
+            model,
+            mesh,
+            traces=[traced],
+            outputs=("loss",),
+            example_inputs={"input_ids": ids, "labels": ids},
+            **given,
+        )
         optimizer = tedfx.optim.ShardedOptimizer(pm, torch.optim.AdamW, lr=1e-4, max_norm=1.0, **kinds)
-        tokens = torch.randint(32000, (args.batch, args.sequence), generator=torch.Generator().manual_seed(rank.index)).cuda()
+        tokens = torch.randint(
+            32000, (args.batch, args.sequence), generator=torch.Generator().manual_seed(rank.index)
+        ).cuda()
         times, step_peak = [], 0
         for step in range(args.warmup + args.steps):
             if step == args.warmup:
@@ -125,16 +142,39 @@ def measure(rank, args) -> None:
             optimizer.zero_grad()
             times.append((time.perf_counter() - begin, backward))
         record = {
-            **{"checkpoint": "none", "compile": False, "bucket_bytes": BUCKET_BYTES, "prefetch": 2, **options}, **kinds, "tile": optimizer.tile, "step_ms": round(1e3 * statistics.median(t for t, _ in times[args.warmup :]), 1),
-            "backward_ms": round(1e3 * statistics.median(t for _, t in times[args.warmup :]), 1), "threads": torch.get_num_threads(),
-            "peak_gib": round((peak - before) / 2**30, 2), "stored_gib": round((held - before) / 2**30, 2), "formula_gib": round(formula(options["zero"], psi, 2, kinds.get("offload")) / 2**30, 2),
-            "optimizer_extra_gib": round(step_peak / 2**30, 3), "parameters": psi, "layers": args.layers, "hidden": args.hidden, "batch": args.batch, "sequence": args.sequence,
-            "device": torch.cuda.get_device_name(), "versions": versions(),
-        }  # fmt: skip
+            **{
+                "checkpoint": "none",
+                "compile": False,
+                "bucket_bytes": BUCKET_BYTES,
+                "prefetch": 2,
+                **options,
+            },
+            **kinds,
+            "tile": optimizer.tile,
+            "step_ms": round(1e3 * statistics.median(t for t, _ in times[args.warmup :]), 1),
+            "backward_ms": round(1e3 * statistics.median(t for _, t in times[args.warmup :]), 1),
+            "threads": torch.get_num_threads(),
+            "peak_gib": round((peak - before) / 2**30, 2),
+            "stored_gib": round((held - before) / 2**30, 2),
+            "formula_gib": round(formula(options["zero"], psi, 2, kinds.get("offload")) / 2**30, 2),
+            "optimizer_extra_gib": round(step_peak / 2**30, 3),
+            "parameters": psi,
+            "layers": args.layers,
+            "hidden": args.hidden,
+            "batch": args.batch,
+            "sequence": args.sequence,
+            "device": torch.cuda.get_device_name(),
+            "versions": versions(),
+        }
         if rank.index == 0:
             with open(args.out, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(f"{options} {kinds}: {record['step_ms']} ms ({record['backward_ms']} to the end of backward), peak {record['peak_gib']}, stored {record['stored_gib']} (formula {record['formula_gib']}), step's extra {record['optimizer_extra_gib']} GiB", flush=True)
+            print(
+                f"{options} {kinds}: {record['step_ms']} ms ({record['backward_ms']} to the end of "
+                f"backward), peak {record['peak_gib']}, stored {record['stored_gib']} (formula "
+                f"{record['formula_gib']}), step's extra {record['optimizer_extra_gib']} GiB",
+                flush=True,
+            )
         del pm, optimizer, tokens
         torch._dynamo.reset()
         gc.collect()

@@ -2,9 +2,10 @@
 
     torchrun --standalone --nproc-per-node 4 examples/custom_pass.py
 
-A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and its class variables are
-its contract: the properties of the program that it needs before it and gives after it. It changes `program.graph_module`
-in place and says what it saw. `TEDFX_PRINT_AFTER=name_collectives` prints the graph before and after it.
+A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and its class
+variables are its contract: the properties of the program that it needs before it and gives after it. It
+changes `program.graph_module` in place and says what it saw. `TEDFX_PRINT_AFTER=name_collectives` prints the
+graph before and after it.
 """
 
 import re
@@ -26,9 +27,11 @@ from tedfx.analysis.cost import Cost
 class NameCollectives(Pass):
     """Count the collectives of each layer and name their nodes after it.
 
-    1. What a node sends is what `tedfx explain` says of it: `Cost` lists the collectives of a compilation, node by node.
+    1. What a node sends is what `tedfx explain` says of it: `Cost` lists the collectives of a compilation,
+       node by node.
     2. The layer of a collective is the first number in the path of the module that its node comes from.
-    3. Its node is renamed to `{prefix}{layer}_{collective}_{number in the layer}`: the printed graph shows where it belongs.
+    3. Its node is renamed to `{prefix}{layer}_{collective}_{number in the layer}`: the printed graph shows
+       where it belongs.
     """
 
     prefix: str = "layer"
@@ -56,8 +59,18 @@ class NameCollectives(Pass):
 def main():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
     torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-    pm = tedfx.parallelize(MixtralForCausalLM(config), mesh, passes=[*tedfx.default_passes(), NameCollectives()])
+    config = MixtralConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    pm = tedfx.parallelize(
+        MixtralForCausalLM(config), mesh, passes=[*tedfx.default_passes(), NameCollectives()]
+    )
 
     ids = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(1))
     index, count = pm.batch_coordinate

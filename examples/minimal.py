@@ -1,6 +1,6 @@
 """A mixture of experts in plain PyTorch, trained under expert x tensor parallelism.
 
-    torchrun --standalone --nproc-per-node 4 examples/minimal.py
+torchrun --standalone --nproc-per-node 4 examples/minimal.py
 """
 
 import torch
@@ -16,7 +16,10 @@ class MoE(nn.Module):
         super().__init__()
         self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
         self.router = nn.Linear(width, experts, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+            for _ in range(experts)
+        )
 
     def forward(self, input_ids, labels):
         x = self.embed(input_ids).flatten(0, 1)
@@ -36,7 +39,9 @@ def main():
     index, count = pm.batch_coordinate  # which share of the global batch is this rank's
 
     for step in range(30):
-        text = torch.randint(256, (16, 65), generator=torch.Generator().manual_seed(step)).sort().values  # the global batch
+        text = (
+            torch.randint(256, (16, 65), generator=torch.Generator().manual_seed(step)).sort().values
+        )  # the global batch
         mine = text.chunk(count)[index]
         loss = pm(input_ids=mine[:, :-1], labels=mine[:, 1:])  # the loss of the global batch, on every rank
         loss.backward()

@@ -22,11 +22,14 @@ _CUTS_GRADIENT = ("detach",)
 class Annotate(Pass):
     """Walk the graph once; each op's rule relates the factors of its operands to those of its outputs.
 
-    1. Inputs: each size symbol is one factor, each static size a fresh one. The dims that the trace marks as batch carry the batch factor.
+    1. Inputs: each size symbol is one factor, each static size a fresh one. The dims that the trace marks as
+       batch carry the batch factor.
     2. Parameters, buffers, constants: a fresh factor per dim; uses refine and unify them.
-    3. Ops: `Annotator.annotate` with the op's rule; where factorisations do not agree a `regroup_barrier` is inserted.
+    3. Ops: `Annotator.annotate` with the op's rule; where factorisations do not agree a `regroup_barrier` is
+       inserted.
     4. Outputs: dim 0 of the batch's size carries the batch factor.
-    5. `differentiable`: a float or complex value with a differentiable operand, down from the parameters that require gradients.
+    5. `differentiable`: a float or complex value with a differentiable operand, down from the parameters that
+       require gradients.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional", "row_losses"})
@@ -79,20 +82,24 @@ class Annotate(Pass):
 
     @staticmethod
     def _pieces(program, node: fx.Node, ctx: Annotator) -> None:
-        """An op that takes neighbours of an input's dim together: its line, for who calls with a number of rows that does not fit."""
+        """An op that takes neighbours of an input's dim together: its line, for who calls with a number of
+        rows that does not fit."""
         for factor in ctx.given.values():
             if len(factor.leaves()) > 1 and factor.leaves()[0] not in program.pieces:
                 program.pieces[factor.leaves()[0]] = user_line(node)
 
     @staticmethod
     def _rows(output: fx.Node, ctx: Annotator, batch: Factor | None, written: int) -> None:
-        """A returned tensor whose dim 0 is as long as the batch is the batch's rows, also where an op without a rule lost the factor."""
+        """A returned tensor whose dim 0 is as long as the batch is the batch's rows, also where an op without
+        a rule lost the factor."""
         given = list(output.args[0])
         for i, value in enumerate(given):
             if batch is None or i < written or not is_tensor(value) or not value.meta["val"].dim():
                 continue
             rows = ctx.dim_of(value.meta["val"].shape[0])
-            if any(f.root() is batch.root() for f in rows) and not any(f.root() is batch.root() for dim in ctx.dims(value) for f in dim):
+            if any(f.root() is batch.root() for f in rows) and not any(
+                f.root() is batch.root() for dim in ctx.dims(value) for f in dim
+            ):
                 ctx.node, ctx._replaced = output, {}
                 given[i] = ctx.barrier(value, 0, rows)
         output.args = (tuple(given),)
@@ -100,13 +107,20 @@ class Annotate(Pass):
     @staticmethod
     def _has_tensor(node: fx.Node) -> bool:
         value = node.meta.get("val")
-        return isinstance(value, torch.Tensor) or (isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value))
+        return isinstance(value, torch.Tensor) or (
+            isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value)
+        )
 
     @staticmethod
     def _differentiable(node: fx.Node) -> bool:
         value = node.meta["val"]
-        values = [value] if isinstance(value, torch.Tensor) else [v for v in value if isinstance(v, torch.Tensor)]
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in _CUTS_GRADIENT:
+        values = (
+            [value] if isinstance(value, torch.Tensor) else [v for v in value if isinstance(v, torch.Tensor)]
+        )
+        if (
+            isinstance(node.target, torch._ops.OpOverload)
+            and node.target._schema.name.split("::")[1] in _CUTS_GRADIENT
+        ):
             return False
         if not any(has_gradient(v.dtype) for v in values):
             return False

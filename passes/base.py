@@ -1,11 +1,12 @@
 """What a pass is, and the runner.
 
-A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and three class variables are its
-contract: the properties it `requires` of the program, those it `provides`, and those it `conflicts` with. It takes a program
-(anything with a `graph_module`), changes it in place, and returns a `PassResult`.
+A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and three class
+variables are its contract: the properties it `requires` of the program, those it `provides`, and those it
+`conflicts` with. It takes a program (anything with a `graph_module`), changes it in place, and returns a
+`PassResult`.
 
-The runner knows no pass. It checks contracts before anything runs, then for each pass: runs it, lints the graph, calls the
-verifier, and records what happened. A program is valid between any two passes.
+The runner knows no pass. It checks contracts before anything runs, then for each pass: runs it, lints the
+graph, calls the verifier, and records what happened. A program is valid between any two passes.
 
 `TEDFX_PRINT_AFTER=all` (or a comma-separated list of pass names) prints the graph before and after.
 """
@@ -19,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
-from tedfx._torch import enable_python_dispatcher
 from tedfx.errors import ContractError
 
 __all__ = ["Pass", "PassRecord", "PassResult", "check_contracts", "run_pipeline"]
@@ -65,11 +65,14 @@ class PassRecord:
     result: PassResult
 
     def __str__(self) -> str:
-        return f"{self.text}: {self.result.matches} matched, {self.result.changes} changed, {self.seconds:.2f} s"
+        return (
+            f"{self.text}: {self.result.matches} matched, {self.result.changes} changed, {self.seconds:.2f} s"
+        )
 
 
 def check_contracts(passes: Sequence[Pass], have: Iterable[str] = ()) -> None:
-    """Raise `ContractError`, naming both passes, unless each pass finds what it requires and nothing it conflicts with."""
+    """Raise `ContractError`, naming both passes, unless each pass finds what it requires and nothing it
+    conflicts with."""
     provider = {prop: "the input" for prop in have}
     for position, p in enumerate(passes):
         for prop in sorted(p.requires - provider.keys()):
@@ -89,7 +92,8 @@ def run_pipeline(
     have: Iterable[str] = (),
     verify: Callable[[Any, Pass], None] | None = None,
 ) -> list[PassRecord]:
-    """Run `passes` over `program` in the order given; append one record per pass to `history` and return it."""
+    """Run `passes` over `program` in the order given; append one record per pass to `history` and return
+    it."""
     history = [] if history is None else history
     check_contracts(passes, have)
     wanted = {w for w in os.environ.get("TEDFX_PRINT_AFTER", "").split(",") if w}

@@ -9,12 +9,12 @@ from itertools import pairwise
 from math import prod
 from typing import ClassVar, NamedTuple
 
-from tedfx.graph.emission import schedule
-from tedfx.analysis.layers import layers
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
+from tedfx.analysis.layers import layers
+from tedfx.graph.emission import schedule
 
 
 class Kind(NamedTuple):
@@ -34,21 +34,27 @@ def _totals(node: fx.Node) -> tuple:
 KINDS = {
     ops.all_reduce: Kind(lambda n: n.args[1], lambda n: n.meta["local_shape"], lambda nodes: ()),
     ops.cumsum: Kind(
-        lambda n: n.args[2], _totals, lambda nodes: ([n.args[1] for n in nodes], [n.args[3] for n in nodes], nodes[0].meta["val"].dtype),
+        lambda n: n.args[2],
+        _totals,
+        lambda nodes: ([n.args[1] for n in nodes], [n.args[3] for n in nodes], nodes[0].meta["val"].dtype),
         may=lambda n: not n.meta["val"].dtype.is_floating_point and not n.meta["val"].dtype.is_complex,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class BatchCollectives(Pass):
-    """The row "batch" of the collective algebra: all-reduces of one layer over the same axes and of one dtype become one, of their operands laid end to end. So do
-    prefix sums of integers, of which the totals are exchanged; those with gradients stay as they are (`ops.cumsum_batched` has no backward).
+    """The row "batch" of the collective algebra: all-reduces of one layer over the same axes and of one dtype
+    become one, of their operands laid end to end. So do prefix sums of integers, of which the totals are
+    exchanged; those with gradients stay as they are (`ops.cumsum_batched` has no backward).
 
-    limit   bytes of an operand up to which a collective costs its start-up and little else. An operand that grows with the batch is never small.
+    limit   bytes of an operand up to which a collective costs its start-up and little else. An operand that
+            grows with the batch is never small.
 
-    1. In the order of the graph each small collective joins the first group (op, axes, dtype, layer) of which it needs no member, directly or through others.
-    2. A group of two or more becomes the op's batched form (`ops.BATCHED`). It stands where its last member stood; what needs an earlier member moves behind it.
+    1. In the order of the graph each small collective joins the first group (op, axes, dtype, layer) of which
+       it needs no member, directly or through others.
+    2. A group of two or more becomes the op's batched form (`ops.BATCHED`). It stands where its last member
+       stood; what needs an earlier member moves behind it.
     """
 
     limit: int = 65536
@@ -64,7 +70,9 @@ class BatchCollectives(Pass):
         result.matches = len(small)
         keys: dict[tuple, list[fx.Node]] = {}
         for node in small:
-            keys.setdefault((node.target, KINDS[node.target].axes(node), node.meta["val"].dtype, layer[node]), []).append(node)
+            keys.setdefault(
+                (node.target, KINDS[node.target].axes(node), node.meta["val"].dtype, layer[node]), []
+            ).append(node)
         for nodes in keys.values():
             while nodes:
                 group, nodes = _independent(nodes)
@@ -77,11 +85,15 @@ class BatchCollectives(Pass):
 
     def _small(self, node: fx.Node) -> bool:
         shape = KINDS[node.target].operand(node)
-        return all(isinstance(s, int) for s in shape) and prod(shape) * node.meta["val"].dtype.itemsize <= self.limit
+        return (
+            all(isinstance(s, int) for s in shape)
+            and prod(shape) * node.meta["val"].dtype.itemsize <= self.limit
+        )
 
 
 def _independent(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The first node and those of the others of which none needs another, and the rest. Asked anew after each merge, which makes new paths."""
+    """The first node and those of the others of which none needs another, and the rest. Asked anew after each
+    merge, which makes new paths."""
     group, behind, rest = [nodes[0]], _followers(nodes[0]), []
     for node in nodes[1:]:
         after = _followers(node)
@@ -106,7 +118,9 @@ def _followers(node: fx.Node) -> set[fx.Node]:
 def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     last, kind = nodes[-1], KINDS[nodes[0].target]
     with graph.inserting_after(last):
-        batched = graph.call_function(ops.BATCHED[last.target], ([n.args[0] for n in nodes], kind.axes(last), *kind.arguments(nodes)))
+        batched = graph.call_function(
+            ops.BATCHED[last.target], ([n.args[0] for n in nodes], kind.axes(last), *kind.arguments(nodes))
+        )
     batched.meta.update({k: last.meta[k] for k in ("stack_trace", "nn_module_stack") if k in last.meta})
     batched.meta["differentiable"] = any(n.meta.get("differentiable") for n in nodes)
     after = batched

@@ -1,20 +1,26 @@
-"""One-hot dispatch with a capacity becomes dispatch, body, combine; dropped assignments have weight zero and are not sent.
+"""One-hot dispatch with a capacity becomes dispatch, body, combine; dropped assignments have weight zero and
+are not sent.
 
     inputs = einsum("nec,nh->ech", dispatch_mask, x)         the rows of an expert in its slots
     outputs = experts(inputs)                                 (E, C, ..), the experts stacked or one by one
     y = einsum("nec,ech->nh", combine_weights, outputs)
 
-Both tensors of N x E x C entries say nothing but: token n goes, by its choice k, to expert ids[n,k], unless it was dropped, with a weight. If no two tokens
-share a slot, y[n] = sum_k weight[n,k] keep[n,k] expert_{ids[n,k]}(x[n]), and neither tensor needs to exist; the router, the masks, positions and
-capacities from which they were made stay the model's own nodes, so order, drops and capacity are the model's over the global batch.
+Both tensors of N x E x C entries say nothing but: token n goes, by its choice k, to expert ids[n,k], unless
+it was dropped, with a weight. If no two tokens share a slot, y[n] = sum_k weight[n,k] keep[n,k]
+expert_{ids[n,k]}(x[n]), and neither tensor needs to exist; the router, the masks, positions and capacities
+from which they were made stay the model's own nodes, so order, drops and capacity are the model's over the
+global batch.
 
 Algorithm:
 1. `slot_facts`: what masks and places mean (capture_slots.py, capture_slot_facts.py).
-2. A product that sums a mask of hits and slots over experts and slots is a **combine**, over tokens a **dispatch**. Between them the body is followed back
-   (capture_slot_bodies.py), which refuses what mixes slots. An empty slot reaches no token, so what a bias makes of it does not matter.
-3. Proven at the dispatch: its mask is 0 or 1; it is 1 wherever the combine's weight is not 0, term by term; no two tokens share a slot.
-4. ids [N, K] of all choices side by side, those of dropped assignments no expert's, so that they are not sent; weights [N, K] from the values of the terms;
-   `combine` takes the place of the product. How many slots an expert has is kept with the dispatch (`tedfx/placement/slots.py`).
+2. A product that sums a mask of hits and slots over experts and slots is a **combine**, over tokens a
+   **dispatch**. Between them the body is followed back (capture_slot_bodies.py), which refuses what mixes
+   slots. An empty slot reaches no token, so what a bias makes of it does not matter.
+3. Proven at the dispatch: its mask is 0 or 1; it is 1 wherever the combine's weight is not 0, term by term;
+   no two tokens share a slot.
+4. ids [N, K] of all choices side by side, those of dropped assignments no expert's, so that they are not
+   sent; weights [N, K] from the values of the terms; `combine` takes the place of the product. How many slots
+   an expert has is kept with the dispatch (`tedfx/placement/slots.py`).
 5. What only the masks needed is dead. A dispatch that is left was not understood: refused.
 """
 
@@ -24,8 +30,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from tedfx.graph.emit import emit
 from tedfx.passes.base import Pass, PassResult
+from torch import fx
+
 from tedfx.capture.choices import Choices
 from tedfx.capture.letters import contraction_of
 from tedfx.capture.routing import shape_of
@@ -33,9 +40,8 @@ from tedfx.capture.slot_bodies import SlotBodies
 from tedfx.capture.slot_facts import slot_facts
 from tedfx.capture.slots import Mask, Term, shared_slot, sizes_of
 from tedfx.capture.stacks import Stacks
-from torch import fx
-
 from tedfx.errors import CaptureError, user_line
+from tedfx.graph.emit import emit
 from tedfx.placement.factors import as_size
 from tedfx.placement.slots import Slots
 
@@ -63,7 +69,9 @@ class CaptureCapacity(Pass):
         for end in ends:
             _capture(graph, end, starts, stacks)
             result.matches += 1
-            result.notes.append(f"{end.mask.terms[0].routing.experts} experts with a capacity at {user_line(end.node)}")
+            result.notes.append(
+                f"{end.mask.terms[0].routing.experts} experts with a capacity at {user_line(end.node)}"
+            )
         for node in reversed(graph.nodes):
             if node.op == "call_function" and not node.users:
                 graph.erase_node(node)
@@ -72,7 +80,12 @@ class CaptureCapacity(Pass):
         left = set(graph.nodes)
         for node in starts:
             if node in left:
-                raise refuse("tokens are put into slots of experts, and no sum over the slots was found that puts them back", node, "combine: einsum('nec,ech->nh', ..)")
+                raise refuse(
+                    "tokens are put into slots of experts, and no sum over the slots was found that "
+                    "puts them back",
+                    node,
+                    "combine: einsum('nec,ech->nh', ..)",
+                )
         result.changes = result.matches
         return result
 
@@ -102,7 +115,11 @@ def _slots(node: fx.Node, known: dict) -> _Product | None:
     left, right, out = parsed
     for (mask, letters), (other, theirs) in ((left, right), (right, left)):
         fact = known.get(mask)
-        if not isinstance(fact, Mask) or not all(t.hit and t.slot is not None for t in fact.terms) or isinstance(known.get(other), Mask):
+        if (
+            not isinstance(fact, Mask)
+            or not all(t.hit and t.slot is not None for t in fact.terms)
+            or isinstance(known.get(other), Mask)
+        ):
             continue
         labels = {letter: dim for letter, dim in zip(letters, fact.dims)}
         gone = {x for letter, dim in labels.items() if letter not in out for x in dim}
@@ -111,36 +128,67 @@ def _slots(node: fx.Node, known: dict) -> _Product | None:
             return _Product("combine", node, fact, labels, letters, other, theirs, out)
         if gone and gone == tokens:
             return _Product("dispatch", node, fact, labels, letters, other, theirs, out)
-        raise refuse("a mask of experts and slots is summed over some of them only", node, "sum over tokens to dispatch, over experts and slots to combine")
+        raise refuse(
+            "a mask of experts and slots is summed over some of them only",
+            node,
+            "sum over tokens to dispatch, over experts and slots to combine",
+        )
     return None
 
 
 def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> None:
     inside = _followers(graph, {n for n in starts})
     if end.other not in inside:
-        raise refuse("what is combined was not dispatched by a mask of slots", end.node, "dispatch: einsum('nec,nh->ech', ..)")
+        raise refuse(
+            "what is combined was not dispatched by a mask of slots",
+            end.node,
+            "dispatch: einsum('nec,nh->ech', ..)",
+        )
     mine = {n for n in starts if n in _sources(end.other, inside)}
     if len(mine) > 1:
-        raise refuse("what is combined was dispatched twice", end.node, "dispatch once (concatenate what an expert reads)")
+        raise refuse(
+            "what is combined was dispatched twice",
+            end.node,
+            "dispatch once (concatenate what an expert reads)",
+        )
     start = starts[mine.pop()]
     routing = end.mask.terms[0].routing
     _check(start, end)
     with graph.inserting_before(end.node):
         labels = tuple(start.labels.get(letter) for letter in start.out[:-1])
         if None in labels or start.out[-1] in start.labels:
-            raise refuse("the features of a token are not its last dim", start.node, "put them last: einsum('nec,nh->ech', ..)")
+            raise refuse(
+                "the features of a token are not its last dim",
+                start.node,
+                "put them last: einsum('nec,nh->ech', ..)",
+            )
         sizes = {**sizes_of(start.mask), "c": sizes_of(start.mask)["c"]}
-        bodies = SlotBodies(graph, routing, stacks, start.node, labels, sizes, _followers(graph, {start.node}))
+        bodies = SlotBodies(
+            graph, routing, stacks, start.node, labels, sizes, _followers(graph, {start.node})
+        )
         choices = Choices(graph, end.mask.terms, end.node)
-        (rows, counts, order), tail = choices.dispatch(_tokens(graph, start, routing), _known_slots(start, routing))
+        (rows, counts, order), tail = choices.dispatch(
+            _tokens(graph, start, routing), _known_slots(start, routing)
+        )
         bodies.start(rows, counts, order, tail)
         value = bodies.value(end.other)
         if value.kind != "rows" or value.right != 1 or len(end.theirs) != value.span + 1:
-            raise refuse("what is combined is not a row of features per slot", end.node, "give every slot a row")
+            raise refuse(
+                "what is combined is not a row of features per slot", end.node, "give every slot a row"
+            )
         for letter, dim in zip(end.theirs, bodies.labels[end.other]):
             if end.labels.get(letter) != dim:
-                raise refuse("slots are combined in another order than they were dispatched in", end.node, "sum over the same experts and slots")
-        out = emit(graph, torch.ops.tedfx.combine.default, (value.node, order, choices.weights(end.node)), like=end.node)
+                raise refuse(
+                    "slots are combined in another order than they were dispatched in",
+                    end.node,
+                    "sum over the same experts and slots",
+                )
+        out = emit(
+            graph,
+            torch.ops.tedfx.combine.default,
+            (value.node, order, choices.weights(end.node)),
+            like=end.node,
+        )
         out = _shaped(graph, out, start, end, routing)
     end.node.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
 
@@ -149,32 +197,64 @@ def _check(start: _Product, end: _Product) -> None:
     """The dispatch gives each slot at most one token, and every token that has a weight its slot."""
     for term in start.mask.terms:
         if not (term.exact or term.nonzero):
-            raise refuse("the mask that dispatches is not provably 0 or 1", start.node, "dispatch by combine_weights.bool()")
+            raise refuse(
+                "the mask that dispatches is not provably 0 or 1",
+                start.node,
+                "dispatch by combine_weights.bool()",
+            )
     over = {x for letter, dim in start.labels.items() if letter not in start.out for x in dim}
     shared = shared_slot(start.mask.terms, over)
     if shared:
-        fix = "count places as cumsum(mask) - mask over the tokens, later choices behind all earlier ones, and mask by place < capacity"
+        fix = (
+            "count places as cumsum(mask) - mask over the tokens, later choices behind all earlier "
+            "ones, and mask by place < capacity"
+        )
         raise refuse(f"nothing proves that no two tokens share a slot: {shared}", start.node, fix)
     for term in end.mask.terms:
         if term.nonzero:
-            raise refuse("the combine's weights are a mask of other weights", end.node, "combine by the weights themselves")
+            raise refuse(
+                "the combine's weights are a mask of other weights",
+                end.node,
+                "combine by the weights themselves",
+            )
         if not any(_covers(other, term) for other in start.mask.terms):
-            raise refuse("the masks that dispatch and that combine are not made of the same experts and places", end.node, "dispatch by combine_weights.bool()")
-    if len({term.routing.experts for term in end.mask.terms}) > 1 or len({term.routing.tokens for term in end.mask.terms}) > 1:
-        raise refuse("choices among different experts or of different tokens", end.node, "choose all from one matrix of scores")
+            raise refuse(
+                "the masks that dispatch and that combine are not made of the same experts and places",
+                end.node,
+                "dispatch by combine_weights.bool()",
+            )
+    if (
+        len({term.routing.experts for term in end.mask.terms}) > 1
+        or len({term.routing.tokens for term in end.mask.terms}) > 1
+    ):
+        raise refuse(
+            "choices among different experts or of different tokens",
+            end.node,
+            "choose all from one matrix of scores",
+        )
 
 
 def _covers(dispatched: Term, combined: Term) -> bool:
     """The first is 1 wherever the second is not 0."""
-    same = dispatched.routing is combined.routing and (dispatched.slot.queue, dispatched.slot.first) == (combined.slot.queue, combined.slot.first)
+    same = dispatched.routing is combined.routing and (dispatched.slot.queue, dispatched.slot.first) == (
+        combined.slot.queue,
+        combined.slot.first,
+    )
     if not same:
         return False
-    return dispatched.guards <= combined.guards if dispatched.exact else set(dispatched.values) <= set(combined.values)
+    return (
+        dispatched.guards <= combined.guards
+        if dispatched.exact
+        else set(dispatched.values) <= set(combined.values)
+    )
 
 
 def _known_slots(start: _Product, routing) -> Slots:
     over = {x for letter, dim in start.labels.items() if letter not in start.out for x in dim}
-    return Slots(sizes_of(start.mask)["c"], tuple((as_size(routing.sizes[label]), label in over) for label in routing.tokens))
+    return Slots(
+        sizes_of(start.mask)["c"],
+        tuple((as_size(routing.sizes[label]), label in over) for label in routing.tokens),
+    )
 
 
 def _tokens(graph: fx.Graph, start: _Product, routing) -> fx.Node:
@@ -182,12 +262,27 @@ def _tokens(graph: fx.Graph, start: _Product, routing) -> fx.Node:
     x, shape = start.other, shape_of(start.other)
     given = [start.labels.get(letter) for letter in start.theirs]
     feature = [d for d, label in enumerate(given) if label is None]
-    order = sorted((d for d in range(len(given)) if d not in feature), key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0)
-    if len(feature) != 1 or not isinstance(shape[feature[0]], int) or tuple(x for d in order for x in given[d]) != routing.tokens:
-        raise refuse("what is dispatched is not a row of features per token", start.node, "let it be (tokens, features)")
+    order = sorted(
+        (d for d in range(len(given)) if d not in feature),
+        key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0,
+    )
+    if (
+        len(feature) != 1
+        or not isinstance(shape[feature[0]], int)
+        or tuple(x for d in order for x in given[d]) != routing.tokens
+    ):
+        raise refuse(
+            "what is dispatched is not a row of features per token",
+            start.node,
+            "let it be (tokens, features)",
+        )
     if order + feature != list(range(len(given))):
         x = emit(graph, aten.permute.default, (x, order + feature), like=start.node)
-    return x if len(given) == 2 else emit(graph, aten.reshape.default, (x, [-1, shape[feature[0]]]), like=start.node)
+    return (
+        x
+        if len(given) == 2
+        else emit(graph, aten.reshape.default, (x, [-1, shape[feature[0]]]), like=start.node)
+    )
 
 
 def _shaped(graph: fx.Graph, out: fx.Node, start: _Product, end: _Product, routing) -> fx.Node:
@@ -196,20 +291,34 @@ def _shaped(graph: fx.Graph, out: fx.Node, start: _Product, end: _Product, routi
     if out.meta["val"].dtype != val.dtype:
         out = emit(graph, aten.to.dtype, (out, val.dtype), like=end.node)
     given = [end.labels.get(letter) for letter in end.out]
-    order = sorted((d for d, label in enumerate(given) if label is not None), key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0)
+    order = sorted(
+        (d for d, label in enumerate(given) if label is not None),
+        key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0,
+    )
     (feature,) = [d for d, label in enumerate(given) if label is None]
     if tuple(x for d in order for x in given[d]) != routing.tokens:
-        raise refuse("what is combined is not a row of features per token", end.node, "let it be (tokens, features)")
+        raise refuse(
+            "what is combined is not a row of features per token", end.node, "let it be (tokens, features)"
+        )
     if len(order) > 1:
-        # A token dim of the result has the size of that of the mask, which is what the masks were made from: the ids.
+        # A token dim of the result has the size of that of the mask, which is what the masks were made from:
+        # the ids.
         places = {label: d for d, label in enumerate(routing.dims)}
         if any(given[d] not in places for d in order):
-            raise refuse("tokens are grouped otherwise than where they were routed", end.node, "route and combine in the same groups")
-        sizes = [emit(graph, aten.sym_size.int, (routing.node, places[given[d]]), like=end.node) for d in order]
+            raise refuse(
+                "tokens are grouped otherwise than where they were routed",
+                end.node,
+                "route and combine in the same groups",
+            )
+        sizes = [
+            emit(graph, aten.sym_size.int, (routing.node, places[given[d]]), like=end.node) for d in order
+        ]
         out = emit(graph, aten.reshape.default, (out, [*sizes, shape_of(out)[-1]]), like=end.node)
     dims = [*order, feature]
     if dims != list(range(len(dims))):
-        out = emit(graph, aten.permute.default, (out, [dims.index(d) for d in range(len(dims))]), like=end.node)
+        out = emit(
+            graph, aten.permute.default, (out, [dims.index(d) for d in range(len(dims))]), like=end.node
+        )
     return out
 
 
@@ -229,5 +338,3 @@ def _sources(node: fx.Node, inside: set) -> set:
                 found.add(source)
                 todo.append(source)
     return found
-
-

@@ -1,26 +1,31 @@
 """The plain loop over experts becomes dispatch, one body on all rows, combine.
 
-    for e, expert in enumerate(self.experts):                            ids [N, K]: which experts a token goes to
+    for e, expert in enumerate(self.experts):                   ids [N, K]: which experts a token goes to
         token, slot = torch.where(ids == e)                              a search for the tokens of e
-        out.index_add_(0, token, expert(x[token]) * w[token, slot, None])  a step: what e adds to the running sum
+        out.index_add_(0, token, expert(x[token]) * w[token, slot, None])  a step: what e adds to the sum
 
-in the graph: E chained steps, each with a copy of the expert's body. Nothing is known of the model; the loop may be written over a ModuleList, a
-ParameterList or slices of stacked parameters, with masks from `==` or one_hot, `nonzero`, boolean indices, `out[token] += ..`, or with no search at
-all (every expert on every token, times a gate that is zero where the token did not choose it: an expert's contribution to
-such a token is exactly zero as long as what it computes there is finite, so it need not be computed).
+in the graph: E chained steps, each with a copy of the expert's body. Nothing is known of the model; the loop
+may be written over a ModuleList, a ParameterList or slices of stacked parameters, with masks from `==` or
+one_hot, `nonzero`, boolean indices, `out[token] += ..`, or with no search at all (every expert on every
+token, times a gate that is zero where the token did not choose it: an expert's contribution to such a token
+is exactly zero as long as what it computes there is finite, so it need not be computed).
 
 Algorithm:
 1. `facts` (capture_routing.py): which nodes are about the tokens of which expert of which routing.
 2. One walk over the graph: the set of experts that each node depends on, until it is all of them.
-3. A step (index_add, index_put, add) with which the set becomes complete ends a chain. Follow it back through the accumulators: each step
-   must add one expert's value, every expert of the routing exactly once; the first accumulator is whatever it is (zeros are dropped).
-4. The E values are walked in lock-step (capture_bodies.py), which checks that they are one body with different parameters, and emits it once,
-   on the rows of `dispatch`. `combine` takes the place of the last step.
-5. The loop is erased. A search for an expert's tokens that is still used is a loop that was not understood: refused. So is an answer given
-   while tracing ("an expert has tokens", tedfx/frontends/loops.py) in a function from which no loop was captured.
+3. A step (index_add, index_put, add) with which the set becomes complete ends a chain. Follow it back through
+   the accumulators: each step must add one expert's value, every expert of the routing exactly once; the
+   first accumulator is whatever it is (zeros are dropped).
+4. The E values are walked in lock-step (capture_bodies.py), which checks that they are one body with
+   different parameters, and emits it once, on the rows of `dispatch`. `combine` takes the place of the last
+   step.
+5. The loop is erased. A search for an expert's tokens that is still used is a loop that was not understood:
+   refused. So is an answer given while tracing ("an expert has tokens", tedfx/frontends/loops.py) in a
+   function from which no loop was captured.
 
-Zero rows: `dispatch` gives an expert without tokens no rows, grouped operators take zero rows, `combine` adds nothing for it. That is
-what makes the answer "yes" to every emptiness test sound, and the test is not in the graph any more.
+Zero rows: `dispatch` gives an expert without tokens no rows, grouped operators take zero rows, `combine` adds
+nothing for it. That is what makes the answer "yes" to every emptiness test sound, and the test is not in the
+graph any more.
 
 Parameters: E parameters of the experts become one placeholder of shape (E, ...), recorded in `trace.stacked`.
 """
@@ -33,6 +38,8 @@ from typing import Any, ClassVar
 
 import torch
 from tedfx.passes.base import Pass, PassResult
+from torch import fx
+
 from tedfx.capture.bodies import Bodies
 from tedfx.capture.chains import Step, chain_of, dependence, is_zero
 from tedfx.capture.masks import facts
@@ -40,15 +47,14 @@ from tedfx.capture.routing import Routing, name_of, shape_of
 from tedfx.capture.rules import refuse
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import find_uncaptured
-from torch import fx
-
 from tedfx.errors import CaptureError, user_line, warn
 
 __all__ = ["CaptureLoops", "find_uncaptured"]
 
 aten = torch.ops.aten
 SKIPPED = (
-    "an expert that no token of the batch chose has a gradient of zero here; on one device the loop skips it, so its "
+    "an expert that no token of the batch chose has a gradient of zero here; on one device the loop "
+    "skips it, so its "
     "gradient is None and an optimizer with momentum or weight decay leaves it as it is for that step"
 )
 _NOTE = re.compile(r"assumed that an expert has tokens: .+ \(in (.+):(\d+)-(\d+)\)$")
@@ -75,7 +81,12 @@ class CaptureLoops(Pass):
             done.add(routing)
             result.matches += 1
             result.notes.append(f"loop over {routing.experts} experts at {user_line(end)}")
-        frames = {f for node, found in depends.items() if done & found.keys() for f in _FRAME.findall(node.meta.get("stack_trace") or "")}
+        frames = {
+            f
+            for node, found in depends.items()
+            if done & found.keys()
+            for f in _FRAME.findall(node.meta.get("stack_trace") or "")
+        }
         _erase(graph, depends)
         stacks.finish()
         _check_rest(graph, known, depends, done)
@@ -86,10 +97,18 @@ class CaptureLoops(Pass):
         return result
 
 
-# --- the canonical form -------------------------------------------------------------------------------------------------------
+# --- the canonical form -------------------------------------------------------------------------------------
 
 
-def _capture(graph: fx.Graph, routing: Routing, end: fx.Node, chain: list[Step], base: fx.Node | None, known: dict, stacks: Stacks) -> None:
+def _capture(
+    graph: fx.Graph,
+    routing: Routing,
+    end: fx.Node,
+    chain: list[Step],
+    base: fx.Node | None,
+    known: dict,
+    stacks: Stacks,
+) -> None:
     """Emit dispatch, body and combine before the chain's last step and put them in its place."""
     gathered = chain[0].index is not None
     bodies = Bodies(graph, routing, known, stacks, gathered)
@@ -98,10 +117,17 @@ def _capture(graph: fx.Graph, routing: Routing, end: fx.Node, chain: list[Step],
             _check_places(bodies, routing, chain, end)
         value = bodies.lift(tuple(step.value for step in chain))
         if value.kind not in ("rows", "weighted") or value.right != 1:
-            raise refuse("what an expert adds is not a row of features per token", chain[0].value, "add expert(x[token]) * w[token, slot, None]")
+            raise refuse(
+                "what an expert adds is not a row of features per token",
+                chain[0].value,
+                "add expert(x[token]) * w[token, slot, None]",
+            )
         if not gathered and value.kind != "weighted":
-            raise refuse("every expert runs on every token, and nothing makes its result zero where it was not chosen", chain[0].value,
-                         "multiply it by a gate made from the router's choice: (w * (ids == e)).sum(-1, keepdim=True)")  # fmt: skip
+            raise refuse(
+                "every expert runs on every token, and nothing makes its result zero where it was not chosen",
+                chain[0].value,
+                "multiply it by a gate made from the router's choice: (w * (ids == e)).sum(-1, keepdim=True)",
+            )
         rows = value.node
         if rows.meta["val"].dim() != 2:
             rows = bodies.emit(aten.reshape.default, (rows, [-1, shape_of(rows)[-1]]), {}, end)
@@ -112,37 +138,62 @@ def _capture(graph: fx.Graph, routing: Routing, end: fx.Node, chain: list[Step],
         if end.meta["val"].dim() > 2:
             like = bodies.x if bodies.x.meta["val"].dim() == end.meta["val"].dim() else base
             if like is None:
-                raise refuse("tokens that were flattened and are summed unflattened", end, "start the sum from zeros_like(x)")
+                raise refuse(
+                    "tokens that were flattened and are summed unflattened",
+                    end,
+                    "start the sum from zeros_like(x)",
+                )
             like = like.args[0] if name_of(like) == "zeros_like" else like
-            sizes = [bodies.emit(aten.sym_size.int, (like, d), {}, end) for d in range(end.meta["val"].dim() - 1)]
+            sizes = [
+                bodies.emit(aten.sym_size.int, (like, d), {}, end) for d in range(end.meta["val"].dim() - 1)
+            ]
             out = bodies.emit(aten.reshape.default, (out, [*sizes, shape_of(end)[-1]]), {}, end)
         if base is not None and not is_zero(base):
             out = bodies.emit(aten.add.Tensor, (base, out), {}, end)
         if shape_of(out) != shape_of(end):
-            raise refuse(f"a sum of shape {shape_of(end)} over experts that add {shape_of(out)}", end, "add rows of tokens to rows of tokens")
+            raise refuse(
+                f"a sum of shape {shape_of(end)} over experts that add {shape_of(out)}",
+                end,
+                "add rows of tokens to rows of tokens",
+            )
     end.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
 
 
 def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.Node) -> None:
     """Every step adds at its own expert's tokens, and none twice where the step overwrites."""
-    for indices in ([step.index for step in chain], [tuple(step.read.args[1]) for step in chain if step.read is not None]):
+    for indices in (
+        [step.index for step in chain],
+        [tuple(step.read.args[1]) for step in chain if step.read is not None],
+    ):
         if not indices:
             continue
-        if len(indices) != len(chain) or any([i is None for i in index] != [i is None for i in indices[0]] for index in indices):
+        if len(indices) != len(chain) or any(
+            [i is None for i in index] != [i is None for i in indices[0]] for index in indices
+        ):
             raise refuse("experts add in different ways", end, "give all experts the same code")
         where = [bodies.lift(nodes) if nodes[0] is not None else None for nodes in zip(*indices)]
         if any(value is not None and value.kind != "index" for value in where):
-            raise refuse("an expert adds at other places than its tokens", chain[0].node, "add to out[token] what was computed from x[token]")
+            raise refuse(
+                "an expert adds at other places than its tokens",
+                chain[0].node,
+                "add to out[token] what was computed from x[token]",
+            )
         labels, at = bodies.indexed_dims(where, chain[0].node)
         sizes = [bodies.size(label) for label in bodies.columns(where)]
         if "k" in labels or at or shape_of(end)[: len(sizes)] != sizes:
-            raise refuse("an expert adds at other places than its tokens", chain[0].node, "add to out[token] what was computed from x[token]")
+            raise refuse(
+                "an expert adds at other places than its tokens",
+                chain[0].node,
+                "add to out[token] what was computed from x[token]",
+            )
         reduced = all(value.of.reduced for value in where if value is not None)
         if chain[0].once and not (routing.unique or reduced):
-            raise refuse("out[token] = .. loses a token that names an expert twice", chain[0].node, "use index_add_")
+            raise refuse(
+                "out[token] = .. loses a token that names an expert twice", chain[0].node, "use index_add_"
+            )
 
 
-# --- afterwards ---------------------------------------------------------------------------------------------------------------
+# --- afterwards ---------------------------------------------------------------------------------------------
 
 
 def _erase(graph: fx.Graph, depends: dict) -> None:
@@ -167,21 +218,36 @@ def _check_rest(graph: fx.Graph, known: dict, depends: dict, done: set[Routing])
     for routing, nodes in searched.items():
         if len(nodes) < 2 and routing not in done:
             continue  # one search by itself is no loop
-        named = {fact.expert for fact in known.values() if fact.routing is routing and fact.expert is not None}
+        named = {
+            fact.expert for fact in known.values() if fact.routing is routing and fact.expert is not None
+        }
         missing = sorted(set(range(routing.experts)) - named)
         expert, node = next(iter(nodes.items()))
-        what = f"of {routing.experts} experts, {missing} are never run" if missing else f"the tokens of expert {expert} do not end in one sum over all experts"
-        raise refuse(what, node, "add every expert once to one running sum: out.index_add_(0, token, expert(x[token]) * w[token, slot, None])")
+        what = (
+            f"of {routing.experts} experts, {missing} are never run"
+            if missing
+            else f"the tokens of expert {expert} do not end in one sum over all experts"
+        )
+        raise refuse(
+            what,
+            node,
+            "add every expert once to one running sum: out.index_add_(0, token, expert(x[token]) * "
+            "w[token, slot, None])",
+        )
     for ids, nodes in loose.items():
         if len(nodes) > 1:
             what = f"nothing proves that the expert ids lie in 0..E-1 (they come from {ids.target})"
-            raise refuse(what, next(iter(nodes)), "take them from a topk, argmax or sort over the experts' scores")
+            raise refuse(
+                what, next(iter(nodes)), "take them from a topk, argmax or sort over the experts' scores"
+            )
 
 
 def _masks(node: fx.Node) -> list[fx.Node]:
     """The masks that a node searches."""
     name = name_of(node)
-    if name in ("nonzero", "nonzero_numpy", "argwhere", "masked_select") or (name == "where" and len(node.args) == 1):
+    if name in ("nonzero", "nonzero_numpy", "argwhere", "masked_select") or (
+        name == "where" and len(node.args) == 1
+    ):
         return [node.args[-1] if name == "masked_select" else node.args[0]]
     if name in ("index", "index_put"):
         return [m for m in node.args[1] if isinstance(m, fx.Node) and m.meta["val"].dtype == torch.bool]
@@ -196,12 +262,14 @@ def _compared(mask: fx.Node) -> fx.Node | None:
 
 
 def _check_answers(trace: Any, frames: set[tuple[str, str]]) -> bool:
-    """Every emptiness test that was answered while tracing stands in a `forward` from which a loop was captured. Whether there are any."""
+    """Every emptiness test that was answered while tracing stands in a `forward` from which a loop was
+    captured. Whether there are any."""
     answers = [(note, found) for note in trace.notes if (found := _NOTE.match(note))]
     for note, found in answers:
         if not any(file == found[1] and int(found[2]) <= int(line) <= int(found[3]) for file, line in frames):
             raise CaptureError(
-                f"{note}, but no loop over experts was captured there | write the loop as out.index_add_(0, token, expert(x[token]) * "
+                f"{note}, but no loop over experts was captured there | write the loop as "
+                "out.index_add_(0, token, expert(x[token]) * "
                 "w[token, slot, None]) over all experts, or drop the test"
             )
     return bool(answers)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tedfx.checking.full import check_program
 from tedfx.passes.base import Pass, PassResult
+
+from tedfx.checking.full import check_program
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.errors import TypeCheckError, user_line
 from tedfx.decisions.decide import decide
+from tedfx.errors import TypeCheckError, user_line
 from tedfx.placement.plan import differentiable
-from tedfx.rules import operands
 from tedfx.placement.types import I, P, R, Shard
+from tedfx.rules import operands
 
 # (source, target) pairs with an op of their own; S stands for any shard
 DIRECT = {(P, I), (I, R), (R, P), (I, P), (P, "S"), (R, "S"), (I, "S"), ("S", R), ("S", I)}
@@ -17,8 +17,9 @@ DIRECT = {(P, I), (I, R), (R, P), (I, P), (P, "S"), (R, "S"), (I, "S"), ("S", R)
 def check_types(program, after="") -> int:
     """Re-derive every node's type from its operands' and compare; the number of nodes checked.
 
-    Called by the runner after every pass once types exist. Raises TypeCheckError with the node, the axis, what it has, what its rule says, and the
-    user's line. Independent of how the types came about: a pass that drops, doubles or misplaces a conversion is found here.
+    Called by the runner after every pass once types exist. Raises TypeCheckError with the node, the axis,
+    what it has, what its rule says, and the user's line. Independent of how the types came about: a pass that
+    drops, doubles or misplaces a conversion is found here.
     """
     checked = 0
     for node in program.graph_module.graph.nodes:
@@ -29,7 +30,11 @@ def check_types(program, after="") -> int:
         if "conversion" in node.meta:
             _check_conversion(node, after)
             checked += 1
-        elif "relation" in node.meta and ("type" in node.meta or "types_of" in node.meta) and all("type" in n.meta for n in operands(node)):
+        elif (
+            "relation" in node.meta
+            and ("type" in node.meta or "types_of" in node.meta)
+            and all("type" in n.meta for n in operands(node))
+        ):
             _check_node(program, node, after)
             checked += 1
     return checked
@@ -37,7 +42,9 @@ def check_types(program, after="") -> int:
 
 def _fail(node: fx.Node, axis, text: str, after: str):
     where = user_line(node)
-    raise TypeCheckError(f"{'after ' + after + ': ' if after else ''}{node.name} on axis {axis}: {text} ({where})")
+    raise TypeCheckError(
+        f"{'after ' + after + ': ' if after else ''}{node.name} on axis {axis}: {text} ({where})"
+    )
 
 
 def _check_node(program, node: fx.Node, after: str) -> None:
@@ -45,14 +52,20 @@ def _check_node(program, node: fx.Node, after: str) -> None:
     if relation.kind in ("getitem",) and "types_of" not in node.args[0].meta:
         return
     nodes = operands(node)
-    if relation.kind in ("grouped", "expert_rows", "combine", "dispatch") and any(n.meta.get("dims") is None for n in nodes):
+    if relation.kind in ("grouped", "expert_rows", "combine", "dispatch") and any(
+        n.meta.get("dims") is None for n in nodes
+    ):
         return
     for axis in program.plan.axes:
         types = [n.meta["type"][axis] for n in nodes]
         decision = decide(node, axis, types, program.plan, lambda i: False)
         have = [t[axis] for t in node.meta["types_of"]] if relation.several else [node.meta["type"][axis]]
         for operand, current, target in zip(nodes, types, decision.targets):
-            if target is not None and current != target and not (not differentiable(operand) and current in (R, I) and target in (R, I)):
+            if (
+                target is not None
+                and current != target
+                and not (not differentiable(operand) and current in (R, I) and target in (R, I))
+            ):
                 _fail(node, axis, f"operand {operand.name} is {current}, the op needs {target}", after)
         if decision.out != have:
             _fail(node, axis, f"its type is {have}, its operands {types} make it {decision.out}", after)
@@ -69,15 +82,31 @@ def _check_conversion(node: fx.Node, after: str) -> None:
         before = value.meta["type"][axis]
         if axis in axes:
             if before != source or placement != target:
-                _fail(node, axis, f"converts {source} -> {target}, but its operand is {before} and its type {placement}", after)
+                _fail(
+                    node,
+                    axis,
+                    f"converts {source} -> {target}, but its operand is {before} and its type {placement}",
+                    after,
+                )
         elif before != placement:
-            _fail(node, axis, f"changes from {before} to {placement} on an axis that it does not convert", after)
+            _fail(
+                node, axis, f"changes from {before} to {placement} on an axis that it does not convert", after
+            )
 
 
 def _check_output(program, node: fx.Node, after: str) -> None:
     factor = program.batch_factor
     for value in node.all_input_nodes:
         for axis, placement in value.meta.get("type", {}).items():
-            rows = isinstance(placement, Shard) and factor is not None and placement.factor.root() is factor.root()
+            rows = (
+                isinstance(placement, Shard)
+                and factor is not None
+                and placement.factor.root() is factor.root()
+            )
             if not rows and placement != I and not (placement == R and not differentiable(value)):
-                _fail(value, axis, f"leaves the graph as {placement}; outputs are I, or sharded by the batch", after)
+                _fail(
+                    value,
+                    axis,
+                    f"leaves the graph as {placement}; outputs are I, or sharded by the batch",
+                    after,
+                )

@@ -8,45 +8,56 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.analysis.attention_cores import attention_cores
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.analysis.activations import Ledger, Sizing, repeated, saves, short_name
+from tedfx.analysis.attention_cores import attention_cores
 from tedfx.analysis.cost import Cost, format_bytes
-from tedfx.graph.emission import schedule
-from tedfx.errors import ConfigError, TedfxError, user_line
 from tedfx.analysis.layers import layers
+from tedfx.errors import ConfigError, TedfxError, user_line
+from tedfx.graph.emission import schedule
 from tedfx.rules.base import op_name
 
 POLICIES = ("none", "full", "selective", "comm")
 _BUDGET = re.compile(r"budget=(\d+(?:\.\d+)?) ?(B|[KMGT]B|[KMGT]iB)?")
 # Which of several comes out: chosen again, a near-tie could come out otherwise.
-_DECISIONS = frozenset("topk sort argsort msort kthvalue median mode argmax argmin multinomial unique unique_consecutive nonzero route route_slots".split())
+_DECISIONS = frozenset(
+    "topk sort argsort msort kthvalue median mode argmax argmin multinomial unique unique_consecutive "
+    "nonzero route route_slots".split()
+)
 _HOST_COPIES = frozenset("item _local_scalar_dense exchange_counts exchange_lanes".split())
 
 
 @dataclass(frozen=True)
 class Checkpoint(Pass):
-    """Annotates nodes that backward recomputes: `meta["region"]`, a number per region. The graph itself stays as it is.
+    """Annotates nodes that backward recomputes: `meta["region"]`, a number per region. The graph itself stays
+    as it is.
 
     policy     "none"
-               "comm"       maximal regions of local work inside a layer: no collective, no choice (top-k, sort, routing) and no host copy
-                            is inside one, so recompute repeats none of them
-               "budget=N"   those of comm's regions that have to be recomputed for the kept activations of a rank to fit in N bytes (N may
-                            have a unit: 8GiB): the others, most recomputed FLOPs per byte first, keep what they save
+               "comm"       maximal regions of local work inside a layer: no collective, no choice (top-k,
+                            sort, routing) and no host copy is inside one, so recompute repeats none of them
+               "budget=N"   those of comm's regions that have to be recomputed for the kept activations of a
+                            rank to fit in N bytes (N may have a unit: 8GiB): the others, most recomputed
+                            FLOPs per byte first, keep what they save
                "selective"  the cores of attentions
-               "full"       each layer is a region, collectives and all: what recompute then repeats is counted in its own phase
+               "full"       each layer is a region, collectives and all: what recompute then repeats is
+                            counted in its own phase
     batch, sequence   one rank's sizes, for bytes; those of the example inputs if not given.
-    decide_again      full: whether choices (top-k, sort, routing) are in the regions as well. Eager recompute runs the same kernels on the same values and chooses
-                      the same; compiled kernels are fused otherwise in backward, round otherwise, and could choose experts that do not fit what was exchanged.
-                      So `compile=True` sets it to False; a layer is then two regions or three, and keeps what goes from one to the next.
+    decide_again      full: whether choices (top-k, sort, routing) are in the regions as well. Eager recompute
+                      runs the same kernels on the same values and chooses the same; compiled kernels are
+                      fused otherwise in backward, round otherwise, and could choose experts that do not fit
+                      what was exchanged. So `compile=True` sets it to False; a layer is then two regions or
+                      three, and keeps what goes from one to the next.
 
-    1. A node has a label: its layer if it may be recomputed, else none. Outside of all layers nothing is recomputed.
-    2. Its level is the largest number of times that a path to it changes the label. Levels never fall along a path, so nodes of
-       equal label and level form regions that no path leaves and enters again, and regions do not wait for each other in a circle.
-       What is made of parameters alone, for one use, has the level of that use.
-    3. Regions are the connected parts of these. Under comm, one that would keep as much as it frees (a view, a bare sum) is dropped.
+    1. A node has a label: its layer if it may be recomputed, else none. Outside of all layers nothing is
+       recomputed.
+    2. Its level is the largest number of times that a path to it changes the label. Levels never fall along a
+       path, so nodes of equal label and level form regions that no path leaves and enters again, and regions
+       do not wait for each other in a circle. What is made of parameters alone, for one use, has the level of
+       that use.
+    3. Regions are the connected parts of these. Under comm, one that would keep as much as it frees (a view,
+       a bare sum) is dropped.
     """
 
     policy: str = "none"
@@ -71,7 +82,8 @@ class Checkpoint(Pass):
         result.matches = len(regions)
         ledger = Ledger(graph, regions, sizing)
         if kind in ("comm", "budget"):
-            # Regions without savings go first: what they kept for their own sake then weighs on none of the others.
+            # Regions without savings go first: what they kept for their own sake then weighs on none of the
+            # others.
             regions = _drop(ledger, regions)
         if kind == "budget":
             regions = _spend(ledger, regions, sizing, limit, self._sizes(program))
@@ -88,19 +100,32 @@ class Checkpoint(Pass):
     def _values(self, program) -> dict:
         given = {"batch": self.batch, "sequence": self.sequence}
         values = {**program.hints, **program.example}
-        return {**values, **{program.trace.sizes[name]: n for name, n in given.items() if n is not None and name in program.trace.sizes}}
+        return {
+            **values,
+            **{
+                program.trace.sizes[name]: n
+                for name, n in given.items()
+                if n is not None and name in program.trace.sizes
+            },
+        }
 
     def _sizes(self, program) -> str:
         values = self._values(program)
-        return ", ".join(f"{name} = {int(values[symbol])}" for name, symbol in program.trace.sizes.items() if symbol in values)
+        return ", ".join(
+            f"{name} = {int(values[symbol])}"
+            for name, symbol in program.trace.sizes.items()
+            if symbol in values
+        )
 
     def _note(self, graph, ledger, regions, sizing, program) -> str:
         work = sum(sizing.flops(n) for nodes in regions for n in repeated(nodes))
         everything = sum(sizing.flops(n) for n in graph.nodes)
         plain = Ledger(graph, [], sizing).total
         return (
-            f"{self.policy}: {len(regions)} regions; at {self._sizes(program)} a rank keeps about {format_bytes(ledger.total)} of activations "
-            f"(none: {format_bytes(plain)}) and repeats {work / max(everything, 1):.0%} of the forward's FLOPs"
+            f"{self.policy}: {len(regions)} regions; at {self._sizes(program)} a rank keeps about "
+            f"{format_bytes(ledger.total)} of activations "
+            f"(none: {format_bytes(plain)}) and repeats {work / max(everything, 1):.0%} of the "
+            "forward's FLOPs"
         )
 
 
@@ -110,21 +135,29 @@ def parse(policy: str) -> tuple[str, int]:
         return policy, 0
     match = _BUDGET.fullmatch(policy) if isinstance(policy, str) else None
     if match is None:
-        raise ConfigError(f"checkpoint={policy!r}: one of {', '.join(POLICIES)} or budget=<bytes>, such as budget=2000000 or budget=8GiB")
+        raise ConfigError(
+            f"checkpoint={policy!r}: one of {', '.join(POLICIES)} or budget=<bytes>, such as "
+            "budget=2000000 or budget=8GiB"
+        )
     unit = match[2] or "B"
     base = 1024 if "i" in unit else 1000
     return "budget", int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
 
 
 def barrier(node: fx.Node, communicating: Iterable[str]) -> str:
-    """Why a node must not run twice; "" for one that may. `communicating`: names of nodes that communicate in forward."""
+    """Why a node must not run twice; "" for one that may. `communicating`: names of nodes that communicate in
+    forward."""
     target, name = node.target, short_name(node)
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
     if node.name in communicating:
         return "communicates"
     if _decides(node):
         return "decides a routing or an order"
-    if name in _HOST_COPIES or torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+    if (
+        name in _HOST_COPIES
+        or torch.Tag.data_dependent_output in tags
+        or torch.Tag.dynamic_output_shape in tags
+    ):
         return "makes the host wait for the device"
     if torch.Tag.nondeterministic_seeded in tags and op_name(node) != "aten.scaled_dot_product_attention":
         return "draws from a generator"
@@ -142,27 +175,39 @@ def communicating_nodes(program) -> set[str]:
 
 
 def assert_no_recomputed_collectives(compilation) -> None:
-    """TedfxError, naming the node, where a region of the final graph holds a collective, a routing decision or a host copy."""
+    """TedfxError, naming the node, where a region of the final graph holds a collective, a routing decision
+    or a host copy."""
     communicating = communicating_nodes(compilation)
     for node in compilation.graph_module.graph.nodes:
         if "region" in node.meta and node.op == "call_function":
             why = barrier(node, communicating)
             if why:
-                raise TedfxError(f"{node.name} is recomputed in region {node.meta['region']}, but it {why} ({user_line(node)})")
+                raise TedfxError(
+                    f"{node.name} is recomputed in region {node.meta['region']}, but it {why} "
+                    f"({user_line(node)})"
+                )
 
 
 def _candidates(program, kind: str, decide_again: bool) -> list[list[fx.Node]]:
     graph = program.graph_module.graph
     communicating = communicating_nodes(program)
     if kind == "selective":
-        return [nodes for nodes in attention_cores(graph) if not any(barrier(n, communicating) for n in nodes)]
+        return [
+            nodes for nodes in attention_cores(graph) if not any(barrier(n, communicating) for n in nodes)
+        ]
     output = next(iter(graph.find_nodes(op="output")))
-    written = set(output.args[0][: len(program.trace.mutated_buffers)])  # the new value of a buffer is made once, at no cost
+    written = set(
+        output.args[0][: len(program.trace.mutated_buffers)]
+    )  # the new value of a buffer is made once, at no cost
     label = {}
     for node, layer in layers(graph).items():
         if short_name(node) == "getitem":
             label[node] = label.get(node.args[0])  # one of several results goes where they are made
-        elif layer and node not in written and (decide_again or not _decides(node) if kind == "full" else not barrier(node, communicating)):
+        elif (
+            layer
+            and node not in written
+            and (decide_again or not _decides(node) if kind == "full" else not barrier(node, communicating))
+        ):
             label[node] = layer
     return [nodes for nodes in regions_of(graph, label) if any(saves(n) for n in nodes)]
 
@@ -170,10 +215,18 @@ def _candidates(program, kind: str, decide_again: bool) -> list[list[fx.Node]]:
 def regions_of(graph: fx.Graph, label: Mapping[fx.Node, str | None]) -> list[list[fx.Node]]:
     """Convex, connected sets of nodes of one label, in the order of the graph; see `Checkpoint`."""
     level: dict[fx.Node, int] = {}
-    alone: dict[fx.Node, None] = {}  # made of placeholders for one user, such as a cast of a weight: they go where they are used
+    alone: dict[
+        fx.Node, None
+    ] = {}  # made of placeholders for one user, such as a cast of a weight: they go where they are used
     for node in graph.nodes:
-        level[node] = max((level[i] + (label.get(i) != label.get(node)) for i in node.all_input_nodes), default=0)
-        if label.get(node) is not None and len(node.users) == 1 and all(i.op == "placeholder" or i in alone for i in node.all_input_nodes):
+        level[node] = max(
+            (level[i] + (label.get(i) != label.get(node)) for i in node.all_input_nodes), default=0
+        )
+        if (
+            label.get(node) is not None
+            and len(node.users) == 1
+            and all(i.op == "placeholder" or i in alone for i in node.all_input_nodes)
+        ):
             alone[node] = None
     for node in reversed(alone):
         (user,) = node.users
@@ -209,11 +262,14 @@ def _drop(ledger: Ledger, regions: list[list[fx.Node]]) -> list[list[fx.Node]]:
 
 
 def _spend(ledger: Ledger, regions, sizing: Sizing, limit: int, sizes: str) -> list[list[fx.Node]]:
-    """Keep what the regions save, those first that spare most FLOPs per byte, as long as it fits; the regions that remain."""
+    """Keep what the regions save, those first that spare most FLOPs per byte, as long as it fits; the regions
+    that remain."""
     if ledger.total > limit:
         raise ConfigError(
-            f"checkpoint='budget={limit}': at {sizes} a rank keeps at least {int(-(-ledger.total // 1))} bytes ({format_bytes(ledger.total)}) "
-            "of activations even when every region is recomputed (checkpoint='comm'): take a larger budget, fewer rows per rank, or checkpoint='full', which repeats "
+            f"checkpoint='budget={limit}': at {sizes} a rank keeps at least "
+            f"{int(-(-ledger.total // 1))} bytes ({format_bytes(ledger.total)}) "
+            "of activations even when every region is recomputed (checkpoint='comm'): take a larger "
+            "budget, fewer rows per rank, or checkpoint='full', which repeats "
             "collectives too"
         )
     worth = {}

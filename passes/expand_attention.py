@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.graph.emit import emit
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
+from tedfx.graph.emit import emit
 from tedfx.placement.factors import as_size
 from tedfx.rules.base import argument, op_name
 
@@ -21,9 +21,11 @@ aten = torch.ops.aten
 class ExpandAttention(Pass):
     """`scaled_dot_product_attention` stays whole, except with grouped heads and with dropout.
 
-    1. `enable_gqa` with fewer key than query heads: keys and values are repeated by a view, as models do by hand, so that heads are one factor.
-    2. `dropout_p > 0`: scores, softmax, dropout and product apart. The fused kernel draws its mask from each rank's own generator, so heads split over
-       ranks would repeat draws; a separate dropout is counter-based. Costs the (queries x keys) matrix.
+    1. `enable_gqa` with fewer key than query heads: keys and values are repeated by a view, as models do by
+       hand, so that heads are one factor.
+    2. `dropout_p > 0`: scores, softmax, dropout and product apart. The fused kernel draws its mask from each
+       rank's own generator, so heads split over ranks would repeat draws; a separate dropout is
+       counter-based. Costs the (queries x keys) matrix.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional"})
@@ -35,7 +37,9 @@ class ExpandAttention(Pass):
                 continue
             result.matches += 1
             q, k, v = node.args[:3]
-            gqa = argument(node, 7, "enable_gqa", False) and as_size(q.meta["val"].shape[-3]) != as_size(k.meta["val"].shape[-3])
+            gqa = argument(node, 7, "enable_gqa", False) and as_size(q.meta["val"].shape[-3]) != as_size(
+                k.meta["val"].shape[-3]
+            )
             dropout = argument(node, 4, "dropout_p", 0.0)
             if not gqa and not dropout:
                 continue
@@ -50,7 +54,9 @@ class ExpandAttention(Pass):
                 if dropout:
                     new = self._written_out(make, q, k, v, mask, dropout, causal, scale)
                 else:
-                    new = make(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale)
+                    new = make(
+                        aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, scale=scale
+                    )
             node.replace_all_uses_with(new)
             graph.erase_node(node)
         graph.eliminate_dead_code()
@@ -62,19 +68,37 @@ class ExpandAttention(Pass):
         wide = make(aten.unsqueeze.default, x, 2)
         wide = make(aten.expand.default, wide, [-1, -1, groups, -1, -1])
         sizes = [make(aten.sym_size.int, x, d) for d in (0, 2)]
-        return make(aten.reshape.default, wide, [sizes[0], int(x.meta["val"].shape[1]) * groups, sizes[1], x.meta["val"].shape[3]])
+        return make(
+            aten.reshape.default,
+            wide,
+            [sizes[0], int(x.meta["val"].shape[1]) * groups, sizes[1], x.meta["val"].shape[3]],
+        )
 
     @staticmethod
     def _written_out(make, q, k, v, mask, dropout, causal, scale) -> fx.Node:
         scale = 1.0 / math.sqrt(int(q.meta["val"].shape[-1])) if scale is None else scale
-        scores = make(aten.mul.Tensor, make(aten.matmul.default, q, make(aten.transpose.int, k, -2, -1)), scale)
+        scores = make(
+            aten.mul.Tensor, make(aten.matmul.default, q, make(aten.transpose.int, k, -2, -1)), scale
+        )
         if causal:
-            queries, keys = make(aten.sym_size.int, q, q.meta["val"].dim() - 2), make(aten.sym_size.int, k, k.meta["val"].dim() - 2)
-            ones = make(aten.full.default, [queries, keys], True, dtype=torch.bool, device=q.meta["val"].device)
-            scores = make(aten.masked_fill.Scalar, scores, make(aten.logical_not.default, make(aten.tril.default, ones)), float("-inf"))
+            queries, keys = (
+                make(aten.sym_size.int, q, q.meta["val"].dim() - 2),
+                make(aten.sym_size.int, k, k.meta["val"].dim() - 2),
+            )
+            ones = make(
+                aten.full.default, [queries, keys], True, dtype=torch.bool, device=q.meta["val"].device
+            )
+            scores = make(
+                aten.masked_fill.Scalar,
+                scores,
+                make(aten.logical_not.default, make(aten.tril.default, ones)),
+                float("-inf"),
+            )
         if mask is not None:
             if mask.meta["val"].dtype == torch.bool:
-                scores = make(aten.masked_fill.Scalar, scores, make(aten.logical_not.default, mask), float("-inf"))
+                scores = make(
+                    aten.masked_fill.Scalar, scores, make(aten.logical_not.default, mask), float("-inf")
+                )
             else:
                 scores = make(aten.add.Tensor, scores, mask)
         weights = make(aten.softmax.int, scores, -1)

@@ -1,21 +1,25 @@
-"""In-place operators become functional ones; aliases see what was written through them; operators that do nothing go.
+"""In-place operators become functional ones; aliases see what was written through them; operators that do
+nothing go.
 
-Terms. A value's *root* is the value that owns its memory. A *view* shares its root's memory; the fake tensors of the trace
-share storage exactly where the real ones do, so aliasing is read off them, not guessed from names.
+Terms. A value's *root* is the value that owns its memory. A *view* shares its root's memory; the fake tensors
+of the trace share storage exactly where the real ones do, so aliasing is read off them, not guessed from
+names.
 
 Algorithm, one walk over the nodes in order:
 0. `view_as` and its like become views to the sizes that they read off their other operand.
 1. An operand whose root was written since the operand was made is made again from the root's present value.
 2. A view remembers the value it looks into.
-3. An in-place operator is replaced by its functional counterpart. The result is the new value of its operand, and is written
-   back through the chain of views up to the root: a write into a slice is a `slice_scatter` of the value it looks into, a
-   write into a transpose is the transpose of the write, and so on.
+3. An in-place operator is replaced by its functional counterpart. The result is the new value of its operand,
+   and is written back through the chain of views up to the root: a write into a slice is a `slice_scatter` of
+   the value it looks into, a write into a transpose is the transpose of the write, and so on.
 4. Writes of slices that tile the whole of a value become one `cat`, which shards where scatters do not.
 5. A buffer that was written has its new value returned, ahead of the model's outputs.
-6. Operators that change nothing (a cast to the dtype at hand, a slice of everything, `+ 0` on integers) are dropped.
+6. Operators that change nothing (a cast to the dtype at hand, a slice of everything, `+ 0` on integers) are
+   dropped.
 
-What this cannot do exactly is refused by name, with the user's line: writes to parameters and inputs, writes that would leave
-gradients behind (through `detach`), memory-format tricks, operators that change running statistics on the side.
+What this cannot do exactly is refused by name, with the user's line: writes to parameters and inputs, writes
+that would leave gradients behind (through `detach`), memory-format tricks, operators that change running
+statistics on the side.
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from tedfx.graph.emit import emit
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
-from tedfx.placement.factors import as_size
+from tedfx.graph.emit import emit
 from tedfx.graph.signature import show
+from tedfx.placement.factors import as_size
 
 __all__ = ["Functionalize"]
 
@@ -62,7 +66,12 @@ class Functionalize(Pass):
         graph.eliminate_dead_code()
         program.graph_module.recompile()
         return PassResult(
-            walk.writes, changed, [f"{walk.writes} in-place operators, {tiled} of them tile a tensor, {dropped} operators did nothing"]
+            walk.writes,
+            changed,
+            [
+                f"{walk.writes} in-place operators, {tiled} of them tile a tensor, {dropped} operators "
+                "did nothing"
+            ],
         )
 
 
@@ -73,12 +82,15 @@ _LIKE = {
 
 
 def _shape_alone(graph: fx.Graph, node: fx.Node) -> None:
-    """`x.view_as(y)` asks y for its shape and nothing else: written as a view, it needs no value of y on any rank."""
+    """`x.view_as(y)` asks y for its shape and nothing else: written as a view, it needs no value of y on any
+    rank."""
     if node.target in _LIKE:
         x, like = node.args
         with graph.inserting_before(node):
             sizes = [
-                emit(graph, aten.sym_size.int, (like, d), like=node) if isinstance(size, torch.SymInt) else size
+                emit(graph, aten.sym_size.int, (like, d), like=node)
+                if isinstance(size, torch.SymInt)
+                else size
                 for d, size in enumerate(like.meta["val"].shape)
             ]
         node.target, node.args = _LIKE[node.target], (x, sizes)
@@ -151,7 +163,8 @@ class _Walk:
         for root in changed:
             if root.name not in self.program.buffers:
                 raise TraceError(
-                    f"the model writes into {self._what(root)} | at {user_line(self.writer[root])} | make a new tensor "
+                    f"the model writes into {self._what(root)} | at {user_line(self.writer[root])} | "
+                    "make a new tensor "
                     "instead, or make it a buffer"
                 )
         output = next(n for n in self.graph.nodes if n.op == "output")
@@ -222,7 +235,8 @@ class _Walk:
         return new
 
     def _like(self, source: Any, old: fx.Node, node: fx.Node) -> fx.Node:
-        """`source` with the dtype, device, shape and strides of `old`: what `old.copy_(source)` leaves in `old`."""
+        """`source` with the dtype, device, shape and strides of `old`: what `old.copy_(source)` leaves in
+        `old`."""
         val = old.meta["val"]
         if source.meta["val"].dtype != val.dtype:
             source = emit(self.graph, aten.to.dtype, (source, val.dtype), like=node)
@@ -255,7 +269,8 @@ class _Walk:
                 return self._store(node, new, why)
             whole = self.current(parent)
             self._store(parent, self._write_back(node, view, whole, new, why), why)
-            # A dense result where the model has a strided view would be summed in another order: look again, when asked.
+            # A dense result where the model has a strided view would be summed in another order: look again,
+            # when asked.
             if _same_sizes(new.meta["val"].stride(), node.meta["val"].stride()):
                 self.value[node] = new
                 self.made_at[node] = self.version[self.root(node)]
@@ -283,7 +298,9 @@ class _Walk:
             node = self._name(self.looks_into[node])
         return node is ancestor
 
-    def _write_back(self, node: fx.Node, view: fx.Node, whole: fx.Node, new: fx.Node, why: fx.Node) -> fx.Node:
+    def _write_back(
+        self, node: fx.Node, view: fx.Node, whole: fx.Node, new: fx.Node, why: fx.Node
+    ) -> fx.Node:
         """The value of `whole` after `new` was written through `view` (of which `node` may be one part)."""
         args = view.args
         name = view.target._schema.name.removeprefix("aten::")
@@ -310,7 +327,11 @@ class _Walk:
                     return new
                 return put(aten.slice_scatter.default, whole, new, *args[1:])
             case "narrow":
-                stop = put(operator.add, args[2], args[3]) if any(isinstance(a, fx.Node) for a in args[2:]) else args[2] + args[3]
+                stop = (
+                    put(operator.add, args[2], args[3])
+                    if any(isinstance(a, fx.Node) for a in args[2:])
+                    else args[2] + args[3]
+                )
                 return put(aten.slice_scatter.default, whole, new, args[1], args[2], stop)
             case "select":
                 return put(aten.select_scatter.default, whole, new, args[1], args[2])
@@ -339,7 +360,8 @@ class _Walk:
 
 
 def _counterpart(node: fx.Node) -> Any:
-    """The functional operator of an in-place one: the same name without its underscore, the same arguments."""
+    """The functional operator of an in-place one: the same name without its underscore, the same
+    arguments."""
     schema = node.target._schema
     namespace, name = schema.name.split("::")
     names = {"normal_": "normal_functional"}
@@ -359,7 +381,9 @@ def _counterpart(node: fx.Node) -> Any:
 
 
 def _refusal(node: fx.Node, cause: str) -> TraceError:
-    return TraceError(f"{node.target} {cause} | at {user_line(node)} | write it without changing a tensor in place")
+    return TraceError(
+        f"{node.target} {cause} | at {user_line(node)} | write it without changing a tensor in place"
+    )
 
 
 def _nodes(tree: Any) -> list[fx.Node]:
@@ -375,12 +399,15 @@ def _same_sizes(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(plain(x) == plain(y) for x, y in zip(a, b))
 
 
-# --- step 4: writes that tile a value ---------------------------------------------------------------------------------------
+# --- step 4: writes that tile a value -----------------------------------------------------------------------
 
 
 def _tile(node: fx.Node) -> int:
-    """slice_scatter over slice_scatter over ... that covers dim 0..size leaves nothing of the innermost value: cat."""
-    if node.target is not aten.slice_scatter.default or any(u.target is aten.slice_scatter.default and u.args[0] is node for u in node.users):
+    """slice_scatter over slice_scatter over ... that covers dim 0..size leaves nothing of the innermost
+    value: cat."""
+    if node.target is not aten.slice_scatter.default or any(
+        u.target is aten.slice_scatter.default and u.args[0] is node for u in node.users
+    ):
         return 0
     size_of, dim = node.meta["val"].shape, None
     parts: list[tuple[int, int, fx.Node]] = []
@@ -389,9 +416,17 @@ def _tile(node: fx.Node) -> int:
         source, d, start, stop, step = (*below.args[1:], *(0, None, None, 1)[len(below.args) - 2 :])[:5]
         size = size_of[d]
         start, stop = start or 0, size if stop is None or stop == END else stop
-        if step != 1 or not all(isinstance(x, int) for x in (size, start, stop)) or (dim is not None and d != dim):
+        if (
+            step != 1
+            or not all(isinstance(x, int) for x in (size, start, stop))
+            or (dim is not None and d != dim)
+        ):
             return 0
-        start, stop, dim = start % size if start < 0 else start, min(stop % size if stop < 0 else stop, size), d
+        start, stop, dim = (
+            start % size if start < 0 else start,
+            min(stop % size if stop < 0 else stop, size),
+            d,
+        )
         parts.append((start, stop, source))
         below = below.args[0]
         ordered = sorted(parts, key=lambda part: part[0])
@@ -404,15 +439,31 @@ def _tile(node: fx.Node) -> int:
     return 0
 
 
-# --- step 6: operators that do nothing --------------------------------------------------------------------------------------
+# --- step 6: operators that do nothing ----------------------------------------------------------------------
 
-_COPIES = {"to", "_to_copy", "type_as", "contiguous", "clone", "expand", "view", "reshape", "alias", "lift_fresh", "lift_fresh_copy"}
+_COPIES = {
+    "to",
+    "_to_copy",
+    "type_as",
+    "contiguous",
+    "clone",
+    "expand",
+    "view",
+    "reshape",
+    "alias",
+    "lift_fresh",
+    "lift_fresh_copy",
+}
 
 
 def _drop_noops(graph: fx.Graph) -> int:
     dropped = 0
     for node in list(graph.nodes):
-        if node.op == "call_function" and isinstance(node.args[0] if node.args else None, fx.Node) and _does_nothing(node):
+        if (
+            node.op == "call_function"
+            and isinstance(node.args[0] if node.args else None, fx.Node)
+            and _does_nothing(node)
+        ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             dropped += 1
@@ -421,7 +472,9 @@ def _drop_noops(graph: fx.Graph) -> int:
 
 def _looked_into(node: fx.Node) -> fx.Node:
     """The value whose memory this one is in."""
-    while node.op == "call_function" and (source := next((n for n in node.all_input_nodes if _storage(n) == _storage(node) is not None), None)):
+    while node.op == "call_function" and (
+        source := next((n for n in node.all_input_nodes if _storage(n) == _storage(node) is not None), None)
+    ):
         node = source
     return node
 
@@ -441,12 +494,30 @@ def _does_nothing(node: fx.Node) -> bool:
         return _is_whole(node)
     if name == "dropout":
         return node.args[1] == 0 or not node.args[2]
-    if name in ("add", "sub") and len(node.args) == 2 and isinstance(node.args[1], int) and not isinstance(node.args[1], bool):
-        return node.args[1] == 0 and old.dtype == new.dtype and not old.is_floating_point() and not old.is_complex()
+    if (
+        name in ("add", "sub")
+        and len(node.args) == 2
+        and isinstance(node.args[1], int)
+        and not isinstance(node.args[1], bool)
+    ):
+        return (
+            node.args[1] == 0
+            and old.dtype == new.dtype
+            and not old.is_floating_point()
+            and not old.is_complex()
+        )
     return False
 
 
 def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes everything."""
     _, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]
-    return start in (None, 0) and step == 1 and (stop is None or stop == END or (isinstance(stop, int) and as_size(node.args[0].meta["val"].shape[dim]) == stop))
+    return (
+        start in (None, 0)
+        and step == 1
+        and (
+            stop is None
+            or stop == END
+            or (isinstance(stop, int) and as_size(node.args[0].meta["val"].shape[dim]) == stop)
+        )
+    )

@@ -1,4 +1,5 @@
-"""ZeRO-3: parameters lie in shares over the data axes, and are gathered where a layer is about to use them."""
+"""ZeRO-3: parameters lie in shares over the data axes, and are gathered where a layer is about to use
+them."""
 
 from __future__ import annotations
 
@@ -17,17 +18,22 @@ from tedfx.state.parameters import Placed
 
 @dataclass(frozen=True)
 class GatherParameters(Pass):
-    """Stage 3 of ZeRO (arXiv 1910.02054): each parameter that the data axes replicate is an input of the graph in this rank's share (`tedfx.runtime.state_dict.parameters.Placed.share`).
+    """Stage 3 of ZeRO (arXiv 1910.02054): each parameter that the data axes replicate is an input of the
+    graph in this rank's share (`tedfx.runtime.state_dict.parameters.Placed.share`).
 
     bucket_bytes   whole parameters that one gather makes, at most; a larger parameter goes alone.
     compiled       the graph is to be compiled: see 3.
 
-    1. A unit is a recompute region, or what a layer has outside of them, or a use outside of all layers. The parameters that a unit uses are gathered by it, in order of
-       first use, in buckets of equal axes and dtype: `gather_parameters` stands before the bucket's first user. A parameter of several units is gathered in each.
-    2. A gather belongs to the region of its users: recompute gathers again, and backward's adjoint sends each rank the sum of its share. What a policy promises of
-       recompute is about collectives of activations; gathers of parameters are counted by their own name.
-    3. Outside of regions whole parameters are saved for backward as a note of what to gather again (`tedfx/runtime/gathers.py`). A compiler sees no such notes: there a gather
-       becomes a region of its own, so that backward repeats it instead of keeping what it made.
+    1. A unit is a recompute region, or what a layer has outside of them, or a use outside of all layers. The
+       parameters that a unit uses are gathered by it, in order of first use, in buckets of equal axes and
+       dtype: `gather_parameters` stands before the bucket's first user. A parameter of several units is
+       gathered in each.
+    2. A gather belongs to the region of its users: recompute gathers again, and backward's adjoint sends each
+       rank the sum of its share. What a policy promises of recompute is about collectives of activations;
+       gathers of parameters are counted by their own name.
+    3. Outside of regions whole parameters are saved for backward as a note of what to gather again
+       (`tedfx/runtime/gathers.py`). A compiler sees no such notes: there a gather becomes a region of its
+       own, so that backward repeats it instead of keeping what it made.
     """
 
     bucket_bytes: int = 256 * 2**20
@@ -56,7 +62,9 @@ class GatherParameters(Pass):
                     units.setdefault(self._unit(user, node, layer), []).append(user)
             for unit, users in units.items():
                 users.sort(key=position.get)
-                buckets.setdefault((unit, placed.reduce_axes, node.meta["val"].dtype), []).append([position[users[0]], node, users, placed])
+                buckets.setdefault((unit, placed.reduce_axes, node.meta["val"].dtype), []).append(
+                    [position[users[0]], node, users, placed]
+                )
         regions = 1 + max((n.meta["region"] for n in graph.nodes if "region" in n.meta), default=-1)
         order = []
         for (unit, axes, _), members in buckets.items():
@@ -92,9 +100,13 @@ class GatherParameters(Pass):
         first, parameters = group[0][2][0], [node for _, node, _, _ in group]
         with graph.inserting_before(first):
             cuts = tuple(tuple(placed.cut) for *_, placed in group)
-            gather = graph.call_function(ops.gather_parameters, (parameters, axes, cuts, number, program.gradient_dtype))
+            gather = graph.call_function(
+                ops.gather_parameters, (parameters, axes, cuts, number, program.gradient_dtype)
+            )
         gather.meta.update({k: first.meta[k] for k in ("stack_trace", "nn_module_stack") if k in first.meta})
-        gather.meta["in_graph"] = self.compiled  # whether backward scatters the gradients there, or leaves it to the boundary
+        gather.meta["in_graph"] = (
+            self.compiled
+        )  # whether backward scatters the gradients there, or leaves it to the boundary
         gather.meta["differentiable"] = any(p.meta.get("differentiable") for p in parameters)
         after = gather
         for index, (_, node, users, _) in enumerate(group):

@@ -1,16 +1,21 @@
 """`capacity="local"`: every batch coordinate counts places and capacity among its own tokens alone.
 
-This is what DeepSpeed and GShard mean by a capacity under data parallelism. It is another function than that of the global batch, and still one of a single
-device: the same model with its tokens in as many groups as there are batch coordinates. So it is written as a rewrite of the single-device graph, before
-any type is known; that nothing is exchanged for it follows from the types, as for everything else.
+This is what DeepSpeed and GShard mean by a capacity under data parallelism. It is another function than that
+of the global batch, and still one of a single device: the same model with its tokens in as many groups as
+there are batch coordinates. So it is written as a rewrite of the single-device graph, before any type is
+known; that nothing is exchanged for it follows from the types, as for everything else.
 
-Of what decides the place of a token (facts: tedfx/capture/slot_facts.py), where the queue runs along the batch:
+Of what decides the place of a token (facts: tedfx/capture/slot_facts.py), where the queue runs along the
+batch:
 1. the cumsum that numbers the queue counts in each group from the start: `group_cumsum`;
-2. totals of earlier choices that are added to a place become those of the token's own group: `group_total`. The sum they were stays for other uses of it
-   (the share of an expert in an auxiliary loss is one of all tokens);
-3. the number that a place is compared with, or clamped to, is computed anew from the group's number of tokens: the user's own arithmetic, in which the batch is
-   divided by the number of groups. The number stays as it is for other uses.
-What the model makes of the places (keep bits, weights, counts of kept tokens) follows. Every other sum and mean is over all tokens.
+2. totals of earlier choices that are added to a place become those of the token's own group: `group_total`.
+   The sum they were stays for other uses of it (the share of an expert in an auxiliary loss is one of all
+   tokens);
+3. the number that a place is compared with, or clamped to, is computed anew from the group's number of
+   tokens: the user's own arithmetic, in which the batch is divided by the number of groups. The number stays
+   as it is for other uses.
+What the model makes of the places (keep bits, weights, counts of kept tokens) follows. Every other sum and
+mean is over all tokens.
 """
 
 from __future__ import annotations
@@ -21,15 +26,15 @@ from functools import reduce
 from typing import Any, ClassVar
 
 import torch
-from tedfx.graph.emit import emit
 from tedfx.passes.base import Pass, PassResult
-from tedfx.capture.routing import dim_of, name_of, shape_of
-from tedfx.capture.slot_facts import slot_facts
-from tedfx.capture.slots import Place, Totals
 from torch import fx
 
 from tedfx import ops
+from tedfx.capture.routing import dim_of, name_of, shape_of
+from tedfx.capture.slot_facts import slot_facts
+from tedfx.capture.slots import Place, Totals
 from tedfx.errors import CaptureError, ConfigError, user_line
+from tedfx.graph.emit import emit
 from tedfx.placement.factors import as_size
 
 __all__ = ["LocalCapacity"]
@@ -52,14 +57,25 @@ class LocalCapacity(Pass):
         groups = self.groups or program.roles.mesh.size(program.roles.batch)
         dispatches = [n for n in graph.nodes if "slots" in n.meta]
         if not dispatches or groups == 1:
-            return PassResult(notes=["a single batch coordinate: local is global"] if dispatches else ["no mixture with a capacity: nothing to count locally"])
+            return PassResult(
+                notes=["a single batch coordinate: local is global"]
+                if dispatches
+                else ["no mixture with a capacity: nothing to count locally"]
+            )
         if trace.sizes.get("batch") is None:
-            raise ConfigError("capacity='local' divides the batch among its ranks, and the inputs have no batch of a free size; use capacity='global'")
+            raise ConfigError(
+                "capacity='local' divides the batch among its ranks, and the inputs have no batch of a "
+                "free size; use capacity='global'"
+            )
         found = _Groups(graph, groups, trace.sizes.get("batch"), _upstream(dispatches)).rewrite()
         for node in dispatches:
             node.meta["slots"] = _regrouped(node.meta["slots"], trace.sizes.get("batch"))
         graph.eliminate_dead_code()
-        notes = [f"{groups} groups of tokens, each with a capacity of its own"] if found else ["capacities are counted per sequence: local is global"]
+        notes = (
+            [f"{groups} groups of tokens, each with a capacity of its own"]
+            if found
+            else ["capacities are counted per sequence: local is global"]
+        )
         return PassResult(matches=len(dispatches), changes=found, notes=notes)
 
 
@@ -110,23 +126,43 @@ class _Groups:
         places = [n for n in node.all_input_nodes if isinstance(self.known.get(n), Place)]
         if name == "cumsum" and isinstance(fact, Place):
             dim = dim_of(node, len(fact.dims))
-            args = (node.args[0], dim, self.groups, self._outer(fact.dims[dim], fact.queue.routing, node), node.meta["val"].dtype)
+            args = (
+                node.args[0],
+                dim,
+                self.groups,
+                self._outer(fact.dims[dim], fact.queue.routing, node),
+                node.meta["val"].dtype,
+            )
             node.replace_all_uses_with(emit(self.graph, ops.group_cumsum, args, like=node))
             return True
         if name == "add" and isinstance(fact, Place):
             for total in [n for n in node.all_input_nodes if isinstance(self.known.get(n), Totals)]:
                 (place,) = places
-                parts = [self._total(t, self.known[place], place, node) for t in self._in_order(self.known[total].totals)]
-                node.replace_input_with(total, reduce(lambda a, b: emit(self.graph, aten.add.Tensor, (a, b), like=node), parts))
+                parts = [
+                    self._total(t, self.known[place], place, node)
+                    for t in self._in_order(self.known[total].totals)
+                ]
+                node.replace_input_with(
+                    total, reduce(lambda a, b: emit(self.graph, aten.add.Tensor, (a, b), like=node), parts)
+                )
                 return True
             return False
         if name in _LIMITS and places:
             before = node.args, node.kwargs
-            swap = lambda arg: self._number(arg, node) if isinstance(arg, fx.Node) and arg not in places else arg
-            node.args, node.kwargs = fx.node.map_aggregate(node.args, swap), fx.node.map_aggregate(node.kwargs, swap)
+            swap = lambda arg: (
+                self._number(arg, node) if isinstance(arg, fx.Node) and arg not in places else arg
+            )
+            node.args, node.kwargs = (
+                fx.node.map_aggregate(node.args, swap),
+                fx.node.map_aggregate(node.kwargs, swap),
+            )
             return before != (node.args, node.kwargs)
         if places and fact is None and not _by_row(node):
-            raise _refuse(f"places of tokens are read by {name}, which mixes tokens", node, "read them token by token, or use capacity='global'")
+            raise _refuse(
+                f"places of tokens are read by {name}, which mixes tokens",
+                node,
+                "read them token by token, or use capacity='global'",
+            )
         return False
 
     # --- totals ---
@@ -138,13 +174,26 @@ class _Groups:
     def _total(self, total, place: Place, like: fx.Node, node: fx.Node) -> fx.Node:
         """The total of each token's own group, laid out as the places that it is added to."""
         if total.source is None:
-            raise _refuse("a total of earlier choices that is no sum of a mask", node, "write it as mask.sum(0, keepdim=True)")
+            raise _refuse(
+                "a total of earlier choices that is no sum of a mask",
+                node,
+                "write it as mask.sum(0, keepdim=True)",
+            )
         mask = self._laid_out(total.source.node, total.source.dims, place.dims, like, node)
         over = [d for d, dim in enumerate(place.dims) if set(dim) & total.labels]
         along = next(d for d in over if any(_has(total.routing.sizes[x], self.batch) for x in place.dims[d]))
         if any(not set(place.dims[d]) <= total.labels for d in over):
-            raise _refuse("a total over a part of a dim of the places", node, "keep the tokens in dims of their own")
-        args = (mask, over, along, self.groups, self._outer(place.dims[along], total.routing, node), torch.int64)
+            raise _refuse(
+                "a total over a part of a dim of the places", node, "keep the tokens in dims of their own"
+            )
+        args = (
+            mask,
+            over,
+            along,
+            self.groups,
+            self._outer(place.dims[along], total.routing, node),
+            torch.int64,
+        )
         return emit(self.graph, ops.group_total, args, like=node)
 
     def _laid_out(self, value: fx.Node, dims: tuple, wanted: tuple, like: fx.Node, node: fx.Node) -> fx.Node:
@@ -155,12 +204,20 @@ class _Groups:
             order = [dims.index(d) for d in target] + [d for d, dim in enumerate(dims) if not dim]
             value = emit(self.graph, aten.permute.default, (value, order), like=node)
         elif [x for d in given for x in d] != [x for d in target for x in d]:
-            raise _refuse("earlier choices are laid out otherwise than the places that queue behind them", node, "keep one order of dims")
-        shape = [s if isinstance(s, int) else emit(self.graph, aten.sym_size.int, (like, d), like=node) for d, s in enumerate(shape_of(like))]
+            raise _refuse(
+                "earlier choices are laid out otherwise than the places that queue behind them",
+                node,
+                "keep one order of dims",
+            )
+        shape = [
+            s if isinstance(s, int) else emit(self.graph, aten.sym_size.int, (like, d), like=node)
+            for d, s in enumerate(shape_of(like))
+        ]
         return emit(self.graph, aten.reshape.default, (value, shape), like=node)
 
     def _outer(self, dim: tuple, routing, node: fx.Node) -> int:
-        """How many runs of tokens a dim holds one after the other, each with the whole batch: choices before tokens."""
+        """How many runs of tokens a dim holds one after the other, each with the whole batch: choices before
+        tokens."""
         outer = 1
         for label in dim:
             if _has(routing.sizes[label], self.batch):
@@ -168,7 +225,11 @@ class _Groups:
             if not isinstance(routing.sizes[label], int):
                 break
             outer *= routing.sizes[label]
-        raise _refuse("tokens are numbered with the batch behind another dim of a free size", node, "put the batch first, or use capacity='global'")
+        raise _refuse(
+            "tokens are numbered with the batch behind another dim of a free size",
+            node,
+            "put the batch first, or use capacity='global'",
+        )
 
     # --- numbers ---
 
@@ -176,7 +237,9 @@ class _Groups:
         """A number made from sizes, for one group's share of the batch."""
         val = value.meta.get("val")
         if isinstance(val, torch.Tensor):
-            raise _refuse("the capacity is a tensor", like, "compute it from sizes: int(factor * tokens / experts)")
+            raise _refuse(
+                "the capacity is a tensor", like, "compute it from sizes: int(factor * tokens / experts)"
+            )
         if not isinstance(val, (torch.SymInt, torch.SymFloat)) or not _has(val.node.expr, self.batch):
             return value
         if value not in self.numbers:
@@ -184,21 +247,39 @@ class _Groups:
         return self.numbers[value]
 
     def _computed(self, value: fx.Node, like: fx.Node) -> fx.Node:
-        numbers = [n for n in value.all_input_nodes if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat))]
+        numbers = [
+            n for n in value.all_input_nodes if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat))
+        ]
         if numbers:
             swap = lambda arg: self._number(arg, like) if isinstance(arg, fx.Node) else arg
             args, kwargs = fx.node.map_aggregate((value.args, dict(value.kwargs)), swap)
             return emit(self.graph, value.target, args, kwargs, like=value)
         size = as_size(value.meta["val"])  # of a tensor: as many times the batch as it is tokens
         if (size / self.batch).has(self.batch):
-            raise _refuse(f"the capacity is made from a size of {size}, which is no multiple of the batch", like, "compute it from the number of tokens")
+            raise _refuse(
+                f"the capacity is made from a size of {size}, which is no multiple of the batch",
+                like,
+                "compute it from the number of tokens",
+            )
         return emit(self.graph, operator.floordiv, (value, self.groups), like=value)
 
 
 def _by_row(node: fx.Node) -> bool:
     """Whether an op that has no fact treats each place by itself."""
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or name_of(node) in ("sym_size", "gather", "reshape", "view", "to", "_to_copy", "one_hot", "zeros_like", "ones_like", "full_like", "empty_like")
+    return pointwise or name_of(node) in (
+        "sym_size",
+        "gather",
+        "reshape",
+        "view",
+        "to",
+        "_to_copy",
+        "one_hot",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+    )
 
 
 def _refuse(what: str, node: fx.Node, fix: str) -> CaptureError:

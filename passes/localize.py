@@ -10,19 +10,36 @@ from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
+from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TraceError, user_line
-from tedfx.placement.factors import as_size, leaves
 from tedfx.ops.random import NUMBERED, SHARE
+from tedfx.placement.factors import as_size, leaves
 from tedfx.placement.plan import roots
+from tedfx.placement.types import Shard, sharding_axes
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
 from tedfx.rules.views import piece_of, reads_bits
-from tedfx.analysis.sizes import Share, Sizes
-from tedfx.placement.types import Shard, sharding_axes
 
 aten = torch.ops.aten
-VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze", "aten._reshape_copy"}
-SIZED = {"aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty"}
+VIEWS = {
+    "aten.view",
+    "aten.reshape",
+    "aten._unsafe_view",
+    "aten.flatten",
+    "aten.unflatten",
+    "aten.squeeze",
+    "aten._reshape_copy",
+}
+SIZED = {
+    "aten.zeros",
+    "aten.ones",
+    "aten.full",
+    "aten.empty",
+    "aten.new_zeros",
+    "aten.new_ones",
+    "aten.new_full",
+    "aten.new_empty",
+}
 
 
 @dataclass(frozen=True)
@@ -30,10 +47,12 @@ class Localize(Pass):
     """Rewrite what depends on sizes, from dims and types alone.
 
     1. Views, expands, creations, pieces: their literal and symbolic sizes become local ones.
-    2. A range over a sharded dim keeps global numbers: local range plus this coordinate's offset. A mean over a sharded dim becomes a sum over the
-       global count.
-    3. A vocabulary that is sharded: embedding and cross-entropy in their parallel forms. A running sum along a sharded dim: the ranks' totals.
-    4. Draws (dropout) become counter-based: a hash of (seed, site, global index), so that replicas agree and shards differ.
+    2. A range over a sharded dim keeps global numbers: local range plus this coordinate's offset. A mean over
+       a sharded dim becomes a sum over the global count.
+    3. A vocabulary that is sharded: embedding and cross-entropy in their parallel forms. A running sum along
+       a sharded dim: the ranks' totals.
+    4. Draws (dropout) become counter-based: a hash of (seed, site, global index), so that replicas agree and
+       shards differ.
     5. Any other size used as a number becomes the global one. The old size arithmetic is dead and dropped.
     """
 
@@ -68,7 +87,7 @@ class _Localizer:
         self.program.uses_seed = self.seed is not None
         return self.result
 
-    # one node -------------------------------------------------------------------------------------------------------------
+    # one node -----------------------------------------------------------------------------------------------
     def visit(self, node: fx.Node) -> None:
         name = op_name(node)
         if name in VIEWS and not reads_bits(node):
@@ -93,11 +112,20 @@ class _Localizer:
             if axes:
                 padding = argument(node, 2, "padding_idx", -1)
                 node.target, node.kwargs = ops.vocab_parallel_embedding, {}
-                node.args = (node.args[0], node.args[1], axes, None if padding is None or padding < 0 else padding)
+                node.args = (
+                    node.args[0],
+                    node.args[1],
+                    axes,
+                    None if padding is None or padding < 0 else padding,
+                )
         elif name == "aten.cross_entropy_loss":
             axes = self.contracted_axes(node, node.args[0], 1)
             if axes:
-                node.target, node.kwargs, ignore = ops.vocab_parallel_cross_entropy, {}, argument(node, 4, "ignore_index", -100)
+                node.target, node.kwargs, ignore = (
+                    ops.vocab_parallel_cross_entropy,
+                    {},
+                    argument(node, 4, "ignore_index", -100),
+                )
                 node.args = (node.args[0], node.args[1], axes, ignore)
         elif name == "aten.cumsum":
             self.cumsum(node)
@@ -105,9 +133,14 @@ class _Localizer:
             self.groups(node)
         elif name == "aten.dropout":
             self.dropout(node)
-        elif isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags and name != "aten.scaled_dot_product_attention":
+        elif (
+            isinstance(node.target, torch._ops.OpOverload)
+            and torch.Tag.nondeterministic_seeded in node.target.tags
+            and name != "aten.scaled_dot_product_attention"
+        ):
             raise TraceError(
-                f"{name} draws random numbers and has no counter-based form, so replicas would not agree; remove it or use dropout "
+                f"{name} draws random numbers and has no counter-based form, so replicas would not "
+                "agree; remove it or use dropout "
                 f"({user_line(node)})"
             )
 
@@ -133,18 +166,33 @@ class _Localizer:
         overload = node.target._overloadname
         if not axes:
             return
-        start = 0 if overload == "default" else self.number(node.args[0])  # global numbers, as everything that `numbers` rewrites
+        start = (
+            0 if overload == "default" else self.number(node.args[0])
+        )  # global numbers, as everything that `numbers` rewrites
         step = self.number(node.args[2]) if overload == "start_step" and len(node.args) > 2 else 1
         with self.graph.inserting_before(node):
             offset = self.graph.call_function(ops.axis_offset, (length, tuple(axes)))
-        node.target, node.args, node.kwargs = aten.arange.default, (length,), {**node.kwargs, "dtype": node.meta["val"].dtype}
-        self.after(node, [(aten.add.Tensor, offset)] + ([(aten.mul.Tensor, step)] if step != 1 else []) + ([(aten.add.Tensor, start)] if start != 0 else []))
+        node.target, node.args, node.kwargs = (
+            aten.arange.default,
+            (length,),
+            {**node.kwargs, "dtype": node.meta["val"].dtype},
+        )
+        self.after(
+            node,
+            [(aten.add.Tensor, offset)]
+            + ([(aten.mul.Tensor, step)] if step != 1 else [])
+            + ([(aten.add.Tensor, start)] if start != 0 else []),
+        )
 
     def after(self, node: fx.Node, steps: list) -> None:
         """Chain ops on a node's result; users see the last."""
         last, users = node, list(node.users)
         for target, operand in steps:
-            with self.graph.inserting_after(last if last is not node else (operand if isinstance(operand, fx.Node) and operand > node else node)):
+            with self.graph.inserting_after(
+                last
+                if last is not node
+                else (operand if isinstance(operand, fx.Node) and operand > node else node)
+            ):
                 new = self.graph.call_function(target, (last, operand))
             new.meta.update({k: v for k, v in node.meta.items() if k != "relation"})
             last = new
@@ -163,10 +211,16 @@ class _Localizer:
         if length == local:  # all of the dim
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
-        start, step = (node.args[2], 1) if narrow else (argument(node, 2, "start") or 0, argument(node, 4, "step", 1))
+        start, step = (
+            (node.args[2], 1) if narrow else (argument(node, 2, "start") or 0, argument(node, 4, "step", 1))
+        )
         if step == 1:
             start = as_size(start.meta["val"] if isinstance(start, fx.Node) else start)
-            index = piece_of(start + whole if isinstance(start, int) and start < 0 else start, as_size(node.meta["val"].shape[d]), whole)
+            index = piece_of(
+                start + whole if isinstance(start, int) and start < 0 else start,
+                as_size(node.meta["val"].shape[d]),
+                whole,
+            )
             start, end = self.sizes.node(index * length), self.sizes.node((index + 1) * length)
         else:
             end = self.sizes.node(local)
@@ -175,7 +229,10 @@ class _Localizer:
     def split(self, node: fx.Node) -> None:
         x = node.args[0]
         d = argument(node, 2, "dim", 0) % len(x.meta["dims"])
-        lengths = [self.sizes.node(self.sizes.dim(dims[d], type_)) for dims, type_ in zip(node.meta["dims_of"], node.meta["types_of"])]
+        lengths = [
+            self.sizes.node(self.sizes.dim(dims[d], type_))
+            for dims, type_ in zip(node.meta["dims_of"], node.meta["types_of"])
+        ]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (x, lengths, d), {}
 
     def mean(self, node: fx.Node) -> None:
@@ -205,14 +262,22 @@ class _Localizer:
                 sharded.append((sharding_axes(x.meta["type"], leaf), outer))
             outer = outer * self.sizes.factor(leaf, x.meta["type"])
         if len(sharded) > 1:
-            raise TraceError(f"a cumsum along a dim of which two factors are sharded has no parallel form ({user_line(node)})")
+            raise TraceError(
+                "a cumsum along a dim of which two factors are sharded has no parallel form "
+                f"({user_line(node)})"
+            )
         if sharded:
             ((axes, outer),) = sharded
             node.meta["runs"] = outer  # the size of what is exchanged: tedfx/analysis/cost.py
-            node.target, node.args, node.kwargs = ops.cumsum, (x, dim, axes, self.sizes.node(outer), node.kwargs.get("dtype")), {}
+            node.target, node.args, node.kwargs = (
+                ops.cumsum,
+                (x, dim, axes, self.sizes.node(outer), node.kwargs.get("dtype")),
+                {},
+            )
 
     def groups(self, node: fx.Node) -> None:
-        """Groups of tokens, one per batch coordinate: of a shard by the batch there are as many fewer, and the runs before it are local."""
+        """Groups of tokens, one per batch coordinate: of a shard by the batch there are as many fewer, and
+        the runs before it are local."""
         x, *given, groups, outer, dtype = node.args
         before, local, degree, batch = 1, 1, 1, self.program.batch_factor.root()
         for leaf in leaves(x.meta["dims"][given[-1]]):
@@ -222,7 +287,10 @@ class _Localizer:
                 break
             before, local = before * leaf.size, local * self.sizes.factor(leaf, x.meta["type"])
         if before != outer or groups % degree:
-            raise TraceError(f"capacity='local': tokens are numbered with the batch behind another dim; put the batch first ({user_line(node)})")
+            raise TraceError(
+                "capacity='local': tokens are numbered with the batch behind another dim; put the "
+                f"batch first ({user_line(node)})"
+            )
         node.args = (x, *given, groups // degree, self.sizes.node(local), dtype)
 
     def dropout(self, node: fx.Node) -> None:
@@ -251,13 +319,18 @@ class _Localizer:
                 origin.args = (*origin.args[:2], self.parts(tokens, 0, tokens.meta["type"]))
             return [(numbers, origin.args[2], top_k, NUMBERED)]
         if factor.ragged:
-            raise TraceError(f"dropout of rows whose number is data has no counter-based form | at {user_line(x)} | drop out the values that the rows are made of")
+            raise TraceError(
+                f"dropout of rows whose number is data has no counter-based form | at {user_line(x)} | "
+                "drop out the values that the rows are made of"
+            )
         if isinstance(size, Share):  # a piece of what the inputs' own split left
             outer = tuple(a for a in axes if a not in size.axes)
-            return [(1, outer)] * bool(outer) + [(self.sizes.node(size), size.axes, self.sizes.node(size.args[0]), SHARE)]
+            return [(1, outer)] * bool(outer) + [
+                (self.sizes.node(size), size.axes, self.sizes.node(size.args[0]), SHARE)
+            ]
         return [(self.sizes.node(size), axes)]
 
-    # sizes as numbers -----------------------------------------------------------------------------------------------------
+    # sizes as numbers ---------------------------------------------------------------------------------------
     def numbers(self, node: fx.Node) -> None:
         node.args = fx.node.map_aggregate(node.args, self.number)
         node.kwargs = fx.node.map_aggregate(node.kwargs, self.number)
@@ -275,10 +348,20 @@ class _Localizer:
         """A float made from sizes: only ``sym_float(size)`` and arithmetic on it."""
         if arg.target is torch.sym_float:
             inner = arg.args[0]
-            value = self.sizes.node(self.sizes.whole(inner.meta["val"].node.expr)) if isinstance(inner, fx.Node) else inner
+            value = (
+                self.sizes.node(self.sizes.whole(inner.meta["val"].node.expr))
+                if isinstance(inner, fx.Node)
+                else inner
+            )
         elif arg.op == "call_function":
-            parts = [self.float_of(a) if isinstance(a, fx.Node) and isinstance(a.meta["val"], torch.SymFloat) else
-                     self.sizes.node(self.sizes.whole(a.meta["val"].node.expr)) if isinstance(a, fx.Node) else a for a in arg.args]
+            parts = [
+                self.float_of(a)
+                if isinstance(a, fx.Node) and isinstance(a.meta["val"], torch.SymFloat)
+                else self.sizes.node(self.sizes.whole(a.meta["val"].node.expr))
+                if isinstance(a, fx.Node)
+                else a
+                for a in arg.args
+            ]
             return self.sizes._call(arg.target, *parts)
         else:
             raise TraceError(f"a number of the form {arg} cannot be written for one rank")

@@ -10,20 +10,23 @@ from tedfx.passes.place import convert
 from torch import fx
 
 from tedfx import ops
+from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.placement.factors import leaves
-from tedfx.rules.base import op_name, regroup_barrier
-from tedfx.analysis.sizes import Share, Sizes
 from tedfx.placement.types import I, P, R, Shard, find_dim
+from tedfx.rules.base import op_name, regroup_barrier
 
 
 @dataclass(frozen=True)
 class LowerCollectives(Pass):
-    """Each `convert` becomes the op of `tedfx/ops/convert.py` for its (source, target), by the table in docs/design.md.
+    """Each `convert` becomes the op of `tedfx/ops/convert.py` for its (source, target), by the table in
+    docs/design.md.
 
     1. Barriers between factorisations vanish: their operand is whole.
-    2. A conversion of one axis directly on top of the same conversion of another, with no other user, is one op over both axes.
-    3. A dropout of a partial sum that is then scattered draws after that instead: on this rank's slice, so that its mask is the slice's too.
+    2. A conversion of one axis directly on top of the same conversion of another, with no other user, is one
+       op over both axes.
+    3. A dropout of a partial sum that is then scattered draws after that instead: on this rank's slice, so
+       that its mask is the slice's too.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"types"})
@@ -64,9 +67,14 @@ class LowerCollectives(Pass):
 
     @staticmethod
     def _before_dropout(node: fx.Node) -> fx.Node:
-        """scatter(dropout(x)) -> dropout(scatter(x)), where nobody else sees the dropout, which stays where it stood. The scatter."""
+        """scatter(dropout(x)) -> dropout(scatter(x)), where nobody else sees the dropout, which stays where
+        it stood. The scatter."""
         dropout, type_ = node.args[0], node.meta["type"]
-        if op_name(dropout) != "aten.dropout" or len(dropout.users) > 1 or dropout.args[0].meta["type"] != dropout.meta["type"]:
+        if (
+            op_name(dropout) != "aten.dropout"
+            or len(dropout.users) > 1
+            or dropout.args[0].meta["type"] != dropout.meta["type"]
+        ):
             return node
         node.replace_all_uses_with(dropout)
         node.replace_input_with(dropout, dropout.args[0])
@@ -77,13 +85,21 @@ class LowerCollectives(Pass):
 
     @staticmethod
     def _check_order(graph: fx.Graph, order) -> None:
-        """A factor over two axes lies major-first: gathering the major axis while the minor one stays sharded would interleave the pieces."""
+        """A factor over two axes lies major-first: gathering the major axis while the minor one stays sharded
+        would interleave the pieces."""
         for node in graph.nodes:
             if node.target is ops.all_gather:
                 axes, source, _ = node.meta["conversion"]
-                left = [a for a, p in node.meta["type"].items() if p == source and order.index(a) > min(order.index(x) for x in axes)]
+                left = [
+                    a
+                    for a, p in node.meta["type"].items()
+                    if p == source and order.index(a) > min(order.index(x) for x in axes)
+                ]
                 if left:
-                    raise TypeCheckError(f"{node.name} gathers {axes} of a factor that stays sharded on the minor axis {left[0]}; gather minor axes first ({user_line(node)})")
+                    raise TypeCheckError(
+                        f"{node.name} gathers {axes} of a factor that stays sharded on the minor axis "
+                        f"{left[0]}; gather minor axes first ({user_line(node)})"
+                    )
 
     @staticmethod
     def _op(node: fx.Node, axis: str, source, target, sizes: Sizes):
@@ -96,12 +112,26 @@ class LowerCollectives(Pass):
             return ops.partial, axes, (source,)
         factor = (source if isinstance(source, Shard) else target).factor
         dim, place = find_dim(node.meta["dims"], factor)
-        outer, inner = (sizes.dim(part, node.meta["type"]) for part in (leaves(node.meta["dims"][dim])[:place], leaves(node.meta["dims"][dim])[place + 1 :]))
-        at, split = (dim, sizes.node(outer)), (node.args[0] if isinstance(source, Shard) else node).meta["type"]
-        behind = (sizes.node(inner),) if isinstance(sizes.factor(factor, split), Share) and inner != 1 else ()  # a share need not be an equal piece
+        outer, inner = (
+            sizes.dim(part, node.meta["type"])
+            for part in (leaves(node.meta["dims"][dim])[:place], leaves(node.meta["dims"][dim])[place + 1 :])
+        )
+        at, split = (
+            (dim, sizes.node(outer)),
+            (node.args[0] if isinstance(source, Shard) else node).meta["type"],
+        )
+        behind = (
+            (sizes.node(inner),) if isinstance(sizes.factor(factor, split), Share) and inner != 1 else ()
+        )  # a share need not be an equal piece
         if isinstance(source, Shard):
             whole = sizes.factor(factor, node.meta["type"])
-            return ops.all_gather, axes, (*at, target, sizes.node(whole), *behind) if isinstance(sizes.factor(factor, split), Share) else (*at, target)
+            return (
+                ops.all_gather,
+                axes,
+                (*at, target, sizes.node(whole), *behind)
+                if isinstance(sizes.factor(factor, split), Share)
+                else (*at, target),
+            )
         if source == P:
             return ops.reduce_scatter, axes, (*at, *behind)
         return ops.shard, axes, (*at, source, *behind)

@@ -13,8 +13,8 @@ from tedfx.passes.row_numbers import RowNumbers
 from torch import fx
 
 from tedfx import ops
-from tedfx.placement.factors import leaves
 from tedfx.analysis.sizes import Sizes
+from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, P, R, Shard
 
 
@@ -37,21 +37,28 @@ class _Layer:
 class LowerExperts(Pass):
     """Each `dispatch` and its way back, by the type of its tokens on each axis that splits the experts.
 
-    1. Tokens that differ there travel: `exchange_counts` (one all-gather, one host copy), `all_to_all_single` there and back, rows regrouped by expert.
-    2. Tokens replicated there stay: each rank keeps the assignments of its own experts, and the combined output is a partial sum (PPMoE).
-    3. Both (folding): the replicated tokens are cut into lanes, and rows travel over all expert axes together.
-    4. Sliced tokens whose rows the type says are R on arrival (an axis that shards the experts' own factors): the lanes are gathered after the all-to-all, and
-       scattered, which sums them, before the way back (`tedfx/ops/lanes.py`).
-    5. DeepSpeed-TED's own order, where the collective algebra does not let slices and gathers pass dispatch and combine: rows are cut after the dispatch and
-       gathered before the combine, and no type outside of the exchange shows it.
+    1. Tokens that differ there travel: `exchange_counts` (one all-gather, one host copy), `all_to_all_single`
+       there and back, rows regrouped by expert.
+    2. Tokens replicated there stay: each rank keeps the assignments of its own experts, and the combined
+       output is a partial sum (PPMoE).
+    3. Both (folding): the replicated tokens are cut into lanes, and rows travel over all expert axes
+       together.
+    4. Sliced tokens whose rows the type says are R on arrival (an axis that shards the experts' own factors):
+       the lanes are gathered after the all-to-all, and scattered, which sums them, before the way back
+       (`tedfx/ops/lanes.py`).
+    5. DeepSpeed-TED's own order, where the collective algebra does not let slices and gathers pass dispatch
+       and combine: rows are cut after the dispatch and gathered before the combine, and no type outside of
+       the exchange shows it.
 
-    Assignments that a capacity dropped stand behind all others (the tail of the dispatch). Where rows travel, or a rank keeps those of its experts, the tail is cut
-    off: how many rows are left is known on the host anyway. Where neither is the case it stays, and the ops that tell experts apart pass it over: elementwise work on
-    zeros costs less than a host copy.
+    Assignments that a capacity dropped stand behind all others (the tail of the dispatch). Where rows travel,
+    or a rank keeps those of its experts, the tail is cut off: how many rows are left is known on the host
+    anyway. Where neither is the case it stays, and the ops that tell experts apart pass it over: elementwise
+    work on zeros costs less than a host copy.
 
     Where a dropout draws for each row, the rows' numbers travel beside them (`passes/row_numbers.py`).
 
-    Where a capacity counts among the tokens of one rank, rows stand in slots and none of this is needed: `passes/lower_slots.py`.
+    Where a capacity counts among the tokens of one rank, rows stand in slots and none of this is needed:
+    `passes/lower_slots.py`.
 
     The expert body between dispatch and combine is not touched: its weights are already split by their types.
     """
@@ -80,7 +87,9 @@ class LowerExperts(Pass):
                 layers[node.args[1]].combine(node)
             elif kind == "combine":
                 self._combine(graph, node, layers[node.args[1]])
-        numbers = {made[0] for made in program.row_numbers.values()}  # `passes/localize.py` gives them to the dropouts
+        numbers = {
+            made[0] for made in program.row_numbers.values()
+        }  # `passes/localize.py` gives them to the dropouts
         graph.eliminate_dead_code(lambda node: node in numbers or node.is_impure())
         return result
 
@@ -92,11 +101,26 @@ class LowerExperts(Pass):
         stay = tuple(a for a in split if a not in travel)
         rows_type, counts_type, order_type = node.meta["types_of"]
         rows_dims, counts_dims, order_dims = node.meta["dims_of"]
-        lanes = tuple(a for a in program.plan.axes if a not in split and isinstance(order_type[a], Shard) and not isinstance(rows_type[a], Shard))
-        stripes = tuple(a for a in program.plan.dedup if travel and not any(tail) and a not in split and a not in lanes and not isinstance(rows_type[a], Shard))
+        lanes = tuple(
+            a
+            for a in program.plan.axes
+            if a not in split and isinstance(order_type[a], Shard) and not isinstance(rows_type[a], Shard)
+        )
+        stripes = tuple(
+            a
+            for a in program.plan.dedup
+            if travel
+            and not any(tail)
+            and a not in split
+            and a not in lanes
+            and not isinstance(rows_type[a], Shard)
+        )
         rows_factor = leaves(rows_dims[0])[0]
         striped = {a: Shard(rows_factor) for a in stripes}
-        lanes, unsliced = tuple(a for a in program.plan.axes if a in lanes or a in stripes), {**rows_type, **{a: order_type[a] for a in lanes}}
+        lanes, unsliced = (
+            tuple(a for a in program.plan.axes if a in lanes or a in stripes),
+            {**rows_type, **{a: order_type[a] for a in lanes}},
+        )
         lane_type = {**unsliced, **striped}
 
         def make(target, *args, dims=None, type_=None, **kwargs):
@@ -105,28 +129,58 @@ class LowerExperts(Pass):
                 if key in node.meta:
                     new.meta[key] = node.meta[key]
             if dims is not None:
-                new.meta.update(dims=dims, type=type_, differentiable=dims is rows_dims and node.meta["differentiable"])
+                new.meta.update(
+                    dims=dims, type=type_, differentiable=dims is rows_dims and node.meta["differentiable"]
+                )
             return new
 
         with graph.inserting_before(node):
-            routed = make(ops.route, ids, num_experts, owned=stay if not travel else (), lanes=stay if travel else (), **({"stripes": stripes} if stripes else {}))
+            routed = make(
+                ops.route,
+                ids,
+                num_experts,
+                owned=stay if not travel else (),
+                lanes=stay if travel else (),
+                **({"stripes": stripes} if stripes else {}),
+            )
             order = make(operator.getitem, routed, 0, dims=order_dims, type_=order_type)
             counts = make(operator.getitem, routed, 1)
 
             def permuted():
-                made = make(ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=unsliced)
-                return make(ops.shard, made, stripes, 0, 1, *{rows_type[a] for a in stripes}, dims=rows_dims, type_=lane_type) if stripes else made
+                made = make(
+                    ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=unsliced
+                )
+                return (
+                    make(
+                        ops.shard,
+                        made,
+                        stripes,
+                        0,
+                        1,
+                        *{rows_type[a] for a in stripes},
+                        dims=rows_dims,
+                        type_=lane_type,
+                    )
+                    if stripes
+                    else made
+                )
 
             rows = permuted()
             layer = _Layer(node, order, stripes=stripes)
             if travel:
                 layer.exchange, layer.lanes = split, lanes
-                exchanged = make(ops.exchange_lanes, counts, (*lanes, *split), split) if lanes else make(ops.exchange_counts, counts, split)
+                exchanged = (
+                    make(ops.exchange_lanes, counts, (*lanes, *split), split)
+                    if lanes
+                    else make(ops.exchange_counts, counts, split)
+                )
                 items = [make(operator.getitem, exchanged, i) for i in range(4 if lanes else 3)]
                 layer.send, layer.recv, received = items[0], items[1], items[-1]
                 counts = make(operator.getitem, exchanged, len(items), dims=counts_dims, type_=counts_type)
                 if any(tail):
-                    layer.order = order = make(ops.cut_tail, order, layer.send, dims=order_dims, type_=order_type)
+                    layer.order = order = make(
+                        ops.cut_tail, order, layer.send, dims=order_dims, type_=order_type
+                    )
                     rows = permuted()
             numbers = RowNumbers.of(program, node, order, make)
             moved = numbers.move if numbers is not None else lambda *args, type_: None
@@ -134,11 +188,21 @@ class LowerExperts(Pass):
                 if stripes:
                     moved(ops.shard, stripes, 0, 1, "I", type_=lane_type)
                 moved(ops.all_to_all_single, layer.recv, layer.send, split, type_=lane_type)
-                rows = make(ops.all_to_all_single, rows, layer.recv, layer.send, split, dims=rows_dims, type_=lane_type)
+                rows = make(
+                    ops.all_to_all_single,
+                    rows,
+                    layer.recv,
+                    layer.send,
+                    split,
+                    dims=rows_dims,
+                    type_=lane_type,
+                )
                 if lanes:
                     layer.totals = items[2]
                     (arrived,) = {rows_type[a] for a in lanes}
-                    rows = make(ops.gather_lanes, rows, lanes, layer.totals, arrived, dims=rows_dims, type_=rows_type)
+                    rows = make(
+                        ops.gather_lanes, rows, lanes, layer.totals, arrived, dims=rows_dims, type_=rows_type
+                    )
                     layer.index = make(ops.lane_index, received, layer.totals)
                     rows = make(ops.pick_rows, rows, layer.index, dims=rows_dims, type_=rows_type)
                     moved(ops.gather_lanes, lanes, layer.totals, "I", type_=rows_type)
@@ -166,9 +230,13 @@ class LowerExperts(Pass):
     def _combine(self, graph: fx.Graph, node: fx.Node, layer: _Layer) -> None:
         rows = node.args[0]
         if layer.exchange:
+
             def make(target, *args, type_=rows.meta["type"]):
                 new = graph.call_function(target, args)
-                new.meta.update({k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")}, type=type_)
+                new.meta.update(
+                    {k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")},
+                    type=type_,
+                )
                 return new
 
             with graph.inserting_before(node):
@@ -184,7 +252,16 @@ class LowerExperts(Pass):
                 back = make(ops.all_to_all_single, back, layer.send, layer.recv, layer.exchange, type_=own)
                 if layer.stripes:
                     whole = graph.call_function(torch.ops.aten.sym_size.int, (layer.order, 0))
-                    back = make(ops.all_gather, back, layer.stripes, 0, 1, *placements, whole, type_={**own, **{a: rows.meta["type"][a] for a in layer.stripes}})
+                    back = make(
+                        ops.all_gather,
+                        back,
+                        layer.stripes,
+                        0,
+                        1,
+                        *placements,
+                        whole,
+                        type_={**own, **{a: rows.meta["type"][a] for a in layer.stripes}},
+                    )
             for key in ("stack_trace", "nn_module_stack"):
                 if key in node.meta:
                     back.meta[key] = node.meta[key]

@@ -1,28 +1,33 @@
-"""A dispatch whose groups of tokens are whole on a rank: its rows stand in slots, and nothing about them is data (`tedfx/ops/slots.py`)."""
+"""A dispatch whose groups of tokens are whole on a rank: its rows stand in slots, and nothing about them is
+data (`tedfx/ops/slots.py`)."""
 
 from __future__ import annotations
 
 from math import prod
 
+from tedfx.passes.row_numbers import RowNumbers
 from torch import fx
 
 from tedfx import ops
 from tedfx._torch import FloorDiv
-from tedfx.placement.factors import as_size, leaves
-from tedfx.passes.row_numbers import RowNumbers
 from tedfx.analysis.sizes import Sizes
+from tedfx.placement.factors import as_size, leaves
 from tedfx.placement.slots import rows_per_expert
 from tedfx.placement.types import Shard
 
-_BODY = {"grouped": (ops.slot_linear, (0, 1, 3)), "expert_rows": (ops.slot_rows, (0, 2))}  # the operands that are left without counts
+_BODY = {
+    "grouped": (ops.slot_linear, (0, 1, 3)),
+    "expert_rows": (ops.slot_rows, (0, 2)),
+}  # the operands that are left without counts
 
 
 class SlotLayer:
     """One layer, from `dispatch` to `combine`.
 
-    There: `route_slots`, `fill_slots`, `send_slots` over the axes that split the experts and tokens differ on. Where tokens are replicated on other axes and rows
-    travel, ranks there are lanes, which send a share of every expert's slots each; `gather_slots` on those that shard the experts' own factors.
-    The body's ops that tell experts apart take equally many rows of each. Back: the same in reverse, and `combine_slots`.
+    There: `route_slots`, `fill_slots`, `send_slots` over the axes that split the experts and tokens differ
+    on. Where tokens are replicated on other axes and rows travel, ranks there are lanes, which send a share
+    of every expert's slots each; `gather_slots` on those that shard the experts' own factors. The body's ops
+    that tell experts apart take equally many rows of each. Back: the same in reverse, and `combine_slots`.
     """
 
     def __init__(self, program, node: fx.Node, slots, sizes: Sizes):
@@ -33,7 +38,11 @@ class SlotLayer:
         experts = leaves(node.meta["dims_of"][1][0])[0]
         split = program.plan.axes_of(experts)
         self.travel = any(isinstance(x.meta["type"][a], Shard) for a in split)
-        alike = tuple(a for a in program.plan.axes if isinstance(order_type[a], Shard) and not isinstance(x.meta["type"][a], Shard))
+        alike = tuple(
+            a
+            for a in program.plan.axes
+            if isinstance(order_type[a], Shard) and not isinstance(x.meta["type"][a], Shard)
+        )
         owned, lanes = ((), alike) if self.travel else (alike, ())
         self.split = split if self.travel else ()
         self.gathered = tuple(a for a in lanes if not isinstance(rows_type[a], Shard))
@@ -42,15 +51,31 @@ class SlotLayer:
         self._count(leaves(rows_dims[0])[0].root(), num_experts, slots, order_type, owned, lanes, mesh)
 
         with self.graph.inserting_before(node):
-            self.order = self._make(ops.route_slots, ids, num_experts, sizes.node(slots), owned, lanes, dims=order_dims, type_=order_type, differentiable=False)
-            rows = self._make(ops.fill_slots, x, self.order, ids.meta["val"].shape[1], dims=rows_dims, type_=self.lane_type)
+            self.order = self._make(
+                ops.route_slots,
+                ids,
+                num_experts,
+                sizes.node(slots),
+                owned,
+                lanes,
+                dims=order_dims,
+                type_=order_type,
+                differentiable=False,
+            )
+            rows = self._make(
+                ops.fill_slots, x, self.order, ids.meta["val"].shape[1], dims=rows_dims, type_=self.lane_type
+            )
             numbers = RowNumbers.of(program, node, self.order, self._make)
             moved = numbers.move if numbers is not None else lambda *args, type_: None
             if self.travel:
-                rows = self._make(ops.send_slots, rows, self.split, self.experts, dims=rows_dims, type_=self.lane_type)
+                rows = self._make(
+                    ops.send_slots, rows, self.split, self.experts, dims=rows_dims, type_=self.lane_type
+                )
                 moved(ops.send_slots, self.split, self.experts, type_=self.lane_type)
             if self.gathered:
-                rows = self._make(ops.gather_slots, rows, self.gathered, self.experts, dims=rows_dims, type_=rows_type)
+                rows = self._make(
+                    ops.gather_slots, rows, self.gathered, self.experts, dims=rows_dims, type_=rows_type
+                )
                 moved(ops.gather_slots, self.gathered, self.experts, type_=rows_type)
             if numbers is not None:
                 numbers.arrive()
@@ -74,7 +99,12 @@ class SlotLayer:
     def _make(self, target, *args, dims, type_, differentiable=None) -> fx.Node:
         new = self.graph.call_function(target, args)
         new.meta.update({k: v for k, v in self.node.meta.items() if k in ("stack_trace", "nn_module_stack")})
-        new.meta.update(dims=dims, type=type_, differentiable=self.node.meta["differentiable"] if differentiable is None else differentiable, val=None)
+        new.meta.update(
+            dims=dims,
+            type=type_,
+            differentiable=self.node.meta["differentiable"] if differentiable is None else differentiable,
+            val=None,
+        )
         return new
 
     def _body(self) -> None:
@@ -88,7 +118,10 @@ class SlotLayer:
 
         def make(target, *args, type_):
             new = self.graph.call_function(target, args)
-            new.meta.update({k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")}, type=type_)
+            new.meta.update(
+                {k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")},
+                type=type_,
+            )
             new.meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})
             return new
 
@@ -97,7 +130,14 @@ class SlotLayer:
             if self.gathered:
                 placements = {rows.meta["type"][a] for a in self.gathered}
                 assert len(placements) == 1, (node, placements)
-                back = make(ops.scatter_slots, back, self.gathered, self.experts, *placements, type_={**rows.meta["type"], **{a: self.lane_type[a] for a in self.gathered}})
+                back = make(
+                    ops.scatter_slots,
+                    back,
+                    self.gathered,
+                    self.experts,
+                    *placements,
+                    type_={**rows.meta["type"], **{a: self.lane_type[a] for a in self.gathered}},
+                )
             if self.travel:
                 back = make(ops.return_slots, back, self.split, self.experts, type_=back.meta["type"])
         node.target, node.args = ops.combine_slots, (back, *node.args[1:])

@@ -10,13 +10,14 @@ from torch import fx
 
 from tedfx.decisions.decide import decide
 from tedfx.placement.plan import differentiable
+from tedfx.placement.types import I, P, R, Shard, find_dim
 from tedfx.rules import Relation, op_name, operands
 from tedfx.rules.base import argument
-from tedfx.placement.types import I, P, R, Shard, find_dim
 
 
 def convert(x, axis, source, target):
-    """A pending conversion of one value on one mesh axis (typed graph); `passes/lower_collectives.py` makes it an op."""
+    """A pending conversion of one value on one mesh axis (typed graph); `passes/lower_collectives.py` makes
+    it an op."""
     return x
 
 
@@ -24,12 +25,15 @@ def convert(x, axis, source, target):
 class Place(Pass):
     """Give every value a type and make every misfit a `convert` node.
 
-    1. Inputs: the batch factor over the batch axes. Parameters: the plan's factors; otherwise R on the batch axes (their gradient is summed at the boundary), I
-       elsewhere. Buffers and constants: I.
-    2. Nodes in order: per axis `placing.decide` says what each operand must be and what the output is. Conversions go one axis at a time and are made
-       once per (value, target): the first reduction of a value serves all its users.
-    3. Outputs: batch rows stay with their rank; everything else becomes I. A loss that is a partial sum is reduced here.
-    4. Parameters whose every use on an axis, casts apart, is R become R there: their gradient is summed at the boundary, once, not per use.
+    1. Inputs: the batch factor over the batch axes. Parameters: the plan's factors; otherwise R on the batch
+       axes (their gradient is summed at the boundary), I elsewhere. Buffers and constants: I.
+    2. Nodes in order: per axis `placing.decide` says what each operand must be and what the output is.
+       Conversions go one axis at a time and are made once per (value, target): the first reduction of a value
+       serves all its users.
+    3. Outputs: batch rows stay with their rank; everything else becomes I. A loss that is a partial sum is
+       reduced here.
+    4. Parameters whose every use on an axis, casts apart, is R become R there: their gradient is summed at
+       the boundary, once, not per use.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
@@ -57,11 +61,15 @@ class _Placement:
                     factor = self.plan.chosen(axis, node.meta["dims"])
                     batch_factor = self.program.batch_factor and self.program.batch_factor.root()
                     if node.name not in params and factor is not None and factor.root() is not batch_factor:
-                        factor = None  # a call's inputs and the buffers are whole but for the batch; they are sliced where they are used
+                        # a call's inputs and the buffers are whole but for the batch; they are sliced where
+                        # they are used
+                        factor = None
                     if factor is not None and node.name not in states:
                         type_[axis] = Shard(factor.root())
                     else:
-                        type_[axis] = R if node.name in params and axis in batch and differentiable(node) else I
+                        type_[axis] = (
+                            R if node.name in params and axis in batch and differentiable(node) else I
+                        )
                 node.meta["type"] = type_
             elif node.op == "call_function" and "relation" in node.meta:
                 self.place(node)
@@ -70,14 +78,18 @@ class _Placement:
         self.boundary()
         return self.result
 
-    # nodes ----------------------------------------------------------------------------------------------------------------
+    # nodes --------------------------------------------------------------------------------------------------
     def place(self, node: fx.Node) -> None:
         self.result.matches += 1
         outs, wanted = None, [{} for _ in operands(node)]
         for axis in self.plan.axes:
             types = [self._type(n)[axis] for n in operands(node)]
             decision = self.decide(node, axis, types)
-            if op_name(node) == "aten.linear" and argument(node, 2, "bias") is not None and self._needs_split(node, axis, types, decision):
+            if (
+                op_name(node) == "aten.linear"
+                and argument(node, 2, "bias") is not None
+                and self._needs_split(node, axis, types, decision)
+            ):
                 return self.split_bias(node)
             outs = outs or [{} for _ in decision.out]
             for out, placement in zip(outs, decision.out):
@@ -85,7 +97,9 @@ class _Placement:
             for targets, target in zip(wanted, decision.targets):
                 if target is not None:
                     targets[axis] = target
-        self._substitute(node, [self.convert_all(n, targets, node) for n, targets in zip(operands(node), wanted)])
+        self._substitute(
+            node, [self.convert_all(n, targets, node) for n, targets in zip(operands(node), wanted)]
+        )
         outs = outs or [{} for _ in (node.meta["relation"].out if node.meta["relation"].several else [0])]
         if node.meta["relation"].several:
             node.meta["types_of"] = outs
@@ -95,7 +109,9 @@ class _Placement:
     def decide(self, node, axis, types):
         nodes = operands(node)
         cut = self.plan.cuts(axis)
-        reduced = lambda i: any((nodes[i], axis, target) in self.made for target in (I, R, *([Shard(cut)] if cut else ())))
+        reduced = lambda i: any(
+            (nodes[i], axis, target) in self.made for target in (I, R, *([Shard(cut)] if cut else ()))
+        )
         return decide(node, axis, types, self.plan, reduced)
 
     def _type(self, node: fx.Node) -> dict:
@@ -106,16 +122,25 @@ class _Placement:
         return decision.out[0] == P or types[0] == P
 
     def split_bias(self, node: fx.Node) -> None:
-        """linear(x, w, b) -> linear(x, w) + b, where the product is a partial sum: the bias must be added once, not once per rank."""
+        """linear(x, w, b) -> linear(x, w) + b, where the product is a partial sum: the bias must be added
+        once, not once per rank."""
         import torch
 
         x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         relation = node.meta["relation"]
         node.args, node.kwargs = (x, w), {}
-        node.meta["relation"] = Relation(out=relation.out, contracted=relation.contracted, linear=(frozenset({0}), frozenset({1})))
+        node.meta["relation"] = Relation(
+            out=relation.out, contracted=relation.contracted, linear=(frozenset({0}), frozenset({1}))
+        )
         with self.graph.inserting_after(node):
             total = self.graph.call_function(torch.ops.aten.add.Tensor, (node, bias))
-        total.meta.update({k: v for k, v in node.meta.items() if k in ("val", "stack_trace", "nn_module_stack", "differentiable", "dims")})
+        total.meta.update(
+            {
+                k: v
+                for k, v in node.meta.items()
+                if k in ("val", "stack_trace", "nn_module_stack", "differentiable", "dims")
+            }
+        )
         total.meta["relation"] = Relation(out=relation.out, linear=(frozenset({0, 1}),))
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         self.place(node)
@@ -130,13 +155,16 @@ class _Placement:
         node.args = fx.node.map_aggregate(node.args, swap)
         node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
 
-    # conversions ----------------------------------------------------------------------------------------------------------
+    # conversions --------------------------------------------------------------------------------------------
     def converted(self, value: fx.Node, axis: str, target, user: fx.Node) -> fx.Node:
-        """The value with this placement on this axis; through intermediate placements where there is no direct op."""
+        """The value with this placement on this axis; through intermediate placements where there is no
+        direct op."""
         current = value.meta["type"][axis]
         if current == target or (current in (R, I) and target in (R, I) and not differentiable(value)):
             return value
-        if current == P and (value, axis, target) not in self.made:  # reduced once: what was made of the sum first serves the others
+        if (
+            current == P and (value, axis, target) not in self.made
+        ):  # reduced once: what was made of the sum first serves the others
             cut = self.plan.cuts(axis)
             made = [self.made.get((value, axis, done)) for done in (I, *([Shard(cut)] if cut else ()))]
             found = next((m for m in made if m is not None), None)
@@ -147,8 +175,11 @@ class _Placement:
         return value
 
     def convert_all(self, value: fx.Node, targets: dict, user: fx.Node) -> fx.Node:
-        """Several axes of one value: shards are gathered minor axis first (a factor over dp and ep lies dp-major), everything else in mesh order."""
-        opens = lambda axis: isinstance(value.meta["type"][axis], Shard) and value.meta["type"][axis] != targets[axis]
+        """Several axes of one value: shards are gathered minor axis first (a factor over dp and ep lies
+        dp-major), everything else in mesh order."""
+        opens = lambda axis: (
+            isinstance(value.meta["type"][axis], Shard) and value.meta["type"][axis] != targets[axis]
+        )
         order = [a for a in reversed(list(targets)) if opens(a)]
         for axis in order + [a for a in targets if a not in order]:
             value = self.converted(value, axis, targets[axis], user)
@@ -172,16 +203,21 @@ class _Placement:
             self.result.changes += 1
         return self.made[key]
 
-    # outputs --------------------------------------------------------------------------------------------------------------
+    # outputs ------------------------------------------------------------------------------------------------
     def outputs(self, node: fx.Node) -> None:
-        batch, written = [a for a in self.plan.axes if a in self.plan.roles.batch], len(self.program.trace.mutated_buffers)
+        batch, written = (
+            [a for a in self.plan.axes if a in self.plan.roles.batch],
+            len(self.program.trace.mutated_buffers),
+        )
 
         def finish(arg, rows: bool):
             if not isinstance(arg, fx.Node) or "dims" not in arg.meta:
                 return arg
             factor = self.program.batch_factor
             rows = rows and factor is not None and find_dim(arg.meta["dims"], factor) is not None
-            cut = lambda axis: isinstance(p := arg.meta["type"][axis], Shard) and p.factor.root() is factor.root()  # noqa: E731
+            cut = lambda axis: (
+                isinstance(p := arg.meta["type"][axis], Shard) and p.factor.root() is factor.root()
+            )
             if rows and all(cut(axis) for axis in batch):
                 return self.convert_all(arg, {axis: I for axis in self.plan.axes if axis not in batch}, node)
             arg = self.convert_all(arg, {axis: I for axis in self.plan.axes}, node)
@@ -192,11 +228,16 @@ class _Placement:
         node.meta["types"] = [a.meta.get("type") for a in node.all_input_nodes]
 
     def boundary(self) -> None:
-        """Parameters all of whose uses on an axis go through I -> R are R there, and so are casts of them (autocast): the sum is of the gradient in the parameter's dtype."""
+        """Parameters all of whose uses on an axis go through I -> R are R there, and so are casts of them
+        (autocast): the sum is of the gradient in the parameter's dtype."""
         for node in list(self.graph.nodes):
             if node.op != "placeholder" or node.name not in self.program.parameter_names:
                 continue
-            while (uses := _uses(node)) and all(user.target is convert for user in uses) and len({user.meta["conversion"] for user in uses}) == 1:
+            while (
+                (uses := _uses(node))
+                and all(user.target is convert for user in uses)
+                and len({user.meta["conversion"] for user in uses}) == 1
+            ):
                 axis, source, target = uses[0].meta["conversion"]
                 if (source, target) != (I, R):
                     break
@@ -217,7 +258,8 @@ def _uses(parameter: fx.Node) -> list[fx.Node]:
 
 
 def route(value: fx.Node, current, target, scatters: bool = True) -> list:
-    """The placements on the way from one to another, each a conversion with an op of its own. `scatters`: the row of that name of the collective algebra."""
+    """The placements on the way from one to another, each a conversion with an op of its own. `scatters`: the
+    row of that name of the collective algebra."""
     if (current == P or (isinstance(current, Shard) and not scatters)) and target == R:
         return [I, R] if differentiable(value) else [I]
     if current == P and isinstance(target, Shard) and not scatters:

@@ -1,7 +1,9 @@
-"""Numbers of routed rows, where something is drawn for each row: what a row draws must not depend on where it is computed.
+"""Numbers of routed rows, where something is drawn for each row: what a row draws must not depend on where it
+is computed.
 
-A row's place on a rank follows from the exchange. Its number is that of its assignment in the global batch (`tedfx/ops/random.py`, `row_numbers`). The numbers go
-the way of the rows, by the same ops, as int64 beside them: 8 bytes a row, forward only, and only for a dispatch on whose rows a dropout draws.
+A row's place on a rank follows from the exchange. Its number is that of its assignment in the global batch
+(`tedfx/ops/random.py`, `row_numbers`). The numbers go the way of the rows, by the same ops, as int64 beside
+them: 8 bytes a row, forward only, and only for a dispatch on whose rows a dropout draws.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.placement.factors import leaves
+from tedfx.placement.types import I, Shard
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
-from tedfx.placement.types import I, Shard
 
 __all__ = ["RowNumbers"]
 
@@ -22,8 +24,8 @@ __all__ = ["RowNumbers"]
 class RowNumbers:
     """The numbers of one dispatch's rows, moved as the rows are.
 
-    program.row_numbers maps the factor of the rows to (the numbers as they arrive, the dispatch's tokens, k), for `passes/localize.py`, which knows local sizes and
-    writes the factors of the tokens.
+    program.row_numbers maps the factor of the rows to (the numbers as they arrive, the dispatch's tokens, k),
+    for `passes/localize.py`, which knows local sizes and writes the factors of the tokens.
     """
 
     def __init__(self, program, dispatch: fx.Node, order: fx.Node, make: Callable):
@@ -38,9 +40,13 @@ class RowNumbers:
 
     @classmethod
     def of(cls, program, dispatch: fx.Node, order: fx.Node, make: Callable) -> "RowNumbers | None":
-        """None where nothing is drawn. To be made where `order` is known; `make(target, *args, dims=, type_=)` inserts a node."""
+        """None where nothing is drawn. To be made where `order` is known; `make(target, *args, dims=,
+        type_=)` inserts a node."""
         rows = leaves(dispatch.meta["dims_of"][0][0])[0].root()
-        drawn = any(_draws(n) and any(f.root() is rows for dim in n.meta["dims"] for f in leaves(dim)) for n in program.graph_module.graph.nodes)
+        drawn = any(
+            _draws(n) and any(f.root() is rows for dim in n.meta["dims"] for f in leaves(dim))
+            for n in program.graph_module.graph.nodes
+        )
         return cls(program, dispatch, order, make) if drawn else None
 
     def move(self, target: Callable, *args, type_) -> None:
@@ -51,7 +57,10 @@ class RowNumbers:
         self.program.row_numbers[self.factor] = (self.now, self.origin, self.tokens, self.top_k)
 
     def _made(self, target, *args, type_) -> fx.Node:
-        rows = {axis: p if isinstance(p, Shard) and p.factor.root() is self.factor else I for axis, p in type_.items()}
+        rows = {
+            axis: p if isinstance(p, Shard) and p.factor.root() is self.factor else I
+            for axis, p in type_.items()
+        }
         new = self.make(target, *args, dims=self.dims, type_=rows)
         new.meta["differentiable"] = False
         new.meta.setdefault("val", None)
@@ -59,4 +68,9 @@ class RowNumbers:
 
 
 def _draws(node: fx.Node) -> bool:
-    return node.op == "call_function" and op_name(node) == "aten.dropout" and bool(argument(node, 2, "train")) and argument(node, 1, "p") != 0
+    return (
+        node.op == "call_function"
+        and op_name(node) == "aten.dropout"
+        and bool(argument(node, 2, "train"))
+        and argument(node, 1, "p") != 0
+    )

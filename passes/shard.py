@@ -9,9 +9,9 @@ from typing import ClassVar
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
+from tedfx.decisions.experts import expert_layout
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.placement.factors import leaves
-from tedfx.decisions.experts import expert_layout
 from tedfx.placement.plan import Plan, roots
 
 
@@ -23,8 +23,8 @@ def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
 class ShardExperts(Pass):
     """Batch factor over the `batch` axes; each MoE layer's expert factor over the `expert` axes.
 
-    Refused: batch axes over 1 where the model fixes the size of its batch; expert axes that do not divide the number of experts (the sizes that fit are named); no MoE
-    layer where expert axes exceed 1.
+    Refused: batch axes over 1 where the model fixes the size of its batch; expert axes that do not divide the
+    number of experts (the sizes that fit are named); no MoE layer where expert axes exceed 1.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"factors"})
@@ -36,13 +36,21 @@ class ShardExperts(Pass):
         result = PassResult()
         batch = mesh.wide(roles.batch)
         if batch and program.batch_factor is None:
-            fixed = next((line for line in program.trace.static if line.startswith("batch = ")), "no input has a batch dim")
-            raise ConfigError(f"mesh {mesh} splits the batch over {', '.join(batch)}, but {fixed}: write sizes as x.shape[0], or take a mesh without these axes")
+            fixed = next(
+                (line for line in program.trace.static if line.startswith("batch = ")),
+                "no input has a batch dim",
+            )
+            raise ConfigError(
+                f"mesh {mesh} splits the batch over {', '.join(batch)}, but {fixed}: write sizes as "
+                "x.shape[0], or take a mesh without these axes"
+            )
         if program.batch_factor is not None:
             plan.take(batch, program.batch_factor)
             result.changes += 1
         axes = mesh.wide(roles.expert)
-        layers = [n for n in _relation_nodes(program.graph_module.graph) if n.meta["relation"].kind == "dispatch"]
+        layers = [
+            n for n in _relation_nodes(program.graph_module.graph) if n.meta["relation"].kind == "dispatch"
+        ]
         result.matches = len(layers)
         if axes and not layers:
             wide = [a for a in axes if a not in roles.tensor]
@@ -51,11 +59,13 @@ class ShardExperts(Pass):
                 detail = "; ".join(f"{style} at {line}" for style, line in found)
                 if found:
                     raise CaptureError(
-                        f"UnsupportedMoE: {detail}: this style of mixture is not captured, so it cannot be split over {axes}: write it in a style that is "
+                        f"UnsupportedMoE: {detail}: this style of mixture is not captured, so it cannot "
+                        f"be split over {axes}: write it in a style that is "
                         'captured (README, "What is captured"), or leave the expert axes out'
                     )
                 raise CaptureError(
-                    f"expert axes {axes} of size {mesh.size(axes)}, but no MoE layer was found in the model: use those ranks as dp or tp, or see the "
+                    f"expert axes {axes} of size {mesh.size(axes)}, but no MoE layer was found in the "
+                    "model: use those ranks as dp or tp, or see the "
                     "README's list of captured styles"
                 )
         seen: set = set()
@@ -68,7 +78,8 @@ class ShardExperts(Pass):
             if experts.size % degree:
                 fits = [n for n in range(1, experts.size + 1) if experts.size % n == 0]
                 raise ConfigError(
-                    f"{experts.size} experts cannot be split over expert axes {axes} of size {degree}; sizes that fit: {', '.join(map(str, fits))}"
+                    f"{experts.size} experts cannot be split over expert axes {axes} of size {degree}; "
+                    f"sizes that fit: {', '.join(map(str, fits))}"
                 )
             plan.take(axes, experts)
         return result
@@ -78,10 +89,12 @@ class ShardExperts(Pass):
 class ShardTensors(Pass):
     """Column / row regions over the `tensor` axes (over `expert_tensor` inside experts), grown from weights.
 
-    A factor is a candidate when some weight of two or more dims carries it, its size divides by the degree, and no op needs it whole (softmax over it, a
-    slice across it): a shard of it then runs from the ops that produce it (column-parallel) to those that contract it (row-parallel), and each
-    contraction closes with one reduction. Cost: elements reduced per element of weight split. Candidates are taken in order of that cost,
-    unless a value would carry two factors on one axis, or the factor twice (the weight of `x + linear(x)`). What is not taken stays replicated, with a note where only divisibility failed.
+    A factor is a candidate when some weight of two or more dims carries it, its size divides by the degree,
+    and no op needs it whole (softmax over it, a slice across it): a shard of it then runs from the ops that
+    produce it (column-parallel) to those that contract it (row-parallel), and each contraction closes with
+    one reduction. Cost: elements reduced per element of weight split. Candidates are taken in order of that
+    cost, unless a value would carry two factors on one axis, or the factor twice (the weight of `x +
+    linear(x)`). What is not taken stays replicated, with a note where only divisibility failed.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -106,7 +119,9 @@ class ShardTensors(Pass):
         for node in graph.nodes:
             if node.op == "placeholder" and "dims" in node.meta:
                 blocked |= self._meet(together, node.meta["dims"])
-                if node.name in program.trace.parameters or node.name in getattr(program.trace, "stacked", {}):
+                if node.name in program.trace.parameters or node.name in getattr(
+                    program.trace, "stacked", {}
+                ):
                     if len(node.meta["dims"]) >= 2:
                         for factor in roots(f for d in node.meta["dims"] for f in d):
                             values[factor] = values.get(factor, 0.0) + plan.elements(node.meta["dims"])
@@ -132,7 +147,10 @@ class ShardTensors(Pass):
             result.matches += 1
             degree = roles.mesh.size(axes)
             if factor.size % degree:
-                result.notes.append(f"{factor.name or 'a factor'} of size {factor.size} does not divide by {degree}: replicated over {axes}")
+                result.notes.append(
+                    f"{factor.name or 'a factor'} of size {factor.size} does not divide by {degree}: "
+                    f"replicated over {axes}"
+                )
                 continue
             if any(plan.shards(a, other) for a in axes for other in together.get(factor, ())):
                 continue

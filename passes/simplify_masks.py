@@ -1,15 +1,18 @@
 """Attention masks that follow from sizes alone: proven, and replaced by what they are.
 
-A traced model writes its causal mask out, per sample: (batch, 1, S, S) booleans from `arange`, from position ids that are plain
-ranges, from checks for packed sequences that such ids cannot hold. Attention kernels are fastest without it.
+A traced model writes its causal mask out, per sample: (batch, 1, S, S) booleans from `arange`, from position
+ids that are plain ranges, from checks for packed sequences that such ids cannot hold. Attention kernels are
+fastest without it.
 
 Algorithm:
 1. `x[range_0, range_1, ...]`, each index a whole range over its own dim, is a view of `x`.
-2. A *mask* here is a value whose last two dims are one size S and which no tensor input reaches: only sizes do. It is run,
-   concretely, at many sizes, and around every integer that its computation mentions (a window, a chunk), and compared with
-   `key <= query`, or with `query - window < key <= query` for the window that its last row shows. Sizes too large for S x S
-   are run on the query rows where anything can change, which is exact as the last two dims are only ever combined pointwise.
-3. Attention with a mask proven causal says `is_causal` instead. Any other proven mask is computed once, as (1, 1, S, S).
+2. A *mask* here is a value whose last two dims are one size S and which no tensor input reaches: only sizes
+   do. It is run, concretely, at many sizes, and around every integer that its computation mentions (a window,
+   a chunk), and compared with `key <= query`, or with `query - window < key <= query` for the window that its
+   last row shows. Sizes too large for S x S are run on the query rows where anything can change, which is
+   exact as the last two dims are only ever combined pointwise.
+3. Attention with a mask proven causal says `is_causal` instead. Any other proven mask is computed once, as
+   (1, 1, S, S).
 
 A mask that is proven to be neither stays as the user wrote it.
 """
@@ -22,9 +25,10 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from tedfx.graph.emit import emit, evaluate
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
+
+from tedfx.graph.emit import emit, evaluate
 
 __all__ = ["SimplifyMasks"]
 
@@ -35,17 +39,40 @@ _SMALL = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128
 _WHOLE = 260  # up to this size every row is compared
 _LARGEST = 1 << 21  # beyond this a range alone is too large to run
 _CREATE = {
-    aten.full.default, aten.ones.default, aten.zeros.default, aten.new_ones.default, aten.new_zeros.default,
-    aten.new_full.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default,
-}  # fmt: skip
-_POINTWISE = {aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar}  # untagged
-_SAME = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.clone.default, aten.contiguous.default, aten.alias.default,
-         aten.detach.default, aten.lift_fresh_copy.default, aten._to_copy.default}  # fmt: skip
+    aten.full.default,
+    aten.ones.default,
+    aten.zeros.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+    aten.full_like.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+}
+_POINTWISE = {
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten.__xor__.Tensor,
+    aten.__and__.Scalar,
+    aten.__or__.Scalar,
+}  # untagged
+_SAME = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten._to_copy.default,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SimplifyMasks(Pass):
-    """Masks that depend on sizes only become `is_causal`, or lose their batch dim (see the module's docstring)."""
+    """Masks that depend on sizes only become `is_causal`, or lose their batch dim (see the module's
+    docstring)."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional"})
     provides: ClassVar[frozenset[str]] = frozenset({"masks"})
@@ -54,7 +81,9 @@ class SimplifyMasks(Pass):
         graph = program.graph_module.graph
         views = sum(_index_as_view(node) for node in list(graph.nodes) if node.target is aten.index.Tensor)
         placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
-        constants = {placeholders[name]: value.cpu() for name, value in getattr(program, "constants", {}).items()}
+        constants = {
+            placeholders[name]: value.cpu() for name, value in getattr(program, "constants", {}).items()
+        }
         masks = list(_masks(graph, constants))
         result = PassResult(matches=len(masks), changes=views)
         bounds = getattr(program, "bounds", {})
@@ -74,7 +103,7 @@ class SimplifyMasks(Pass):
         return result
 
 
-# --- step 1 -----------------------------------------------------------------------------------------------------------------
+# --- step 1 -------------------------------------------------------------------------------------------------
 
 
 def _index_as_view(node: fx.Node) -> int:
@@ -131,7 +160,7 @@ def _same(a: Any, b: Any) -> bool:
     return _expr(a) == _expr(b)
 
 
-# --- step 2: which values are masks, and what they are ----------------------------------------------------------------------
+# --- step 2: which values are masks, and what they are ------------------------------------------------------
 
 
 class _Unproven(Exception):
@@ -140,21 +169,28 @@ class _Unproven(Exception):
 
 @dataclasses.dataclass
 class _Band:
-    """key <= query, and query - window < key. `drop` is what an additive mask adds elsewhere; None for booleans."""
+    """key <= query, and query - window < key. `drop` is what an additive mask adds elsewhere; None for
+    booleans."""
 
     window: int | None
     drop: float | None
 
 
 def _masks(graph: fx.Graph, constants: dict[fx.Node, torch.Tensor]) -> Iterator[fx.Node]:
-    """Square values made from sizes (and constants in the code) alone, that something else than such values uses."""
+    """Square values made from sizes (and constants in the code) alone, that something else than such values
+    uses."""
     fixed: set[fx.Node] = set(constants)
     square: set[fx.Node] = set()
     for node in graph.nodes:
         val = node.meta.get("val")
-        if node.op != "call_function" or isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
+        if node.op != "call_function" or isinstance(
+            val, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+        ):
             continue
-        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+        if (
+            not isinstance(node.target, torch._ops.OpOverload)
+            or torch.Tag.nondeterministic_seeded in node.target.tags
+        ):
             continue
         tensors = [n for n in node.all_input_nodes if not _is_size(n)]
         if all(n in fixed for n in tensors) and isinstance(val, torch.Tensor):
@@ -170,18 +206,26 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _prove(mask: fx.Node, bounds: dict[Any, tuple[int, int | None]], constants: dict[fx.Node, torch.Tensor]) -> _Band:
+def _prove(
+    mask: fx.Node, bounds: dict[Any, tuple[int, int | None]], constants: dict[fx.Node, torch.Tensor]
+) -> _Band:
     val = mask.meta["val"]
     if val.dtype is not torch.bool and not val.is_floating_point():
         raise _Unproven("it holds integers")
     nodes = _inputs(mask)
     size = _expr(val.shape[-1])
     symbols = set().union(*(_symbols(n) for n in nodes))
-    mentioned = [x for n in nodes for x in (constants[n].flatten().tolist() if n in constants else _numbers((n.args, n.kwargs)))]
+    mentioned = [
+        x
+        for n in nodes
+        for x in (constants[n].flatten().tolist() if n in constants else _numbers((n.args, n.kwargs)))
+    ]
     literals = {abs(int(x)) for x in mentioned if 1 < abs(x) < 1e18 and x == int(x)}
     if getattr(size, "is_Symbol", False):
         low, high = bounds.get(size, (1, None))
-        around = {x + d for x in literals for d in (-1, 0, 1)} | {2 * x + d for x in literals for d in (-1, 0, 1)}
+        around = {x + d for x in literals for d in (-1, 0, 1)} | {
+            2 * x + d for x in literals for d in (-1, 0, 1)
+        }
         sizes = sorted(s for s in {*_SMALL, *around} if s >= low and (high is None or s <= high))
         if not sizes or sizes[-1] > _LARGEST:
             raise _Unproven(f"it mentions {max(literals, default=0)}, too large to run")
@@ -194,7 +238,9 @@ def _prove(mask: fx.Node, bounds: dict[Any, tuple[int, int | None]], constants: 
     for s in reversed(sizes):
         others = (1, 3) if s <= 64 else (2,)
         for other in others:
-            run = _Run({sym: s if sym == size else other for sym in symbols}, s, _rows(s, literals), constants)
+            run = _Run(
+                {sym: s if sym == size else other for sym in symbols}, s, _rows(s, literals), constants
+            )
             keep, drop = _as_keep(run.square(mask) if run.partial else run.whole(mask))
             if band is None:
                 last = int(keep.reshape(-1, keep.shape[-2], s)[0, -1].sum())
@@ -227,7 +273,9 @@ def _rows(size: int, literals: set[int]) -> torch.Tensor:
     if size <= _WHOLE:
         return torch.arange(size)
     near = {0, 1, 2, size // 2, size - 3, size - 2, size - 1}
-    near |= {x + d for x in literals for d in (-2, -1, 0, 1, 2)} | {size - x + d for x in literals for d in (-2, -1, 0, 1, 2)}
+    near |= {x + d for x in literals for d in (-2, -1, 0, 1, 2)} | {
+        size - x + d for x in literals for d in (-2, -1, 0, 1, 2)
+    }
     return torch.tensor(sorted(r for r in near if 0 <= r < size))
 
 
@@ -246,17 +294,25 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 def _symbols(node: fx.Node) -> set[Any]:
     val = node.meta["val"]
     sizes = [val] if _is_size(node) else list(val.shape)
-    return set().union(*(getattr(x.node.expr, "free_symbols", set()) for x in sizes if hasattr(x, "node")), set())
+    return set().union(
+        *(getattr(x.node.expr, "free_symbols", set()) for x in sizes if hasattr(x, "node")), set()
+    )
 
 
 def _numbers(tree: Any) -> list[float]:
-    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e18]
+    return [
+        x
+        for x in torch.utils._pytree.tree_leaves(tree)
+        if isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e18
+    ]
 
 
 class _Run:
     """Runs size-only nodes at given sizes, on the CPU; square ones at some rows only."""
 
-    def __init__(self, sizes: dict[Any, int], size: int, rows: torch.Tensor, constants: dict[fx.Node, torch.Tensor]) -> None:
+    def __init__(
+        self, sizes: dict[Any, int], size: int, rows: torch.Tensor, constants: dict[fx.Node, torch.Tensor]
+    ) -> None:
         self.sizes, self.size, self.rows = sizes, size, rows
         self.partial = len(rows) < size
         self.known: dict[fx.Node, Any] = dict(constants)
@@ -329,7 +385,7 @@ def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
 
 
-# --- step 3 -----------------------------------------------------------------------------------------------------------------
+# --- step 3 -------------------------------------------------------------------------------------------------
 
 
 def _use(mask: fx.Node, band: _Band) -> int:
@@ -355,7 +411,11 @@ def _use(mask: fx.Node, band: _Band) -> int:
 def _attend_causally(node: fx.Node, mask: fx.Node) -> int:
     if node.target is not _SDPA:
         return 0
-    query, key, value, given, dropout, causal = (*node.args, None, 0.0, False)[: len(node.args)] + (None, 0.0, False)[len(node.args) - 3 :]
+    query, key, value, given, dropout, causal = (*node.args, None, 0.0, False)[: len(node.args)] + (
+        None,
+        0.0,
+        False,
+    )[len(node.args) - 3 :]
     kwargs = dict(node.kwargs)
     given = kwargs.pop("attn_mask", given)
     dropout, causal = kwargs.pop("dropout_p", dropout), kwargs.pop("is_causal", causal)
@@ -380,7 +440,9 @@ def _write_out(mask: fx.Node, band: _Band) -> fx.Node:
     key = put(aten.reshape.default, steps, [*[1] * (val.dim() - 2), 1, size])
     keep = put(aten.le.Tensor, key, query)
     if band.window is not None:
-        keep = put(aten.bitwise_and.Tensor, keep, put(aten.gt.Tensor, key, put(aten.sub.Tensor, query, band.window)))
+        keep = put(
+            aten.bitwise_and.Tensor, keep, put(aten.gt.Tensor, key, put(aten.sub.Tensor, query, band.window))
+        )
     if val.dtype is torch.bool:
         return keep
     zero = put(aten.full.default, [], 0.0, dtype=val.dtype, device=val.device)
@@ -388,9 +450,12 @@ def _write_out(mask: fx.Node, band: _Band) -> fx.Node:
 
 
 def _take(user: fx.Node, mask: fx.Node, plain: fx.Node) -> int:
-    """Let `user` read `plain`, which broadcasts where `mask` was written out, if that gives the same shape."""
+    """Let `user` read `plain`, which broadcasts where `mask` was written out, if that gives the same
+    shape."""
     old = user.meta.get("val")
-    broadcasts = user.target is _SDPA or (isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags)
+    broadcasts = user.target is _SDPA or (
+        isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
+    )
     if not broadcasts or not isinstance(old, torch.Tensor):
         return 0
     user.replace_input_with(mask, plain)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.graph.emit import emit
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
+from tedfx.graph.emit import emit
 from tedfx.rules.base import argument, op_name
 
 aten = torch.ops.aten
@@ -18,12 +18,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SplitLosses(Pass):
-    """`cross_entropy(mean | sum)` becomes rows (`reduction='none'`), their sum, and for a mean the number of labels that count.
+    """`cross_entropy(mean | sum)` becomes rows (`reduction='none'`), their sum, and for a mean the number of
+    labels that count.
 
     1. Logits of more than two dims are brought to `(rows, classes)`.
-    2. `sum(rows)`, and for a mean `sum(rows) / sum(labels != ignore_index)` (with class weights: over the sum of the weights of the labels).
+    2. `sum(rows)`, and for a mean `sum(rows) / sum(labels != ignore_index)` (with class weights: over the sum
+       of the weights of the labels).
 
-    The sum over sharded rows is then a partial sum and the count another: the global mean, whatever the number of valid labels per rank.
+    The sum over sharded rows is then a partial sum and the count another: the global mean, whatever the
+    number of valid labels per rank.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional"})
@@ -45,18 +48,31 @@ class SplitLosses(Pass):
         weight, reduction = argument(node, 2, "weight"), argument(node, 3, "reduction", 1)
         ignore, smoothing = argument(node, 4, "ignore_index", -100), argument(node, 5, "label_smoothing", 0.0)
         if labels.meta["val"].dtype.is_floating_point:
-            raise TraceError(f"cross_entropy with class probabilities is not supported; use class indices ({user_line(node)})")
+            raise TraceError(
+                "cross_entropy with class probabilities is not supported; use class indices "
+                f"({user_line(node)})"
+            )
         make = lambda target, *args, **kwargs: emit(graph, target, args, kwargs, like=node)
         with graph.inserting_before(node):
             rank = logits.meta["val"].dim()
             if rank == 1:
-                logits, labels = make(aten.unsqueeze.default, logits, 0), make(aten.unsqueeze.default, labels, 0)
+                logits, labels = (
+                    make(aten.unsqueeze.default, logits, 0),
+                    make(aten.unsqueeze.default, labels, 0),
+                )
             elif rank > 2:  # (n, classes, ...) -> (n, ..., classes) -> (rows, classes)
                 order = [0, *range(2, rank), 1]
-                logits = make(aten.reshape.default, make(aten.permute.default, logits, order), [-1, logits.meta["val"].shape[1]])
+                logits = make(
+                    aten.reshape.default,
+                    make(aten.permute.default, logits, order),
+                    [-1, logits.meta["val"].shape[1]],
+                )
                 labels = make(aten.reshape.default, labels, [-1])
             if weight is not None and smoothing:
-                raise TraceError(f"cross_entropy with class weights and label smoothing is not supported ({user_line(node)})")
+                raise TraceError(
+                    "cross_entropy with class weights and label smoothing is not supported "
+                    f"({user_line(node)})"
+                )
             rows = make(aten.cross_entropy_loss.default, logits, labels, weight, 0, ignore, smoothing)
             if reduction == 0:
                 shape = node.args[1].meta["val"].shape

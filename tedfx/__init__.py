@@ -3,14 +3,35 @@
 from tedfx import optim
 from tedfx._version import __version__
 from tedfx.api import parallelize
+from tedfx.compiler import default_passes
+from tedfx.errors import (
+    CallError,
+    CaptureError,
+    ConfigError,
+    ContractError,
+    TedfxError,
+    TraceError,
+    TypeCheckError,
+)
+from tedfx.ranks.script import run
 from tedfx.saving.checkpoint import Checkpointer
 from tedfx.saving.folder import CheckpointError
-from tedfx.compiler import default_passes
-from tedfx.errors import CallError, CaptureError, ConfigError, ContractError, TedfxError, TraceError, TypeCheckError
-from tedfx.ranks.script import run
 from tedfx.verification.verify import verify
 
 __all__ = [
-    "CallError", "CaptureError", "CheckpointError", "Checkpointer", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "__version__",
-    "default_passes", "optim", "parallelize", "run", "verify",
+    "CallError",
+    "CaptureError",
+    "CheckpointError",
+    "Checkpointer",
+    "ConfigError",
+    "ContractError",
+    "TedfxError",
+    "TraceError",
+    "TypeCheckError",
+    "__version__",
+    "default_passes",
+    "optim",
+    "parallelize",
+    "run",
+    "verify",
 ]

@@ -1,8 +1,9 @@
 """Every private torch import of tedfx, in one place, each with the public thing that would replace it.
 
-The collectives below have no autograd. While compiling they are the functional ones, which `torch.compile` traces into the
-graph and whose waits inductor may move; in eager mode they are torch.distributed's own. tedfx gives every
-one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint depends on what the value means.
+The collectives below have no autograd. While compiling they are the functional ones, which `torch.compile`
+traces into the graph and whose waits inductor may move; in eager mode they are torch.distributed's own. tedfx
+gives every one of them its own adjoint (see `tedfx/ops/convert.py`), because the adjoint depends on what the
+value means.
 """
 
 import contextlib
@@ -13,14 +14,15 @@ import traceback
 
 import torch
 import torch.distributed as dist
+
+# Registers the `_c10d_functional` operators. Public replacement: none yet; `torch.distributed.all_reduce` and
+# its kin work in place, which neither autograd.Function nor functionalisation wants.
+import torch.distributed._functional_collectives  # noqa: F401
 import torch.export._trace
 import torch.fx.experimental.symbolic_shapes
 
-# Registers the `_c10d_functional` operators. Public replacement: none yet; `torch.distributed.all_reduce` and its kin
-# work in place, which neither autograd.Function nor functionalisation wants.
-import torch.distributed._functional_collectives  # noqa: F401
-
-# Trees of inputs and outputs. Public replacement: `torch.utils.pytree`, whose tree specs torch.export does not use yet.
+# Trees of inputs and outputs. Public replacement: `torch.utils.pytree`, whose tree specs torch.export does
+# not use yet.
 import torch.utils._pytree as pytree  # noqa: F401
 from torch._dispatch.python import enable_python_dispatcher  # noqa: F401  public replacement: none; torch.export evaluates under it
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public replacement: none; torch.export takes one and makes none
@@ -39,17 +41,19 @@ _ops = torch.ops._c10d_functional
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
-
 @contextlib.contextmanager
 def frames_of_nodes(keep):
-    """While export traces, the stack trace of a node has the frames that `keep` leaves of all of them, outermost first; torch itself keeps only those of
-    functions named `forward`, so a helper method would have the line of its caller. Public replacement: none."""
+    """While export traces, the stack trace of a node has the frames that `keep` leaves of all of them,
+    outermost first; torch itself keeps only those of functions named `forward`, so a helper method would have
+    the line of its caller. Public replacement: none."""
     tracer = torch.fx.proxy.TracerBase
     before = getattr(tracer, "_filter_traceback_frames", None)
     if before is None:
         yield
         return
-    tracer._filter_traceback_frames = lambda self, frames: traceback.StackSummary.from_list(keep(list(frames)))
+    tracer._filter_traceback_frames = lambda self, frames: traceback.StackSummary.from_list(
+        keep(list(frames))
+    )
     try:
         yield
     finally:
@@ -58,8 +62,9 @@ def frames_of_nodes(keep):
 
 @contextlib.contextmanager
 def quiet_export():
-    """What torch says of a model that it then refuses is not printed: the exception has it all. Warnings about a model that it accepts come when it is done.
-    Public replacement: none; the loggers are found by name, and the partial graph is printed by torch.export's module."""
+    """What torch says of a model that it then refuses is not printed: the exception has it all. Warnings
+    about a model that it accepts come when it is done. Public replacement: none; the loggers are found by
+    name, and the partial graph is printed by torch.export's module."""
     if os.environ.get("TORCH_LOGS"):
         yield
         return
@@ -70,7 +75,16 @@ def quiet_export():
             held.append(record)
         return record.levelno < logging.WARNING
 
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.fx.experimental.proxy_tensor", "torch.export._trace", "torch._export.non_strict_utils", "torch._subclasses.fake_tensor")]
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "torch.fx.experimental.symbolic_shapes",
+            "torch.fx.experimental.proxy_tensor",
+            "torch.export._trace",
+            "torch._export.non_strict_utils",
+            "torch._subclasses.fake_tensor",
+        )
+    ]
     names = vars(torch.export._trace)
     own = "print" in names
     for logger in loggers:
@@ -93,8 +107,8 @@ def quiet_export():
 
 @contextlib.contextmanager
 def export_hooks():
-    """A failed export leaves nothing behind: that of torch 2.11 leaves its hook on assigned buffers, which then fails
-    wherever the model assigns one. Public replacement: torch 2.13."""
+    """A failed export leaves nothing behind: that of torch 2.11 leaves its hook on assigned buffers, which
+    then fails wherever the model assigns one. Public replacement: torch 2.13."""
     hooks = torch.nn.modules.module._global_buffer_registration_hooks
     before = set(hooks)
     try:
@@ -106,12 +120,14 @@ def export_hooks():
 
 
 def _plain(x: torch.Tensor) -> bool:
-    """Whether the public collectives do: eager mode on a tensor with data. They cost the host about half of what the functional ones do."""
+    """Whether the public collectives do: eager mode on a tensor with data. They cost the host about half of
+    what the functional ones do."""
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _of_numbers(collective):
-    """A collective of complex values is one of their real and imaginary parts: no backend is asked to know them, nor lazy conjugation and negation."""
+    """A collective of complex values is one of their real and imaginary parts: no backend is asked to know
+    them, nor lazy conjugation and negation."""
 
     def of_numbers(x: torch.Tensor, *args):
         out = collective(as_real(x), *args)
@@ -120,8 +136,9 @@ def _of_numbers(collective):
     return functools.wraps(collective)(of_numbers)
 
 
-# The four collectives: `name` is that of the group, what comes back may be read. Public replacement of the traced forms: a public functional
-# collective, `torch.distributed.nn.functional` without the autograd; of `_resolve_process_group`: passing the group itself.
+# The four collectives: `name` is that of the group, what comes back may be read. Public replacement of the
+# traced forms: a public functional collective, `torch.distributed.nn.functional` without the autograd; of
+# `_resolve_process_group`: passing the group itself.
 @_of_numbers
 def all_reduce(x: torch.Tensor, op: str, name: str) -> torch.Tensor:
     """The "sum" or "max" of x over the ranks."""
@@ -162,14 +179,15 @@ def all_to_all(x: torch.Tensor, recv: list[int], send: list[int], name: str) -> 
     return out
 
 
-# An assertion that runs on the device and does not make the host wait. Public replacement: none yet (torch._check
-# looks at python values, torch._check_tensor_all would copy to the host).
+# An assertion that runs on the device and does not make the host wait. Public replacement: none yet
+# (torch._check looks at python values, torch._check_tensor_all would copy to the host).
 assert_async = torch._assert_async
 
 
 @contextlib.contextmanager
 def fake_world(rank: int, size: int):
-    """A default process group of any size in this process alone: its collectives answer at once, with this rank's own data.
+    """A default process group of any size in this process alone: its collectives answer at once, with this
+    rank's own data.
 
     Public replacement: none; the backend "fake" is registered by torch's testing package.
     """
@@ -184,37 +202,44 @@ def fake_world(rank: int, size: int):
 
 
 def with_values():
-    """A context manager under which tensors have values again where a FakeTensorMode is on. Public replacement: none; nor has the mode one."""
+    """A context manager under which tensors have values again where a FakeTensorMode is on. Public
+    replacement: none; nor has the mode one."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
 
 
 def memory_tracker():
-    """A context manager that knows every storage alive under it, fake ones too. Public replacement: none; CUDA's own counters see no fake tensor."""
+    """A context manager that knows every storage alive under it, fake ones too. Public replacement: none;
+    CUDA's own counters see no fake tensor."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     return MemTracker()
 
 
 def group_name(group: dist.ProcessGroup) -> str:
-    """The name under which the functional collectives find `group`. Public replacement: passing the group itself."""
+    """The name under which the functional collectives find `group`. Public replacement: passing the group
+    itself."""
     return group.group_name
 
 
 def check(condition, message: str) -> None:
-    """State a fact about sizes: a ValueError when it fails in eager mode, a hint to the symbolic shapes while tracing.
+    """State a fact about sizes: a ValueError when it fails in eager mode, a hint to the symbolic shapes while
+    tracing.
 
     Public replacement: `torch._check` under a public name.
     """
     if torch.compiler.is_compiling():
-        torch._check(condition)  # the plainest form: the dynamo of torch 2.11 traces no message that is a closure
+        torch._check(
+            condition
+        )  # the plainest form: the dynamo of torch 2.11 traces no message that is a closure
     elif not condition:
         raise ValueError(message)
 
 
 def known(condition) -> bool:
-    """Whether a fact about sizes holds, without asking: while compiling, a size that may vary is not tied to the answer.
+    """Whether a fact about sizes holds, without asking: while compiling, a size that may vary is not tied to
+    the answer.
 
     Public replacement: `statically_known_true` under a public name.
     """
@@ -222,21 +247,25 @@ def known(condition) -> bool:
 
 
 def scratch_mode() -> FakeTensorMode:
-    """A fake mode of its own, whose symbols (sizes that are data) are nobody else's. Public replacement: none, as for FakeTensorMode."""
+    """A fake mode of its own, whose symbols (sizes that are data) are nobody else's. Public replacement:
+    none, as for FakeTensorMode."""
     return FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
 
 
 def hint(env, symbol, otherwise: int) -> int:
-    """The size that a symbol had in the example that was traced; `otherwise` where it is data. Public replacement: none."""
+    """The size that a symbol had in the example that was traced; `otherwise` where it is data. Public
+    replacement: none."""
     return int(env.backed_var_to_val.get(symbol, otherwise))
 
 
 def inductor_options() -> dict:
-    """What `torch.compile` is told where the user gives no options of his own. Public names all; the reasons are not.
+    """What `torch.compile` is told where the user gives no options of his own. Public names all; the reasons
+    are not.
 
-    deterministic: inductor benchmarks reduction kernels on the device and may choose differently on each rank, so that
-    replicas drift apart bit by bit. max_tiles: before torch 2.13 a kernel over two tiled dims divides by zero when one of
-    them is empty (pytorch#178878), which a rank without routed rows makes of its rows.
+    deterministic: inductor benchmarks reduction kernels on the device and may choose differently on each
+    rank, so that replicas drift apart bit by bit. max_tiles: before torch 2.13 a kernel over two tiled dims
+    divides by zero when one of them is empty (pytorch#178878), which a rank without routed rows makes of its
+    rows.
     """
     options: dict = {"deterministic": True}
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
@@ -246,9 +275,10 @@ def inductor_options() -> dict:
 
 @contextlib.contextmanager
 def functions_recompute():
-    """Meanwhile, what `torch.compile` makes of a checkpointed region computes the forwards of its autograd.Functions again
-    as well. torch 2.11 tags the operators beside them only and keeps all of theirs: the collectives of a region, and the
-    weights that ZeRO gathers. Public replacement: torch 2.13, which tags what runs (it has no `tag_nodes`)."""
+    """Meanwhile, what `torch.compile` makes of a checkpointed region computes the forwards of its
+    autograd.Functions again as well. torch 2.11 tags the operators beside them only and keeps all of theirs:
+    the collectives of a region, and the weights that ZeRO gathers. Public replacement: torch 2.13, which tags
+    what runs (it has no `tag_nodes`)."""
     from torch._functorch.autograd_function import autograd_function_apply
     from torch._higher_order_ops.wrap import TagActivationCheckpoint as cls
 
@@ -278,8 +308,8 @@ def functions_recompute():
 
 
 def size_max(a, b):
-    """The larger size. While compiling by `max`: the dynamo of torch 2.11 knows no `torch.sym_max` of two numbers.
-    Public replacement: torch.sym_max of torch 2.13."""
+    """The larger size. While compiling by `max`: the dynamo of torch 2.11 knows no `torch.sym_max` of two
+    numbers. Public replacement: torch.sym_max of torch 2.13."""
     return max(a, b) if torch.compiler.is_compiling() else torch.sym_max(a, b)
 
 
@@ -288,11 +318,12 @@ def size_min(a, b):
     return min(a, b) if torch.compiler.is_compiling() else torch.sym_min(a, b)
 
 
-# ---- state and gradients (tedfx/runtime/gradients.py, tedfx/ranks/checks.py, tedfx/state/pieces.py) ----------------------------------
+# ---- state and gradients (tedfx/runtime/gradients.py, tedfx/ranks/checks.py, tedfx/state/pieces.py) --------
 
 
 def queue_callback(callback) -> None:
-    """Run `callback` when the backward that is running ends. Public replacement: none yet; FSDP and DDP use the same."""
+    """Run `callback` when the backward that is running ends. Public replacement: none yet; FSDP and DDP use
+    the same."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
@@ -307,18 +338,21 @@ def is_asked(node) -> bool:
     """
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # torch does not answer for a leaf that autograd.grad was asked for, and for no other
+    except (
+        RuntimeError
+    ):  # torch does not answer for a leaf that autograd.grad was asked for, and for no other
         return True
 
 
-
 def make_wrapper(cls, shape, dtype, device) -> torch.Tensor:
-    """A tensor of type `cls` without storage. Public replacement: none; the documented way to write a tensor subclass."""
+    """A tensor of type `cls` without storage. Public replacement: none; the documented way to write a tensor
+    subclass."""
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
 def default_store() -> dist.Store:
-    """The key-value store through which the job met. Public replacement: making a store of our own, on a port of its own."""
+    """The key-value store through which the job met. Public replacement: making a store of our own, on a port
+    of its own."""
     return dist.distributed_c10d._get_default_store()
 
 
@@ -328,36 +362,42 @@ def spec_of(dtensor: DTensor):
 
 
 def dtensor_of(local: torch.Tensor, spec) -> DTensor:
-    """`DTensor.from_local`, its public replacement, derives the same `spec` anew each time, which costs some 100 us."""
+    """`DTensor.from_local`, its public replacement, derives the same `spec` anew each time, which costs some
+    100 us."""
     return DTensor(local, spec, requires_grad=False)
 
 
 def result(x: torch.Tensor) -> torch.Tensor:
     """The output of an autograd.Function's forward, as a tensor object of its own.
 
-    The dynamo of torch 2.11 returns every intermediate of a traced forward beside its output. Where the output is one
-    of them (the result of an in-place op, of a cast that had nothing to do, of a wait) the gradient goes to the
-    intermediate and is silently zero. A view is another tensor and costs nothing. Public replacement: torch 2.13.
+    The dynamo of torch 2.11 returns every intermediate of a traced forward beside its output. Where the
+    output is one of them (the result of an in-place op, of a cast that had nothing to do, of a wait) the
+    gradient goes to the intermediate and is silently zero. A view is another tensor and costs nothing. Public
+    replacement: torch 2.13.
     """
     return x.view_as(x)
 
 
 def version_of(x: torch.Tensor) -> int:
-    """How often the storage of `x` was written to in place. Public replacement: none; autograd's own check of saved tensors."""
+    """How often the storage of `x` was written to in place. Public replacement: none; autograd's own check of
+    saved tensors."""
     return x._version
 
 
-# ---- a model's own initialisation (tedfx/state/initialise.py) ----------------------------------------------------------
+# ---- a model's own initialisation (tedfx/state/initialise.py) ----------------------------------------------
 
 
 def is_view(func) -> bool:
-    """Whether an operator returns views of its arguments. Public replacement: none; schemas are not public."""
+    """Whether an operator returns views of its arguments. Public replacement: none; schemas are not
+    public."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
 def written(func, args, kwargs) -> list:
     """The arguments that an operator writes to. Public replacement: none, as above."""
-    named = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(func._schema.arguments)]
+    named = [
+        (a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(func._schema.arguments)
+    ]
     return [value for a, value in named if a.alias_info is not None and a.alias_info.is_write]
 
 
@@ -367,40 +407,59 @@ def op_name(func) -> str:
 
 
 set_grad_enabled_function = torch._C._set_grad_enabled
-"""What no_grad and enable_grad call, as a TorchFunctionMode sees it. Public replacement: none; torch.set_grad_enabled is a class that calls it."""
+"""What no_grad and enable_grad call, as a TorchFunctionMode sees it.
+
+Public replacement: none; torch.set_grad_enabled is a class that calls it."""
 
 
-# ---- what a model holds beside its tables (tedfx/trace/held.py, tedfx/trace/hooks.py, tedfx/trace/observed.py) ----------------------
+# ---- what a model holds beside its tables (tedfx/trace/held.py, tedfx/trace/hooks.py, tedfx/trace/observed.p
 
 MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
-"""Attributes of a bare module: tables, hooks and flags of torch's own. Public replacement: none needed, no name is spelled here."""
+"""Attributes of a bare module: tables, hooks and flags of torch's own.
+
+Public replacement: none needed, no name is spelled here."""
 
 
 def backward_hooks(x) -> list[str]:
-    """Which kinds of backward hooks are registered on a tensor or a module, by the name of what registers them. Public replacement: none; hooks can be registered, not listed."""
+    """Which kinds of backward hooks are registered on a tensor or a module, by the name of what registers
+    them. Public replacement: none; hooks can be registered, not listed."""
     if isinstance(x, torch.Tensor):
-        kinds = {"_backward_hooks": "register_hook", "_post_accumulate_grad_hooks": "register_post_accumulate_grad_hook"}
+        kinds = {
+            "_backward_hooks": "register_hook",
+            "_post_accumulate_grad_hooks": "register_post_accumulate_grad_hook",
+        }
     else:
-        kinds = {"_backward_hooks": "register_full_backward_hook", "_backward_pre_hooks": "register_full_backward_pre_hook"}
+        kinds = {
+            "_backward_hooks": "register_full_backward_hook",
+            "_backward_pre_hooks": "register_full_backward_pre_hook",
+        }
     return [kind for attribute, kind in kinds.items() if getattr(x, attribute, None)]
 
 
 def global_backward_hooks() -> list[str]:
     """The same of hooks on all modules. Public replacement: none, as above."""
     module = torch.nn.modules.module
-    kinds = {"_global_backward_hooks": "register_module_full_backward_hook", "_global_backward_pre_hooks": "register_module_full_backward_pre_hook"}
+    kinds = {
+        "_global_backward_hooks": "register_module_full_backward_hook",
+        "_global_backward_pre_hooks": "register_module_full_backward_pre_hook",
+    }
     return [kind for attribute, kind in kinds.items() if getattr(module, attribute, None)]
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether `torch.compile(module)` made it, or `module.compile()` was called on it. Public replacement: none."""
-    return isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+    """Whether `torch.compile(module)` made it, or `module.compile()` was called on it. Public replacement:
+    none."""
+    return (
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+    )
 
 
 @contextlib.contextmanager
 def around_call(module: torch.nn.Module, wrap):
-    """While it is open, a call of this module, its forward hooks included, goes through `wrap(call)`. By its class, as export calls a stand-in that shares the module's attributes.
-    Public replacement: none; forward hooks do not see each other."""
+    """While it is open, a call of this module, its forward hooks included, goes through `wrap(call)`. By its
+    class, as export calls a stand-in that shares the module's attributes. Public replacement: none; forward
+    hooks do not see each other."""
     cls, inside = type(module), []
     original = cls._call_impl
 
@@ -424,13 +483,14 @@ def around_call(module: torch.nn.Module, wrap):
             cls._call_impl = own
 
 
-# ---- autograd.Function (tedfx/trace/functions.py, tedfx/trace/bodies.py) ------------------------------------------------------
+# ---- autograd.Function (tedfx/trace/functions.py, tedfx/trace/bodies.py) -----------------------------------
 
 
 @contextlib.contextmanager
 def every_apply(apply, transformed):
-    """Meanwhile, `Function.apply(*args)` of every class, bound before or not, is `apply(cls, plain, *args)`; `plain` is torch's own of that class. Under a transform of torch.func it is
-    `transformed(cls, plain, *args)`. Public replacement: none."""
+    """Meanwhile, `Function.apply(*args)` of every class, bound before or not, is `apply(cls, plain, *args)`;
+    `plain` is torch's own of that class. Under a transform of torch.func it is `transformed(cls, plain,
+    *args)`. Public replacement: none."""
     from torch.autograd import function
 
     base, before = function._SingleLevelFunction, function.custom_function_call
@@ -439,7 +499,9 @@ def every_apply(apply, transformed):
         return apply(cls, functools.partial(super(base, cls).apply), *args, **kwargs)
 
     base.apply = classmethod(own)
-    function.custom_function_call = lambda cls, *args, **kwargs: transformed(cls, functools.partial(before, cls), *args, **kwargs)
+    function.custom_function_call = lambda cls, *args, **kwargs: transformed(
+        cls, functools.partial(before, cls), *args, **kwargs
+    )
     try:
         yield
     finally:
@@ -448,7 +510,8 @@ def every_apply(apply, transformed):
 
 
 def recording() -> bool:
-    """Whether torch.export records what is called now, rather than running inside of an operator. Public replacement: none."""
+    """Whether torch.export records what is called now, rather than running inside of an operator. Public
+    replacement: none."""
     return torch._ops._get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
@@ -457,8 +520,11 @@ def no_torch_function():
     return torch._C.DisableTorchFunction()
 
 
-def symbolic_tensor(mode: FakeTensorMode, sizes, dtype: torch.dtype, device: torch.device, known: dict) -> torch.Tensor:
-    """A fake tensor of `mode`; `sizes` are ints, which stay, or pairs (key, hint): one symbol per key, kept in `known`. Public replacement: none."""
+def symbolic_tensor(
+    mode: FakeTensorMode, sizes, dtype: torch.dtype, device: torch.device, known: dict
+) -> torch.Tensor:
+    """A fake tensor of `mode`; `sizes` are ints, which stay, or pairs (key, hint): one symbol per key, kept
+    in `known`. Public replacement: none."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -469,7 +535,9 @@ def symbolic_tensor(mode: FakeTensorMode, sizes, dtype: torch.dtype, device: tor
             symbol = env.create_symbol(size[1], source=source, dynamic_dim=DimDynamic.DYNAMIC)
             known[size] = env.create_symintnode(symbol, hint=size[1], source=source)
     with mode:
-        return torch.empty([size if isinstance(size, int) else known[size] for size in sizes], dtype=dtype, device=device)
+        return torch.empty(
+            [size if isinstance(size, int) else known[size] for size in sizes], dtype=dtype, device=device
+        )
 
 
 def restricted(mode: FakeTensorMode) -> set:
@@ -483,7 +551,8 @@ def restricted(mode: FakeTensorMode) -> set:
 
 @contextlib.contextmanager
 def levels_of_func(opened):
-    """Meanwhile, `opened()` is called when torch.func has opened a level of differentiation (grad, vjp, jacrev; jvp, jacfwd), which it closes whatever `opened` raises. Public replacement: none."""
+    """Meanwhile, `opened()` is called when torch.func has opened a level of differentiation (grad, vjp,
+    jacrev; jvp, jacfwd), which it closes whatever `opened` raises. Public replacement: none."""
     from torch._functorch import eager_transforms
 
     names = ("_grad_increment_nesting", "_jvp_increment_nesting")

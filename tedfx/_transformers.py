@@ -1,9 +1,11 @@
-"""Every private thing of transformers that tedfx uses to give weights to a model and to write them, in one place.
+"""Every private thing of transformers that tedfx uses to give weights to a model and to write them, in one
+place.
 
-The library is never loaded from here for a model that is not its own. What is used (releases 5.17 to 5.23): a model's
-`initialize_weights` and `all_tied_weights_keys`, the dtypes that it keeps whatever dtype it is loaded in, the weight conversions between checkpoints and modules
-(`conversion_mapping`, `core_model_loading`), and what a model says to ignore in a checkpoint. Public replacement of
-all of it: none; `from_pretrained` and `save_pretrained` hold whole models.
+The library is never loaded from here for a model that is not its own. What is used (releases 5.17 to 5.23): a
+model's `initialize_weights` and `all_tied_weights_keys`, the dtypes that it keeps whatever dtype it is loaded
+in, the weight conversions between checkpoints and modules (`conversion_mapping`, `core_model_loading`), and
+what a model says to ignore in a checkpoint. Public replacement of all of it: none; `from_pretrained` and
+`save_pretrained` hold whole models.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def tied(model) -> dict[str, str]:
 
 
 def dtype_plan(model, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """{parameter: its dtype} for those that `from_pretrained(dtype=dtype)` would load in another (`_keep_in_fp32_modules` and its strict form)."""
+    """{parameter: its dtype} for those that `from_pretrained(dtype=dtype)` would load in another
+    (`_keep_in_fp32_modules` and its strict form)."""
     from transformers.core_model_loading import build_glob_alternation
 
     plan = model._get_dtype_plan(dtype)
@@ -44,12 +47,13 @@ def dtype_plan(model, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {name: plan[names[match.lastgroup]] for name, match in found.items() if match}
 
 
-# ---- from a checkpoint's names to the model's ------------------------------------------------------------------------
+# ---- from a checkpoint's names to the model's --------------------------------------------------------------
 
 
 @dataclass
 class Recipe:
-    """How one converter makes its targets: `sources` by pattern, in the order in which the library collects them.
+    """How one converter makes its targets: `sources` by pattern, in the order in which the library collects
+    them.
 
     converter: None for a tensor that is only renamed. first: the name under which the library files it.
     """
@@ -69,9 +73,15 @@ class Recipe:
 
 
 def recipes(model, names: Sequence[str]) -> tuple[list[Recipe], list[str], list]:
-    """How the tensors of a checkpoint become the model's: recipes, names that fit nowhere, the conversions that were used."""
+    """How the tensors of a checkpoint become the model's: recipes, names that fit nowhere, the conversions
+    that were used."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -87,8 +97,12 @@ def recipes(model, names: Sequence[str]) -> tuple[list[Recipe], list[str], list]
         if renamed not in wanted:
             unexpected.append(name)
             continue
-        recipe = found.setdefault(renamed, Recipe(renamed, by_pattern[pattern] if pattern is not None else None, {}))
-        if recipe.converter is not (by_pattern[pattern] if pattern is not None else None) or (pattern is None and recipe.sources):
+        recipe = found.setdefault(
+            renamed, Recipe(renamed, by_pattern[pattern] if pattern is not None else None, {})
+        )
+        if recipe.converter is not (by_pattern[pattern] if pattern is not None else None) or (
+            pattern is None and recipe.sources
+        ):
             unexpected.append(name)  # a second tensor for the same place
             continue
         recipe.sources.setdefault(pattern or name, []).append(name)
@@ -120,18 +134,28 @@ def steps(recipe: Recipe, model) -> list[tuple[str, Any]] | None:
     return found
 
 
-# ---- and back --------------------------------------------------------------------------------------------------------
+# ---- and back ----------------------------------------------------------------------------------------------
 
 
 def save_groups(model, names: Sequence[str], conversions: list | None) -> list[list[str]]:
-    """The model's names in groups that are converted together on the way to a checkpoint, in the library's order."""
+    """The model's names in groups that are converted together on the way to a checkpoint, in the library's
+    order."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     if conversions is None:
         conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
-        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+        conversions = [
+            c
+            for c in get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(c, PrefixChange)
+        ]
     back = [c.reverse_transform() for c in conversions[::-1]]
     converters = [c for c in back if isinstance(c, WeightConverter)]
     groups: dict[str, list[str]] = {}
@@ -171,11 +195,15 @@ def ignored_on_save(model) -> set[str]:
 def check_savable(model) -> None:
     """ConfigError for a model whose folder would need more than configs and weights."""
     if model.is_remote_code():
-        raise ConfigError(f"save_pretrained: the code of {type(model).__name__} lies outside transformers (trust_remote_code) and would have to be copied along; use gather_parameters()")
+        raise ConfigError(
+            f"save_pretrained: the code of {type(model).__name__} lies outside transformers "
+            "(trust_remote_code) and would have to be copied along; use gather_parameters()"
+        )
 
 
 def save_configs(model, dtype: torch.dtype, folder: str) -> None:
-    """config.json and generation_config.json as the library's own `save_pretrained` writes them; the model is not touched."""
+    """config.json and generation_config.json as the library's own `save_pretrained` writes them; the model is
+    not touched."""
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype).split(".")[1]
     config.architectures = [type(model).__name__]

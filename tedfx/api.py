@@ -9,26 +9,26 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
-from tedfx.ops.autocast import Autocast, region
-from tedfx.state.buckets import BUCKET_BYTES
-from tedfx.runtime.changes import Changes, fits
-from tedfx.ranks.checks import told
 from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
-from tedfx.placement.derived import whole_pieces
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
-from tedfx.trace.hooks import refuse_hooks
-from tedfx.trace.input_sizes import with_room
-from tedfx.state.layouts import layouts_of, stack_name
+from tedfx.graph.signature import Signature, bind, flatten
+from tedfx.ops.autocast import Autocast, region
+from tedfx.passes.base import Pass
+from tedfx.placement.derived import whole_pieces
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.ranks.checks import told
+from tedfx.runtime.changes import Changes, fits
 from tedfx.runtime.module import ParallelModule, Program
 from tedfx.runtime.other_optimizer import remember
-from tedfx.trace.overlaps import refuse_overlaps
-from tedfx.passes.base import Pass
-from tedfx.trace.precision import cast_parameters, check_complex, parameter_dtypes
 from tedfx.runtime.prepared import refuse_prepared
-from tedfx.placement.roles import MeshShape, Roles
-from tedfx.graph.signature import Signature, bind, flatten
+from tedfx.state.buckets import BUCKET_BYTES
+from tedfx.state.layouts import layouts_of, stack_name
 from tedfx.trace.export import Trace, infer_inputs, trace
+from tedfx.trace.hooks import refuse_hooks
+from tedfx.trace.input_sizes import with_room
+from tedfx.trace.overlaps import refuse_overlaps
+from tedfx.trace.precision import cast_parameters, check_complex, parameter_dtypes
 
 
 @told("parallelize")
@@ -57,73 +57,139 @@ def parallelize(
     check_timeout: float = 60.0,
     traces: Sequence[Trace | Compilation] = (),
 ) -> ParallelModule:
-    """The module that this rank runs: the single-device function of the global batch, on ``mesh``. Collective over the mesh.
+    """The module that this rank runs: the single-device function of the global batch, on ``mesh``. Collective
+    over the mesh.
 
-    model           an unmodified single-device module; it is left as it was found, and its storage is not shared. Rank 0's parameters and buffers count.
-                    Made under ``torch.device("meta")`` (on every rank) it has no weights: each rank allocates its share, to be filled by
-                    ``init_weights``, ``load_pretrained`` or ``load_state_dict`` of what is returned. The captured graph is then not run against the model, which a warning says.
-    mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any order.
-    example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing: inferred for models that take token ids.
-    roles           role name -> axis names, see ``tedfx/placement/roles.py``; what is not named keeps its default.
-    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup, sequence_parallel, algebra, checkpoint, capacity, zero, check) it is an error.
-    checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or "budget=<bytes>", see ``tedfx/passes/checkpoint.py``.
-                    A budget is for activations at the sizes of example_inputs, which have to be given then, equal on all ranks.
+    model           an unmodified single-device module; it is left as it was found, and its storage is not
+                    shared. Rank 0's parameters and buffers count. Made under ``torch.device("meta")`` (on
+                    every rank) it has no weights: each rank allocates its share, to be filled by
+                    ``init_weights``, ``load_pretrained`` or ``load_state_dict`` of what is returned. The
+                    captured graph is then not run against the model, which a warning says.
+    mesh            a ``DeviceMesh`` with named axes, any subset of dp, ep, tp (cp and pp of size 1) in any
+                    order.
+    example_inputs  kwargs (dict) or args (tuple) of one rank's batch; only shapes and dtypes matter. Missing:
+                    inferred for models that take token ids.
+    roles           role name -> axis names, see ``tedfx/placement/roles.py``; what is not named keeps its
+                    default.
+    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup,
+                    sequence_parallel, algebra, checkpoint, capacity, zero, check) it is an error.
+    checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or
+                    "budget=<bytes>", see ``tedfx/passes/checkpoint.py``. A budget is for activations at the
+                    sizes of example_inputs, which have to be given then, equal on all ranks.
     compile         run the local graph through ``torch.compile(fullgraph=True)``.
-    outputs         names of the outputs to keep, e.g. ``("loss",)``: the others become None, and what only they need is never computed.
+    outputs         names of the outputs to keep, e.g. ``("loss",)``: the others become None, and what only
+                    they need is never computed.
     dedup           send no row to experts twice because two ranks hold its token (default True).
-    sequence_parallel  keep tokens cut over the tensor axes between tensor-parallel regions (default True where a tensor axis exceeds 1).
-    algebra         sums late, together and once, gathers late (default True); False is DeepSpeed-TED's own order, see ``tedfx/passes/collective_algebra.py``.
-    capacity        whose tokens a mixture with a capacity counts: "global" (the default), those of the global batch, as a single device does; "local", those of each
-                    batch coordinate by themselves, as DeepSpeed and GShard do under data parallelism: see ``tedfx/passes/local_capacity.py``.
-    zero            stage of ZeRO over the data axes, expert and other parameters each over those that their gradient is summed over: 1, optimizer states of this rank's share
-                    only (``tedfx.optim.ShardedOptimizer``); 2, gradients too; 3, parameters too, gathered where a layer uses them.
-    precision       "bf16", "fp16" or "fp32": the dtype of the floating-point parameters, and so of what is computed from them, see ``tedfx/trace/precision.py``; by default
-                    the model's own. Buffers, float inputs and what a Hugging Face model keeps in float32 stay as they are.
-    gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's dtype.
+    sequence_parallel  keep tokens cut over the tensor axes between tensor-parallel regions (default True
+                       where a tensor axis exceeds 1).
+    algebra         sums late, together and once, gathers late (default True); False is DeepSpeed-TED's own
+                    order, see ``tedfx/passes/collective_algebra.py``.
+    capacity        whose tokens a mixture with a capacity counts: "global" (the default), those of the global
+                    batch, as a single device does; "local", those of each batch coordinate by themselves, as
+                    DeepSpeed and GShard do under data parallelism: see ``tedfx/passes/local_capacity.py``.
+    zero            stage of ZeRO over the data axes, expert and other parameters each over those that their
+                    gradient is summed over: 1, optimizer states of this rank's share only
+                    (``tedfx.optim.ShardedOptimizer``); 2, gradients too; 3, parameters too, gathered where a
+                    layer uses them.
+    precision       "bf16", "fp16" or "fp32": the dtype of the floating-point parameters, and so of what is
+                    computed from them, see ``tedfx/trace/precision.py``; by default the model's own. Buffers,
+                    float inputs and what a Hugging Face model keeps in float32 stay as they are.
+    gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's
+                    dtype.
     bucket_bytes    gradients that are summed together, whole ones on a rank (default 25 MiB).
     gather_bytes    with zero=3: whole parameters of a layer that are gathered together (default 256 MiB).
-    prefetch        with zero=3: gathers in flight beyond the one in use (default 2); a compiled graph has no use for it.
-    check           what the captured graph is compared with the model in, before anything is sharded: "full" (the default), two training steps with an update in between, in float64: outputs,
-                    every parameter's gradient and every buffer; "forward", one forward in the model's dtype; "none". ``history`` says what was done; see ``tedfx/checking/full.py``.
-    check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line, not a hang.
-    traces          traces (``tedfx.trace.export.trace``) or compilations made before, used for the signatures, roles and outputs that they fit.
+    prefetch        with zero=3: gathers in flight beyond the one in use (default 2); a compiled graph has no
+                    use for it.
+    check           what the captured graph is compared with the model in, before anything is sharded: "full"
+                    (the default), two training steps with an update in between, in float64: outputs, every
+                    parameter's gradient and every buffer; "forward", one forward in the model's dtype;
+                    "none". ``history`` says what was done; see ``tedfx/checking/full.py``.
+    check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line,
+                    not a hang.
+    traces          traces (``tedfx.trace.export.trace``) or compilations made before, used for the
+                    signatures, roles and outputs that they fit.
 
-    Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is not understood, or a graph that does not train as the model does).
+    Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is
+    not understood, or a graph that does not train as the model does).
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"parallelize takes a module, not {model!r}" + (": make an instance of it first" if isinstance(model, type) else ""))
+        raise ConfigError(
+            f"parallelize takes a module, not {model!r}"
+            + (": make an instance of it first" if isinstance(model, type) else "")
+        )
     refuse_prepared(model)
     refuse_hooks(model)
     if isinstance(outputs, str):
         raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
     resolved = Roles.resolve(shape, roles)
-    passes = pipeline(passes, resolved, compile, checkpoint=checkpoint, dedup=dedup, sequence_parallel=sequence_parallel, algebra=algebra, capacity=capacity, zero=zero, gather_bytes=gather_bytes, check=check)
+    passes = pipeline(
+        passes,
+        resolved,
+        compile,
+        checkpoint=checkpoint,
+        dedup=dedup,
+        sequence_parallel=sequence_parallel,
+        algebra=algebra,
+        capacity=capacity,
+        zero=zero,
+        gather_bytes=gather_bytes,
+        check=check,
+    )
     for name, value, least in (("bucket_bytes", bucket_bytes, 1), ("prefetch", prefetch, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: a whole number, at least {least}")
     if (checkpoint or "").startswith("budget") and example_inputs is None:
-        raise ConfigError(f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as example_inputs")
+        raise ConfigError(
+            f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as "
+            "example_inputs"
+        )
     if not hasattr(mesh, "device_type"):
-        raise ConfigError(f"parallelize runs on a torch.distributed DeviceMesh, not on {mesh!r}: init_device_mesh('cpu', {shape.sizes}, mesh_dim_names={shape.names})")
+        raise ConfigError(
+            f"parallelize runs on a torch.distributed DeviceMesh, not on {mesh!r}: "
+            f"init_device_mesh('cpu', {shape.sizes}, mesh_dim_names={shape.names})"
+        )
     if mesh.get_coordinate() is None:
         ranks = mesh.mesh.flatten().tolist()
-        raise ConfigError(f"this rank is not on the mesh, which has ranks {', '.join(map(str, ranks[:8]))}{', ..' * (len(ranks) > 8)}: call parallelize where mesh.get_coordinate() is not None")
+        raise ConfigError(
+            "this rank is not on the mesh, which has ranks "
+            f"{', '.join(map(str, ranks[:8]))}{', ..' * (len(ranks) > 8)}: call parallelize where "
+            "mesh.get_coordinate() is not None"
+        )
     empty = [p.is_meta for p in model.parameters()]
     if any(empty) and not all(empty):
-        here, there = (next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False))
-        raise ConfigError(f"parameter {here} is on the meta device and {there} is not: make the whole model under torch.device('meta'), or none of it")
+        here, there = (
+            next(n for n, p in model.named_parameters() if p.is_meta is meta) for meta in (True, False)
+        )
+        raise ConfigError(
+            f"parameter {here} is on the meta device and {there} is not: make the whole model under "
+            "torch.device('meta'), or none of it"
+        )
     _check_finite(model)
     dtypes = parameter_dtypes(model, precision)
     check_complex(dtypes, zero or 0, gradient_dtype)
-    builder = _Builder(model, resolved, mesh.device_type, passes, outputs, list(traces), zero or 0, bucket_bytes, gradient_dtype, dtypes)
+    builder = _Builder(
+        model,
+        resolved,
+        mesh.device_type,
+        passes,
+        outputs,
+        list(traces),
+        zero or 0,
+        bucket_bytes,
+        gradient_dtype,
+        dtypes,
+    )
     call = _example(model, example_inputs)
     around = Autocast.around(mesh.device_type)
     first = builder.compile(call, model.training, around)
     refuse_overlaps(model, first.trace.mutated_buffers)
     layouts = layouts_of(model, first, builder.frozen)
 
-    state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    state = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
     persistent = set(model.state_dict().keys())
     buffers = dict(model.named_buffers())
     pm = ParallelModule(
@@ -134,9 +200,15 @@ def parallelize(
         builder.program,
         resolved.batch,
         axis_groups=_groups(first, shape),
-        input_names=[n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD],
+        input_names=[
+            n
+            for n, p in inspect.signature(model.forward).parameters.items()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+        ],
         compile=compile,
-        var_keyword=any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()),
+        var_keyword=any(
+            p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()
+        ),
         number_inputs=builder.number_inputs,
         non_persistent=[name for name in buffers if name not in persistent],
         check_inputs=check_inputs,
@@ -154,7 +226,9 @@ def parallelize(
         module.training = model.training
     pm.roles = resolved
     flat = flatten(call)
-    pm._program(Signature.of(flat, model.training, True, around), flat)  # so that there is a graph to look at before the first call
+    pm._program(
+        Signature.of(flat, model.training, True, around), flat
+    )  # so that there is a graph to look at before the first call
     remember(pm, model)
     return pm
 
@@ -164,33 +238,60 @@ def _check_finite(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         if not weight.is_meta and not (fine := weight.detach().isfinite()).all():
             bad = int((~fine).sum())
-            raise ConfigError(f"parameter {name} has {bad} of {weight.numel()} values that are nan or inf: every loss would be; initialise or load the weights before parallelize")
+            raise ConfigError(
+                f"parameter {name} has {bad} of {weight.numel()} values that are nan or inf: every loss "
+                "would be; initialise or load the weights before parallelize"
+            )
 
 
 def _example(model: nn.Module, given) -> dict[str, Any]:
     if given is None:
         return infer_inputs(model)
-    names = [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [
+        n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
     if isinstance(given, Mapping):
         return bind((), given, names)
     if isinstance(given, (tuple, list)):
         return bind(given, {}, names)
-    raise ConfigError(f"example_inputs is a {type(given).__name__}; pass a dict of keyword arguments or a tuple of positional ones")
+    raise ConfigError(
+        f"example_inputs is a {type(given).__name__}; pass a dict of keyword arguments or a tuple of "
+        "positional ones"
+    )
 
 
 class _Builder:
     """Compiles a program per call signature; keeps what `parallelize` was told."""
 
     def __init__(
-        self, model, roles: Roles, device: str, passes, outputs, traces, zero: int, bucket_bytes: int, gradient_dtype: torch.dtype | None, dtypes: Mapping[str, torch.dtype],
-    ):  # fmt: skip
-        self.zero, self.bucket_bytes, self.gradient_dtype, self.dtypes = zero, bucket_bytes, gradient_dtype, dtypes
+        self,
+        model,
+        roles: Roles,
+        device: str,
+        passes,
+        outputs,
+        traces,
+        zero: int,
+        bucket_bytes: int,
+        gradient_dtype: torch.dtype | None,
+        dtypes: Mapping[str, torch.dtype],
+    ):
+        self.zero, self.bucket_bytes, self.gradient_dtype, self.dtypes = (
+            zero,
+            bucket_bytes,
+            gradient_dtype,
+            dtypes,
+        )
         self.model, self.roles, self.device = model, roles, torch.device(device)
         self.passes, self.outputs, self.traces = passes, outputs, traces
-        self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        self.frozen = {
+            name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad
+        }
         self.done: dict = {}
         self.changes = Changes(model)
-        self.number_inputs = frozenset(n for f in default_frontends() if f.applies(model) for n in getattr(f, "number_inputs", ()))
+        self.number_inputs = frozenset(
+            n for f in default_frontends() if f.applies(model) for n in getattr(f, "number_inputs", ())
+        )
         self.module: ParallelModule | None = None
         self.layouts: dict = {}
 
@@ -198,7 +299,9 @@ class _Builder:
         module._changes = self.changes
         self.module, self.layouts = module, {layout.name: layout for layout in layouts}
 
-    def compile(self, call: Mapping[str, Any], training: bool, around: Autocast | None = None, attributes: tuple = ()) -> Compilation:
+    def compile(
+        self, call: Mapping[str, Any], training: bool, around: Autocast | None = None, attributes: tuple = ()
+    ) -> Compilation:
         key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around, attributes)
         if key not in self.done:
             outputs = tuple(self.outputs) if self.outputs else None
@@ -207,32 +310,62 @@ class _Builder:
                     self.changes.watch(ready.trace.observed, training == self.model.training)
                     self.done[key] = ready
                     return ready
-            traced = next((t for t in self.traces if isinstance(t, Trace) and self._holds(t, call, training, around) and self._freezes_alike(t)), None)
+            traced = next(
+                (
+                    t
+                    for t in self.traces
+                    if isinstance(t, Trace)
+                    and self._holds(t, call, training, around)
+                    and self._freezes_alike(t)
+                ),
+                None,
+            )
             if traced is None:
                 was, flags = self.model.training, [(m, m.training) for m in self.model.modules()]
                 try:
                     if was != training:
                         self.model.train(training)
-                    with cast_parameters(self.model, self.dtypes, values=False), region(around, self.device.type):
-                        traced = with_room(call, lambda roomy: trace(self.model, kwargs=roomy, device=self.device))
+                    with (
+                        cast_parameters(self.model, self.dtypes, values=False),
+                        region(around, self.device.type),
+                    ):
+                        traced = with_room(
+                            call, lambda roomy: trace(self.model, kwargs=roomy, device=self.device)
+                        )
                 finally:
                     for module, flag in flags:
                         module.training = flag
             self.changes.watch(traced.observed, training == self.model.training)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
             compilation = Compilation(
-                traced, self.roles, trainable, outputs=outputs, example=example_sizes(traced, call), zero=self.zero, bucket_bytes=self.bucket_bytes,
-                gradient_dtype=self.gradient_dtype, model=self.model, dtypes=self.dtypes,
-            )  # fmt: skip
+                traced,
+                self.roles,
+                trainable,
+                outputs=outputs,
+                example=example_sizes(traced, call),
+                zero=self.zero,
+                bucket_bytes=self.bucket_bytes,
+                gradient_dtype=self.gradient_dtype,
+                model=self.model,
+                dtypes=self.dtypes,
+            )
             with region(None, self.device.type):
                 self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
     def _same(self, ready: Trace | Compilation, outputs: tuple[str, ...] | None) -> bool:
-        """Whether a compilation made before is for these roles, passes and options, and trains what this model trains."""
+        """Whether a compilation made before is for these roles, passes and options, and trains what this
+        model trains."""
         if not isinstance(ready, Compilation):
             return False
-        mine = (self.roles, outputs, tuple(map(str, self.passes)), self.zero, self.bucket_bytes, self.gradient_dtype)
+        mine = (
+            self.roles,
+            outputs,
+            tuple(map(str, self.passes)),
+            self.zero,
+            self.bucket_bytes,
+            self.gradient_dtype,
+        )
         its = (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes, ready.gradient_dtype)
         return its == mine and not ready.trained & self.frozen and ready.untrained <= self.frozen
 
@@ -250,15 +383,30 @@ class _Builder:
         trace_, graph = compilation.trace, compilation.graph_module.graph
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         stacked = getattr(trace_, "stacked", {})
-        names = {p: trace_.parameters.get(p) or stack_name(stacked[p]) for p in placeholders if p in trace_.parameters or p in stacked}
+        names = {
+            p: trace_.parameters.get(p) or stack_name(stacked[p])
+            for p in placeholders
+            if p in trace_.parameters or p in stacked
+        }
         if self.module is not None:
             for layout in layouts_of(self.model, compilation, self.frozen):
                 mine = self.layouts.get(layout.name)
-                if mine is not None and layout.name in names.values() and (mine.shards, mine.reduce_axes, mine.view) != (layout.shards, layout.reduce_axes, layout.view):
-                    raise TedfxError(f"parameter {layout.name} is placed as {mine.shards} but this call ({signature}) wants {layout.shards}: pass this call as example_inputs")
+                if (
+                    mine is not None
+                    and layout.name in names.values()
+                    and (mine.shards, mine.reduce_axes, mine.view)
+                    != (layout.shards, layout.reduce_axes, layout.view)
+                ):
+                    raise TedfxError(
+                        f"parameter {layout.name} is placed as {mine.shards} but this call "
+                        f"({signature}) wants {layout.shards}: pass this call as example_inputs"
+                    )
         parameters = [names[p] for p in placeholders if p in names]
         if any(constant.is_meta for constant in trace_.constants.values()):
-            raise ConfigError("the model holds a tensor on the meta device that is neither parameter nor buffer: register it as a buffer, or make it with device='cpu'")
+            raise ConfigError(
+                "the model holds a tensor on the meta device that is neither parameter nor buffer: "
+                "register it as a buffer, or make it with device='cpu'"
+            )
         return Program(
             compilation.graph_module,
             parameters,
@@ -278,14 +426,20 @@ class _Builder:
 
 
 def _leaves(call):
-    return [(tuple(str(k) for k in path), leaf) for path, leaf in pytree.tree_flatten_with_path(dict(call))[0] if leaf is not None]
+    return [
+        (tuple(str(k) for k in path), leaf)
+        for path, leaf in pytree.tree_flatten_with_path(dict(call))[0]
+        if leaf is not None
+    ]
 
 
 def _kind(leaf) -> str:
     return f"{leaf.dtype}[{leaf.dim()}]" if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
-def _fits(traced: Trace, call, training: bool, dtypes: Mapping[str, torch.dtype], around: Autocast | None) -> bool:
+def _fits(
+    traced: Trace, call, training: bool, dtypes: Mapping[str, torch.dtype], around: Autocast | None
+) -> bool:
     if (traced.training, traced.autocast) != (training, around):
         return False
     nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
@@ -299,7 +453,10 @@ def _fits(traced: Trace, call, training: bool, dtypes: Mapping[str, torch.dtype]
     values = {path: leaf for path, leaf in mine.items() if not isinstance(leaf, torch.Tensor)}
     if {k: v for k, v in traced.values.items() if v is not None} != values:
         return False
-    return all(nodes[p].meta["val"].dtype == mine[path].dtype and nodes[p].meta["val"].dim() == mine[path].dim() for p, path in traced.inputs.items())
+    return all(
+        nodes[p].meta["val"].dtype == mine[path].dtype and nodes[p].meta["val"].dim() == mine[path].dim()
+        for p, path in traced.inputs.items()
+    )
 
 
 def _unflatten(flat: Mapping[tuple, Any]) -> dict[str, Any]:

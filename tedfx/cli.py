@@ -52,47 +52,161 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tedfx", description="A torch.fx compiler: an unmodified PyTorch MoE under tensor x expert x data parallelism.")
+    parser = argparse.ArgumentParser(
+        prog="tedfx",
+        description="A torch.fx compiler: an unmodified PyTorch MoE under tensor x expert x "
+        "data parallelism.",
+    )
     parser.add_argument("--version", action="version", version=f"tedfx {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    explain = commands.add_parser("explain", help="show what one rank of a mesh holds, runs and sends", description=_EXPLAIN, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    explain.add_argument("model", help="a Hugging Face model type (mixtral, qwen3_moe, llama, ..) or package.module:factory, a function that returns a module, or (module, example inputs)")
+    explain = commands.add_parser(
+        "explain",
+        help="show what one rank of a mesh holds, runs and sends",
+        description=_EXPLAIN,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument(
+        "model",
+        help="a Hugging Face model type (mixtral, qwen3_moe, llama, ..) or package.module:factory, a "
+        "function that returns a module, or (module, example inputs)",
+    )
     add_model_arguments(explain)
-    explain.add_argument("--dedup", action=argparse.BooleanOptionalAction, help="send no row to experts twice because two ranks hold its token (default: yes)")
-    explain.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
-    explain.add_argument("--algebra", action=argparse.BooleanOptionalAction, help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order")
-    explain.add_argument("--checkpoint", metavar="POLICY", default="none", help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at --batch and --sequence")
-    explain.add_argument("--capacity", metavar="WHOSE", help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or local, those of each batch coordinate by itself")
-    explain.add_argument("--precision", metavar="P", help="parallelize(precision=P): bf16, fp16 or fp32, the parameters' dtype (default: the model's own)")
-    explain.add_argument("--gradient-dtype", metavar="P", help="parallelize(gradient_dtype=..): what gradients are summed in, bf16, fp16 or fp32 (default: each parameter's dtype)")
-    explain.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares")
+    explain.add_argument(
+        "--dedup",
+        action=argparse.BooleanOptionalAction,
+        help="send no row to experts twice because two ranks hold its token (default: yes)",
+    )
+    explain.add_argument(
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are "
+        "any)",
+    )
+    explain.add_argument(
+        "--algebra",
+        action=argparse.BooleanOptionalAction,
+        help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order",
+    )
+    explain.add_argument(
+        "--checkpoint",
+        metavar="POLICY",
+        default="none",
+        help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at "
+        "--batch and --sequence",
+    )
+    explain.add_argument(
+        "--capacity",
+        metavar="WHOSE",
+        help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or "
+        "local, those of each batch coordinate by itself",
+    )
+    explain.add_argument(
+        "--precision",
+        metavar="P",
+        help="parallelize(precision=P): bf16, fp16 or fp32, the parameters' dtype (default: the model's own)",
+    )
+    explain.add_argument(
+        "--gradient-dtype",
+        metavar="P",
+        help="parallelize(gradient_dtype=..): what gradients are summed in, bf16, fp16 or fp32 (default: "
+        "each parameter's dtype)",
+    )
+    explain.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares",
+    )
     shown = explain.add_argument_group("what is shown")
-    shown.add_argument("--batch", type=_positive, metavar="N", help="rows of one rank's batch, for the numbers (default 1); of verify: those of the global batch")
-    shown.add_argument("--sequence", type=_positive, metavar="N", help="sequence length, for the numbers (default 4096, or the model's longest)")
-    shown.add_argument("--micro-batches", type=_positive, metavar="N", help="add what accumulating N micro-batches costs, one after another and layer by layer")
-    shown.add_argument("--outputs", metavar="NAMES", help="keep only these outputs, e.g. loss (then the full logits never exist)")
-    shown.add_argument("--picture", metavar="FILE", help="draw both graphs of one MoE layer, or of --before PATH, to FILE (.svg, .png or .pdf); needs matplotlib")
+    shown.add_argument(
+        "--batch",
+        type=_positive,
+        metavar="N",
+        help="rows of one rank's batch, for the numbers (default 1); of verify: those of the global batch",
+    )
+    shown.add_argument(
+        "--sequence",
+        type=_positive,
+        metavar="N",
+        help="sequence length, for the numbers (default 4096, or the model's longest)",
+    )
+    shown.add_argument(
+        "--micro-batches",
+        type=_positive,
+        metavar="N",
+        help="add what accumulating N micro-batches costs, one after another and layer by layer",
+    )
+    shown.add_argument(
+        "--outputs",
+        metavar="NAMES",
+        help="keep only these outputs, e.g. loss (then the full logits never exist)",
+    )
+    shown.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="draw both graphs of one MoE layer, or of --before PATH, to FILE (.svg, .png or .pdf); needs "
+        "matplotlib",
+    )
     shown.add_argument("--all", action="store_true", help="every node, not only layers and what communicates")
     shown.add_argument("--no-fold", action="store_true", help="do not fold identical layers into one")
-    shown.add_argument("--before", nargs="?", const="", metavar="PATH", help="instead: the graph of one MoE layer, or of the module at PATH (model.layers.0.mlp), before and after")
+    shown.add_argument(
+        "--before",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="instead: the graph of one MoE layer, or of the module at PATH (model.layers.0.mlp), before and "
+        "after",
+    )
     shown.add_argument("--timings", action="store_true", help="add the time of every stage and pass")
     shown.add_argument("--format", choices=("text", "json"), default="text")
     explain.set_defaults(run=_explain)
 
-    passes = commands.add_parser("passes", help="list the pipeline", description="List the passes of tedfx.default_passes() in order: options, contract, what each does.")
+    passes = commands.add_parser(
+        "passes",
+        help="list the pipeline",
+        description="List the passes of tedfx.default_passes() in order: options, contract, what each does.",
+    )
     passes.set_defaults(run=_passes)
-    commands.add_parser("verify", help="run single device and ranks, compare loss, gradients and an optimizer step (see: tedfx verify --help)", add_help=False)
+    commands.add_parser(
+        "verify",
+        help="run single device and ranks, compare loss, gradients and an optimizer step (see: tedfx verify "
+        "--help)",
+        add_help=False,
+    )
     return parser
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which model on which mesh."""
-    parser.add_argument("--mesh", required=True, metavar="AXES", help="axis sizes, major first: dp=4,ep=8,tp=4")
-    parser.add_argument("--roles", nargs="+", action="extend", default=[], metavar="ROLE=AXES", help="axes of a role, e.g. expert=tp or expert=ep,tp; what is not named keeps its default")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides", metavar="KEY=VALUE", help="override the config (or the factory's arguments), e.g. hidden_size=1024")
+    parser.add_argument(
+        "--mesh", required=True, metavar="AXES", help="axis sizes, major first: dp=4,ep=8,tp=4"
+    )
+    parser.add_argument(
+        "--roles",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ROLE=AXES",
+        help="axes of a role, e.g. expert=tp or expert=ep,tp; what is not named keeps its default",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override the config (or the factory's arguments), e.g. hidden_size=1024",
+    )
     parser.add_argument("--layers", type=_positive, metavar="N", help="short for --set num_hidden_layers=N")
-    parser.add_argument("--dtype", default="float32", metavar="DTYPE", help="parameters' dtype of a Hugging Face model (default float32)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        metavar="DTYPE",
+        help="parameters' dtype of a Hugging Face model (default float32)",
+    )
     parser.add_argument("--eval", action="store_true", help="eval mode instead of training")
 
 
@@ -103,16 +217,16 @@ def _positive(text: str) -> int:
     return value
 
 
-# ---- tedfx explain -----------------------------------------------------------------------------------------------------------
+# ---- tedfx explain -----------------------------------------------------------------------------------------
 
 
 def _explain(options) -> int:
     from tedfx.compiler import Compilation, compile_trace, pipeline
-    from tedfx.report.before_after import before_after
-    from tedfx.trace.precision import cast_parameters, check_precision, parameter_dtypes
-    from tedfx.report.explanation import default_values, explain
     from tedfx.placement.roles import MeshShape, Roles
+    from tedfx.report.before_after import before_after
+    from tedfx.report.explanation import default_values, explain
     from tedfx.trace.export import trace
+    from tedfx.trace.precision import cast_parameters, check_precision, parameter_dtypes
 
     stages, clock = {}, time.perf_counter()
 
@@ -126,7 +240,14 @@ def _explain(options) -> int:
         check_format(options.picture)
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
     passes = pipeline(
-        None, roles, dedup=options.dedup, sequence_parallel=options.sequence_parallel, algebra=options.algebra, checkpoint=options.checkpoint, capacity=options.capacity, zero=options.zero
+        None,
+        roles,
+        dedup=options.dedup,
+        sequence_parallel=options.sequence_parallel,
+        algebra=options.algebra,
+        checkpoint=options.checkpoint,
+        capacity=options.capacity,
+        zero=options.zero,
     )
     gradient_dtype = check_precision(options.gradient_dtype)
     model, inputs, title = make_model(options)
@@ -138,12 +259,22 @@ def _explain(options) -> int:
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
     outputs = tuple(options.outputs.split(",")) if options.outputs else None
-    compilation = Compilation(traced, roles, trainable, outputs=outputs, zero=options.zero or 0, gradient_dtype=gradient_dtype, dtypes=dtypes)
+    compilation = Compilation(
+        traced,
+        roles,
+        trainable,
+        outputs=outputs,
+        zero=options.zero or 0,
+        gradient_dtype=gradient_dtype,
+        dtypes=dtypes,
+    )
     values = default_values(compilation, options.batch, options.sequence)
     compilation.example = {symbol: values[name] for name, symbol in traced.sizes.items()}
     compile_trace(compilation, passes)
     if options.before is not None or options.picture:
-        views = before_after(compilation, traced, layer=options.before or "", batch=options.batch, sequence=options.sequence)
+        views = before_after(
+            compilation, traced, layer=options.before or "", batch=options.batch, sequence=options.sequence
+        )
         if options.before is not None:
             print(views)
         if options.picture:
@@ -151,14 +282,23 @@ def _explain(options) -> int:
             print("\n" * (options.before is not None) + f"{views.path}: drawn to {options.picture}")
         return 0
     told = explain(
-        compilation, rows="all" if options.all else "layers", batch=options.batch, sequence=options.sequence, fold=not options.no_fold,
-        timings=options.timings, title=title, stages=stages, micro_batches=options.micro_batches,
-    )  # fmt: skip
+        compilation,
+        rows="all" if options.all else "layers",
+        batch=options.batch,
+        sequence=options.sequence,
+        fold=not options.no_fold,
+        timings=options.timings,
+        title=title,
+        stages=stages,
+        micro_batches=options.micro_batches,
+    )
     print(told.dumps() if options.format == "json" else told)
     if options.timings and options.format == "text":
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform != "darwin" else 2**30
+        )
         print(f"peak memory {peak:.2f} GiB, CPU time {time.process_time():.1f} s")
     return 0
 
@@ -209,7 +349,11 @@ def make_model(options) -> tuple[Any, dict[str, Any] | None, str]:
     overrides = parse_overrides(options.overrides)
     if options.layers is not None:
         overrides["num_hidden_layers"] = options.layers
-    made = _from_factory(options.model, overrides) if ":" in options.model else _from_library(options.model, overrides, options.dtype)
+    made = (
+        _from_factory(options.model, overrides)
+        if ":" in options.model
+        else _from_library(options.model, overrides, options.dtype)
+    )
     model, inputs = made if isinstance(made, tuple) else (made, None)
     model.train(not options.eval)
     return model, inputs, type(model).__name__
@@ -226,16 +370,31 @@ def _from_factory(spec: str, arguments: dict[str, Any]):
         for part in name.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name and (module + ".").startswith(error.name + ".")
-        hint = f"; modules are looked for in the working directory, {os.getcwd()}, and where Python finds its own" if missing else ""
+        missing = (
+            isinstance(error, ModuleNotFoundError)
+            and error.name
+            and (module + ".").startswith(error.name + ".")
+        )
+        hint = (
+            f"; modules are looked for in the working directory, {os.getcwd()}, and where Python finds "
+            "its own"
+            if missing
+            else ""
+        )
         raise ConfigError(f"{spec}: {error}{hint}") from None
     try:
         with torch.device("meta"):
             made = factory(**arguments)
     except Exception as error:
-        raise ConfigError(f"{spec}({', '.join(f'{k}={v!r}' for k, v in arguments.items())}) raised {type(error).__name__}: {_brief(error)}") from error
+        raise ConfigError(
+            f"{spec}({', '.join(f'{k}={v!r}' for k, v in arguments.items())}) raised "
+            f"{type(error).__name__}: {_brief(error)}"
+        ) from error
     if not isinstance(made[0] if isinstance(made, tuple) else made, torch.nn.Module):
-        raise ConfigError(f"{spec} returned a {type(made).__name__}, not a torch.nn.Module (or a tuple of one and a dict of example inputs)")
+        raise ConfigError(
+            f"{spec} returned a {type(made).__name__}, not a torch.nn.Module (or a tuple of one and a "
+            "dict of example inputs)"
+        )
     return made
 
 
@@ -244,13 +403,22 @@ def _from_library(model_type: str, overrides: dict[str, Any], dtype: str):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
     except ImportError:
-        raise ConfigError(f"{model_type!r} is a model type of transformers, which is not installed: pip install 'tedfx[hf]', or pass package.module:factory") from None
+        raise ConfigError(
+            f"{model_type!r} is a model type of transformers, which is not installed: pip install "
+            "'tedfx[hf]', or pass package.module:factory"
+        ) from None
     import torch
 
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), 4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; it is a name such as mixtral, qwen3_moe, deepseek_v3 or llama"
-        raise ConfigError(f"{model_type!r} is not a model type of transformers, nor package.module:factory{hint}")
+        hint = (
+            f"; did you mean {' or '.join(near)}?"
+            if near
+            else "; it is a name such as mixtral, qwen3_moe, deepseek_v3 or llama"
+        )
+        raise ConfigError(
+            f"{model_type!r} is not a model type of transformers, nor package.module:factory{hint}"
+        )
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ConfigError(f"--dtype {dtype!r} is no floating dtype; such as float32 or bfloat16")
@@ -263,7 +431,9 @@ def _from_library(model_type: str, overrides: dict[str, Any], dtype: str):
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=kind)
     except Exception as error:
-        raise ConfigError(f"{model_type} with {overrides or 'its default config'}: {type(error).__name__}: {_brief(error)}") from error
+        raise ConfigError(
+            f"{model_type} with {overrides or 'its default config'}: {type(error).__name__}: {_brief(error)}"
+        ) from error
 
 
 def _brief(error: Exception) -> str:
@@ -276,27 +446,40 @@ def _check_overrides(config, overrides: dict[str, Any], where: str) -> None:
     for key, value in overrides.items():
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), 3)
-            raise ConfigError(f"--set {key}: the config of {where} has no such entry" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+            raise ConfigError(
+                f"--set {key}: the config of {where} has no such entry"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
         default = getattr(config, key, None)
         if isinstance(value, dict) and hasattr(default, "to_dict"):
             _check_overrides(default, value, f"{where}.{key}")
         elif isinstance(default, (bool, int, float)) and value is not None:
-            number = isinstance(value, bool) if isinstance(default, bool) else isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = (
+                isinstance(value, bool)
+                if isinstance(default, bool)
+                else isinstance(value, (int, float)) and not isinstance(value, bool)
+            )
             if not number or (isinstance(default, int) and isinstance(value, float)):
-                raise ConfigError(f"--set {key}={value}: expected a value like {default!r}, which is its default")
+                raise ConfigError(
+                    f"--set {key}={value}: expected a value like {default!r}, which is its default"
+                )
 
 
-# ---- tedfx verify ------------------------------------------------------------------------------------------------------------
+# ---- tedfx verify ------------------------------------------------------------------------------------------
 
 
 def _verify(argv: Sequence[str]) -> int:
-    module = importlib.import_module("tedfx.verification.command")  # only now: it brings process machinery that nothing else needs
-    parser = argparse.ArgumentParser(prog="tedfx verify", description=(module.__doc__ or "").strip().split("\n\n")[0])
+    module = importlib.import_module(
+        "tedfx.verification.command"
+    )  # only now: it brings process machinery that nothing else needs
+    parser = argparse.ArgumentParser(
+        prog="tedfx verify", description=(module.__doc__ or "").strip().split("\n\n")[0]
+    )
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv))
 
 
-# ---- tedfx passes ------------------------------------------------------------------------------------------------------------
+# ---- tedfx passes ------------------------------------------------------------------------------------------
 
 
 def _passes(options) -> int:
@@ -306,7 +489,15 @@ def _passes(options) -> int:
 
     for i, p in enumerate(default_passes(), 1):
         fields = ", ".join(f"{f.name}={getattr(p, f.name)!r}" for f in dataclasses.fields(p))
-        contract = [f"{word} {', '.join(sorted(props))}" for word, props in (("requires", p.requires), ("provides", p.provides), ("conflicts with", p.conflicts)) if props]
+        contract = [
+            f"{word} {', '.join(sorted(props))}"
+            for word, props in (
+                ("requires", p.requires),
+                ("provides", p.provides),
+                ("conflicts with", p.conflicts),
+            )
+            if props
+        ]
         first = _summary(type(p))
         print(f"{i:>2}  {p.name}" + (f"   options: {fields}" if fields else ""))
         for line in textwrap.wrap(" ".join(first.split()), 110):
@@ -317,7 +508,8 @@ def _passes(options) -> int:
 
 
 def _summary(kind: type) -> str:
-    """The first paragraph of a pass's docstring, or of its module's where it refers to that: whole sentences."""
+    """The first paragraph of a pass's docstring, or of its module's where it refers to that: whole
+    sentences."""
     text = (kind.__doc__ or "").strip()
     if text.startswith("See the module"):
         text = (sys.modules[kind.__module__].__doc__ or "").strip()

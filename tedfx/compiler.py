@@ -9,12 +9,9 @@ import torch
 from torch import fx, nn
 
 from tedfx._torch import pytree
-from tedfx.state.buckets import BUCKET_BYTES
-from tedfx.trace.call_check import CallRules
 from tedfx.checking.full import check_level
-from tedfx.placement.derived import solve, symbol_of
 from tedfx.errors import ConfigError
-from tedfx.placement.factors import Factor, as_size
+from tedfx.graph.signature import flatten
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, run_pipeline
 from tedfx.passes.batch_collectives import BatchCollectives
@@ -37,35 +34,54 @@ from tedfx.passes.sequence_parallel import SequenceParallel
 from tedfx.passes.shard import ShardExperts, ShardTensors
 from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.passes.split_losses import SplitLosses
+from tedfx.placement.derived import solve, symbol_of
+from tedfx.placement.factors import Factor, as_size
 from tedfx.placement.plan import Plan
 from tedfx.placement.roles import Roles
-from tedfx.graph.signature import flatten
+from tedfx.state.buckets import BUCKET_BYTES
+from tedfx.trace.call_check import CallRules
 from tedfx.trace.export import Trace
-
 
 CAPACITIES = ("global", "local")
 
 
 def default_passes(
-    *, dedup: bool = True, sequence_parallel: bool = True, algebra: bool = True, checkpoint: str = "none", capacity: str = "global", zero: int = 0,
-    gather_bytes: int | None = None, check: str = "full",
+    *,
+    dedup: bool = True,
+    sequence_parallel: bool = True,
+    algebra: bool = True,
+    checkpoint: str = "none",
+    capacity: str = "global",
+    zero: int = 0,
+    gather_bytes: int | None = None,
+    check: str = "full",
 ) -> list[Pass]:
     """The passes of `parallelize`, in order.
 
     sequence_parallel  tokens stay cut over the tensor axes between tensor-parallel regions.
-    dedup              no row is sent to experts twice because two ranks hold its token; without effect where the tokens are cut already.
-    algebra            sums late, together and once; gathers late (`tedfx.passes.collective_algebra`). Off: DeepSpeed-TED's own order, to be looked at and counted.
+    dedup              no row is sent to experts twice because two ranks hold its token; without effect where
+                       the tokens are cut already.
+    algebra            sums late, together and once; gathers late (`tedfx.passes.collective_algebra`). Off:
+                       DeepSpeed-TED's own order, to be looked at and counted.
     checkpoint         a policy of `tedfx.passes.checkpoint`; ConfigError for one that does not exist.
-    capacity           whose tokens a capacity counts: "global", those of the global batch; "local", those of a batch coordinate, each by itself. ConfigError for
-                       anything else.
-    zero               the stage of ZeRO; as far as the graph goes, 3 gathers parameters where layers use them.
-    gather_bytes       with zero=3: whole parameters that one gather makes, see `tedfx.passes.gather_parameters`. ConfigError without it.
-    check              how the captured graph is compared with the model: "full", "forward" or "none" (`tedfx.passes.check_capture`). ConfigError for anything else.
+    capacity           whose tokens a capacity counts: "global", those of the global batch; "local", those of
+                       a batch coordinate, each by itself. ConfigError for anything else.
+    zero               the stage of ZeRO; as far as the graph goes, 3 gathers parameters where layers use
+                       them.
+    gather_bytes       with zero=3: whole parameters that one gather makes, see
+                       `tedfx.passes.gather_parameters`. ConfigError without it.
+    check              how the captured graph is compared with the model: "full", "forward" or "none"
+                       (`tedfx.passes.check_capture`). ConfigError for anything else.
     """
     if capacity not in CAPACITIES:
         raise ConfigError(f"capacity={capacity!r}: one of {', '.join(CAPACITIES)}")
-    if gather_bytes is not None and (zero != 3 or isinstance(gather_bytes, bool) or not isinstance(gather_bytes, int) or gather_bytes < 1):
-        raise ConfigError(f"gather_bytes={gather_bytes!r} with zero={zero}: a whole number of bytes, at least 1, and only with zero=3")
+    if gather_bytes is not None and (
+        zero != 3 or isinstance(gather_bytes, bool) or not isinstance(gather_bytes, int) or gather_bytes < 1
+    ):
+        raise ConfigError(
+            f"gather_bytes={gather_bytes!r} with zero={zero}: a whole number of bytes, at least 1, and "
+            "only with zero=3"
+        )
     return [
         Functionalize(),
         SimplifyMasks(),
@@ -92,21 +108,30 @@ def default_passes(
 
 
 def pipeline(passes: Sequence[Pass] | None, roles: Roles, compile: Any = False, **options) -> list[Pass]:
-    """`passes`, or `default_passes` with those options that are not None. ConfigError where both are given, or an option cannot hold on this mesh.
+    """`passes`, or `default_passes` with those options that are not None. ConfigError where both are given,
+    or an option cannot hold on this mesh.
 
     What is to be compiled decides once, see `Checkpoint`.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if passes is not None and given:
         (name, *_) = given
-        raise ConfigError(f"passes= and {name}= together: the passes say it themselves; give passes=tedfx.default_passes({name}={given[name]!r}, ..) or leave one out")
+        raise ConfigError(
+            f"passes= and {name}= together: the passes say it themselves; give "
+            f"passes=tedfx.default_passes({name}={given[name]!r}, ..) or leave one out"
+        )
     if given.get("sequence_parallel") and not roles.mesh.wide(roles.tensor):
-        raise ConfigError(f"sequence_parallel=True needs a tensor axis larger than 1, and mesh {roles.mesh} has none; leave it out")
+        raise ConfigError(
+            f"sequence_parallel=True needs a tensor axis larger than 1, and mesh {roles.mesh} has none; "
+            "leave it out"
+        )
     stage = given.get("zero", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero={stage!r}: a stage of ZeRO is 0, 1, 2 or 3")
     if stage and not roles.mesh.wide(roles.batch):
-        raise ConfigError(f"zero={stage} needs a data axis larger than 1, and mesh {roles.mesh} has none; leave it out")
+        raise ConfigError(
+            f"zero={stage} needs a data axis larger than 1, and mesh {roles.mesh} has none; leave it out"
+        )
     made = list(default_passes(**given) if passes is None else passes)
     compiled = {Checkpoint: {"decide_again": False}, GatherParameters: {"compiled": True}} if compile else {}
     return [replace(p, **compiled.get(type(p), {})) for p in made]
@@ -127,8 +152,10 @@ class Compilation:
     bucket_bytes   gradients that are summed together
     pieces         factors of inputs that an op refined, and the op's line
     gradient_dtype what they are summed in, by default each parameter's dtype
-    row_numbers    factor of routed rows -> their numbers, where something draws for each row (`passes/row_numbers.py`)
-    model          the user's module, for `check_capture`, which lets go of it; None where there are no weights
+    row_numbers    factor of routed rows -> their numbers, where something draws for each row
+                   (`passes/row_numbers.py`)
+    model          the user's module, for `check_capture`, which lets go of it; None where there are no
+                   weights
     dtypes         the dtype of each of its parameters as traced; empty: the model's own
     call           what a call must satisfy by itself
     """
@@ -161,7 +188,10 @@ class Compilation:
         """Work on a copy: one trace serves any number of meshes."""
         self.call = CallRules(self.trace, self.roles.mesh.size(self.roles.batch))
         source = self.trace.graph_module
-        self.trained, self.untrained = ({name for p, name in self.trace.parameters.items() if (p in self.trainable) is which} for which in (True, False))
+        self.trained, self.untrained = (
+            {name for p, name in self.trace.parameters.items() if (p in self.trainable) is which}
+            for which in (True, False)
+        )
         graph = fx.Graph()
         result = graph.graph_copy(source.graph, {})
         old = next(iter(source.graph.find_nodes(op="output")))
@@ -171,7 +201,12 @@ class Compilation:
         new.args = (tuple(self._keep(new.args[0])),)
         graph.eliminate_dead_code()
         self.graph_module = fx.GraphModule(source, graph)
-        self.trace = replace(self.trace, graph_module=self.graph_module, mutated_buffers=list(self.trace.mutated_buffers), limits=self.call.limits)
+        self.trace = replace(
+            self.trace,
+            graph_module=self.graph_module,
+            mutated_buffers=list(self.trace.mutated_buffers),
+            limits=self.call.limits,
+        )
 
     def _name_outputs(self) -> list[str]:
         """A name per leaf of the model's output: ``loss``, ``logits``, ``router_logits[0]``."""
@@ -190,7 +225,9 @@ class Compilation:
         base = [n.split("[")[0] for n in self.output_names]
         for name in self.outputs:
             if name not in base:
-                raise ConfigError(f"outputs={self.outputs!r}: the model's outputs are {', '.join(dict.fromkeys(base))}")
+                raise ConfigError(
+                    f"outputs={self.outputs!r}: the model's outputs are {', '.join(dict.fromkeys(base))}"
+                )
         lead = len(values) - len(base)
         return [v if i < lead or base[i - lead] in self.outputs else None for i, v in enumerate(values)]
 
@@ -203,7 +240,8 @@ class Compilation:
 
     @property
     def hints(self) -> dict:
-        """A nominal value per size symbol, for comparing sizes: not the example's, so that the plan is the same for every call signature."""
+        """A nominal value per size symbol, for comparing sizes: not the example's, so that the plan is the
+        same for every call signature."""
         found = {}
         for node in self.trace.graph_module.graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")

@@ -1,4 +1,5 @@
-"""What a dtype says of a value: whether it has a gradient, how precise it is, and a complex value as a real one."""
+"""What a dtype says of a value: whether it has a gradient, how precise it is, and a complex value as a real
+one."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def widest(x: Tensor) -> Tensor:
 
 
 def as_real(x: Tensor) -> Tensor:
-    """What goes through a buffer of plain numbers: pending conjugations and negations carried out, complex[..] seen as real[.., 2]. Others as they are.
+    """What goes through a buffer of plain numbers: pending conjugations and negations carried out,
+    complex[..] seen as real[.., 2]. Others as they are.
 
     `torch.view_as_complex` is the way back.
     """
@@ -33,7 +35,8 @@ def as_real(x: Tensor) -> Tensor:
 
 
 def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module.to(dtype)` that leaves complex tensors complex, of that precision where there is one: torch's own makes real ones of them."""
+    """`module.to(dtype)` that leaves complex tensors complex, of that precision where there is one: torch's
+    own makes real ones of them."""
     kept = {}
     for owner in module.modules():
         for table in (owner._parameters, owner._buffers):
@@ -43,7 +46,9 @@ def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
                     table[name] = None
     module.to(dtype)
     for tensor, places in kept.values():
-        tensor.data = tensor.data.to(dtype.to_complex() if dtype in (torch.float32, torch.float64) else tensor.dtype)
+        tensor.data = tensor.data.to(
+            dtype.to_complex() if dtype in (torch.float32, torch.float64) else tensor.dtype
+        )
         for table, name in places:
             table[name] = tensor
     return module

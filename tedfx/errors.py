@@ -13,7 +13,17 @@ import warnings
 
 import torch.distributed as dist
 
-__all__ = ["CallError", "CaptureError", "ConfigError", "ContractError", "TedfxError", "TraceError", "TypeCheckError", "user_line", "warn"]
+__all__ = [
+    "CallError",
+    "CaptureError",
+    "ConfigError",
+    "ContractError",
+    "TedfxError",
+    "TraceError",
+    "TypeCheckError",
+    "user_line",
+    "warn",
+]
 
 
 class TedfxError(Exception):
@@ -55,8 +65,13 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 @functools.cache
 def _machinery() -> tuple[str, ...]:
-    """Where the code of torch and of tedfx lies: by the packages' own places, since a user's folder may have any name."""
-    places = [spec.submodule_search_locations for name in ("torch", "tedfx", "tedfx.passes") if (spec := importlib.util.find_spec(name))]
+    """Where the code of torch and of tedfx lies: by the packages' own places, since a user's folder may have
+    any name."""
+    places = [
+        spec.submodule_search_locations
+        for name in ("torch", "tedfx", "tedfx.passes")
+        if (spec := importlib.util.find_spec(name))
+    ]
     return tuple(os.path.join(place, "") for group in places for place in group)
 
 
@@ -82,7 +97,8 @@ def is_installed(filename: str) -> bool:
 
 
 def model_frames(frames: list, above: str) -> list:
-    """Of the frames of a call, those of the model: below the last one of the file `above`, in the user's own code or in a package that has a `forward` among them.
+    """Of the frames of a call, those of the model: below the last one of the file `above`, in the user's own
+    code or in a package that has a `forward` among them.
 
     So a helper of the model is its own line, and a library that it calls is the line of the call.
     """

@@ -1,4 +1,5 @@
-"""For the whole suite: one thread per process (the ranks share the cores), no network, and the session's rank processes."""
+"""For the whole suite: one thread per process (the ranks share the cores), no network, and the session's rank
+processes."""
 
 import os
 

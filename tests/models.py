@@ -1,4 +1,5 @@
-"""Tiny models with random weights, one factory per family. `MODELS[name](**config_overrides)` is a model in float32."""
+"""Tiny models with random weights, one factory per family. `MODELS[name](**config_overrides)` is a model in
+float32."""
 
 from __future__ import annotations
 
@@ -35,17 +36,26 @@ def mixtral(**o):
 
 def qwen3_moe(**o):
     d = dict(
-        intermediate_size=48, moe_intermediate_size=24, head_dim=8, num_experts=8, num_experts_per_tok=2,
-        norm_topk_prob=True, output_router_logits=True,
-    )  # fmt: skip
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        output_router_logits=True,
+    )
     return _make(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig, d, o)
 
 
 def qwen2_moe(**o):
     d = dict(
-        intermediate_size=48, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_experts=4,
-        num_experts_per_tok=2, output_router_logits=True,
-    )  # fmt: skip
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        num_experts=4,
+        num_experts_per_tok=2,
+        output_router_logits=True,
+    )
     return _make(tf.Qwen2MoeForCausalLM, tf.Qwen2MoeConfig, d, o)
 
 
@@ -56,18 +66,33 @@ def olmoe(**o):
 
 def deepseek_v3(**o):
     d = dict(
-        intermediate_size=48, moe_intermediate_size=24, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1,
-        num_experts_per_tok=2, n_group=4, topk_group=2, first_k_dense_replace=1, q_lora_rank=20, kv_lora_rank=16,
-        qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10,
-    )  # fmt: skip
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_key_value_heads=4,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        q_lora_rank=20,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=12,
+        v_head_dim=10,
+    )
     return _make(tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config, d, o)
 
 
 def gpt_oss(**o):
     d = dict(
-        intermediate_size=24, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
+        intermediate_size=24,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=6,
         output_router_logits=True,
-    )  # fmt: skip
+    )
     return _make(tf.GptOssForCausalLM, tf.GptOssConfig, d, o)
 
 

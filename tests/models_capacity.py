@@ -1,7 +1,8 @@
-"""Mixtures with a capacity, written as the papers and the libraries of their time write them: masks, positions by cumsum, einsums with one-hot tensors.
+"""Mixtures with a capacity, written as the papers and the libraries of their time write them: masks,
+positions by cumsum, einsums with one-hot tensors.
 
-`CAPACITY[name](**config)` is a small causal language model as those of `tests/models_plain.py`, its mixtures replaced. Capacities are small: tokens are dropped.
-`capacity_factor` scales them.
+`CAPACITY[name](**config)` is a small causal language model as those of `tests/models_plain.py`, its mixtures
+replaced. Capacities are small: tokens are dropped. `capacity_factor` scales them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ class Switch(Stacks):
         expert_mask_flat = expert_mask.sum(-1)
         expert_gate = expert_gate * expert_mask_flat
         in_expert = F.one_hot((position * expert_mask).sum(-1), capacity)
-        combine = expert_gate[:, None, None] * expert_mask_flat[:, None, None] * F.one_hot(expert_index, self.c.experts)[:, :, None] * in_expert[:, None, :]
+        combine = (
+            expert_gate[:, None, None]
+            * expert_mask_flat[:, None, None]
+            * F.one_hot(expert_index, self.c.experts)[:, :, None]
+            * in_expert[:, None, :]
+        )
         dispatch = combine.bool().to(x.dtype)
         inputs = einsum("nec,nh->ech", dispatch, x)
         inner = F.relu(torch.bmm(inputs, self.up) + self.up_bias[:, None])
@@ -60,7 +66,8 @@ class Switch(Stacks):
 
 
 def top2gating(logits, capacity: int):
-    """Of DeepSpeed, whose lines follow GShard's algorithm 1: (aux loss, combine weights [s,e,c], dispatch mask)."""
+    """Of DeepSpeed, whose lines follow GShard's algorithm 1: (aux loss, combine weights [s,e,c], dispatch
+    mask)."""
     gates = F.softmax(logits, dim=1)
     num_experts = gates.shape[1]
     indices1_s = torch.argmax(gates, dim=1)
@@ -110,7 +117,8 @@ class GShard(Stacks):
 
 
 class Grouped(Stacks):
-    """A sequence is a group with a capacity of its own; masks by comparison; positions beyond it have no slot at all."""
+    """A sequence is a group with a capacity of its own; masks by comparison; positions beyond it have no slot
+    at all."""
 
     def forward(self, x):
         capacity = max(int(self.capacity_factor * x.shape[1] // self.c.experts), 1)
@@ -126,11 +134,15 @@ class Grouped(Stacks):
         weights = 0
         for gate, mask, place in ((gate1, mask1, place1), (gate2, mask2, place2)):
             slot = (place * mask).sum(-1, keepdim=True) == slots  # g s c
-            weights = weights + einsum("gs,gse,gsc->gsec", gate / (gate1 + gate2), mask.to(gate.dtype), slot.to(gate.dtype))
+            weights = weights + einsum(
+                "gs,gse,gsc->gsec", gate / (gate1 + gate2), mask.to(gate.dtype), slot.to(gate.dtype)
+            )
         inputs = einsum("gsec,gsm->egcm", (weights > 0).to(x.dtype), x)
         hidden = F.silu(einsum("egcm,emf->egcf", inputs, self.up) + self.up_bias[:, None, None])
         outputs = einsum("egcf,efm->egcm", hidden, self.down) + self.down_bias.unsqueeze(1)
-        return einsum("gsec,egcm->gsm", weights, outputs), (mask1.to(probs.dtype).mean((0, 1)) * probs.mean((0, 1))).sum()
+        return einsum("gsec,egcm->gsm", weights, outputs), (
+            mask1.to(probs.dtype).mean((0, 1)) * probs.mean((0, 1))
+        ).sum()
 
 
 class Modules(Stacks):
@@ -145,11 +157,14 @@ class Modules(Stacks):
         aux, combine_weights, dispatch_mask = top2gating(self.router(flat), capacity)
         inputs = einsum("sec,sm->ecm", dispatch_mask.type_as(flat), flat)
         outputs = [expert(chunk) for expert, chunk in zip(self.experts, inputs.chunk(self.c.experts, dim=0))]
-        return einsum("sec,ecm->sm", combine_weights.type_as(flat), torch.cat(outputs, dim=0)).reshape(x.shape), aux
+        return einsum("sec,ecm->sm", combine_weights.type_as(flat), torch.cat(outputs, dim=0)).reshape(
+            x.shape
+        ), aux
 
 
 class Ranked(Stacks):
-    """Top-k; one running sum over (choice, token); matrix products in place of einsums; experts in a loop over slices."""
+    """Top-k; one running sum over (choice, token); matrix products in place of einsums; experts in a loop
+    over slices."""
 
     def forward(self, x):
         batch, length, hidden = x.shape
@@ -158,7 +173,9 @@ class Ranked(Stacks):
         capacity += capacity % 2
         logits = self.router(x)
         top, ids = logits.topk(k, dim=-1)
-        probs = torch.full_like(logits, float("-inf")).scatter_(-1, ids, top).softmax(-1).view(tokens, experts)
+        probs = (
+            torch.full_like(logits, float("-inf")).scatter_(-1, ids, top).softmax(-1).view(tokens, experts)
+        )
         mask = F.one_hot(ids, experts).view(tokens, k, experts).permute(1, 0, 2)
         rank = (mask.reshape(k * tokens, experts).cumsum(dim=0) - 1).reshape(k, tokens, experts)
         mask = mask * torch.lt(rank, capacity)
@@ -177,7 +194,8 @@ class Ranked(Stacks):
 
 
 class Top1(Stacks):
-    """Top-1 in three ways to say who is kept: below, `dispatch` makes [n,e,c] of the mask and the chosen expert's score."""
+    """Top-1 in three ways to say who is kept: below, `dispatch` makes [n,e,c] of the mask and the chosen
+    expert's score."""
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
@@ -187,7 +205,9 @@ class Top1(Stacks):
         mask = F.one_hot(index, self.c.experts)
         dispatch = self.dispatch(mask, capacity).to(x.dtype)
         inputs = einsum("nh,nec->ech", flat, dispatch)
-        outputs = torch.bmm(F.relu(torch.bmm(inputs, self.up) + self.up_bias[:, None]), self.down) + self.down_bias
+        outputs = (
+            torch.bmm(F.relu(torch.bmm(inputs, self.up) + self.up_bias[:, None]), self.down) + self.down_bias
+        )
         y = einsum("ech,nec->nh", outputs, dispatch * gate[:, None, None])
         return y.reshape(x.shape), self.c.experts * (mask.to(probs.dtype).mean(0) * probs.mean(0)).sum()
 
@@ -196,7 +216,8 @@ class Top1(Stacks):
 
 
 class Signed(Top1):
-    """A place is -1 at the experts that were not chosen, and who has a place from 0 to the capacity is kept."""
+    """A place is -1 at the experts that were not chosen, and who has a place from 0 to the capacity is
+    kept."""
 
     def dispatch(self, mask, capacity):
         place = mask.cumsum(0) * mask - 1
@@ -231,8 +252,26 @@ class Selected(Top1):
         return einsum("se,sc->sec", mask, slot)
 
 
-LAYERS = {"switch": Switch, "gshard": GShard, "grouped": Grouped, "modules": Modules, "ranked": Ranked, "signed": Signed, "compared": Compared, "selected": Selected}
-FACTORS = {"switch": 1.25, "gshard": 0.6, "grouped": 0.75, "modules": 0.6, "ranked": 0.7, "signed": 1.25, "compared": 1.25, "selected": 1.25}
+LAYERS = {
+    "switch": Switch,
+    "gshard": GShard,
+    "grouped": Grouped,
+    "modules": Modules,
+    "ranked": Ranked,
+    "signed": Signed,
+    "compared": Compared,
+    "selected": Selected,
+}
+FACTORS = {
+    "switch": 1.25,
+    "gshard": 0.6,
+    "grouped": 0.75,
+    "modules": 0.6,
+    "ranked": 0.7,
+    "signed": 1.25,
+    "compared": 1.25,
+    "selected": 1.25,
+}
 
 
 def make(layer: str, capacity_factor: float | None = None, **config):

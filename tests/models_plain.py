@@ -1,7 +1,8 @@
-"""Tiny mixture-of-experts language models in plain PyTorch, the way people write them by hand. No library behind them.
+"""Tiny mixture-of-experts language models in plain PyTorch, the way people write them by hand. No library
+behind them.
 
-`PLAIN[name](**config)` is a model with random weights from a fixed seed; the names say how the mixture is written. `forward(input_ids, labels=None)`
-gives an `Output` with loss and logits.
+`PLAIN[name](**config)` is a model with random weights from a fixed seed; the names say how the mixture is
+written. `forward(input_ids, labels=None)` gives an `Output` with loss and logits.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ EXPERTS = {"swiglu": SwiGLU, "gelu": GELU, "normed": NormedGLU}
 
 
 class MoE(nn.Module):
-    """Router, top-k weights that sum to one, Switch's balance loss; `mixture` is what the subclasses write differently."""
+    """Router, top-k weights that sum to one, Switch's balance loss; `mixture` is what the subclasses write
+    differently."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -103,7 +105,9 @@ class MoE(nn.Module):
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
         probs = self.router(flat).softmax(-1)
-        if self.c.balanced:  # experts that were chosen often are chosen less; the count is advanced by every forward
+        if (
+            self.c.balanced
+        ):  # experts that were chosen often are chosen less; the count is advanced by every forward
             ids = (probs - 0.001 * self.load).topk(self.c.top_k, dim=-1).indices
             w = probs.gather(1, ids)
             self.load.add_(F.one_hot(ids, self.c.experts).sum((0, 1)).to(self.load.dtype))
@@ -226,7 +230,10 @@ class Sum(MoE):
     """A sum over a generator; masked_fill."""
 
     def mixture(self, x, probs, w, ids):
-        return sum(expert(x) * w.masked_fill(ids != e, 0).sum(1, keepdim=True) for e, expert in enumerate(self.experts))
+        return sum(
+            expert(x) * w.masked_fill(ids != e, 0).sum(1, keepdim=True)
+            for e, expert in enumerate(self.experts)
+        )
 
 
 class Stacked(MoE):
@@ -295,8 +302,12 @@ class EarlyWeight(MoE):
     """The weight meets the rows before the last linear, which commutes; unweighted outside."""
 
     def make_experts(self):
-        self.up = nn.ModuleList(nn.Linear(self.c.hidden_size, self.c.inner_size) for _ in range(self.c.experts))
-        self.down = nn.ModuleList(nn.Linear(self.c.inner_size, self.c.hidden_size, bias=False) for _ in range(self.c.experts))
+        self.up = nn.ModuleList(
+            nn.Linear(self.c.hidden_size, self.c.inner_size) for _ in range(self.c.experts)
+        )
+        self.down = nn.ModuleList(
+            nn.Linear(self.c.inner_size, self.c.hidden_size, bias=False) for _ in range(self.c.experts)
+        )
 
     def mixture(self, x, probs, w, ids):
         out = torch.zeros_like(x)
@@ -308,21 +319,38 @@ class EarlyWeight(MoE):
 
 
 MOES = {
-    "index_add": IndexAdd, "index_add_test": IndexAddTest, "nonzero": Nonzero, "setitem": SetItem, "one_hot": OneHot, "boolean": BooleanMask,
-    "score_column": ScoreColumn, "masked_add": MaskedAdd, "gate_column": GateColumn, "sum": Sum, "stacked": Stacked, "unflattened": Unflattened,
-    "unflattened_mask": UnflattenedMask, "top_one": TopOne, "early_weight": EarlyWeight,
-}  # fmt: skip
+    "index_add": IndexAdd,
+    "index_add_test": IndexAddTest,
+    "nonzero": Nonzero,
+    "setitem": SetItem,
+    "one_hot": OneHot,
+    "boolean": BooleanMask,
+    "score_column": ScoreColumn,
+    "masked_add": MaskedAdd,
+    "gate_column": GateColumn,
+    "sum": Sum,
+    "stacked": Stacked,
+    "unflattened": Unflattened,
+    "unflattened_mask": UnflattenedMask,
+    "top_one": TopOne,
+    "early_weight": EarlyWeight,
+}
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads = c.heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(c.hidden_size, c.hidden_size, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(c.hidden_size, c.hidden_size, bias=False) for _ in range(4)
+        )
 
     def forward(self, x):
         batch, length, hidden = x.shape
-        q, k, v = (p(x).view(batch, length, self.heads, hidden // self.heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).view(batch, length, self.heads, hidden // self.heads).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, hidden))
 

@@ -1,13 +1,16 @@
 """A pool of gloo rank processes that every test of this repository can share.
 
-Starting eight interpreters and importing torch costs seconds; the ranks of a pool are forked once from a server that
-has torch loaded and stay for the whole test session. A test hands `pool.run(fn, *args)` a top-level function: it runs
-on every rank inside one default gloo group, and the results come back as a list by rank.
+Starting eight interpreters and importing torch costs seconds; the ranks of a pool are forked once from a
+server that has torch loaded and stay for the whole test session. A test hands `pool.run(fn, *args)` a
+top-level function: it runs on every rank inside one default gloo group, and the results come back as a list
+by rank.
 
-An exception on any rank is raised in the test with that rank's traceback. Its siblings may hang in a collective, so
-the pool is killed and the next `run` starts a fresh one; the same happens when a call exceeds its timeout.
+An exception on any rank is raised in the test with that rank's traceback. Its siblings may hang in a
+collective, so the pool is killed and the next `run` starts a fresh one; the same happens when a call exceeds
+its timeout.
 
-Inside a rank, `context(shape, names, groups)` gives the `RankContext` of a mesh of that shape, made once per pool.
+Inside a rank, `context(shape, names, groups)` gives the `RankContext` of a mesh of that shape, made once per
+pool.
 """
 
 import atexit
@@ -50,8 +53,8 @@ class RankPool:
     def run(self, fn: Callable, *args, timeout: float = DEFAULT_TIMEOUT) -> list:
         """Call fn(*args) on every rank; the list of what the ranks return.
 
-        fn is importable by name. Arguments and results are pickled by value. Raises RankError with the first failing
-        rank's traceback, or TimeoutError when some rank is not done after `timeout` seconds.
+        fn is importable by name. Arguments and results are pickled by value. Raises RankError with the first
+        failing rank's traceback, or TimeoutError when some rank is not done after `timeout` seconds.
         """
         if not self._ranks:
             self._launch()
@@ -68,11 +71,15 @@ class RankPool:
         if failed is not None:
             self.close()
             # A rank whose neighbour died reports a broken connection: the first to fail has the cause.
-            raise RankError(f"rank {failed} of {self.world} failed in {fn.__qualname__}\n{answers[failed][1]}")
+            raise RankError(
+                f"rank {failed} of {self.world} failed in {fn.__qualname__}\n{answers[failed][1]}"
+            )
         if len(answers) < self.world:
             missing = sorted(set(range(self.world)) - set(answers))
             self.close()
-            raise TimeoutError(f"ranks {missing} of {self.world} not done with {fn.__qualname__} after {timeout} s")
+            raise TimeoutError(
+                f"ranks {missing} of {self.world} not done with {fn.__qualname__} after {timeout} s"
+            )
         return [pickle.loads(answers[rank][1]) for rank in range(self.world)]
 
     def close(self) -> None:
@@ -129,7 +136,7 @@ def ranks():
     close_all()
 
 
-# ---- inside a rank ------------------------------------------------------------------------------------------------
+# ---- inside a rank -----------------------------------------------------------------------------------------
 
 
 def _serve(rank: int, world: int, store: str, pipe) -> None:
@@ -139,7 +146,11 @@ def _serve(rank: int, world: int, store: str, pipe) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=600)
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=600),
     )
     while True:
         try:
@@ -162,7 +173,8 @@ _CONTEXTS: dict[tuple, Any] = {}
 
 
 def context(shape: tuple[int, ...], names: tuple[str, ...], groups: tuple[tuple[str, ...], ...] = ()):
-    """The RankContext of a CPU mesh of this shape, cached per rank, with these groups. Collective like its parts."""
+    """The RankContext of a CPU mesh of this shape, cached per rank, with these groups. Collective like its
+    parts."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from tedfx.ops.context import RankContext

@@ -1,18 +1,44 @@
-"""The rooms of tedfx/ and what each may import: the rooms above it in this list, `tedfx.ops`, and the files at the root
-that know no room. docs/design.md says what is in a room."""
+"""The rooms of tedfx/ and what each may import: the rooms above it in this list, `tedfx.ops`, and the files
+at the root that know no room. docs/design.md says what is in a room."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
-    "errors", "dtypes", "_torch", "_transformers", "_version",  # files that any room may import
-    "ops", "graph", "ranks", "frontends", "placement", "trace", "rules", "decisions", "state", "analysis",
-    "checking", "capture", "passes", "runtime", "saving", "optim", "compiler", "api", "report", "verification", "cli",
+    "errors",
+    "dtypes",
+    "_torch",
+    "_transformers",
+    "_version",  # files that any room may import
+    "ops",
+    "graph",
+    "ranks",
+    "frontends",
+    "placement",
+    "trace",
+    "rules",
+    "decisions",
+    "state",
+    "analysis",
+    "checking",
+    "capture",
+    "passes",
+    "runtime",
+    "saving",
+    "optim",
+    "compiler",
+    "api",
+    "report",
+    "verification",
+    "cli",
 ]
 # Imports inside of functions that go down the list, and why.
 DOWN = {
-    ("rules.functions", "decisions.decide"): "the rule of a Function decides over its body, which is a graph itself",
+    (
+        "rules.functions",
+        "decisions.decide",
+    ): "the rule of a Function decides over its body, which is a graph itself",
     ("runtime.module", "report.explanation"): "pm.explain()",
     ("verification.command", "cli"): "options that all commands have are parsed in one place",
 }
@@ -35,7 +61,10 @@ def _imports(file):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tedfx":
             for alias in node.names:
                 full = f"{node.module}.{alias.name}".removeprefix("tedfx.")
-                yield full if full in MODULES else node.module.removeprefix("tedfx").lstrip("."), not node.col_offset
+                yield (
+                    full if full in MODULES else node.module.removeprefix("tedfx").lstrip("."),
+                    not node.col_offset,
+                )
         elif isinstance(node, ast.Import):
             yield from (
                 (a.name.removeprefix("tedfx."), not node.col_offset)

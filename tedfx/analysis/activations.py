@@ -1,12 +1,13 @@
 """What autograd keeps of a local graph between forward and backward, and what its nodes cost to run again.
 
-`saved(node)` says which values the backward of an op reads, from a table by op. `Ledger` adds their bytes up: a value that several
-ops read counts once, a view counts as the tensor it looks into, parameters and inputs of the graph count nothing (they are there
-anyway, or are gathered again). Of a region that is recomputed, its inputs are kept instead of what its nodes save.
+`saved(node)` says which values the backward of an op reads, from a table by op. `Ledger` adds their bytes up:
+a value that several ops read counts once, a view counts as the tensor it looks into, parameters and inputs of
+the graph count nothing (they are there anyway, or are gathered again). Of a region that is recomputed, its
+inputs are kept instead of what its nodes save.
 
-Sizes are one rank's. Rows after routing are counted as if the router spread its choices evenly; index vectors of such rows that no
-rule gave a shape are left out, and so is what a fallback of a fused kernel keeps beyond the kernel itself. An op that is not in the
-table is taken to keep its operands and its result.
+Sizes are one rank's. Rows after routing are counted as if the router spread its choices evenly; index vectors
+of such rows that no rule gave a shape are left out, and so is what a fallback of a fused kernel keeps beyond
+the kernel itself. An op that is not in the table is taken to keep its operands and its result.
 """
 
 from __future__ import annotations
@@ -22,24 +23,49 @@ from torch import fx
 from tedfx.rules.base import op_name
 
 _VIEWS = frozenset(
-    """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose t permute movedim swapaxes expand broadcast_to
-    slice select narrow alias detach chunk split split_with_sizes unbind contiguous sum_gradient""".split()
+    """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose t permute movedim
+    swapaxes expand broadcast_to     slice select narrow alias detach chunk split
+    split_with_sizes unbind contiguous sum_gradient""".split()
 )
 _COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
 _NOTHING = _VIEWS | frozenset(
-    """add sub rsub neg sum mean cat stack to _to_copy type_as clone pad roll flip repeat tril triu cumsum cumsum_batched getitem mul_size
-    all_reduce all_reduce_batched all_gather reduce_scatter shard partial all_to_all_single gather_lanes scatter_lanes local_counts
-    send_slots return_slots gather_slots scatter_slots slot_rows route_slots axis_offset lift_fresh_copy gather_parameters""".split()
+    """add sub rsub neg sum mean cat stack to _to_copy type_as clone pad roll flip repeat tril triu
+    cumsum cumsum_batched getitem mul_size     all_reduce all_reduce_batched all_gather
+    reduce_scatter shard partial all_to_all_single gather_lanes scatter_lanes local_counts
+    send_slots return_slots gather_slots scatter_slots slot_rows route_slots axis_offset
+    lift_fresh_copy gather_parameters""".split()
 )
-_RESULT = frozenset("exp sigmoid tanh softmax _softmax log_softmax _log_softmax sqrt rsqrt reciprocal relu".split())
-_OPERAND = frozenset("silu gelu pow square log log1p sin cos abs erf leaky_relu elu softplus clamp clamp_min clamp_max hardswish mish".split())
+_RESULT = frozenset(
+    "exp sigmoid tanh softmax _softmax log_softmax _log_softmax sqrt rsqrt reciprocal relu".split()
+)
+_OPERAND = frozenset(
+    "silu gelu pow square log log1p sin cos abs erf leaky_relu elu softplus clamp clamp_min clamp_max "
+    "hardswish mish".split()
+)
 _PRODUCTS = frozenset("mul linear matmul mm bmm addmm baddbmm einsum".split())
 # Ops whose backward reads one operand that says where: its position.
 _WHERE = {
-    "gather": 2, "index_select": 2, "embedding": 1, "index": 1, "masked_fill": 1, "where": 0, "scatter": 2, "scatter_add": 2,
-    "permute_rows": 1, "fill_slots": 1, "index_rows": 1, "unindex_rows": 1, "pick_rows": 1, "spread_lanes": 1, "expert_rows": 1, "vocab_parallel_embedding": 1,
-}  # fmt: skip
-CONTRACTIONS = frozenset("linear matmul mm bmm addmm baddbmm einsum grouped_linear slot_linear scaled_dot_product_attention".split())
+    "gather": 2,
+    "index_select": 2,
+    "embedding": 1,
+    "index": 1,
+    "masked_fill": 1,
+    "where": 0,
+    "scatter": 2,
+    "scatter_add": 2,
+    "permute_rows": 1,
+    "fill_slots": 1,
+    "index_rows": 1,
+    "unindex_rows": 1,
+    "pick_rows": 1,
+    "spread_lanes": 1,
+    "expert_rows": 1,
+    "vocab_parallel_embedding": 1,
+}
+CONTRACTIONS = frozenset(
+    """linear matmul mm bmm addmm baddbmm einsum grouped_linear slot_linear
+    scaled_dot_product_attention""".split()
+)
 
 
 def short_name(node: fx.Node) -> str:
@@ -49,21 +75,26 @@ def short_name(node: fx.Node) -> str:
 
 def is_value(node) -> bool:
     """A tensor, not a size or a list."""
-    return isinstance(node, fx.Node) and (node.meta.get("local_shape") is not None or isinstance(node.meta.get("val"), torch.Tensor))
+    return isinstance(node, fx.Node) and (
+        node.meta.get("local_shape") is not None or isinstance(node.meta.get("val"), torch.Tensor)
+    )
 
 
 def viewed(node: fx.Node) -> fx.Node:
     """What a node is, or may be, a view of."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         source = node.args[0]
-        if short_name(node) not in _VIEWS and not (short_name(node) == "getitem" and short_name(source) in _VIEWS):
+        if short_name(node) not in _VIEWS and not (
+            short_name(node) == "getitem" and short_name(source) in _VIEWS
+        ):
             break
         node = source
     return node
 
 
 def saved(node: fx.Node) -> list[fx.Node]:
-    """The values (operands, or the node itself) that the op's backward reads. Empty where no gradient goes through it."""
+    """The values (operands, or the node itself) that the op's backward reads. Empty where no gradient goes
+    through it."""
     if node.op != "call_function" or not node.meta.get("differentiable"):
         return []
     name, inputs = short_name(node), node.all_input_nodes
@@ -94,11 +125,15 @@ def saved(node: fx.Node) -> list[fx.Node]:
 
 def _factors(node: fx.Node, name: str) -> list[fx.Node]:
     """Of a product: each factor whose partner has a gradient. A quotient reads its divisor either way."""
-    operands = list(node.args[1]) if name == "einsum" else list(node.args[1:3] if name in ("addmm", "baddbmm") else node.args[:2])
+    operands = (
+        list(node.args[1])
+        if name == "einsum"
+        else list(node.args[1:3] if name in ("addmm", "baddbmm") else node.args[:2])
+    )
     if len(operands) != 2:
         return [n for n in operands if is_value(n)]
     a, b = operands
-    learns = lambda n: is_value(n) and bool(n.meta.get("differentiable"))  # noqa: E731
+    learns = lambda n: is_value(n) and bool(n.meta.get("differentiable"))
     found = [a] * learns(b) + [b] * (learns(a) or (name == "div" and learns(b)))
     return [n for n in dict.fromkeys(found) if is_value(n)]
 
@@ -109,7 +144,8 @@ def saves(node: fx.Node) -> bool:
 
 
 def repeated(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Of a region's nodes in order, those that a recompute runs: it stops as soon as the last saved tensor is there again.
+    """Of a region's nodes in order, those that a recompute runs: it stops as soon as the last saved tensor is
+    there again.
 
     Operands are saved before an op computes, results after it; an op of our own runs whole.
     """
@@ -123,7 +159,8 @@ def repeated(nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _hidden(node: fx.Node, elements: Callable[[fx.Node], float]) -> float:
-    """Bytes that a backward reads and that are no node of the graph: a dropout's mask, attention's log-sum-exp, a loss's log-softmax."""
+    """Bytes that a backward reads and that are no node of the graph: a dropout's mask, attention's
+    log-sum-exp, a loss's log-softmax."""
     if not node.meta.get("differentiable"):
         return 0
     name = short_name(node)
@@ -165,7 +202,11 @@ class Sizing:
         return 0.0 if shape is None else float(prod(self.number(s) for s in shape))
 
     def bytes(self, node: fx.Node) -> float:
-        return 0.0 if node.op == "placeholder" or node.meta.get("parameter") else self.elements(node) * dtype_of(node).itemsize
+        return (
+            0.0
+            if node.op == "placeholder" or node.meta.get("parameter")
+            else self.elements(node) * dtype_of(node).itemsize
+        )
 
     def root(self, node: fx.Node) -> fx.Node:
         """The value whose memory a node looks into."""
@@ -174,7 +215,9 @@ class Sizing:
             if name == "getitem":
                 viewed = short_name(node.args[0]) in _VIEWS
                 source = self.root(node.args[0].args[0]) if viewed else node
-            elif name in _VIEWS or (name == "to" and is_value(node.args[0]) and dtype_of(node) == dtype_of(node.args[0])):
+            elif name in _VIEWS or (
+                name == "to" and is_value(node.args[0]) and dtype_of(node) == dtype_of(node.args[0])
+            ):
                 source = self.root(node.args[0])
                 if name in _COPIES and self.elements(source) < self.elements(node):
                     source = node
@@ -182,7 +225,8 @@ class Sizing:
         return self._roots[node]
 
     def flops(self, node: fx.Node) -> float:
-        """Of one forward of the node: two per multiply-add of a contraction, one per element elsewhere, none for a view."""
+        """Of one forward of the node: two per multiply-add of a contraction, one per element elsewhere, none
+        for a view."""
         if node.op != "call_function" or not is_value(node):
             return 0.0
         name = short_name(node)
@@ -214,7 +258,8 @@ class Ledger:
             self._add(keys)
 
     def keep(self, region: list[fx.Node]) -> float:
-        """Recompute a region no longer: what its nodes save is kept, its inputs for their own sake are not. The bytes that adds."""
+        """Recompute a region no longer: what its nodes save is kept, its inputs for their own sake are not.
+        The bytes that adds."""
         before = self.total
         self._add(self._saved[id(region)])
         self._drop(self._inputs[id(region)])

@@ -1,4 +1,5 @@
-"""The core of each attention: scores, softmax, dropout, weighted sum. Found from the graph, whatever wrote it."""
+"""The core of each attention: scores, softmax, dropout, weighted sum. Found from the graph, whatever wrote
+it."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ def attention_cores(graph: fx.Graph) -> list[list[fx.Node]]:
     """The nodes of each core, in order.
 
     1. The fused op, `scaled_dot_product_attention`, is one by itself.
-    2. Written out: from a softmax up to the product of two activations that made the scores, and down to the product that the weights
-       are the left operand of; the core is everything between the two products. A softmax over anything else (a router's) meets no such
-       product and is none.
+    2. Written out: from a softmax up to the product of two activations that made the scores, and down to the
+       product that the weights are the left operand of; the core is everything between the two products. A
+       softmax over anything else (a router's) meets no such product and is none.
     """
     found = []
     for node in graph.nodes:
@@ -25,8 +26,14 @@ def attention_cores(graph: fx.Graph) -> list[list[fx.Node]]:
         if short_name(node) == "scaled_dot_product_attention":
             found.append([node])
         elif short_name(node) in _SOFTMAX:
-            above = {n for n in _nearest(node, lambda n: n.all_input_nodes) if short_name(n) in _PRODUCTS and _activations(n)}
-            below = {n for n in _nearest(node, lambda n: n.users) if short_name(n) in _PRODUCTS and _activations(n)}
+            above = {
+                n
+                for n in _nearest(node, lambda n: n.all_input_nodes)
+                if short_name(n) in _PRODUCTS and _activations(n)
+            }
+            below = {
+                n for n in _nearest(node, lambda n: n.users) if short_name(n) in _PRODUCTS and _activations(n)
+            }
             if len(above) == len(below) == 1:
                 found.append(_between(graph, *above, *below))
     return found
@@ -46,7 +53,11 @@ def _nearest(node: fx.Node, neighbours) -> list[fx.Node]:
 def _activations(product: fx.Node) -> bool:
     """Whether both operands are made by the graph, not views of a parameter."""
     for operand in product.args[:2]:
-        while operand.op == "call_function" and len(operand.all_input_nodes) == 1 and short_name(operand) not in CONTRACTIONS:
+        while (
+            operand.op == "call_function"
+            and len(operand.all_input_nodes) == 1
+            and short_name(operand) not in CONTRACTIONS
+        ):
             operand = operand.all_input_nodes[0]
         if operand.op == "placeholder":
             return False

@@ -1,7 +1,7 @@
 """Which layer of the model a node belongs to.
 
-A **layer** is everything below one indexed module path: `model.layers.3` for the path `model.layers.3.mlp.gate`. The index is what
-makes it one of several; no name is looked at.
+A **layer** is everything below one indexed module path: `model.layers.3` for the path
+`model.layers.3.mlp.gate`. The index is what makes it one of several; no name is looked at.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def layer_of(path: str) -> str:
 def layers(graph: fx.Graph) -> dict[fx.Node, str]:
     """The layer of each call, "" outside of all.
 
-    A reduction belongs to the layer that makes its operand, other conversions to the layer that asks for them; in the
-    middle of a layer, all of them and the arithmetic of sizes belong to it.
+    A reduction belongs to the layer that makes its operand, other conversions to the layer that asks for
+    them; in the middle of a layer, all of them and the arithmetic of sizes belong to it.
     """
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     layer = [layer_of(path_of(n)) for n in nodes]

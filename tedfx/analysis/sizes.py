@@ -1,11 +1,14 @@
 """Local sizes: every size in the local graph is written anew from the inputs' sizes.
 
-A dim of the inputs' sizes that ranks split among themselves (tokens over a tensor axis) need not divide: its local size is a `Share`.
+A dim of the inputs' sizes that ranks split among themselves (tokens over a tensor axis) need not divide: its
+local size is a `Share`.
 
-The symbol of the sharded batch dim stands, in the local graph, for this rank's part: `batch` there is the local size, and the global one is
-`batch x degree`. So does the symbol s of a batch that must be even (`2*s` in the trace): on a rank it is the local size, and the global s is `batch x degree / 2`. A size that
-only the data tells is asked of the value that has it. Sizes that shape a tensor become local; sizes used as numbers (a mean's divisor, the length of a range) stay global. The graph's own
-size arithmetic is dropped: dims know their sizes, so nothing has to be followed.
+The symbol of the sharded batch dim stands, in the local graph, for this rank's part: `batch` there is the
+local size, and the global one is `batch x degree`. So does the symbol s of a batch that must be even (`2*s`
+in the trace): on a rank it is the local size, and the global s is `batch x degree / 2`. A size that only the
+data tells is asked of the value that has it. Sizes that shape a tensor become local; sizes used as numbers (a
+mean's divisor, the length of a range) stay global. The graph's own size arithmetic is dropped: dims know
+their sizes, so nothing has to be followed.
 """
 
 from __future__ import annotations
@@ -21,20 +24,27 @@ from torch import fx
 
 from tedfx import ops
 from tedfx._torch import size_max, size_min
-from tedfx.placement.derived import solve, symbol_of
 from tedfx.errors import TraceError, user_line
+from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.factors import Factor, as_size, dim_size, leaves
-from tedfx.rules.base import is_tensor
 from tedfx.placement.types import sharding_axes
-
+from tedfx.rules.base import is_tensor
 
 # Numbers made from sizes, through floats: a capacity of `ceil(tokens / experts * factor)`.
-_NUMBERS = {"ToFloat": torch.sym_float, "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv, "CeilToInt": math.ceil, "FloorToInt": math.floor,
-            "TruncToInt": math.trunc, "RoundToInt": round}  # fmt: skip
+_NUMBERS = {
+    "ToFloat": torch.sym_float,
+    "IntTrueDiv": operator.truediv,
+    "FloatTrueDiv": operator.truediv,
+    "CeilToInt": math.ceil,
+    "FloorToInt": math.floor,
+    "TruncToInt": math.trunc,
+    "RoundToInt": round,
+}
 
 
 class Share(sympy.Function):
-    """Share(whole, degree, *axis names): this rank's piece of a dim that `degree` ranks need not divide. As a number, the average."""
+    """Share(whole, degree, *axis names): this rank's piece of a dim that `degree` ranks need not divide. As a
+    number, the average."""
 
     @classmethod
     def eval(cls, whole, degree, *axes):
@@ -71,7 +81,9 @@ class Sizes:
             for d, dim in enumerate(node.meta.get("dims", ())):
                 size = dim_size(leaves(dim))
                 symbol = symbol_of(size)
-                if symbol is not None and (symbol not in self.sources or (symbol == size and self.symbols[symbol][1] != size)):
+                if symbol is not None and (
+                    symbol not in self.sources or (symbol == size and self.symbols[symbol][1] != size)
+                ):
                     axes = [sharding_axes(node.meta["type"], f) for f in leaves(dim)]
                     self.given.update((f.root(), a) for f, a in zip(leaves(dim), axes))
                     self.sources[symbol] = (node, d)
@@ -82,13 +94,19 @@ class Sizes:
         expr = as_size(expr)
         if isinstance(expr, int):
             return expr
-        return as_size(expr.subs({s: self.symbols[s][0] for s in expr.free_symbols & self.symbols.keys()}, simultaneous=True))
+        return as_size(
+            expr.subs(
+                {s: self.symbols[s][0] for s in expr.free_symbols & self.symbols.keys()}, simultaneous=True
+            )
+        )
 
     def factor(self, factor: Factor, type_) -> "int | sympy.Expr":
         """Local size of a factor in a value of this type."""
         axes = sharding_axes(type_, factor)
         counted = factor.root().everywhere
-        rest = tuple(a for a in axes if a not in self.given.get(factor.root(), ()))  # what is left to split once the inputs' own split is taken off
+        rest = tuple(
+            a for a in axes if a not in self.given.get(factor.root(), ())
+        )  # what is left to split once the inputs' own split is taken off
         key = (factor.size, axes, rest, factor.ragged, counted)
         if key not in self.locals:
             total, degree = self.whole(factor.size) if counted is None else counted, self.mesh.size(axes)
@@ -98,7 +116,9 @@ class Sizes:
             else:
                 local, over = as_size(total / degree), self.mesh.size(rest)
                 exact = over == 1 or factor.ragged or counted is not None or _is_whole(local)
-                self.locals[key] = local if exact else Share(total / degree * over, over, *(Str(a) for a in rest))
+                self.locals[key] = (
+                    local if exact else Share(total / degree * over, over, *(Str(a) for a in rest))
+                )
         return self.locals[key]
 
     def dim(self, dim, type_) -> "int | sympy.Expr":
@@ -114,7 +134,7 @@ class Sizes:
         self.current = node
         return [self.dim(d, node.meta["type"]) for d in node.meta["dims"]]
 
-    # nodes ----------------------------------------------------------------------------------------------------------------
+    # nodes --------------------------------------------------------------------------------------------------
     def node(self, expr):
         """An int, or the node that computes the expression from the inputs' sizes."""
         expr = as_size(expr)
@@ -134,7 +154,8 @@ class Sizes:
         return made
 
     def _of_data(self, symbol) -> tuple[fx.Node, int]:
-        """The first value that is as long as only the data tells. What the node at hand makes, pieces of a split by such lengths, is no source of them."""
+        """The first value that is as long as only the data tells. What the node at hand makes, pieces of a
+        split by such lengths, is no source of them."""
         for node in self.graph.nodes:
             if node is self.current:
                 break
@@ -142,7 +163,8 @@ class Sizes:
                 if as_size(size) == symbol and is_tensor(node):
                     return node, d
         raise TraceError(
-            f"a size that only the data tells ({symbol}) shapes a value here, and no tensor before it has that size | at {user_line(self.current)} | use a mask over all "
+            f"a size that only the data tells ({symbol}) shapes a value here, and no tensor before it "
+            f"has that size | at {user_line(self.current)} | use a mask over all "
             "elements, or a size that follows from those of the inputs"
         )
 
@@ -165,13 +187,23 @@ class Sizes:
             return reduce(lambda a, b: self._call(operator.mul, a, b), args)
         if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
             return reduce(lambda a, b: self._call(operator.mul, a, b), [self.node(expr.base)] * int(expr.exp))
-        table = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "CleanDiv": operator.floordiv, "Max": size_max, "Min": size_min}
+        table = {
+            "FloorDiv": operator.floordiv,
+            "Mod": operator.mod,
+            "PythonMod": operator.mod,
+            "CleanDiv": operator.floordiv,
+            "Max": size_max,
+            "Min": size_min,
+        }
         name = type(expr).__name__
         if name in _NUMBERS:
             return self._call(_NUMBERS[name], *args)
         if name in table:
             return reduce(lambda a, b: self._call(table[name], a, b), args)
-        raise TraceError(f"a size of the form {expr} cannot be written for one rank | at {user_line(self.current)} | make it of +, *, //, %, min and max of the inputs' sizes")
+        raise TraceError(
+            f"a size of the form {expr} cannot be written for one rank | at {user_line(self.current)} | "
+            "make it of +, *, //, %, min and max of the inputs' sizes"
+        )
 
 
 def _is_whole(size) -> bool:

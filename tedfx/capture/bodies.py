@@ -1,9 +1,11 @@
 """E bodies become one: the same nodes on all experts' rows.
 
-`Bodies.lift` walks E values of E experts back in lock-step and emits their batched value (`rules.py`). At each step the E nodes are
+`Bodies.lift` walks E values of E experts back in lock-step and emits their batched value (`rules.py`). At
+each step the E nodes are
 
 - one node (or equal constants): a value that all experts share;
-- E parameters: one stacked placeholder (E, ...), in the order of the experts; or slices `W[e]` of a tensor: that tensor, as it is;
+- E parameters: one stacked placeholder (E, ...), in the order of the experts; or slices `W[e]` of a tensor:
+  that tensor, as it is;
 - what the routing says about each expert's tokens (`routing.py`), each about its own expert;
 - calls of one operator whose constants are equal and whose operands are, in turn, one of these.
 
@@ -15,13 +17,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
+from tedfx._torch import pytree
 from tedfx.capture.routing import Fact, Routing, argument, name_of, shape_of
 from tedfx.capture.rows import Rows, Weight
 from tedfx.capture.rules import Batched, apply_rule, is_value, refuse
 from tedfx.capture.stacks import Stacks
-from torch import fx
-
-from tedfx._torch import pytree
 from tedfx.errors import user_line
 from tedfx.ops.function import kept_of
 from tedfx.rules.functions import adds_up
@@ -34,7 +36,9 @@ aten = torch.ops.aten
 class Bodies(Rows):
     """The bodies of one loop, in the order of the experts."""
 
-    def __init__(self, graph: fx.Graph, routing: Routing, known: dict[fx.Node, Fact], stacks: Stacks, gathered: bool):
+    def __init__(
+        self, graph: fx.Graph, routing: Routing, known: dict[fx.Node, Fact], stacks: Stacks, gathered: bool
+    ):
         super().__init__(graph, routing, gathered)
         self.known, self.stacks = known, stacks
         self.numbers = list(range(routing.experts))
@@ -57,7 +61,10 @@ class Bodies(Rows):
             return Batched("stacked", self.stacks.stack(nodes), first, right=first.meta["val"].dim())
         for node in nodes[1:]:
             if node.op != first.op or node.target != first.target:
-                what = f"experts differ: {first.target} in one, {node.target} in another (there: {user_line(node)})"
+                what = (
+                    f"experts differ: {first.target} in one, {node.target} in another (there: "
+                    f"{user_line(node)})"
+                )
                 raise refuse(what, first, "give all experts the same code")
         args, kwargs = self._operands(nodes)
         values = [v for v in pytree.tree_leaves((args, kwargs), is_leaf=is_value) if isinstance(v, Batched)]
@@ -70,7 +77,11 @@ class Bodies(Rows):
         if "count" in kinds and name not in ("view", "reshape", "_unsafe_view", "unflatten", "sym_size"):
             if kinds <= {"count"} and not isinstance(first.meta["val"], torch.Tensor):
                 return Batched("count", None, first)
-            raise refuse("an expert's result depends on how many tokens it has", first, "let every row be computed alone")
+            raise refuse(
+                "an expert's result depends on how many tokens it has",
+                first,
+                "let every row be computed alone",
+            )
         if name == "sym_size":
             value = args[0]
             if value.kind == "rows" and value.start <= args[1] % len(value.shape) < value.start + value.span:
@@ -84,9 +95,17 @@ class Bodies(Rows):
             return self.weighted(first, name, args, kwargs)
         if kinds <= {"shared"}:
             if torch.Tag.nondeterministic_seeded in getattr(first.target, "tags", ()):
-                raise refuse(f"{first.target} draws anew for every expert from values that experts share", first, "draw once, outside the loop")
+                raise refuse(
+                    f"{first.target} draws anew for every expert from values that experts share",
+                    first,
+                    "draw once, outside the loop",
+                )
             if kept_of(first.target) is not None and not adds_up(first):
-                raise refuse(f"{name} runs once per expert on a value that experts share, and so does its backward", first, "call it once, outside the loop")
+                raise refuse(
+                    f"{name} runs once per expert on a value that experts share, and so does its backward",
+                    first,
+                    "call it once, outside the loop",
+                )
             return Batched("shared", first, first)
         return apply_rule(self, first, args, kwargs)
 
@@ -94,19 +113,31 @@ class Bodies(Rows):
         flat = [pytree.tree_flatten((node.args, node.kwargs)) for node in nodes]
         first, spec = flat[0]
         if any(s != spec for _, s in flat[1:]):
-            raise refuse("experts call an operator with different arguments", nodes[0], "give all experts the same code")
+            raise refuse(
+                "experts call an operator with different arguments",
+                nodes[0],
+                "give all experts the same code",
+            )
         out = []
         for values in zip(*(leaves for leaves, _ in flat)):
             if all(isinstance(v, fx.Node) for v in values):
                 out.append(self.lift(values))
             elif any(isinstance(v, fx.Node) for v in values):
-                raise refuse("experts call an operator with different arguments", nodes[0], "give all experts the same code")
+                raise refuse(
+                    "experts call an operator with different arguments",
+                    nodes[0],
+                    "give all experts the same code",
+                )
             elif all(type(v) is type(values[0]) and v == values[0] for v in values):
                 out.append(values[0])
             elif list(values) == self.numbers:
                 out.append("number")
             else:
-                raise refuse(f"experts use different constants {list(values)}", nodes[0], "make the constant a parameter or a buffer of the expert")
+                raise refuse(
+                    f"experts use different constants {list(values)}",
+                    nodes[0],
+                    "make the constant a parameter or a buffer of the expert",
+                )
         return pytree.tree_unflatten(out, spec)
 
     def _about(self, nodes: tuple[fx.Node, ...], fact: Fact) -> Batched:
@@ -114,10 +145,23 @@ class Bodies(Rows):
         for node, number in zip(nodes, self.numbers):
             other = self.known.get(node)
             if other is None or other.routing is not fact.routing or other.expert != number:
-                whose = "the tokens of another" if other is not None and other.expert is not None else "something else"
-                raise refuse(f"expert {number} uses {whose}", node, "let expert e use the tokens that chose e")
-            if (other.kind, other.dims, other.reduced, other.column) != (fact.kind, fact.dims, fact.reduced, fact.column):
-                raise refuse("experts find their tokens in different ways", node, "give all experts the same code")
+                whose = (
+                    "the tokens of another"
+                    if other is not None and other.expert is not None
+                    else "something else"
+                )
+                raise refuse(
+                    f"expert {number} uses {whose}", node, "let expert e use the tokens that chose e"
+                )
+            if (other.kind, other.dims, other.reduced, other.column) != (
+                fact.kind,
+                fact.dims,
+                fact.reduced,
+                fact.column,
+            ):
+                raise refuse(
+                    "experts find their tokens in different ways", node, "give all experts the same code"
+                )
         if fact.kind == "gate":
             weights = {self.known[node].weight for node in nodes}
             if len(weights) == 1 and fact.weight is not None:
@@ -129,11 +173,17 @@ class Bodies(Rows):
         """`W[e]`: the whole of W."""
         source = args[0]
         if source.kind == "shared" and name == "select" and args[2] == "number":
-            return Batched("picked", source.node, first, of=argument(first, "dim") % len(shape_of(source.node)))
+            return Batched(
+                "picked", source.node, first, of=argument(first, "dim") % len(shape_of(source.node))
+            )
         if source.kind == "shared" and name == "getitem" and name_of(source.node) == "unbind":
             whole = source.node.args[0]
             return Batched("picked", whole, first, of=argument(source.node, "dim") % len(shape_of(whole)))
-        raise refuse(f"{first.target} computes with the expert's number", first, "use it to pick the expert's parameters and tokens only")
+        raise refuse(
+            f"{first.target} computes with the expert's number",
+            first,
+            "use it to pick the expert's parameters and tokens only",
+        )
 
     def _unsqueezed(self, first: fx.Node, value: Batched) -> Batched:
         """`probs[:, e].unsqueeze(1)` is still a slice: of `probs.unsqueeze(2)`."""
@@ -147,9 +197,18 @@ class Bodies(Rows):
             return value
         if shape_of(value.node)[value.of] != self.experts:
             size = shape_of(value.node)[value.of]
-            raise refuse(f"experts read slices of a dim of size {size}, there are {self.experts} experts", value.like, "give every expert one slice")
+            raise refuse(
+                f"experts read slices of a dim of size {size}, there are {self.experts} experts",
+                value.like,
+                "give every expert one slice",
+            )
         node = value.node
         if value.of:
             rank = len(shape_of(node))
-            node = self.emit(aten.permute.default, (node, [value.of, *(d for d in range(rank) if d != value.of)]), {}, value.like)
+            node = self.emit(
+                aten.permute.default,
+                (node, [value.of, *(d for d in range(rank) if d != value.of)]),
+                {},
+                value.like,
+            )
         return Batched("stacked", node, value.like, right=len(shape_of(node)) - 1)

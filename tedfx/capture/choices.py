@@ -1,10 +1,13 @@
-"""The choices of a mixture as ids [N, K] and weights [N, K], from the terms of its combine weights (terms: slots.py).
+"""The choices of a mixture as ids [N, K] and weights [N, K], from the terms of its combine weights (terms:
+slots.py).
 
-The choices of all terms stand side by side: K is their sum. A weight is the product of a term's values, each read at the token, its choice, and
-the expert that was chosen (a matrix over the experts is gathered by the ids); bits among them are the keep flags: a dropped assignment has weight zero.
+The choices of all terms stand side by side: K is their sum. A weight is the product of a term's values, each
+read at the token, its choice, and the expert that was chosen (a matrix over the experts is gathered by the
+ids); bits among them are the keep flags: a dropped assignment has weight zero.
 
-It is not sent either. A term is 0 where one of its guards is, so an assignment is kept if all of them are 1, and the id of any other is E, no expert's: the
-rows of those stand behind all others in what `dispatch` gives (its tail). Weights are read at the model's own ids.
+It is not sent either. A term is 0 where one of its guards is, so an assignment is kept if all of them are 1,
+and the id of any other is E, no expert's: the rows of those stand behind all others in what `dispatch` gives
+(its tail). Weights are read at the model's own ids.
 """
 
 from __future__ import annotations
@@ -13,12 +16,12 @@ import operator
 from functools import reduce
 
 import torch
-from tedfx.graph.emit import emit
+from torch import fx
+
 from tedfx.capture.routing import Routing, product, shape_of
 from tedfx.capture.rules import refuse
 from tedfx.capture.slots import Bit, Term, Value
-from torch import fx
-
+from tedfx.graph.emit import emit
 from tedfx.placement.factors import as_size
 from tedfx.placement.slots import Slots
 
@@ -40,15 +43,23 @@ class Choices:
         experts = self.terms[0].routing.experts
         kept = [self._kept(term, ids) for term, ids in zip(self.terms, self.ids)]
         tail = any(keep is not None for keep in kept)
-        sent = [ids if keep is None else self.emit(aten.where.ScalarOther, keep, ids, experts) for keep, ids in zip(kept, self.ids)]
-        out = self.emit(torch.ops.tedfx.dispatch.default, x, self._side_by_side(sent), experts, *(True,) * tail)
+        sent = [
+            ids if keep is None else self.emit(aten.where.ScalarOther, keep, ids, experts)
+            for keep, ids in zip(kept, self.ids)
+        ]
+        out = self.emit(
+            torch.ops.tedfx.dispatch.default, x, self._side_by_side(sent), experts, *(True,) * tail
+        )
         out.meta["slots"] = slots
         return tuple(self.emit(operator.getitem, out, i) for i in range(3)), tail
 
     def _kept(self, term: Term, ids: fx.Node) -> fx.Node | None:
-        """Where all guards of a term are 1: truth values that broadcast to [N, K]; None for a term without any."""
+        """Where all guards of a term are 1: truth values that broadcast to [N, K]; None for a term without
+        any."""
         bits = [bit.source for bit in term.guards]
-        bits = sorted(bits, key=lambda value: (value.node, value.inverted)) + self._within(term)  # in the order of the graph: a set has none
+        bits = sorted(bits, key=lambda value: (value.node, value.inverted)) + self._within(
+            term
+        )  # in the order of the graph: a set has none
         read = [self._read(value, term.routing, ids, torch.bool) for value in bits]
         return reduce(lambda a, b: self.emit(aten.logical_and.default, a, b), read) if read else None
 
@@ -65,7 +76,12 @@ class Choices:
         for value in (*term.values, *self._within(term)):
             read = self._read(value, term.routing, ids, dtype)
             total = read if total is None else self.emit(aten.mul.Tensor, total, read)
-        if total is None or not isinstance(total.meta["val"], torch.Tensor) or as_size(shape_of(total)[-1]) != as_size(shape_of(ids)[-1]) or shape_of(total)[0] == 1:
+        if (
+            total is None
+            or not isinstance(total.meta["val"], torch.Tensor)
+            or as_size(shape_of(total)[-1]) != as_size(shape_of(ids)[-1])
+            or shape_of(total)[0] == 1
+        ):
             ones = self.emit(aten.ones_like.default, ids, dtype=dtype)
             total = ones if total is None else self.emit(aten.mul.Tensor, ones, total)
         return total if total.meta["val"].dtype == dtype else self.emit(aten.to.dtype, total, dtype)
@@ -76,9 +92,19 @@ class Choices:
         if slot.beyond is None:
             return []
         limit = as_size(slot.size - slot.first)
-        known = any(bit.queue == slot.queue and bit.limit is not None and as_size(bit.limit) == limit for bit in term.guards if isinstance(bit, Bit))
-        found = [] if known else [Value(self.emit(aten.lt.Scalar, slot.place.node, slot.beyond), slot.place.dims)]
-        return found if slot.first >= 0 else [*found, Value(self.emit(aten.ge.Scalar, slot.place.node, 0), slot.place.dims)]
+        known = any(
+            bit.queue == slot.queue and bit.limit is not None and as_size(bit.limit) == limit
+            for bit in term.guards
+            if isinstance(bit, Bit)
+        )
+        found = (
+            [] if known else [Value(self.emit(aten.lt.Scalar, slot.place.node, slot.beyond), slot.place.dims)]
+        )
+        return (
+            found
+            if slot.first >= 0
+            else [*found, Value(self.emit(aten.ge.Scalar, slot.place.node, 0), slot.place.dims)]
+        )
 
     def _read(self, value: Value, routing: Routing, ids: fx.Node, dtype: torch.dtype) -> fx.Node:
         """A value at (token, choice): [N, K], [N, 1] or [1, 1]."""
@@ -106,15 +132,41 @@ class Choices:
         split: list = []
         for dim in dims:
             rest = tuple(x for x in dim if x != "k")
-            split += [dim] if not rest or "k" not in dim else [("k",), rest] if dim[0] == "k" else [rest, ("k",)] if dim[-1] == "k" else [dim]
+            split += (
+                [dim]
+                if not rest or "k" not in dim
+                else [("k",), rest]
+                if dim[0] == "k"
+                else [rest, ("k",)]
+                if dim[-1] == "k"
+                else [dim]
+            )
         if split != list(dims):
             sizes = [product(routing.sizes[x] for x in dim) for dim in split]
             node = self.emit(aten.reshape.default, node, [s if isinstance(s, int) else -1 for s in sizes])
-        order = sorted(range(len(split)), key=lambda d: ({"k": 1, "e": 2}.get(split[d][0], 0), routing.tokens.index(split[d][0]) if split[d][0] in routing.tokens else 0) if split[d] else (0, -1))
+        order = sorted(
+            range(len(split)),
+            key=lambda d: (
+                (
+                    {"k": 1, "e": 2}.get(split[d][0], 0),
+                    routing.tokens.index(split[d][0]) if split[d][0] in routing.tokens else 0,
+                )
+                if split[d]
+                else (0, -1)
+            ),
+        )
         if tuple(x for d in order for x in split[d] if x in routing.tokens) != routing.tokens:
-            raise refuse("a weight that is not one number per token", self.like, "let a weight have all the tokens' dims, in their order")
+            raise refuse(
+                "a weight that is not one number per token",
+                self.like,
+                "let a weight have all the tokens' dims, in their order",
+            )
         if order != list(range(len(order))):
             node = self.emit(aten.permute.default, node, order)
         labels = [x for dim in split for x in dim]
         width = routing.experts if "e" in labels else routing.choices if "k" in labels else 1
-        return node if len(shape_of(node)) == 2 and shape_of(node)[1] == width else self.emit(aten.reshape.default, node, [-1, width])
+        return (
+            node
+            if len(shape_of(node)) == 2 and shape_of(node)[1] == width
+            else self.emit(aten.reshape.default, node, [-1, width])
+        )

@@ -1,6 +1,7 @@
 """Matrix products and norms of an expert's body, batched (the terms are in rules.py).
 
-- A linear or matmul of rows with stacked matrices is a `grouped_linear`, its bias a row per expert, added. With one shared matrix it is what it was.
+- A linear or matmul of rows with stacked matrices is a `grouped_linear`, its bias a row per expert, added.
+  With one shared matrix it is what it was.
 - A norm with stacked weights is the norm without them, then a product with and a sum of rows of the weights.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from tedfx.capture.rules import Batched, aligned, refuse, unknown
 from torch import fx
+
+from tedfx.capture.rules import Batched, aligned, refuse, unknown
 
 __all__ = ["linear", "norm"]
 
@@ -36,10 +38,19 @@ def linear(batch, like: fx.Node, name: str, args: tuple) -> Batched:
         node = batch.emit(aten.linear.default if name == "linear" else aten.matmul.default, given, {}, like)
     else:
         if rows.node.meta["val"].dim() != 2 or weight.right != 2:
-            raise refuse("a matrix product of an expert that is not (rows, features) by (features, features)", like, "reshape to rows first")
+            raise refuse(
+                "a matrix product of an expert that is not (rows, features) by (features, features)",
+                like,
+                "reshape to rows first",
+            )
         base = batch.transposes.get(weight.node)
         transposed = (name != "linear") == (base is None)
-        node = batch.emit(torch.ops.tedfx.grouped_linear.default, (rows.node, weight.node if base is None else base, batch.counts, transposed, *batch.tail), {}, like)
+        node = batch.emit(
+            torch.ops.tedfx.grouped_linear.default,
+            (rows.node, weight.node if base is None else base, batch.counts, transposed, *batch.tail),
+            {},
+            like,
+        )
     out = Batched("rows", node, like, 1, rows.span)
     if bias is not None:
         node = batch.emit(aten.add.Tensor, (node, aligned(batch, like, bias, out)), {}, like)
@@ -63,5 +74,7 @@ def norm(batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
     out = Batched("rows", batch.emit(like.target, given, {}, like), like, source.right, source.span)
     for target, value in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
         if value is not None:
-            out = replace(out, node=batch.emit(target, (out.node, aligned(batch, like, value, out)), {}, like))
+            out = replace(
+                out, node=batch.emit(target, (out.node, aligned(batch, like, value, out)), {}, like)
+            )
     return out

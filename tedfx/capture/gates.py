@@ -8,8 +8,8 @@
 | a gate matrix times or over anything of its own shape | gate (zero stays zero) |
 | the same for a matrix over the experts and a reduced hit; logits filled with -inf | gate; logits |
 
-A gate is exactly zero for an expert that the token did not choose. That, and unique ids where the matrix has one entry for two choices, is what lets
-`combine` read its entries at the ids and forget the rest.
+A gate is exactly zero for an expert that the token did not choose. That, and unique ids where the matrix has
+one entry for two choices, is what lets `combine` read its entries at the ids and forget the rest.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from tedfx.capture.routing import Fact, argument, dim_of, name_of, product, shape_of
 from torch import fx
+
+from tedfx.capture.routing import Fact, argument, dim_of, name_of, product, shape_of
 
 __all__ = ["masked_fill", "multiply", "scatter", "softmax", "where"]
 
@@ -60,12 +61,19 @@ def _weigh(node: fx.Node, fact: Fact, mask: fx.Node, weight) -> Fact | None:
         if dim == ("e",) and size != 1:
             return None  # weights by expert: not the weight of a choice
         weight_dims.append(() if dim == ("e",) else dim)
-    found = Fact("weighed", fact.routing, dims, fact.expert, weight=(weight, tuple(weight_dims[len(weight_dims) - len(shape_of(weight)) :])))
+    found = Fact(
+        "weighed",
+        fact.routing,
+        dims,
+        fact.expert,
+        weight=(weight, tuple(weight_dims[len(weight_dims) - len(shape_of(weight)) :])),
+    )
     return replace(found, kind="gate") if fact.routing.choices == 1 else found
 
 
 def scatter(node: fx.Node, known: dict) -> Fact | None:
-    """Ids scattered into a matrix over the experts: a mask (of ones), gates (into zeros) or logits (into -inf)."""
+    """Ids scattered into a matrix over the experts: a mask (of ones), gates (into zeros) or logits (into
+    -inf)."""
     base, ids = node.args[0], known.get(node.args[2])
     rank = len(shape_of(node))
     dim = dim_of(node, rank)
@@ -74,7 +82,9 @@ def scatter(node: fx.Node, known: dict) -> Fact | None:
     routing = ids.routing
     tokens = tuple(d for position, d in enumerate(ids.dims) if position != dim)
     sizes = [s for position, s in enumerate(shape_of(node)) if position != dim]
-    if shape_of(node)[dim] != routing.experts or sizes != [product(routing.sizes[label] for label in d) for d in tokens]:
+    if shape_of(node)[dim] != routing.experts or sizes != [
+        product(routing.sizes[label] for label in d) for d in tokens
+    ]:
         return None
     dims = (*ids.dims[:dim], ("e",), *ids.dims[dim + 1 :])
     value = _filled(base)
@@ -119,7 +129,9 @@ def where(node: fx.Node, known: dict) -> Fact | None:
 def _mask_logits(node: fx.Node, fact: Fact) -> Fact | None:
     """Logits with -inf where an expert is not chosen."""
     whole = fact.reduced or fact.routing.choices == 1
-    if not (whole and fact.routing.unique and ("e",) in fact.dims) or shape_of(node) != [product(fact.routing.sizes[x] for x in d) for d in fact.dims]:
+    if not (whole and fact.routing.unique and ("e",) in fact.dims) or shape_of(node) != [
+        product(fact.routing.sizes[x] for x in d) for d in fact.dims
+    ]:
         return None
     return Fact("logits", fact.routing, fact.dims)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from tedfx.capture.routing import name_of, shape_of
 from torch import fx
+
+from tedfx.capture.routing import name_of, shape_of
 
 __all__ = ["contraction_of"]
 
 
 def contraction_of(node: fx.Node):
-    """((left, its letters), (right, its letters), letters of the result) of an einsum of two, matmul, mm, bmm, baddbmm; None for anything else."""
+    """((left, its letters), (right, its letters), letters of the result) of an einsum of two, matmul, mm,
+    bmm, baddbmm; None for anything else."""
     name = name_of(node)
     if name == "einsum":
         left, _, out = node.args[0].replace(" ", "").partition("->")
@@ -25,4 +27,8 @@ def contraction_of(node: fx.Node):
         return None
     lead = max(ranks) - 2
     batch = list(range(lead))
-    return (left, batch[lead - ranks[0] + 2 :] + ["m", "k"]), (right, batch[lead - ranks[1] + 2 :] + ["k", "n"]), batch + ["m", "n"]
+    return (
+        (left, batch[lead - ranks[0] + 2 :] + ["m", "k"]),
+        (right, batch[lead - ranks[1] + 2 :] + ["k", "n"]),
+        batch + ["m", "n"],
+    )

@@ -1,13 +1,15 @@
-"""What follows from a routing, by one walk over the graph: masks and searches here, gates in gates.py (terms: routing.py).
+"""What follows from a routing, by one walk over the graph: masks and searches here, gates in gates.py (terms:
+routing.py).
 
 | the model writes | fact |
 |---|---|
-| `ids == e`, `ids[..., None] == arange(E)`, `one_hot(ids, E)`, ones scattered at ids | hit (`ids != e`, `~hit`: miss) |
+| `ids == e`, `ids[..., None] == arange(E)`, `one_hot(ids, E)` | hit (`ids != e`, `~hit`: miss) |
 | `any` or, for unique ids, `sum` of a hit over the choices | hit, reduced |
 | `torch.where(hit)`, `hit.nonzero()`; one of its columns | search; with `column` |
 | views, transposes, casts, `[e]`, `[:, e]`, `unbind` | the same fact, its dims moved, its `expert` known |
 
-Whatever is not in the table has no fact, so a mask that means more than this (capacity, padding) is never taken for a hit.
+Whatever is not in the table has no fact, so a mask that means more than this (capacity, padding) is never
+taken for a hit.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import fx
+
 from tedfx.capture.gates import masked_fill, multiply, scatter, softmax, where
 from tedfx.capture.routing import VIEWS, Dims, Fact, argument, dim_of, moved, name_of, origin, shape_of
-from torch import fx
 
 __all__ = ["facts"]
 
@@ -62,13 +65,30 @@ def _sizes(fact: Fact) -> dict:
     return fact.routing.sizes if fact.routing is not None else {"e": fact.column}
 
 
-_SAME = ("to", "_to_copy", "clone", "contiguous", "detach", "alias", "long", "int", "bool", "float", "lift_fresh_copy", "type_as")
+_SAME = (
+    "to",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "long",
+    "int",
+    "bool",
+    "float",
+    "lift_fresh_copy",
+    "type_as",
+)
 
 
 def _layout(node: fx.Node, name: str, fact: Fact) -> Dims | None:
     """The dims of a change of layout or dtype; None where `node` is something else."""
     if name in _SAME:
-        return fact.dims if fact.kind in ("hit", "miss", "ids", "numbers") or node.meta["val"].is_floating_point() else None
+        return (
+            fact.dims
+            if fact.kind in ("hit", "miss", "ids", "numbers") or node.meta["val"].is_floating_point()
+            else None
+        )
     return moved(node, name, fact.dims, _sizes(fact))
 
 
@@ -83,7 +103,11 @@ def _same_kind(a: Dims, b: Dims) -> Dims | None:
 def _compare(node: fx.Node, known: dict) -> Fact | None:
     """`ids == e`, `ids.unsqueeze(-1) == arange(E)`; of a hit, `== 1`, `!= 0`, `> 0`."""
     name, (left, right) = name_of(node), node.args[:2]
-    if isinstance(right, fx.Node) and known.get(right) is not None and (known.get(left) is None or known[left].kind == "numbers"):
+    if (
+        isinstance(right, fx.Node)
+        and known.get(right) is not None
+        and (known.get(left) is None or known[left].kind == "numbers")
+    ):
         left, right = right, left
     fact, other = known.get(left), known.get(right) if isinstance(right, fx.Node) else None
     if fact is None:
@@ -94,7 +118,11 @@ def _compare(node: fx.Node, known: dict) -> Fact | None:
             return Fact(kind, fact.routing, fact.dims, expert=right)
         if other is not None and other.kind == "numbers" and other.column == fact.routing.experts:
             dims = _same_kind(fact.dims, other.dims)
-            return Fact(kind, fact.routing, dims) if dims is not None and sum("e" in d for d in dims) == 1 else None
+            return (
+                Fact(kind, fact.routing, dims)
+                if dims is not None and sum("e" in d for d in dims) == 1
+                else None
+            )
     if fact.kind == "hit" and (name, right) in (("eq", 1), ("ne", 0), ("gt", 0), ("ge", 1)):
         return fact
     return None
@@ -108,7 +136,11 @@ def _reduce(node: fx.Node, known: dict) -> Fact | None:
         return None
     over = {d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])}
     labels = {label for d in over for label in fact.dims[d]}
-    if labels - {"k"} or (name_of(node) != "sum" and fact.kind != "hit") or (name_of(node) == "sum" and fact.kind == "hit" and not fact.routing.unique):
+    if (
+        labels - {"k"}
+        or (name_of(node) != "sum" and fact.kind != "hit")
+        or (name_of(node) == "sum" and fact.kind == "hit" and not fact.routing.unique)
+    ):
         return None
     keep = bool(argument(node, "keepdim"))
     dims = tuple(() if d in over else dim for d, dim in enumerate(fact.dims) if d not in over or keep)
@@ -153,7 +185,9 @@ def _unbind(node: fx.Node, known: dict) -> Fact | None:
     dim = dim_of(node, len(fact.dims), default=0)
     if fact.dims[dim] != ("e",):
         return None
-    return replace(fact, dims=(("e",), *fact.dims[:dim], *fact.dims[dim + 1 :]), column=-1)  # a list over experts
+    return replace(
+        fact, dims=(("e",), *fact.dims[:dim], *fact.dims[dim + 1 :]), column=-1
+    )  # a list over experts
 
 
 def _getitem(node: fx.Node, known: dict) -> Fact | None:
@@ -173,7 +207,11 @@ def _find(node: fx.Node, known: dict) -> Fact | None:
 def _search(node: fx.Node, known: dict) -> Fact | None:
     """`torch.where(mask)`, `mask.nonzero()`."""
     fact = known.get(node.args[0])
-    return replace(fact, kind="search") if fact is not None and fact.kind == "hit" and fact.expert is not None else None
+    return (
+        replace(fact, kind="search")
+        if fact is not None and fact.kind == "hit" and fact.expert is not None
+        else None
+    )
 
 
 def _column(node: fx.Node, name: str, fact: Fact) -> Fact | None:
@@ -196,9 +234,30 @@ def _not(node: fx.Node, known: dict) -> Fact | None:
     return replace(fact, kind=other) if other and node.meta["val"].dtype == torch.bool else None
 
 
-_BINARY: dict[str, Callable] = {"eq": _compare, "ne": _compare, "gt": _compare, "ge": _compare, "mul": multiply, "div": multiply}
+_BINARY: dict[str, Callable] = {
+    "eq": _compare,
+    "ne": _compare,
+    "gt": _compare,
+    "ge": _compare,
+    "mul": multiply,
+    "div": multiply,
+}
 _SPECIAL: dict[str, Callable] = {
-    "any": _reduce, "sum": _reduce, "amax": _reduce, "one_hot": _one_hot, "select": _pick, "slice": _pick, "unbind": _unbind,
-    "getitem": _getitem, "where": _find, "nonzero": _search, "nonzero_numpy": _search, "scatter": scatter, "softmax": softmax,
-    "_softmax": softmax, "masked_fill": masked_fill, "logical_not": _not, "bitwise_not": _not,
-}  # fmt: skip
+    "any": _reduce,
+    "sum": _reduce,
+    "amax": _reduce,
+    "one_hot": _one_hot,
+    "select": _pick,
+    "slice": _pick,
+    "unbind": _unbind,
+    "getitem": _getitem,
+    "where": _find,
+    "nonzero": _search,
+    "nonzero_numpy": _search,
+    "scatter": scatter,
+    "softmax": softmax,
+    "_softmax": softmax,
+    "masked_fill": masked_fill,
+    "logical_not": _not,
+    "bitwise_not": _not,
+}

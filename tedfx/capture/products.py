@@ -1,7 +1,8 @@
 """Products and sums of masks and places (terms: slots.py).
 
-A product has **letters**: one per dim, as in an einsum; equal letters are one dim. Labels of a letter come from the operands that are masks or places;
-an operand of which nothing is known is a value, and may not widen a mask by a dim that has no label.
+A product has **letters**: one per dim, as in an einsum; equal letters are one dim. Labels of a letter come
+from the operands that are masks or places; an operand of which nothing is known is a value, and may not widen
+a mask by a dim that has no label.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import fx
+
 from tedfx.capture.routing import product, shape_of
 from tedfx.capture.slots import Bit, Mask, Place, Term, Total, Totals, Value, sizes_of
-from torch import fx
 
 __all__ = ["multiply", "reduce", "scaled"]
 
@@ -98,9 +100,17 @@ def _times(left, right) -> list[Term] | None:
             if (a.nonzero and not b.exact) or (b.nonzero and not a.exact):
                 return None
             out.append(
-                Term(a.routing, a.hit or b.hit, a.slot or b.slot, a.values + tuple(v for v in b.values if v not in a.values or not b.exact),
-                     a.guards | b.guards, a.exact and b.exact, a.nonzero or b.nonzero, a.merged or b.merged)
-            )  # fmt: skip
+                Term(
+                    a.routing,
+                    a.hit or b.hit,
+                    a.slot or b.slot,
+                    a.values + tuple(v for v in b.values if v not in a.values or not b.exact),
+                    a.guards | b.guards,
+                    a.exact and b.exact,
+                    a.nonzero or b.nonzero,
+                    a.merged or b.merged,
+                )
+            )
     return out
 
 
@@ -110,7 +120,9 @@ def _valued(term: Term, value: Value, divides: bool) -> Term | None:
     if not isinstance(value.node, fx.Node) and value.node == 1:
         return term
     if isinstance(value.node, fx.Node) and value.node.meta["val"].dtype == torch.bool and not divides:
-        return replace(term, values=(*term.values, value), guards=term.guards | {Bit(node=value.node, source=value)})
+        return replace(
+            term, values=(*term.values, value), guards=term.guards | {Bit(node=value.node, source=value)}
+        )
     return replace(term, values=(*term.values, value), exact=False)
 
 
@@ -119,9 +131,18 @@ def _masked(place: Place, mask: Mask, out) -> Place | None:
     if len(mask.terms) != 1 or out != tuple(place.dims):
         return None
     (term,) = mask.terms
-    if not term.exact or term.slot is not None or term.routing is not place.queue.routing or (term.merged and not place.queue.merged):
+    if (
+        not term.exact
+        or term.slot is not None
+        or term.routing is not place.queue.routing
+        or (term.merged and not place.queue.merged)
+    ):
         return None
-    return replace(place, guards=place.guards | term.guards, outside=0 if place.outside == 0 or (term.hit and not place.reduced) else None)
+    return replace(
+        place,
+        guards=place.guards | term.guards,
+        outside=0 if place.outside == 0 or (term.hit and not place.reduced) else None,
+    )
 
 
 def reduce(fact, labels: set, dims, node: fx.Node):
@@ -145,6 +166,11 @@ def reduce(fact, labels: set, dims, node: fx.Node):
     (term,) = terms
     if labels == {"e"}:
         return None if term.merged else Mask(dims, (replace(term, hit=False, values=(Value(node, dims),)),))
-    if term.exact and "e" not in labels and any(x.startswith("t") for x in labels) and not any(set(dim) & labels for dim in dims):
+    if (
+        term.exact
+        and "e" not in labels
+        and any(x.startswith("t") for x in labels)
+        and not any(set(dim) & labels for dim in dims)
+    ):
         return Totals(dims, frozenset({Total(term.routing, frozenset(labels), term.guards)}))
     return None

@@ -1,8 +1,8 @@
 """What routing values mean: which tokens and which of their choices a mask, an index or a gate stands for.
 
-A **routing** is a tensor of expert ids that provably lie in 0..E-1: the indices of a top-k, argmax or sort over a dim of size E, draws from E
-probabilities, or ids modulo E (`origin`). A **fact** says of a node that follows from a routing by layout, comparison and reduction
-(`masks.py`) what it holds, exactly:
+A **routing** is a tensor of expert ids that provably lie in 0..E-1: the indices of a top-k, argmax or sort
+over a dim of size E, draws from E probabilities, or ids modulo E (`origin`). A **fact** says of a node that
+follows from a routing by layout, comparison and reduction (`masks.py`) what it holds, exactly:
 
 | kind | entry at (token n, choice k, expert e) |
 |---|---|
@@ -13,10 +13,11 @@ probabilities, or ids modulo E (`origin`). A **fact** says of a node that follow
 | gate | the sum of those over k: the weight of expert e for token n, zero for an expert that is not chosen |
 | logits | as gate, with -inf instead of zero: its softmax over the experts is a gate |
 | numbers | e (an arange over `column` numbers, to be compared with ids) |
-| search | the indices found by a search (`where(mask)`, `nonzero`) for a mask; `column` c is the index into dim c of the mask |
+| search | indices that a search (`where(mask)`, `nonzero`) found for a mask; `column` c: into its dim c |
 
-Dims are tuples of labels: token dims "t0", "t1", .. (as many as the routing has), the choice "k", the expert "e"; () is a dim of size 1,
-("t0", "t1") the flattened tokens. `expert` is the number where the expert dim was selected. A value that is not in the result means nothing.
+Dims are tuples of labels: token dims "t0", "t1", .. (as many as the routing has), the choice "k", the expert
+"e"; () is a dim of size 1, ("t0", "t1") the flattened tokens. `expert` is the number where the expert dim was
+selected. A value that is not in the result means nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,19 @@ from torch import fx
 
 from tedfx.placement.factors import as_size
 
-__all__ = ["VIEWS", "Fact", "Routing", "argument", "dim_of", "moved", "name_of", "origin", "product", "relabel", "shape_of"]
+__all__ = [
+    "VIEWS",
+    "Fact",
+    "Routing",
+    "argument",
+    "dim_of",
+    "moved",
+    "name_of",
+    "origin",
+    "product",
+    "relabel",
+    "shape_of",
+]
 
 Dims = tuple
 
@@ -65,16 +78,22 @@ class Fact:
 
     @property
     def order(self) -> tuple:
-        """In which order a search lists what it finds: by its dims, major first; by tokens alone where a token is found once."""
+        """In which order a search lists what it finds: by its dims, major first; by tokens alone where a
+        token is found once."""
         labels = tuple(label for dim in self.dims for label in dim)
-        return tuple(label for label in labels if label != "k") if self.routing.unique and labels[-1:] == ("k",) else labels
+        return (
+            tuple(label for label in labels if label != "k")
+            if self.routing.unique and labels[-1:] == ("k",)
+            else labels
+        )
 
 
-# --- reading nodes ------------------------------------------------------------------------------------------------------------
+# --- reading nodes ------------------------------------------------------------------------------------------
 
 
 def name_of(node) -> str:
-    """`index_add` for `aten.index_add.default` and for `index_add_`; "" for what is not a call of an operator."""
+    """`index_add` for `aten.index_add.default` and for `index_add_`; "" for what is not a call of an
+    operator."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return ""
     if isinstance(node.target, torch._ops.OpOverload):
@@ -143,7 +162,11 @@ def moved(node: fx.Node, name: str, dims: Dims, sizes: dict) -> Dims | None:
         if rank > 1:
             order[one], order[other] = order[other], order[one]
         return tuple(dims[d] for d in order)
-    if name == "select" and dims[dim_of(node, rank)] == () and shape_of(node.args[0])[dim_of(node, rank)] == 1:
+    if (
+        name == "select"
+        and dims[dim_of(node, rank)] == ()
+        and shape_of(node.args[0])[dim_of(node, rank)] == 1
+    ):
         return tuple(label for d, label in enumerate(dims) if d != dim_of(node, rank))
     if name == "unsqueeze":
         at = node.args[1] % (rank + 1)
@@ -151,7 +174,7 @@ def moved(node: fx.Node, name: str, dims: Dims, sizes: dict) -> Dims | None:
     return None
 
 
-# --- where ids come from ------------------------------------------------------------------------------------------------------
+# --- where ids come from ------------------------------------------------------------------------------------
 
 
 def _routing(node: fx.Node, dim: int | None, experts, unique: bool) -> Fact | None:
@@ -176,7 +199,11 @@ def origin(node: fx.Node, known: dict) -> Fact | None:
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if source is None:
         return None
-    if node.target is operator.getitem and node.args[1] == 1 and name_of(source) in ("topk", "sort", "max", "min"):
+    if (
+        node.target is operator.getitem
+        and node.args[1] == 1
+        and name_of(source) in ("topk", "sort", "max", "min")
+    ):
         scores = source.args[0]
         rank, kind = len(shape_of(scores)), name_of(source)
         dim = dim_of(source, rank, default=-1)
@@ -192,14 +219,23 @@ def origin(node: fx.Node, known: dict) -> Fact | None:
         kept = name == "argsort" or bool(argument(node, "keepdim"))
         return _routing(node, dim if kept else None, shape_of(source)[dim], True)
     if name == "multinomial":
-        return _routing(node, len(shape_of(node)) - 1, shape_of(source)[-1], not argument(node, "replacement"))
-    if name == "remainder" and isinstance(node.args[1], int) and node.args[1] > 0 and not node.meta["val"].is_floating_point():
+        return _routing(
+            node, len(shape_of(node)) - 1, shape_of(source)[-1], not argument(node, "replacement")
+        )
+    if (
+        name == "remainder"
+        and isinstance(node.args[1], int)
+        and node.args[1] > 0
+        and not node.meta["val"].is_floating_point()
+    ):
         return _routing(node, None, node.args[1], True)
     if name == "gather" and source in known and known[source].kind == "ids":
         fact, index = known[source], known.get(node.args[2])
         dim = dim_of(node, len(fact.dims))
         if fact.dims[dim] == ("k",):
-            unique = fact.routing.unique and index is not None and index.kind == "ids" and index.routing.unique
+            unique = (
+                fact.routing.unique and index is not None and index.kind == "ids" and index.routing.unique
+            )
             return _routing(node, dim, fact.routing.experts, unique)
     if name == "slice" and source in known and known[source].kind == "ids":
         fact = known[source]

@@ -1,11 +1,13 @@
 """Rows of tokens and their weights: what enters the batched body of the experts, and what leaves it.
 
-Rows enter by a gather, `x[token]` or `x[mask]`; or, where every expert runs on every token and is masked afterwards, wherever the tokens meet an
-expert's parameter. Both become the rows of one `dispatch`. All searches of a body must list an expert's tokens in one order.
+Rows enter by a gather, `x[token]` or `x[mask]`; or, where every expert runs on every token and is masked
+afterwards, wherever the tokens meet an expert's parameter. Both become the rows of one `dispatch`. All
+searches of a body must list an expert's tokens in one order.
 
-A routing weight (`w[token, slot]`, `probs[token, e]`, the column of a gate matrix) is not computed on rows: it is carried along through whatever
-commutes with a factor per row (products, casts, layouts, linears without bias) and becomes the weights [N, K] of `combine`. An entry
-of a matrix over the experts is gathered by the ids: for a token that chose e, that is the entry of e.
+A routing weight (`w[token, slot]`, `probs[token, e]`, the column of a gate matrix) is not computed on rows:
+it is carried along through whatever commutes with a factor per row (products, casts, layouts, linears without
+bias) and becomes the weights [N, K] of `combine`. An entry of a matrix over the experts is gathered by the
+ids: for a token that chose e, that is the entry of e.
 """
 
 from __future__ import annotations
@@ -14,24 +16,37 @@ import operator
 from dataclasses import dataclass, replace
 
 import torch
-from tedfx.graph.emit import emit
-from tedfx.capture.routing import Routing, name_of, product, shape_of
-from tedfx.capture.rules import Batched, apply_rule, is_pointwise, is_value, refuse
 from torch import fx
 
 from tedfx._torch import pytree
+from tedfx.capture.routing import Routing, name_of, product, shape_of
+from tedfx.capture.rules import Batched, apply_rule, is_pointwise, is_value, refuse
+from tedfx.graph.emit import emit
 from tedfx.placement.factors import as_size
 
 __all__ = ["Rows", "Weight"]
 
 aten = torch.ops.aten
-_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "detach", "clone", "contiguous"}
+_RESHAPES = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "alias",
+    "detach",
+    "clone",
+    "contiguous",
+}
 _CASTS = {"to", "_to_copy", "type_as"}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Entry [token, choice] of `node`, or [token, expert] of a matrix over the experts; `dims` are its labels, `casts` follow it."""
+    """Entry [token, choice] of `node`, or [token, expert] of a matrix over the experts; `dims` are its
+    labels, `casts` follow it."""
 
     node: fx.Node
     dims: tuple
@@ -49,7 +64,8 @@ class Rows:
         self.flattened: dict[tuple, fx.Node] = {}
         self.x: fx.Node | None = None
         self.rows = self.counts = self.sorted = None
-        self.tail: tuple = ()  # (True,) where some rows belong to no expert: the last argument of the ops that tell experts apart
+        # (True,) where some rows belong to no expert: the last argument of the ops that tell experts apart
+        self.tail: tuple = ()
 
     def emit(self, target, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node:
         return emit(self.graph, target, tuple(args), dict(kwargs), like=like)
@@ -58,15 +74,28 @@ class Rows:
         """The rows of `x` (tokens first), sorted by expert; only one value is dispatched."""
         if self.x is not None:
             if self.x is not x:
-                raise refuse("an expert reads two values of a token", like, "let every expert read one value per token (concatenate them)")
+                raise refuse(
+                    "an expert reads two values of a token",
+                    like,
+                    "let every expert read one value per token (concatenate them)",
+                )
             return self.rows
         self.x = x
         shape = shape_of(x)
         if not isinstance(shape[-1], int):
-            raise refuse("tokens whose number of features is not fixed", like, "let a token be a row of a fixed size")
+            raise refuse(
+                "tokens whose number of features is not fixed", like, "let a token be a row of a fixed size"
+            )
         flat = x if len(shape) == 2 else self.emit(aten.reshape.default, (x, [-1, shape[-1]]), {}, like)
-        out = self.emit(torch.ops.tedfx.dispatch.default, (flat, self.flat(self.routing.node, self.routing.dims, like), self.experts), {}, like)
-        self.rows, self.counts, self.sorted = (self.emit(operator.getitem, (out, i), {}, like) for i in range(3))
+        out = self.emit(
+            torch.ops.tedfx.dispatch.default,
+            (flat, self.flat(self.routing.node, self.routing.dims, like), self.experts),
+            {},
+            like,
+        )
+        self.rows, self.counts, self.sorted = (
+            self.emit(operator.getitem, (out, i), {}, like) for i in range(3)
+        )
         return self.rows
 
     def flat(self, node: fx.Node, dims: tuple, like: fx.Node) -> fx.Node:
@@ -81,7 +110,9 @@ class Rows:
         order = [d for d in range(len(dims)) if d not in last] + last
         tokens = tuple(label for d in order if d not in last for label in dims[d])
         if tokens != self.routing.tokens:
-            raise refuse("weights or ids with the tokens in another order", like, "keep the tokens' dims in order")
+            raise refuse(
+                "weights or ids with the tokens in another order", like, "keep the tokens' dims in order"
+            )
         if order != list(range(len(dims))):
             node = self.emit(aten.permute.default, (node, order), {}, like)
         width = as_size(shape_of(node)[-1]) if last else 1
@@ -92,7 +123,9 @@ class Rows:
 
     def expert_rows(self, param: fx.Node, lead: Batched, like: fx.Node) -> fx.Node:
         rows = lead.node if lead.node.meta["val"].dim() == 2 and lead.right == 1 else self.rows
-        return self.emit(torch.ops.tedfx.expert_rows.default, (param, self.counts, rows, *self.tail), {}, like)
+        return self.emit(
+            torch.ops.tedfx.expert_rows.default, (param, self.counts, rows, *self.tail), {}, like
+        )
 
     def weights(self, weight: Weight | None, like: fx.Node) -> fx.Node:
         """The weights for `combine`: [N, K]."""
@@ -101,7 +134,12 @@ class Rows:
             return self.emit(aten.ones_like.default, (ids,), {"dtype": self.rows.meta["val"].dtype}, like)
         node = self.flat(weight.node, weight.dims, like)
         if any("e" in dim for dim in weight.dims):
-            node = self.emit(aten.gather.default, (node, 1, self.flat(self.routing.node, self.routing.dims, like)), {}, like)
+            node = self.emit(
+                aten.gather.default,
+                (node, 1, self.flat(self.routing.node, self.routing.dims, like)),
+                {},
+                like,
+            )
         for dtype in weight.casts:
             if node.meta["val"].dtype != dtype:
                 node = self.emit(aten.to.dtype, (node, dtype), {}, like)
@@ -118,14 +156,22 @@ class Rows:
         elif name == "index_select" and args[0].kind != "index":
             source, where = args[0], [None] * (args[1] % len(args[0].shape)) + [args[2]]
         else:
-            raise refuse(f"{first.target} computes with which tokens are an expert's", first, "use that to gather, to weigh and to add rows only")
+            raise refuse(
+                f"{first.target} computes with which tokens are an expert's",
+                first,
+                "use that to gather, to weigh and to add rows only",
+            )
         labels, at = self.indexed_dims(where, first)
         shape = shape_of(source.node) if source.kind == "picked" else source.shape
         if source.kind not in ("shared", "picked", "weight"):
             raise refuse("an expert gathers from what it computed", first, "gather from the layer's input")
         if source.kind == "weight":
             if not self.routing.unique and self.routing.choices > 1:
-                raise refuse("a token that may name an expert twice is weighed by the sum of both", first, "weigh by w[token, slot]")
+                raise refuse(
+                    "a token that may name an expert twice is weighed by the sum of both",
+                    first,
+                    "weigh by w[token, slot]",
+                )
             return self.weight(first, ((),) * at + (labels,), source.of)
         own = list(range(len(shape)))
         if source.kind == "picked":
@@ -134,14 +180,28 @@ class Rows:
         for d, label in zip(own[at:], self.columns(where)):
             full[d] = label
             if as_size(shape[d]) != self.size(label):
-                raise refuse("an expert's tokens index a value that has other rows", first, "index values with a row per token")
+                raise refuse(
+                    "an expert's tokens index a value that has other rows",
+                    first,
+                    "index values with a row per token",
+                )
         rest = own[at + len(self.columns(where)) :]
-        if "k" in labels or source.kind == "picked" or (self.routing.choices == 1 and all(shape[d] == 1 for d in rest)):
+        if (
+            "k" in labels
+            or source.kind == "picked"
+            or (self.routing.choices == 1 and all(shape[d] == 1 for d in rest))
+        ):
             if source.kind == "picked":
                 full[source.of] = ("e",)
             if any(shape[d] != 1 for d in range(len(shape)) if not full[d]):
-                raise refuse("a routing weight that is not one number per row", first, "weigh by w[token, slot] or probs[token, e]")
-            return self.weight(first, ((),) * at + (labels,) + ((),) * len(rest), Weight(source.node, tuple(full)))
+                raise refuse(
+                    "a routing weight that is not one number per row",
+                    first,
+                    "weigh by w[token, slot] or probs[token, e]",
+                )
+            return self.weight(
+                first, ((),) * at + (labels,) + ((),) * len(rest), Weight(source.node, tuple(full))
+            )
         if len(rest) != 1 or any(shape[d] != 1 for d in range(at)):
             raise refuse("a token that is not a row of features", first, "flatten a token to one row")
         x = source.node
@@ -169,23 +229,40 @@ class Rows:
         return size
 
     def indexed_dims(self, where: list, like: fx.Node) -> tuple[tuple, int]:
-        """The labels that an index runs over, and the first dim it indexes; every search in a body lists its rows in one order."""
+        """The labels that an index runs over, and the first dim it indexes; every search in a body lists its
+        rows in one order."""
         given = [d for d, value in enumerate(where) if value is not None]
         if given != list(range(given[0], given[-1] + 1)) or any(where[d].kind != "index" for d in given):
-            raise refuse("an index that mixes an expert's tokens with others", like, "index by token, or by token and slot")
+            raise refuse(
+                "an index that mixes an expert's tokens with others",
+                like,
+                "index by token, or by token and slot",
+            )
         found = [where[d].of for d in given]
         if any(f.kind == "search" and f.column is None or f.kind == "hit" and f.dims == () for f in found):
-            raise refuse("an index of all columns of a search", like, "take its columns apart: token, slot = torch.where(mask)")
+            raise refuse(
+                "an index of all columns of a search",
+                like,
+                "take its columns apart: token, slot = torch.where(mask)",
+            )
         for fact in found:
             if fact.reduced and not self.routing.unique and self.routing.choices > 1:
-                raise refuse("a token that may name an expert twice is found once", like, "take ids from a topk, or search (ids == e) itself")
+                raise refuse(
+                    "a token that may name an expert twice is found once",
+                    like,
+                    "take ids from a topk, or search (ids == e) itself",
+                )
             self.order = fact.order if self.order is None else self.order
             if fact.order != self.order:
                 raise refuse("an expert finds its tokens twice, in different orders", like, "search once")
         labels = tuple(label for dim in self.columns(where) for label in dim)
         tokens = tuple(label for label in labels if label != "k")
         if tokens != self.routing.tokens or len(set(labels)) != len(labels):
-            raise refuse(f"an index over {labels} of the tokens' dims {self.routing.tokens}", like, "index by token, or by token and slot")
+            raise refuse(
+                f"an index over {labels} of the tokens' dims {self.routing.tokens}",
+                like,
+                "index by token, or by token and slot",
+            )
         return labels, given[0]
 
     def tokens(self, value: Batched, like: fx.Node) -> Batched:
@@ -194,7 +271,11 @@ class Rows:
         count = as_size(self.size(self.routing.tokens))
         span = next((s for s in range(1, len(shape)) if product(shape[:s]) == count), None)
         if self.gathered or span is None or len(shape) != span + 1:
-            raise refuse("an expert mixes its rows with a value that is not per row", like, "gather that value by token")
+            raise refuse(
+                "an expert mixes its rows with a value that is not per row",
+                like,
+                "gather that value by token",
+            )
         return Batched("rows", self.dispatch(value.node, like), value.like, right=1, span=span)
 
     # --- weights ---
@@ -203,7 +284,9 @@ class Rows:
         """A weight per row; `dims` says which dim of `like` is the rows'."""
         at = [d for d, dim in enumerate(dims) if dim]
         span = at[-1] - at[0] + 1 if at else 1
-        return Batched("weight", None, like, right=len(dims) - 1 - (at[-1] if at else 0), span=span, of=weight)
+        return Batched(
+            "weight", None, like, right=len(dims) - 1 - (at[-1] if at else 0), span=span, of=weight
+        )
 
     def weighted(self, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
         """A weight passes through what commutes with a factor per row."""
@@ -222,10 +305,20 @@ class Rows:
                     other = self.tokens(other, like)
                 if other.kind == "rows" and (other.right, other.span) == (value.right, value.span):
                     return Batched("weighted", other.node, like, other.right, other.span, value.of)
-            raise refuse(f"a routing weight in {like.target}", like, "multiply the expert's result by the weight")
-        linear = name in ("mul", "div", "neg", "dropout", "matmul", "mm") or name in _CASTS | _RESHAPES or (name == "linear" and len(args) < 3)
+            raise refuse(
+                f"a routing weight in {like.target}", like, "multiply the expert's result by the weight"
+            )
+        linear = (
+            name in ("mul", "div", "neg", "dropout", "matmul", "mm")
+            or name in _CASTS | _RESHAPES
+            or (name == "linear" and len(args) < 3)
+        )
         if not linear or (args[0] is not value and name != "mul"):
-            raise refuse(f"{like.target} of rows that carry their routing weight", like, "multiply the expert's result by the weight last")
+            raise refuse(
+                f"{like.target} of rows that carry their routing weight",
+                like,
+                "multiply the expert's result by the weight last",
+            )
         inner = replace(value, kind="rows", of=None)
         args, kwargs = pytree.tree_map(lambda v: inner if v is value else v, (args, kwargs), is_leaf=is_value)
         out = apply_rule(self, like, args, kwargs)

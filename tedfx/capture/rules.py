@@ -2,15 +2,19 @@
 
 A batched value stands for E values, one per expert. It is one of
 
-- `rows`: the experts' rows one after the other. In the model's value the dims `rank - right - span` up to `rank - right` count rows (span > 1
-  where tokens were never flattened); the batched node has one dim for them.
-- `stacked`: one entry per expert, dim 0 of the batched node is the expert (span 0: no dim of the model's value is it).
+- `rows`: the experts' rows one after the other. In the model's value the dims `rank - right - span` up to
+  `rank - right` count rows (span > 1 where tokens were never flattened); the batched node has one dim for
+  them.
+- `stacked`: one entry per expert, dim 0 of the batched node is the expert (span 0: no dim of the model's
+  value is it).
 - `shared`: one value for all experts: the model's own node.
 
-The rules keep the model's operator and its line, and hold for every expert because no rule lets one row reach another: element by element,
-along dims that are not the rows', and layouts that keep the rows together. Anything else is refused by name.
+The rules keep the model's operator and its line, and hold for every expert because no rule lets one row reach
+another: element by element, along dims that are not the rows', and layouts that keep the rows together.
+Anything else is refused by name.
 
-A stacked value that meets rows element by element goes through `expert_rows`. Matrix products and norms are in contractions.py.
+A stacked value that meets rows element by element goes through `expert_rows`. Matrix products and norms are
+in contractions.py.
 """
 
 from __future__ import annotations
@@ -19,13 +23,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tedfx.capture.routing import argument, name_of, product
 from torch import fx
 
 from tedfx._torch import pytree
+from tedfx.capture.routing import argument, name_of, product
 from tedfx.errors import CaptureError, user_line
-from tedfx.placement.factors import as_size
 from tedfx.ops.function import kept_of
+from tedfx.placement.factors import as_size
 
 __all__ = ["Batched", "aligned", "apply_rule", "is_pointwise", "is_value", "refuse", "unknown"]
 
@@ -58,11 +62,63 @@ def refuse(what: str, node: fx.Node, fix: str) -> CaptureError:
     return CaptureError(f"cannot capture the loop over experts: {what} | at {user_line(node)} | {fix}")
 
 
-_POINTWISE = {"dropout", "to", "_to_copy", "contiguous", "detach", "alias", "clone", "type_as", "hardswish", "log_sigmoid", "alpha_dropout", "lift_fresh_copy",
-              "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli"}  # fmt: skip
-_ALONG = {"softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk", "glu", "slice", "narrow", "chunk", "split",
-          "split_with_sizes", "tensor_split", "flip"}  # fmt: skip
-_OVER = {"sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "var", "std", "logsumexp", "prod", "linalg_vector_norm", "norm"}
+_POINTWISE = {
+    "dropout",
+    "to",
+    "_to_copy",
+    "contiguous",
+    "detach",
+    "alias",
+    "clone",
+    "type_as",
+    "hardswish",
+    "log_sigmoid",
+    "alpha_dropout",
+    "lift_fresh_copy",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+}
+_ALONG = {
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "argsort",
+    "topk",
+    "glu",
+    "slice",
+    "narrow",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "flip",
+}
+_OVER = {
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
+    "var",
+    "std",
+    "logsumexp",
+    "prod",
+    "linalg_vector_norm",
+    "norm",
+}
 _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"}
 
 
@@ -71,7 +127,8 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def apply_rule(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
-    """The batched value of `like`, whose operands are rows, stacked or shared; `batch` emits and knows the rows."""
+    """The batched value of `like`, whose operands are rows, stacked or shared; `batch` emits and knows the
+    rows."""
     from tedfx.capture.contractions import linear, norm  # which need `aligned`
 
     name = name_of(like)
@@ -88,7 +145,9 @@ def apply_rule(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
     if name in ("cat", "stack"):
         return _cat(batch, like, name, args, kwargs)
     first = args[0] if args and isinstance(args[0], Batched) else None
-    if first is None or any(isinstance(a, Batched) and a.kind != "shared" for a in _leaves((args[1:], kwargs))):
+    if first is None or any(
+        isinstance(a, Batched) and a.kind != "shared" for a in _leaves((args[1:], kwargs))
+    ):
         raise unknown(like)
     if name == "getitem":
         return replace(first, node=batch.emit(like.target, (first.node, args[1]), {}, like), like=like)
@@ -100,7 +159,12 @@ def apply_rule(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
 
 
 def unknown(like: fx.Node) -> CaptureError:
-    return refuse(f"{name_of(like) if kept_of(like.target) else like.target} in an expert's body may mix the rows of one expert with another's", like, "use operators that work on each row alone")
+    return refuse(
+        f"{name_of(like) if kept_of(like.target) else like.target} in an expert's body may mix the rows "
+        "of one expert with another's",
+        like,
+        "use operators that work on each row alone",
+    )
 
 
 def _leaves(tree) -> list:
@@ -115,7 +179,7 @@ def _lead(values: list[Batched], like: fx.Node) -> Batched:
     return rows[0] if rows else max((v for v in values if v.kind == "stacked"), key=lambda v: v.right)
 
 
-# --- element by element -------------------------------------------------------------------------------------------------------
+# --- element by element -------------------------------------------------------------------------------------
 
 
 def _pointwise(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
@@ -144,14 +208,23 @@ def aligned(batch, like: fx.Node, value: Batched, lead: Batched) -> fx.Node:
             if value.kind == "shared" and len(shape) > right:
                 raise refuse("a value of higher rank meets a parameter", like, "reshape the parameter first")
             return value.node
-        return batch.emit(aten.reshape.default, (value.node, [batch.experts] + [1] * (right - value.right) + shape), {}, like)
+        return batch.emit(
+            aten.reshape.default,
+            (value.node, [batch.experts] + [1] * (right - value.right) + shape),
+            {},
+            like,
+        )
     over = shape[: len(shape) - right] if len(shape) > right else []  # dims at and before the rows
     if any(size != 1 for size in over):
         if value.kind == "shared":
             return batch.tokens(value, like).node
         raise refuse("a parameter is as long as the rows", like, "use operators that work on each row alone")
     if value.kind == "shared":
-        return batch.emit(aten.reshape.default, (value.node, shape[len(over) :]), {}, like) if over and lead.span > 1 else value.node
+        return (
+            batch.emit(aten.reshape.default, (value.node, shape[len(over) :]), {}, like)
+            if over and lead.span > 1
+            else value.node
+        )
     inner = shape[len(over) :]
     inner = [1] * (right - len(inner)) + inner
     node = value.node
@@ -161,24 +234,34 @@ def aligned(batch, like: fx.Node, value: Batched, lead: Batched) -> fx.Node:
 
 
 def _function(batch, like: fx.Node, args: tuple) -> Batched:
-    """A Function of the user's own: one call for all experts is E calls only where nothing in it, forward or backward, goes from one element to another."""
+    """A Function of the user's own: one call for all experts is E calls only where nothing in it, forward or
+    backward, goes from one element to another."""
     from tedfx.rules.functions import is_elementwise  # rules of types, which nothing else here needs
 
     values = [a for a in args if isinstance(a, Batched)]
     lead = _lead([v for v in values if v.kind != "shared"], like)
-    if not is_elementwise(like) or any(v.kind == "shared" and any(size != 1 for size in v.shape) for v in values):
+    if not is_elementwise(like) or any(
+        v.kind == "shared" and any(size != 1 for size in v.shape) for v in values
+    ):
         raise unknown(like)
-    if any(v.kind != "shared" and (v.kind, v.right, v.span) != (lead.kind, lead.right, lead.span) for v in values):
-        raise refuse(f"{name_of(like)} of rows and of parameters", like, "let all its operands be rows of tokens, or all of them parameters")
+    if any(
+        v.kind != "shared" and (v.kind, v.right, v.span) != (lead.kind, lead.right, lead.span) for v in values
+    ):
+        raise refuse(
+            f"{name_of(like)} of rows and of parameters",
+            like,
+            "let all its operands be rows of tokens, or all of them parameters",
+        )
     node = batch.emit(like.target, tuple(a.node if isinstance(a, Batched) else a for a in args), {}, like)
     return replace(lead, node=node, like=like)
 
 
-# --- dims ---------------------------------------------------------------------------------------------------------------------
+# --- dims ---------------------------------------------------------------------------------------------------
 
 
 def _move(value: Batched, dim: int, like: fx.Node, extra: int = 0) -> int:
-    """A dim of the model's value as a dim of the batched one; `extra` is 1 where it is the place of a new dim."""
+    """A dim of the model's value as a dim of the batched one; `extra` is 1 where it is the place of a new
+    dim."""
     rank = len(value.shape) + extra
     dim = dim % rank
     if dim >= value.start + value.span and (extra == 0 or value.span or value.kind == "stacked"):
@@ -199,7 +282,11 @@ def _along(batch, like: fx.Node, name: str, value: Batched) -> Batched:
     kwargs["dim"] = moved if isinstance(given, (list, tuple)) else moved[0]
     positional = [kwargs.pop(spec.name) for spec in like.target._schema.arguments[1:] if not spec.kwarg_only]
     node = batch.emit(like.target, (value.node, *positional), kwargs, like)
-    after = sum(d % rank >= value.start + value.span for d in dims) if name != "unsqueeze" else sum(d < 0 for d in moved)
+    after = (
+        sum(d % rank >= value.start + value.span for d in dims)
+        if name != "unsqueeze"
+        else sum(d < 0 for d in moved)
+    )
     right = value.right
     if name == "unsqueeze":
         right += after
@@ -209,7 +296,8 @@ def _along(batch, like: fx.Node, name: str, value: Batched) -> Batched:
 
 
 def _view(batch, like: fx.Node, value: Batched) -> Batched:
-    """A change of shape that keeps the rows together: the sizes before, of and after the rows stay what they are."""
+    """A change of shape that keeps the rows together: the sizes before, of and after the rows stay what they
+    are."""
     shape, out = value.shape, [as_size(size) for size in like.meta["val"].shape]
     if value.kind == "stacked":
         node = batch.emit(aten.reshape.default, (value.node, [batch.experts, *out]), {}, like)
@@ -222,7 +310,11 @@ def _view(batch, like: fx.Node, value: Batched) -> Batched:
                 sizes = [*out[:start], -1, *out[stop:]]
                 if all(isinstance(size, int) for size in sizes):
                     same = out == shape or [as_size(s) for s in value.node.meta["val"].shape][1:] == sizes[1:]
-                    node = value.node if same else batch.emit(aten.reshape.default, (value.node, sizes), {}, like)
+                    node = (
+                        value.node
+                        if same
+                        else batch.emit(aten.reshape.default, (value.node, sizes), {}, like)
+                    )
                     return Batched("rows", node, like, len(out) - stop, stop - start)
     raise refuse(f"{like.target} mixes rows with features", like, "keep the rows in a dim of their own")
 

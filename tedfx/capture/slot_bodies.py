@@ -1,12 +1,13 @@
 """What experts compute on their slots becomes the same on rows of tokens.
 
-The slots (E, C, features), in any order of the expert, the slot and the groups, become the rows of `dispatch`: an empty slot reaches no token, so it needs no
-row, and where in the slots a row stood is forgotten. Operators with rules in rules.py keep the rows apart; here is what a dim of experts
-adds to them:
+The slots (E, C, features), in any order of the expert, the slot and the groups, become the rows of
+`dispatch`: an empty slot reaches no token, so it needs no row, and where in the slots a row stood is
+forgotten. Operators with rules in rules.py keep the rows apart; here is what a dim of experts adds to them:
 
 - a bmm, matmul or einsum with weights that have the same dim of experts is a `grouped_linear`;
 - a parameter that has it, and 1 for the slots, gives a row per expert;
-- values taken apart by expert (`x[e]`, `unbind`, `chunk`) and put together again (`stack`, `cat`) are bodies in lock-step (bodies.py).
+- values taken apart by expert (`x[e]`, `unbind`, `chunk`) and put together again (`stack`, `cat`) are bodies
+  in lock-step (bodies.py).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from torch import fx
+
+from tedfx._torch import pytree
 from tedfx.capture.bodies import Bodies
 from tedfx.capture.letters import contraction_of
 from tedfx.capture.routing import argument, dim_of, name_of, relabel, shape_of
 from tedfx.capture.rules import Batched, aligned, apply_rule, is_pointwise, refuse, unknown
-from torch import fx
-
-from tedfx._torch import pytree
 
 __all__ = ["SlotBodies"]
 
@@ -30,7 +31,8 @@ _PRODUCTS = ("einsum", "bmm", "matmul", "mm", "baddbmm")
 
 
 class SlotBodies(Bodies):
-    """The body behind one dispatch. `slots`: the node of the dispatched tokens, `labels` those of its dims but the last, `sizes` of the labels."""
+    """The body behind one dispatch. `slots`: the node of the dispatched tokens, `labels` those of its dims
+    but the last, `sizes` of the labels."""
 
     def __init__(self, graph, routing, stacks, slots: fx.Node, labels: tuple, sizes: dict, inside: set):
         super().__init__(graph, routing, {}, stacks, True)
@@ -42,7 +44,9 @@ class SlotBodies(Bodies):
 
     def start(self, rows: fx.Node, counts: fx.Node, order: fx.Node, tail: bool) -> None:
         self.rows, self.counts, self.sorted, self.tail = rows, counts, order, (True,) * tail
-        self.values[self.slots] = Batched("rows", rows, self.slots, right=1, span=len(self.labels[self.slots]))
+        self.values[self.slots] = Batched(
+            "rows", rows, self.slots, right=1, span=len(self.labels[self.slots])
+        )
 
     def value(self, node: fx.Node) -> Batched:
         if node not in self.values:
@@ -59,7 +63,9 @@ class SlotBodies(Bodies):
         values = [self.value(n) for n in rows]
         labels = self.labels[rows[0]]
         if any(self.labels[n] != labels or v.start for n, v in zip(rows, values)):
-            raise refuse("slots meet in different orders", node, "keep the dims of experts and slots in one order")
+            raise refuse(
+                "slots meet in different orders", node, "keep the dims of experts and slots in one order"
+            )
         if name in ("permute", "transpose"):
             order = list(range(len(shape_of(node))))
             if name == "permute":
@@ -71,14 +77,18 @@ class SlotBodies(Bodies):
             if sorted(order[:span]) == list(range(span)) and order[span:] == list(range(span, len(order))):
                 return replace(values[0], like=node), tuple(labels[d] for d in order[:span])
         convert = lambda x: self._operand(x, node, labels) if isinstance(x, fx.Node) else x
-        args, kwargs = pytree.tree_map(convert, (tuple(node.args), dict(node.kwargs)), is_leaf=lambda x: isinstance(x, fx.Node))
+        args, kwargs = pytree.tree_map(
+            convert, (tuple(node.args), dict(node.kwargs)), is_leaf=lambda x: isinstance(x, fx.Node)
+        )
         out = apply_rule(self, node, args, kwargs)
         if out.kind != "rows" or not isinstance(node.meta["val"], torch.Tensor):
             return out, labels
         counted, before = shape_of(node)[: out.span], shape_of(rows[0])[: values[0].span]
         found = None if out.start else labels if counted == before else relabel(labels, self.sizes, counted)
         if found is None:
-            raise refuse(f"{node.target} takes experts and slots apart", node, "keep each in a dim of its own")
+            raise refuse(
+                f"{node.target} takes experts and slots apart", node, "keep each in a dim of its own"
+            )
         return out, found
 
     def _operand(self, x: fx.Node, node: fx.Node, labels: tuple):
@@ -91,10 +101,22 @@ class SlotBodies(Bodies):
         lead = shape[: max(len(labels) - (rank - len(shape)), 0)]  # its dims that are experts and slots
         features, over = shape[len(lead) :], labels[len(labels) - len(lead) :]
         if all(size == 1 for size in lead):
-            return Batched("shared", x if not lead else self.emit(aten.reshape.default, (x, features), {}, node), _shaped(x, len(lead)))
-        if any(size != 1 and not (label == ("e",) and size == self.experts) for size, label in zip(lead, over)):
-            raise refuse("a value that differs between slots meets them", node, "compute a slot from the token in it alone")
-        each = x if len(lead) == 1 else self.emit(aten.reshape.default, (x, [self.experts, *features]), {}, node)
+            return Batched(
+                "shared",
+                x if not lead else self.emit(aten.reshape.default, (x, features), {}, node),
+                _shaped(x, len(lead)),
+            )
+        if any(
+            size != 1 and not (label == ("e",) and size == self.experts) for size, label in zip(lead, over)
+        ):
+            raise refuse(
+                "a value that differs between slots meets them",
+                node,
+                "compute a slot from the token in it alone",
+            )
+        each = (
+            x if len(lead) == 1 else self.emit(aten.reshape.default, (x, [self.experts, *features]), {}, node)
+        )
         return Batched("stacked", each, _shaped(x, len(lead)), right=len(features))
 
     # --- products with weights ---
@@ -120,22 +142,40 @@ class SlotBodies(Bodies):
         weight, left = self._squeezed(other, theirs, node)
         new = [letter for letter in out if letter not in mine]
         wanted = {inner, *new, expert} if expert in left else {inner, *new}
-        if len(new) != 1 or out[-1] != new[0] or sorted(map(str, out[:-1])) != sorted(map(str, count)) or set(left) != wanted:
-            raise refuse("a product that is not one of each row with a matrix of its expert", node, "contract the features alone: einsum('ech,ehf->ecf', ..)")
+        if (
+            len(new) != 1
+            or out[-1] != new[0]
+            or sorted(map(str, out[:-1])) != sorted(map(str, count))
+            or set(left) != wanted
+        ):
+            raise refuse(
+                "a product that is not one of each row with a matrix of its expert",
+                node,
+                "contract the features alone: einsum('ech,ehf->ecf', ..)",
+            )
         if expert in left:
             transposed = left.index(inner) < left.index(new[0])
             if left[0] != expert:
                 order = [left.index(x) for x in (expert, inner, new[0])]
                 weight, transposed = self.emit(aten.permute.default, (weight, order), {}, node), True
-            made = self.emit(torch.ops.tedfx.grouped_linear.default, (rows.node, weight, self.counts, transposed, *self.tail), {}, node)
+            made = self.emit(
+                torch.ops.tedfx.grouped_linear.default,
+                (rows.node, weight, self.counts, transposed, *self.tail),
+                {},
+                node,
+            )
         else:
             target = aten.matmul.default if left[0] == inner else aten.linear.default
             made = self.emit(target, (rows.node, weight), {}, node)
         result = Batched("rows", made, node, 1, rows.span)
         order = tuple(labels[count.index(letter)] for letter in out[:-1])
         if bias is not None:
-            given = self._operand(bias, SimpleNamespace(op="call_function", target=aten.add.Tensor, meta=node.meta), order)
-            result = replace(result, node=self.emit(aten.add.Tensor, (made, aligned(self, node, given, result)), {}, node))
+            given = self._operand(
+                bias, SimpleNamespace(op="call_function", target=aten.add.Tensor, meta=node.meta), order
+            )
+            result = replace(
+                result, node=self.emit(aten.add.Tensor, (made, aligned(self, node, given, result)), {}, node)
+            )
         return result, order
 
     def _squeezed(self, weight: fx.Node, letters: list, node: fx.Node) -> tuple[fx.Node, list]:
@@ -143,7 +183,9 @@ class SlotBodies(Bodies):
         kept = [d for d, size in enumerate(shape) if size != 1 or len(shape) <= 2]
         if len(kept) == len(shape):
             return weight, letters
-        return self.emit(aten.reshape.default, (weight, [shape[d] for d in kept]), {}, node), [letters[d] for d in kept]
+        return self.emit(aten.reshape.default, (weight, [shape[d] for d in kept]), {}, node), [
+            letters[d] for d in kept
+        ]
 
     # --- experts apart ---
 
@@ -154,7 +196,9 @@ class SlotBodies(Bodies):
         if name == "getitem":
             name, (source, *_) = name_of(source), source.args
             number, dim, kept = node.args[1], argument(node.args[0], "dim"), name != "unbind"
-            if name not in ("unbind", "chunk", "split", "split_with_sizes", "tensor_split") or (kept and len(node.args[0].meta["val"]) != self.experts):
+            if name not in ("unbind", "chunk", "split", "split_with_sizes", "tensor_split") or (
+                kept and len(node.args[0].meta["val"]) != self.experts
+            ):
                 return None
         elif name == "select":
             number, dim = node.args[2], node.args[1]
@@ -168,7 +212,9 @@ class SlotBodies(Bodies):
             return None
         self.value(source)
         dim = dim % len(shape_of(source))
-        return (source, number % self.experts, kept) if self.labels[source][dim : dim + 1] == (("e",),) else None
+        return (
+            (source, number % self.experts, kept) if self.labels[source][dim : dim + 1] == (("e",),) else None
+        )
 
     def _per_expert(self, node: fx.Node) -> bool:
         if node not in self.apart:
@@ -197,12 +243,20 @@ class SlotBodies(Bodies):
     def _lockstep(self, node: fx.Node, name: str) -> tuple[Batched, tuple]:
         out = self.lift(tuple(node.args[0]))
         if out.kind != "rows" or out.start:
-            raise refuse("what an expert gives is not a row of features per slot", node.args[0][0], "give every slot a row")
+            raise refuse(
+                "what an expert gives is not a row of features per slot",
+                node.args[0][0],
+                "give every slot a row",
+            )
         labels = relabel(self.left, {**self.sizes, "e": 1}, out.shape[: out.span])
         rank = len(shape_of(node))
         dim = dim_of(node, rank, default=0)
         if labels is None or dim > out.span - (name != "stack"):
-            raise refuse("the experts' slots are put together along their features", node, "stack them along a dim of experts")
+            raise refuse(
+                "the experts' slots are put together along their features",
+                node,
+                "stack them along a dim of experts",
+            )
         if name == "stack":
             labels = (*labels[:dim], ("e",), *labels[dim:])
         else:
@@ -214,4 +268,6 @@ def _shaped(x: fx.Node, drop: int):
     """Stands for a node with the shape of x less its leading dims."""
     val = x.meta["val"]
     with val.fake_mode:
-        return SimpleNamespace(meta={**x.meta, "val": torch.empty(val.shape[drop:], dtype=val.dtype, device=val.device)})
+        return SimpleNamespace(
+            meta={**x.meta, "val": torch.empty(val.shape[drop:], dtype=val.dtype, device=val.device)}
+        )

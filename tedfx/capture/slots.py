@@ -4,16 +4,19 @@
     keep = position < capacity                   a **bit**: 0 or 1
     combine[n, e, c] = gate[n] * keep[n] * [ids[n] == e] * [position[n] == c]
 
-A **mask** is a sum of terms. A **term** is, at (token n, choice k, expert e, slot c), the product of values (nodes of the user's), of 1 where
-ids[n,k] == e (`hit`) and of 1 where the place is c (`slot`); without `hit` its values are those at the expert that was chosen.
+A **mask** is a sum of terms. A **term** is, at (token n, choice k, expert e, slot c), the product of values
+(nodes of the user's), of 1 where ids[n,k] == e (`hit`) and of 1 where the place is c (`slot`); without `hit`
+its values are those at the expert that was chosen.
 
-A **queue** numbers those tokens of an expert whose guards are 1, one after the other along `labels`, behind the totals `before`. A **guard** is a bit;
-a place says where a token stands only where its guards are 1. So two tokens share no slot (`shared_slot` finds none) if
+A **queue** numbers those tokens of an expert whose guards are 1, one after the other along `labels`, behind
+the totals `before`. A **guard** is a bit; a place says where a token stands only where its guards are 1. So
+two tokens share no slot (`shared_slot` finds none) if
 
-1. every term's slot is a place of its own routing whose guards are guards of the term too: where they are 0, the term is 0;
+1. every term's slot is a place of its own routing whose guards are guards of the term too: where they are 0,
+   the term is 0;
 2. the queue runs over all the tokens and choices among which the expert sums;
-3. of any two terms one queues behind all that the other can place: behind the total of its queue, or of those of it that a bit `position < limit`,
-   a guard of the term, lets through: the first of the queue.
+3. of any two terms one queues behind all that the other can place: behind the total of its queue, or of those
+   of it that a bit `position < limit`, a guard of the term, lets through: the first of the queue.
 """
 
 from __future__ import annotations
@@ -21,10 +24,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tedfx.capture.routing import Dims, Routing
 from torch import fx
 
-__all__ = ["Bit", "Drop", "Mask", "Numbers", "Place", "Queue", "Slot", "Term", "Total", "Totals", "Value", "sizes_of", "shared_slot"]
+from tedfx.capture.routing import Dims, Routing
+
+__all__ = [
+    "Bit",
+    "Drop",
+    "Mask",
+    "Numbers",
+    "Place",
+    "Queue",
+    "Slot",
+    "Term",
+    "Total",
+    "Totals",
+    "Value",
+    "sizes_of",
+    "shared_slot",
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Bit:
-    """0 or 1: whether a position in `queue` is below `limit`; or any truth value `node`. `source`: where it can be read (equal bits have equal values)."""
+    """0 or 1: whether a position in `queue` is below `limit`; or any truth value `node`. `source`: where it
+    can be read (equal bits have equal values)."""
 
     queue: Queue | None = None
     limit: Any = None
@@ -67,7 +86,8 @@ class Bit:
 
 @dataclass(frozen=True)
 class Slot:
-    """1 where the place is c. `beyond`: the node of the number of slots, where a place beyond has none and that is no error."""
+    """1 where the place is c. `beyond`: the node of the number of slots, where a place beyond has none and
+    that is no error."""
 
     queue: Queue
     first: int
@@ -79,7 +99,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Term:
-    """`exact`: its values are bits, all of them guards. `nonzero`: it is 1 where the product of its values is not 0."""
+    """`exact`: its values are bits, all of them guards. `nonzero`: it is 1 where the product of its values is
+    not 0."""
 
     routing: Routing
     hit: bool = False
@@ -96,7 +117,7 @@ class Term:
         return not self.hit and self.slot is None
 
 
-# --- facts: what a node is ------------------------------------------------------------------------------------------------------
+# --- facts: what a node is ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,8 @@ class Mask:
 
 @dataclass(frozen=True)
 class Place:
-    """`first` + the position in the queue, where the guards are 1; `outside`: its value where the expert was not chosen, if that is known."""
+    """`first` + the position in the queue, where the guards are 1; `outside`: its value where the expert was
+    not chosen, if that is known."""
 
     dims: Dims
     queue: Queue
@@ -153,11 +175,12 @@ def sizes_of(fact: Any) -> dict:
     return {**terms[0].routing.sizes, **({"c": slots[0]} if slots else {})}
 
 
-# --- the proof ------------------------------------------------------------------------------------------------------------------
+# --- the proof ----------------------------------------------------------------------------------------------
 
 
 def shared_slot(terms: tuple[Term, ...], over: set) -> str:
-    """Why two tokens (or choices of one) may share a slot of an expert, which sums over the token labels `over`; "" where none can."""
+    """Why two tokens (or choices of one) may share a slot of an expert, which sums over the token labels
+    `over`; "" where none can."""
     for term in terms:
         queue, choices = term.slot.queue, term.routing.choices > 1
         if queue.routing is not term.routing:
@@ -181,7 +204,11 @@ def _behind(later: Term, earlier: Term) -> bool:
     queue = earlier.slot.queue
     first = {bit for bit in earlier.guards if bit.queue == queue}
     for total in later.slot.queue.before:
-        if total.routing is queue.routing and total.labels == queue.labels and queue.guards <= total.guards <= queue.guards | first:
+        if (
+            total.routing is queue.routing
+            and total.labels == queue.labels
+            and queue.guards <= total.guards <= queue.guards | first
+        ):
             if queue.before <= later.slot.queue.before - {total}:
                 return True
     return False

@@ -1,9 +1,10 @@
 """Parameters of E experts become one placeholder of shape (E, ...).
 
-The trace records which parameters it stacks, in the order of the experts (`trace.stacked`), and forgets their own placeholders. Experts may share a
-parameter: the stack has it once. Refused, with the name of the parameter and a line that uses it: experts whose parameters differ in shape, dtype or in
-whether they are trained, a parameter in several stacks, and parameters that are also read outside the loop (a stack is laid out by expert; a second
-reader would see another layout).
+The trace records which parameters it stacks, in the order of the experts (`trace.stacked`), and forgets their
+own placeholders. Experts may share a parameter: the stack has it once. Refused, with the name of the
+parameter and a line that uses it: experts whose parameters differ in shape, dtype or in whether they are
+trained, a parameter in several stacks, and parameters that are also read outside the loop (a stack is laid
+out by expert; a second reader would see another layout).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import re
 from typing import Any
 
 import torch
-from tedfx.graph.emit import emit
-from tedfx.capture.rules import refuse
 from torch import fx
+
+from tedfx.capture.rules import refuse
+from tedfx.graph.emit import emit
 
 __all__ = ["Stacks"]
 
@@ -40,36 +42,61 @@ class Stacks:
         names = [self.trace.parameters.get(node.name) for node in nodes]
         if None in names:
             what = f"experts read {', '.join(n.name for n in nodes)}, which are not all parameters"
-            raise refuse(what, next(iter(nodes[0].users)), "make what differs between experts a parameter of each")
+            raise refuse(
+                what, next(iter(nodes[0].users)), "make what differs between experts a parameter of each"
+            )
         if len(set(nodes)) < len(nodes):
             self.made[nodes] = self._tied(nodes)
             return self.made[nodes]
         for node, name in zip(nodes, names):
             if self.owner.setdefault(node, nodes) is not nodes:
-                raise refuse(f"{name} belongs to several parts of an expert, or to other experts elsewhere", next(iter(node.users)), "give every part its own parameters")
+                raise refuse(
+                    f"{name} belongs to several parts of an expert, or to other experts elsewhere",
+                    next(iter(node.users)),
+                    "give every part its own parameters",
+                )
         values = [node.meta["val"] for node in nodes]
-        if any((v.shape, v.dtype, v.requires_grad) != (values[0].shape, values[0].dtype, values[0].requires_grad) for v in values[1:]):
-            raise refuse(f"{names[0]} and its like in other experts differ in shape, dtype or requires_grad", next(iter(nodes[0].users)), "make them alike")
+        if any(
+            (v.shape, v.dtype, v.requires_grad) != (values[0].shape, values[0].dtype, values[0].requires_grad)
+            for v in values[1:]
+        ):
+            raise refuse(
+                f"{names[0]} and its like in other experts differ in shape, dtype or requires_grad",
+                next(iter(nodes[0].users)),
+                "make them alike",
+            )
         graph = self.trace.graph_module.graph
         with graph.inserting_before(nodes[0]):
             new = graph.placeholder("p_" + re.sub(r"\W", "_", _common(names)))
         with values[0].fake_mode:
-            like = {"dtype": values[0].dtype, "device": values[0].device, "requires_grad": values[0].requires_grad}
+            like = {
+                "dtype": values[0].dtype,
+                "device": values[0].device,
+                "requires_grad": values[0].requires_grad,
+            }
             new.meta["val"] = torch.empty((len(nodes), *values[0].shape), **like)
         self.made[nodes] = new
         if self.trainable is not None and any(node.name in self.trainable for node in nodes):
             if not all(node.name in self.trainable for node in nodes):
-                raise refuse(f"{names[0]} is frozen in some experts and trained in others", next(iter(nodes[0].users)), "freeze all or none")
+                raise refuse(
+                    f"{names[0]} is frozen in some experts and trained in others",
+                    next(iter(nodes[0].users)),
+                    "freeze all or none",
+                )
             self.trainable.add(new.name)
         self.trace.stacked[new.name] = names
         return new
 
     def _tied(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
-        """Experts that share a parameter: one stack of those that differ, put in the experts' order, so that a shared one gets the sum of its experts' gradients."""
+        """Experts that share a parameter: one stack of those that differ, put in the experts' order, so that
+        a shared one gets the sum of its experts' gradients."""
         graph, different = self.trace.graph_module.graph, tuple(dict.fromkeys(nodes))
         stack, like = self.stack(different), next(iter(nodes[0].users))
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-            own = {node: emit(graph, torch.ops.aten.select.int, (stack, 0, i), like=like) for i, node in enumerate(different)}
+            own = {
+                node: emit(graph, torch.ops.aten.select.int, (stack, 0, i), like=like)
+                for i, node in enumerate(different)
+            }
             return emit(graph, torch.ops.aten.stack.default, ([own[node] for node in nodes],), like=like)
 
     def finish(self) -> None:
@@ -77,7 +104,11 @@ class Stacks:
         for node, nodes in self.owner.items():
             if node.users:
                 user = next(iter(node.users))
-                raise refuse(f"{self.trace.parameters[node.name]} is also used outside the loop over experts", user, "use it inside only")
+                raise refuse(
+                    f"{self.trace.parameters[node.name]} is also used outside the loop over experts",
+                    user,
+                    "use it inside only",
+                )
             del self.trace.parameters[node.name]
             graph.erase_node(node)
 

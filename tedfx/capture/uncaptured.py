@@ -1,36 +1,57 @@
 """Mixtures that were not captured, by the name of their style.
 
-Asked when ranks are to share experts and no layer was captured. A mixture shows in the graph as a *choice* among E experts (a top-k or argmax
-over a dim of size E, or a softmax over it that reaches the weights below) together with weights that have a dim of size E, or E
-alike groups of parameters. By how the two meet:
+Asked when ranks are to share experts and no layer was captured. A mixture shows in the graph as a *choice*
+among E experts (a top-k or argmax over a dim of size E, or a softmax over it that reaches the weights below)
+together with weights that have a dim of size E, or E alike groups of parameters. By how the two meet:
 
-- one-hot dispatch with capacity: the choice reaches an einsum, bmm or matmul as a mask with the expert and a capacity dim, and the rows
-  of all experts (E, capacity, features) meet stacked weights in a bmm or einsum;
+- one-hot dispatch with capacity: the choice reaches an einsum, bmm or matmul as a mask with the expert and a
+  capacity dim, and the rows of all experts (E, capacity, features) meet stacked weights in a bmm or einsum;
 - gathered weights: stacked weights indexed by the choice (one matrix per token), then bmm or einsum;
-- all experts on all tokens: stacked weights contracted with the tokens themselves, the sum weighed afterwards; also as E separate linears
-  that are stacked;
+- all experts on all tokens: stacked weights contracted with the tokens themselves, the sum weighed
+  afterwards; also as E separate linears that are stacked;
 - a loop over experts: searches for an expert's tokens (`where`, `nonzero`) that `capture_loops` did not take.
 """
 
 from __future__ import annotations
 
-from tedfx.capture.masks import facts
-from tedfx.capture.routing import name_of, shape_of
 from torch import fx
 
+from tedfx.capture.masks import facts
+from tedfx.capture.routing import name_of, shape_of
 from tedfx.errors import user_line
 
 __all__ = ["find_uncaptured"]
 
 _PRODUCTS = {"einsum", "bmm", "baddbmm", "matmul", "linear", "mul", "mm", "_grouped_mm", "_scaled_grouped_mm"}
-_LAYOUT = {"view", "reshape", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "to", "_to_copy", "clone", "contiguous", "detach", "alias"}
+_LAYOUT = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "to",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+}
 _PICKS = {"index", "index_select", "embedding", "gather", "select", "getitem", "slice"}
 
 
 def find_uncaptured(graph: fx.Graph) -> list[tuple[str, str]]:
-    """(style, file:line) of every mixture in `graph` that is still in its authors' form, without duplicates."""
+    """(style, file:line) of every mixture in `graph` that is still in its authors' form, without
+    duplicates."""
     known = facts(graph)
-    chosen = {fact.routing.experts for fact in known.values() if fact.routing is not None and fact.routing.experts > 1}
+    chosen = {
+        fact.routing.experts
+        for fact in known.values()
+        if fact.routing is not None and fact.routing.experts > 1
+    }
     if not chosen:
         return []
     follows = _followers(graph, set(known))  # what the choice reaches
@@ -44,21 +65,35 @@ def find_uncaptured(graph: fx.Graph) -> list[tuple[str, str]]:
 
 def _style(node: fx.Node, chosen: set[int], known: dict, follows: set) -> str | None:
     name = name_of(node)
-    if name in ("where", "nonzero", "nonzero_numpy") and node.args[0] in known and (name != "where" or len(node.args) == 1):
+    if (
+        name in ("where", "nonzero", "nonzero_numpy")
+        and node.args[0] in known
+        and (name != "where" or len(node.args) == 1)
+    ):
         return "a loop over experts"
     if name in _PICKS and isinstance(node.args[0], fx.Node) and _stack(node.args[0], chosen) is not None:
         if any(source in known and known[source].kind == "ids" for source in node.all_input_nodes[1:]):
             return "gathered weights"
-    if name in ("_grouped_mm", "_scaled_grouped_mm") and any(_stack(source, chosen) is not None for source in node.all_input_nodes):
+    if name in ("_grouped_mm", "_scaled_grouped_mm") and any(
+        _stack(source, chosen) is not None for source in node.all_input_nodes
+    ):
         return "grouped matrix products on sorted rows"
     if name in _PRODUCTS - {"mul"}:
         stacks = [s for s in node.all_input_nodes if _stack(s, chosen) is not None]
         if stacks:
             rows = [s for s in node.all_input_nodes if s not in stacks]
-            return "one-hot dispatch with capacity" if any(row in follows for row in rows) else "all experts on all tokens"
+            return (
+                "one-hot dispatch with capacity"
+                if any(row in follows for row in rows)
+                else "all experts on all tokens"
+            )
     if name in ("stack", "cat") and isinstance(node.args[0], (list, tuple)) and len(node.args[0]) in chosen:
         targets = [_computed_with(value) for value in node.args[0]]
-        if all(targets) and len({id(p) for p in targets}) == len(targets) and len({tuple(shape_of(p)) for p in targets}) == 1:
+        if (
+            all(targets)
+            and len({id(p) for p in targets}) == len(targets)
+            and len({tuple(shape_of(p)) for p in targets}) == 1
+        ):
             return "all experts on all tokens"
     return None
 

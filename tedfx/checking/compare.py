@@ -26,7 +26,10 @@ class Difference:
     tolerance: float
 
     def __str__(self) -> str:
-        return f"{self.what} of step {self.step} differs by {self.error:.1e} relative to its size (allowed {self.tolerance:.0e})"
+        return (
+            f"{self.what} of step {self.step} differs by {self.error:.1e} relative to its size (allowed "
+            f"{self.tolerance:.0e})"
+        )
 
 
 @dataclass

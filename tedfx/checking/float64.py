@@ -39,8 +39,14 @@ class NoFloat64(Exception):
 
 
 _MOVES = {  # results are elements of an operand, unchanged
-    aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.clone.default, aten.stack.default, aten.cat.default,
-}  # fmt: skip
+    aten.embedding.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.clone.default,
+    aten.stack.default,
+    aten.cat.default,
+}
 # Draws and what stands for them. In place: the mean, from the arguments behind the tensor.
 _MEANS = {
     "bernoulli_": lambda p=0.5: p,

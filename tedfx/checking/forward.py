@@ -1,4 +1,5 @@
-"""Does the captured graph compute what the model does? One forward of both on one device, before anything is sharded; which captured module differs."""
+"""Does the captured graph compute what the model does? One forward of both on one device, before anything is
+sharded; which captured module differs."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ import torch
 from torch import fx, nn
 
 from tedfx._torch import pytree
-from tedfx.ops.autocast import region
 from tedfx.checking.inputs import attempts, random_inputs
-from tedfx.trace.restored import on_gpu
 from tedfx.dtypes import precision, widest
 from tedfx.errors import CaptureError
-from tedfx.trace.observed import kept
+from tedfx.ops.autocast import region
 from tedfx.rules.base import argument
 from tedfx.trace.export import Trace
+from tedfx.trace.observed import kept
+from tedfx.trace.restored import on_gpu
 
 __all__ = ["check_capture", "draws", "on_device"]
 
@@ -28,7 +29,10 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def draws(node: fx.Node) -> bool:
     """Whether an operator draws at random, as torch's own tag says."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    if (
+        not isinstance(node.target, torch._ops.OpOverload)
+        or torch.Tag.nondeterministic_seeded not in node.target.tags
+    ):
         return False
     if node.target is torch.ops.aten.dropout.default:
         return node.args[1] != 0 and bool(node.args[2])
@@ -38,14 +42,21 @@ def draws(node: fx.Node) -> bool:
 
 
 def check_capture(
-    model: nn.Module, captured: Trace, args: tuple = (), kwargs: dict[str, Any] | None = None, *, frontends: Sequence[Any] | None = None,
+    model: nn.Module,
+    captured: Trace,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    frontends: Sequence[Any] | None = None,
     bounds: tuple[int, int] | None = None,
 ) -> float:
-    """Run the captured graph against the model in its authors' form, same dtype; the largest relative difference of an output.
+    """Run the captured graph against the model in its authors' form, same dtype; the largest relative
+    difference of an output.
 
-    Without inputs, random ones are made (`tedfx.checking.inputs`, with `bounds` for the integers). A difference beyond
-    rounding raises `CaptureError` with the first captured module that differs. In 16 bits a near-tie may route a token elsewhere:
-    there each captured module is judged on its own, with the inputs that it had in the model.
+    Without inputs, random ones are made (`tedfx.checking.inputs`, with `bounds` for the integers). A
+    difference beyond rounding raises `CaptureError` with the first captured module that differs. In 16 bits a
+    near-tie may route a token elsewhere: there each captured module is judged on its own, with the inputs
+    that it had in the model.
     """
     if frontends is None:
         from tedfx.frontends import default_frontends
@@ -56,7 +67,9 @@ def check_capture(
         kwargs = random_inputs(captured, bounds or next(attempts(model)))
     seen: dict[str, tuple] = {}
     hooks = [
-        model.get_submodule(name).register_forward_hook(lambda m, a, k, out, name=name: seen.__setitem__(name, (a, k, out)), with_kwargs=True)
+        model.get_submodule(name).register_forward_hook(
+            lambda m, a, k, out, name=name: seen.__setitem__(name, (a, k, out)), with_kwargs=True
+        )
         for name in captured.captured
     ]
     with torch.no_grad(), torch.random.fork_rng(on_gpu(captured.device)), _buffers_kept(model) as put_back:
@@ -65,7 +78,10 @@ def check_capture(
                 for frontend in frontends:
                     stack.enter_context(frontend.reference(model))
                 with region(captured.autocast, captured.device.type):
-                    expected = [x.clone() if isinstance(x, torch.Tensor) else x for x in pytree.tree_leaves(model(*args, **(kwargs or {})))]  # not the buffers themselves
+                    expected = [
+                        x.clone() if isinstance(x, torch.Tensor) else x
+                        for x in pytree.tree_leaves(model(*args, **(kwargs or {})))
+                    ]  # not the buffers themselves
         finally:
             for hook in hooks:
                 hook.remove()
@@ -76,20 +92,29 @@ def check_capture(
                 outputs = captured.graph_module(*captured.state(model), *given)
             except Exception as error:
                 cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise CaptureError(f"the captured graph fails on an input that the model takes: {cause}") from error
+                raise CaptureError(
+                    f"the captured graph fails on an input that the model takes: {cause}"
+                ) from error
         actual = list(outputs)[len(captured.mutated_buffers) :]
-        pairs = [(a, e) for a, e in zip(actual, expected) if a is not None]  # None: an output that was not asked for
+        pairs = [
+            (a, e) for a, e in zip(actual, expected) if a is not None
+        ]  # None: an output that was not asked for
         coarse = _coarsest(captured)
         worst = max((_difference(a, e) / max(_tolerance(e), coarse) for a, e in pairs), default=0.0)
         if not worst <= 1.0 or len(actual) != len(expected):
             put_back()
-            half = coarse > 0 or any(isinstance(e, torch.Tensor) and e.dtype in _HALF for e in (*expected, *model.parameters()))
+            half = coarse > 0 or any(
+                isinstance(e, torch.Tensor) and e.dtype in _HALF for e in (*expected, *model.parameters())
+            )
             with region(captured.autocast, captured.device.type):
                 alone = _module_alone(model, frontends, seen) if half and seen else None
-            name, error = alone if alone is not None else _first_difference(model, captured, seen, args, kwargs or {})
+            name, error = (
+                alone if alone is not None else _first_difference(model, captured, seen, args, kwargs or {})
+            )
             if name:
                 raise CaptureError(
-                    f"the captured graph does not compute what the model does: {name} differs by {error:.1e} relative "
+                    f"the captured graph does not compute what the model does: {name} differs by "
+                    f"{error:.1e} relative "
                     f"to its size ({worst:.1e} of the tolerance at the outputs)"
                 )
     return max((_difference(a, e) for a, e in pairs), default=0.0)
@@ -122,7 +147,8 @@ def _difference(actual: Any, expected: Any) -> float:
 
 
 def _coarsest(captured: Trace) -> float:
-    """The tolerance of the coarsest dtype that autocast brings something to, 0 without: outputs in float32 then hold no more digits."""
+    """The tolerance of the coarsest dtype that autocast brings something to, 0 without: outputs in float32
+    then hold no more digits."""
     return max((_TOLERANCE[dtype] for dtype in captured.lowered), default=0.0)
 
 
@@ -131,7 +157,8 @@ def _tolerance(expected: Any) -> float:
 
 
 def on_device(captured: Trace, device: torch.device) -> Trace:
-    """The trace for another device than the one it was made for: the model's weights may wait on the host for a mesh of GPUs."""
+    """The trace for another device than the one it was made for: the model's weights may wait on the host for
+    a mesh of GPUs."""
     if captured.device == device:
         return captured
     graph = fx.Graph()
@@ -141,11 +168,17 @@ def on_device(captured: Trace, device: torch.device) -> Trace:
         if node.op == "call_function":
             node.args, node.kwargs = move(node.args), move(node.kwargs)
     constants = {name: value.to(device) for name, value in captured.constants.items()}
-    return dataclasses.replace(captured, graph_module=fx.GraphModule(captured.graph_module, graph), constants=constants, device=device)
+    return dataclasses.replace(
+        captured,
+        graph_module=fx.GraphModule(captured.graph_module, graph),
+        constants=constants,
+        device=device,
+    )
 
 
 def _module_alone(model: nn.Module, frontends: Sequence[Any], seen: dict[str, tuple]) -> tuple[str, float]:
-    """The first captured module that does not give in its captured form what it gave in the model, for the same inputs."""
+    """The first captured module that does not give in its captured form what it gave in the model, for the
+    same inputs."""
     with contextlib.ExitStack() as stack:
         for frontend in frontends:
             if frontend.captured(model):

@@ -1,14 +1,14 @@
 """Is the captured graph the model? The check that `parallelize` makes by itself, and what its history says of
 it.
 
-"full" runs two training steps of both (`tedfx.checking.steps`), in float64 (`tedfx.checking.float64`). Where that
-cannot be, since an operator has no kernel for it or looks at bits, the model's own dtype is taken: two steps
-with wider tolerances in float32, one forward in 16 bits, where a near-tie of a router may send a token
+"full" runs two training steps of both (`tedfx.checking.steps`), in float64 (`tedfx.checking.float64`). Where
+that cannot be, since an operator has no kernel for it or looks at bits, the model's own dtype is taken: two
+steps with wider tolerances in float32, one forward in 16 bits, where a near-tie of a router may send a token
 elsewhere. The line in the history says which it was.
 
-Up to `check_sample.FULL` elements of parameters all gradients are compared. Above, only those of sampled parameters: of
-the last mixture, the first and the middle layer and of what is outside of layers, small ones first, as many
-as `FULL` elements hold; the others are constants, and no copy of them is made.
+Up to `check_sample.FULL` elements of parameters all gradients are compared. Above, only those of sampled
+parameters: of the last mixture, the first and the middle layer and of what is outside of layers, small ones
+first, as many as `FULL` elements hold; the others are constants, and no copy of them is made.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tedfx.checking.forward import check_capture, draws, on_device
 from tedfx.checking.compare import Difference, Found, Tolerance
 from tedfx.checking.float64 import Draws, NoFloat64
+from tedfx.checking.forward import check_capture, draws, on_device
 from tedfx.checking.inputs import attempts
 from tedfx.checking.sample import sample, widest
 from tedfx.checking.steps import GraphFailed, two_steps
 from tedfx.errors import CaptureError, ConfigError, warn
 from tedfx.frontends import default_frontends
-from tedfx.trace.precision import cast_parameters, parameter_dtypes
 from tedfx.trace.export import Trace
+from tedfx.trace.precision import cast_parameters, parameter_dtypes
 
 __all__ = ["LEVELS", "check_level", "check_program", "check_trace"]
 
@@ -75,9 +75,13 @@ def check_program(program: Any, model: nn.Module, level: str = "full") -> str:
 
 
 def _not_checked(why: str, what: str = "it") -> str:
-    """The line for the history; a warning as well, since nothing else says that this program was never compared."""
-    warn(f"the captured graph was not checked against the model: {why}; `tedfx verify` compares {what} with a single "
-         "device, step by step")
+    """The line for the history; a warning as well, since nothing else says that this program was never
+    compared."""
+    warn(
+        f"the captured graph was not checked against the model: {why}; `tedfx verify` compares {what} "
+        "with a single "
+        "device, step by step"
+    )
     return f"not checked against the model: {why}"
 
 
@@ -116,8 +120,13 @@ def check_trace(
         return _not_checked(f"{error} draws at random")
     except CaptureError:
         raise
-    except Exception as error:  # noqa: BLE001  whatever a kernel says that has no float64; in the model's own dtype it is not asked again
-        reason = f"not in float64: {error if isinstance(error, (NoFloat64, _NoInput)) else f'{type(error).__name__}: {error}'}"
+    except (
+        Exception
+    ) as error:  # whatever a kernel says that has no float64; in the model's own dtype it is not asked again
+        reason = (
+            "not in float64: "
+            f"{error if isinstance(error, (NoFloat64, _NoInput)) else f'{type(error).__name__}: {error}'}"
+        )
         reason = " ".join(reason.split())[:200]
     return _own_dtype(model, captured, dtypes, device, frontends, sampled, reason)
 
@@ -166,10 +175,11 @@ def _on_some_input(run: Callable[[tuple[int, int]], Found], model: nn.Module) ->
             found = run(bounds)
         except (Draws, NoFloat64, GraphFailed):
             raise
-        except Exception as error:  # noqa: BLE001  the model's own, on an input that is not its kind
+        except Exception as error:  # the model's own, on an input that is not its kind
             failure = (
                 failure
-                or f"the model fails on random inputs ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+                or f"the model fails on random inputs ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:120]})"
             )
             continue
         if found.finite:
@@ -186,24 +196,37 @@ def _refuse(first: Difference, model: nn.Module, captured: Trace, dtypes, where:
                 check_capture(model, captured)  # in the model's own dtype, module by module
             except CaptureError:
                 raise
-            except Exception:  # noqa: BLE001  an input that is not its kind: then no module is named
+            except Exception:  # an input that is not its kind: then no module is named
                 pass
         why = (
             "the graph that was captured is another function | simplify what forward does there, or report it"
         )
     elif kind == "buffer":
-        why = "forward changes it in a way that is no operator on the buffer | change it in place (`buffer.copy_(..)`), or make it no buffer"
+        why = (
+            "forward changes it in a way that is no operator on the buffer | change it in place "
+            "(`buffer.copy_(..)`), or make it no buffer"
+        )
     elif first.step > 1:
-        why = "something that is neither parameter nor buffer changes from step to step | hold it in a registered buffer that forward changes in place, or pass it as an input"
+        why = (
+            "something that is neither parameter nor buffer changes from step to step | hold it in a "
+            "registered buffer that forward changes in place, or pass it as an input"
+        )
     else:
-        why = "a hook, an autograd.Function or a checkpoint gives it another gradient than the operators of forward have | write it as operators in forward, or take it out"
+        why = (
+            "a hook, an autograd.Function or a checkpoint gives it another gradient than the operators "
+            "of forward have | write it as operators in forward, or take it out"
+        )
     raise CaptureError(f"the captured graph does not train as the model does: {first}, in {where} | {why}")
 
 
 def _line(found: Found, where: str, captured: Trace, sampled: frozenset[str] | None) -> str:
     what = "outputs and buffers of two forwards"
     if captured.training and found.gradients:
-        what = f"outputs, buffers and {'the gradients' if sampled is None else f'{found.gradients} sampled gradients'} of two steps"
+        what = (
+            "outputs, buffers and "
+            f"{'the gradients' if sampled is None else f'{found.gradients} sampled gradients'} of two "
+            "steps"
+        )
     worst = (
         f"{found.worst.error:.1e} ({found.worst.what} of step {found.worst.step})"
         if found.worst is not None and found.worst.error
@@ -211,7 +234,9 @@ def _line(found: Found, where: str, captured: Trace, sampled: frozenset[str] | N
     )
     unused = found.unused
     told = (
-        f"; no gradient reaches {', '.join(unused[:3])}{f' and {len(unused) - 3} more' if len(unused) > 3 else ''} on this input"
+        "; no gradient reaches "
+        f"{', '.join(unused[:3])}{f' and {len(unused) - 3} more' if len(unused) > 3 else ''} on this "
+        "input"
         if unused and found.gradients
         else ""
     )
@@ -237,10 +262,13 @@ def _forward(
         failure: Exception | None = None
         for bounds in attempts(model):
             try:
-                return f"checked against the model{how}: largest relative difference {check_capture(model, captured, bounds=bounds):.1e}"
+                return (
+                    f"checked against the model{how}: largest relative difference "
+                    f"{check_capture(model, captured, bounds=bounds):.1e}"
+                )
             except CaptureError:
                 raise
-            except Exception as error:  # noqa: BLE001  the model's own, on an input that is not its kind
+            except Exception as error:  # the model's own, on an input that is not its kind
                 failure = failure or error
     return _not_checked(
         f"the model fails on random inputs ({type(failure).__name__}: {' '.join(str(failure).split())[:120]})"

@@ -25,12 +25,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedfx._torch import pytree
-from tedfx.ops.autocast import region
 from tedfx.checking.compare import Found, Step, Tolerance, compare
 from tedfx.checking.float64 import reading, wide
 from tedfx.checking.inputs import FEWEST, SIZES, random_inputs
-from tedfx.trace.restored import on_gpu, untouched
+from tedfx.ops.autocast import region
 from tedfx.trace.export import Trace
+from tedfx.trace.restored import on_gpu, untouched
 
 __all__ = ["GraphFailed", "two_steps"]
 
@@ -51,8 +51,8 @@ def two_steps(
 ) -> Found:
     """Run both and compare. The model is left as it was.
 
-    own      in the dtypes of the model, else in float64 (`tedfx.checking.float64`), where `torch.finfo` answers
-             for `as_dtype`.
+    own      in the dtypes of the model, else in float64 (`tedfx.checking.float64`), where `torch.finfo`
+             answers for `as_dtype`.
     sampled  names of the parameters whose gradients are compared and which are updated; the others are
              constants. None: all.
 
@@ -89,11 +89,11 @@ def two_steps(
             name: copies.setdefault(id(t), t.detach() if id(t) in constant else t.detach().clone())
             for name, t in _tensors(model)
         }
-        program = lambda as_dtype: contextlib.nullcontext() if own else reading(as_dtype)  # noqa: E731
+        program = lambda as_dtype: contextlib.nullcontext() if own else reading(as_dtype)
         buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
         with program(as_dtype), region(captured.autocast, captured.device.type):
             leaves = {name: named[name] for name in names.values()}
-            run = lambda: pytree.tree_leaves(model(**_given(call, cast)), is_leaf=lambda x: x is None)  # noqa: E731
+            run = lambda: pytree.tree_leaves(model(**_given(call, cast)), is_leaf=lambda x: x is None)
             expected, rate = _train(
                 run,
                 leaves,
@@ -187,7 +187,7 @@ def _asked(captured: Trace) -> _Asked:
     """By the graph: outputs that were not asked for are None there."""
     (output,) = captured.graph_module.graph.find_nodes(op="output")
     values = list(output.args[0])[len(captured.mutated_buffers) :]
-    scalar = lambda i: getattr(getattr(values[i], "meta", {}).get("val"), "ndim", None) == 0  # noqa: E731
+    scalar = lambda i: getattr(getattr(values[i], "meta", {}).get("val"), "ndim", None) == 0
     asked = frozenset(i for i, value in enumerate(values) if value is not None)
     names = _output_names(captured)
     loss = next((i for i in asked if (names[i] == "loss" or len(values) == 1) and scalar(i)), None)
@@ -225,7 +225,7 @@ def _train(
         del outputs, total
         moved = {name: g for name, g in gradients.items() if g is not None}
         if moved:
-            norm = lambda tensors: float(torch.stack([t.detach().double().norm() for t in tensors]).norm())  # noqa: E731
+            norm = lambda tensors: float(torch.stack([t.detach().double().norm() for t in tensors]).norm())
             rate = (
                 RELATIVE_UPDATE * norm([leaves[n] for n in moved]) / max(norm(moved.values()), 1e-300)
                 if rate is None

@@ -1,18 +1,22 @@
-"""The typing rules: from the types of a node's operands to conversions and the type of its output, one mesh axis at a time.
+"""The typing rules: from the types of a node's operands to conversions and the type of its output, one mesh
+axis at a time.
 
-`decide` is the whole theory. It is used twice: ``passes/place.py`` inserts the conversions it asks for, ``passes/check_types.py`` runs it again on
-the finished graph and demands that it asks for none. Axes are independent, so a mesh of any number of axes needs nothing more.
+`decide` is the whole theory. It is used twice: ``passes/place.py`` inserts the conversions it asks for,
+``passes/check_types.py`` runs it again on the finished graph and demands that it asks for none. Axes are
+independent, so a mesh of any number of axes needs nothing more.
 
 The general rule, for one axis (`general`):
 
-1. A sharded factor that the op passes, contracts or absorbs is chosen; all operands that carry it are sharded by it, the other differentiable
-   operands are R (not I: their cotangent is a partial sum). Output: S where the factor survives, P where it is contracted, I where absorbed.
-2. Else, partial sums pass where the op is linear in them, as far as the collective algebra says so: jointly (``add``: all P; a bias goes to P), or in one
-   operand (the others are R), as long as that does not enlarge what is reduced.
+1. A sharded factor that the op passes, contracts or absorbs is chosen; all operands that carry it are sharded
+   by it, the other differentiable operands are R (not I: their cotangent is a partial sum). Output: S where
+   the factor survives, P where it is contracted, I where absorbed.
+2. Else, partial sums pass where the op is linear in them, as far as the collective algebra says so: jointly
+   (``add``: all P; a bias goes to P), or in one operand (the others are R), as long as that does not enlarge
+   what is reduced.
 3. Else everything is replicated: I where no differentiable operand is R, otherwise R.
 
-On a tensor axis the **token factor** may be sharded beside the plan's factors (sequence parallelism): it gives way to any other sharded factor, and a partial
-sum that would be reduced is scattered along it instead.
+On a tensor axis the **token factor** may be sharded beside the plan's factors (sequence parallelism): it
+gives way to any other sharded factor, and a partial sum that would be reduced is scattered along it instead.
 """
 
 from __future__ import annotations
@@ -20,16 +24,17 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.decisions import experts as placing_experts
-from tedfx.placement.factors import leaves
 from tedfx.decisions.general import general
 from tedfx.decisions.own_gradient import own_gradient
+from tedfx.placement.factors import leaves
 from tedfx.placement.plan import Decision, Plan, differentiable
-from tedfx.rules import Relation, op_name, operands
 from tedfx.placement.types import I, R, Shard
+from tedfx.rules import Relation, op_name, operands
 
 
 def decide(node: fx.Node, axis: str, types: list, plan: Plan, reduced=lambda position: False) -> Decision:
-    """The decision for one node and axis. ``types``: operand placements; ``reduced(position)``: whether the operand's sum is available already."""
+    """The decision for one node and axis. ``types``: operand placements; ``reduced(position)``: whether the
+    operand's sum is available already."""
     relation: Relation = node.meta["relation"]
     special = _KINDS.get(relation.kind)
     if special is not None:
@@ -39,7 +44,7 @@ def decide(node: fx.Node, axis: str, types: list, plan: Plan, reduced=lambda pos
     return general(node, axis, types, plan, relation, reduced)
 
 
-# Special rules --------------------------------------------------------------------------------------------------------------
+# Special rules ----------------------------------------------------------------------------------------------
 def _getitem(node, axis, types, plan, relation) -> Decision:
     source, index = node.args
     return Decision([], [source.meta["types_of"][index][axis]])
@@ -47,13 +52,18 @@ def _getitem(node, axis, types, plan, relation) -> Decision:
 
 def _create(node, axis, types, plan, relation) -> Decision:
     factor = plan.chosen(axis, relation.out)
-    if factor is not None and op_name(node) == "aten.arange" and leaves(relation.out[0])[0].root() is not factor.root():
+    if (
+        factor is not None
+        and op_name(node) == "aten.arange"
+        and leaves(relation.out[0])[0].root() is not factor.root()
+    ):
         factor = None  # the numbers of a strided shard are not one run: made whole, sliced where it is used
     return Decision([None for _ in types], [I if factor is None else Shard(factor)])
 
 
 def _running(node, axis, types, plan, relation) -> Decision:
-    """A running sum has a parallel form over the batch's shards; tokens cut besides are put together for it."""
+    """A running sum has a parallel form over the batch's shards; tokens cut besides are put together for
+    it."""
     cut = plan.cuts(axis)
     if cut is not None and types[0] == Shard(cut):
         want = R if differentiable(operands(node)[0]) else I
@@ -66,6 +76,12 @@ def _like(node, axis, types, plan, relation) -> Decision:
 
 
 _KINDS = {
-    "getitem": _getitem, "create": _create, "like": _like, "running": _running, "dispatch": placing_experts.dispatch, "grouped": placing_experts.grouped,
-    "expert_rows": placing_experts.expert_rows, "combine": placing_experts.combine,
-}  # fmt: skip
+    "getitem": _getitem,
+    "create": _create,
+    "like": _like,
+    "running": _running,
+    "dispatch": placing_experts.dispatch,
+    "grouped": placing_experts.grouped,
+    "expert_rows": placing_experts.expert_rows,
+    "combine": placing_experts.combine,
+}

@@ -1,15 +1,16 @@
-"""The typing rules of the MoE's own ops (dispatch, grouped linear, expert rows, combine), for `tedfx/decisions/decide.py`."""
+"""The typing rules of the MoE's own ops (dispatch, grouped linear, expert rows, combine), for
+`tedfx/decisions/decide.py`."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from tedfx.placement.factors import Factor, leaves
 from tedfx.decisions.general import general
+from tedfx.placement.factors import Factor, leaves
 from tedfx.placement.plan import Decision, Plan, roots
-from tedfx.rules import op_name, operands
 from tedfx.placement.slots import in_slots
 from tedfx.placement.types import I, P, R, Shard
+from tedfx.rules import op_name, operands
 
 
 def expert_layout(dispatch: fx.Node, plan: Plan) -> tuple[Factor, set]:
@@ -26,12 +27,15 @@ def expert_layout(dispatch: fx.Node, plan: Plan) -> tuple[Factor, set]:
 
 
 def dispatch(node, axis, types, plan, relation) -> Decision:
-    """Tokens sharded on the axis stay apart (V). On an axis that shards the experts' own factors the rows are R, made so before the dispatch, where they are
-    fewest. Tokens replicated on an expert axis are owned (V, operand R), or cut into lanes where others travel.
+    """Tokens sharded on the axis stay apart (V). On an axis that shards the experts' own factors the rows are
+    R, made so before the dispatch, where they are fewest. Tokens replicated on an expert axis are owned (V,
+    operand R), or cut into lanes where others travel.
 
-    Where rows travel over another axis and this axis may cut tokens, each rank sends a slice of them: rows are then gathered on arrival (R) if this axis shards
-    the experts' own factors, and stay apart (V) if not. Without "commute" of the collective algebra the slices are of rows, not of tokens, and inside the
-    exchange (`passes/lower_experts.py`): no type shows them. Not so for assignments of which a capacity dropped some: how many a slice of rows has left is data.
+    Where rows travel over another axis and this axis may cut tokens, each rank sends a slice of them: rows
+    are then gathered on arrival (R) if this axis shards the experts' own factors, and stay apart (V) if not.
+    Without "commute" of the collective algebra the slices are of rows, not of tokens, and inside the exchange
+    (`passes/lower_experts.py`): no type shows them. Not so for assignments of which a capacity dropped some:
+    how many a slice of rows has left is data.
     """
     x, ids = types
     tokens, rows = roots(node.args[0].meta["dims"][0]), leaves(relation.out[0][0])[0]
@@ -39,12 +43,18 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
     met = {f for f in met if f is not experts.root() and plan.shards(axis, f)}
     split, cut = plan.shards(axis, experts), plan.cuts(axis)
     cut = cut if cut in tokens else None
-    if cut is not None and _travels(node, axis, plan, experts) and in_slots(node, plan):  # each rank sends a share of the slots, and needs the tokens of all
+    if (
+        cut is not None and _travels(node, axis, plan, experts) and in_slots(node, plan)
+    ):  # each rank sends a share of the slots, and needs the tokens of all
         return Decision([R, I], [R if met else Shard(rows), I, Shard(rows)])
     sliced, commute = cut is not None and x == Shard(cut), "commute" in plan.algebra or any(node.args[3:])
     if isinstance(x, Shard) and x.factor.root() in tokens and not sliced:
         return Decision([None, Shard(x.factor)], [Shard(rows), I, Shard(rows)])
-    if cut is not None and _travels(node, axis, plan, experts) and (sliced or (axis in plan.dedup and commute)):
+    if (
+        cut is not None
+        and _travels(node, axis, plan, experts)
+        and (sliced or (axis in plan.dedup and commute))
+    ):
         arrived = R if "scatter" in plan.algebra else I
         return Decision([Shard(cut), Shard(cut)], [arrived if met else Shard(rows), I, Shard(rows)])
     if sliced and not split and not met:
@@ -60,7 +70,10 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
 def _travels(node: fx.Node, axis: str, plan: Plan, experts: Factor) -> bool:
     """Whether tokens differ on some other axis that splits the experts, so that rows are sent over it."""
     of_x = node.args[0].meta["type"]
-    return any(a != axis and isinstance(of_x[a], Shard) and of_x[a].factor.root() is not plan.cuts(a) for a in plan.axes_of(experts))
+    return any(
+        a != axis and isinstance(of_x[a], Shard) and of_x[a].factor.root() is not plan.cuts(a)
+        for a in plan.axes_of(experts)
+    )
 
 
 def grouped(node, axis, types, plan, relation) -> Decision:
@@ -69,7 +82,8 @@ def grouped(node, axis, types, plan, relation) -> Decision:
 
 
 def expert_rows(node, axis, types, plan, relation) -> Decision:
-    """As `grouped`; the rows operand gives a number of rows only and needs no conversion. Rows in slots need no counts (`passes/lower_slots.py`)."""
+    """As `grouped`; the rows operand gives a number of rows only and needs no conversion. Rows in slots need
+    no counts (`passes/lower_slots.py`)."""
     param, *counts, rows = types
     experts = leaves(operands(node)[1 if counts else 0].meta["dims"][0])[0]
     alike = [None for _ in (*counts, rows)]
@@ -85,20 +99,26 @@ def expert_rows(node, axis, types, plan, relation) -> Decision:
 
 
 def _with_experts(node, axis, types, plan, relation, rows: int, weight: int) -> Decision:
-    experts = leaves(operands(node)[-1].meta["dims"][0])[0]  # of the counts, or of the weights where rows stand in slots
+    experts = leaves(operands(node)[-1].meta["dims"][0])[
+        0
+    ]  # of the counts, or of the weights where rows stand in slots
     row_factor = leaves(relation.out[0])[0]
     if isinstance(types[rows], Shard) and types[rows].factor.root() is row_factor:
-        return Decision([None, Shard(experts) if plan.shards(axis, experts) else R, *[None] * (len(types) - 2)], [Shard(row_factor)])
+        return Decision(
+            [None, Shard(experts) if plan.shards(axis, experts) else R, *[None] * (len(types) - 2)],
+            [Shard(row_factor)],
+        )
     decision = general(node, axis, [types[rows], types[weight], *[I] * (len(types) - 2)], plan, relation)
     decision.targets[2:] = [None] * (len(types) - 2)
     return decision
 
 
 def combine(node, axis, types, plan, relation) -> Decision:
-    """Rows that vary come back to their own tokens (S), or, where the tokens are replicated, each rank adds what its experts made (P).
+    """Rows that vary come back to their own tokens (S), or, where the tokens are replicated, each rank adds
+    what its experts made (P).
 
-    Rows of sliced tokens, or of a share of the slots, that were gathered on arrival are this rank's again before they travel back (`passes/lower_experts.py`,
-    `passes/lower_slots.py`): V, P, R and I all do.
+    Rows of sliced tokens, or of a share of the slots, that were gathered on arrival are this rank's again
+    before they travel back (`passes/lower_experts.py`, `passes/lower_slots.py`): V, P, R and I all do.
     """
     rows, order, weights = types
     row_factor = leaves(operands(node)[0].meta["dims"][0])[0]
@@ -108,9 +128,13 @@ def combine(node, axis, types, plan, relation) -> Decision:
     if isinstance(own, Shard) and own.factor.root() in tokens:
         summed = I if rows == P and "scatter" not in plan.algebra else None
         return Decision([R if there else summed, None, Shard(own.factor)], [Shard(own.factor)])
-    if isinstance(order, Shard):  # of the experts of this rank, or of its share of the slots, whose rows were gathered on arrival
+    if isinstance(
+        order, Shard
+    ):  # of the experts of this rank, or of its share of the slots, whose rows were gathered on arrival
         return Decision([R if there else None, None, R], [P])
-    striped = axis in plan.dedup and "commute" not in plan.algebra and not _has_tail(operands(node)[1])  # slices of rows inside the exchange: they are of sums
+    striped = (
+        axis in plan.dedup and "commute" not in plan.algebra and not _has_tail(operands(node)[1])
+    )  # slices of rows inside the exchange: they are of sums
     if rows == P and "delay" in plan.algebra and not striped:
         return Decision([None, None, R], [P])
     if rows == P:
@@ -124,7 +148,9 @@ def combine(node, axis, types, plan, relation) -> Decision:
 def _has_tail(order: fx.Node) -> bool:
     """Whether assignments that a capacity dropped stand behind the others."""
     source = order.args[0] if order.args and isinstance(order.args[0], fx.Node) else None
-    return op_name(order) == "cut_tail" or (source is not None and source.meta.get("relation") is not None and any(source.args[3:]))
+    return op_name(order) == "cut_tail" or (
+        source is not None and source.meta.get("relation") is not None and any(source.args[3:])
+    )
 
 
 def _tokens_of(order: fx.Node) -> dict:

@@ -1,4 +1,5 @@
-"""The general typing rule of `tedfx/decisions/decide.py`: what an op without a rule of its own asks of its operands on one mesh axis."""
+"""The general typing rule of `tedfx/decisions/decide.py`: what an op without a rule of its own asks of its
+operands on one mesh axis."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from torch import fx
 from tedfx.dtypes import has_gradient, precision
 from tedfx.placement.factors import leaves
 from tedfx.placement.plan import Decision, differentiable, roots
-from tedfx.rules import Relation, operands
 from tedfx.placement.types import I, P, R, Shard
+from tedfx.rules import Relation, operands
 
 _EMPTY: frozenset = frozenset()
 
@@ -37,7 +38,9 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
         return (
             not any(f in carried[j] and (f in whole[j] or _twice(dims[j], f)) for j in range(len(nodes)))
             and not any(_twice(ds, f) for ds in _outs(relation))
-            and not (any(f in o for o in outs) and f in roots(relation.contracted))  # summed over and kept: a shard can be neither
+            and not (
+                any(f in o for o in outs) and f in roots(relation.contracted)
+            )  # summed over and kept: a shard can be neither
         )
 
     def shard_by(chosen) -> Decision:
@@ -45,7 +48,9 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
         for j in range(len(nodes)):
             if chosen in carried[j]:
                 targets.append(Shard(chosen))
-            elif chosen in summed and any(j in g and any(chosen in carried[k] for k in g) for g in relation.linear):
+            elif chosen in summed and any(
+                j in g and any(chosen in carried[k] for k in g) for g in relation.linear
+            ):
                 targets.append(P)  # added to the sum: once, not once per rank
             elif diff[j]:
                 targets.append(R)
@@ -79,7 +84,12 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
     partial = frozenset(i for i, t in enumerate(types) if t == P)
     if partial:
         for group in relation.linear if not any(reduced(i) for i in partial) else ():
-            if ("merge" if len(group) > 1 else "delay") in plan.algebra and partial <= group and not _casts(node, nodes, group) and _may_pass(nodes, types, diff, dims, group, partial, plan, relation):
+            if (
+                ("merge" if len(group) > 1 else "delay") in plan.algebra
+                and partial <= group
+                and not _casts(node, nodes, group)
+                and _may_pass(nodes, types, diff, dims, group, partial, plan, relation)
+            ):
                 targets = []
                 for j in range(len(nodes)):
                     if j in group:
@@ -90,7 +100,12 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
                         targets.append(None if types[j] in (R, I) else I)
                 return Decision(targets, [P for _ in outs])
 
-        if axis in plan.sequence and usable(tokens) and any(tokens in o for o in outs) and any(tokens in carried[i] and tokens not in whole[i] for i in partial):
+        if (
+            axis in plan.sequence
+            and usable(tokens)
+            and any(tokens in o for o in outs)
+            and any(tokens in carried[i] and tokens not in whole[i] for i in partial)
+        ):
             return shard_by(tokens)
 
     # 3. replicated
@@ -104,7 +119,8 @@ def _twice(dims, factor) -> bool:
 
 
 def _casts(node, nodes, group) -> bool:
-    """Whether the op changes the precision of what would be a partial sum beside the others: it is summed before, in the precision that it was made in, with one rounding after."""
+    """Whether the op changes the precision of what would be a partial sum beside the others: it is summed
+    before, in the precision that it was made in, with one rounding after."""
     value = node.meta["val"]
     value = value[0] if isinstance(value, (tuple, list)) else value
     dtypes = [nodes[i].meta["val"].dtype for i in group]
@@ -119,7 +135,9 @@ def _may_pass(nodes, types, diff, dims, group, partial, plan, relation) -> bool:
             return False
         return sum(plan.elements(o) for o in _outs(relation)) <= plan.elements(dims[position])
     largest = max(plan.elements(dims[i]) for i in partial)
-    if sum(plan.elements(o) for o in _outs(relation)) > sum(plan.elements(dims[i]) for i in {nodes[i]: i for i in partial}.values()):
+    if sum(plan.elements(o) for o in _outs(relation)) > sum(
+        plan.elements(dims[i]) for i in {nodes[i]: i for i in partial}.values()
+    ):
         return False  # an outer sum, or the same value stacked: larger than what it was made of
     for j in group - partial:
         if isinstance(types[j], Shard):

@@ -1,7 +1,8 @@
-"""How a library's models are met: what tedfx must know about a family of models that the graph alone does not tell.
+"""How a library's models are met: what tedfx must know about a family of models that the graph alone does not
+tell.
 
-A frontend recognises a model by the public interfaces it uses, prepares it for tracing (and puts it back exactly as it was),
-and runs it in its own reference form, so that what was captured can be compared with it.
+A frontend recognises a model by the public interfaces it uses, prepares it for tracing (and puts it back
+exactly as it was), and runs it in its own reference form, so that what was captured can be compared with it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Frontend(Protocol):
         """Whether this frontend knows something about `model`."""
 
     def prepare(self, model: torch.nn.Module, notes: list[str]) -> AbstractContextManager[None]:
-        """The model as it shall be traced; on exit it is as it was. Appends what a reader must know to `notes`."""
+        """The model as it shall be traced; on exit it is as it was. Appends what a reader must know to
+        `notes`."""
 
     def reference(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """The model as its authors meant it; on exit it is as it was."""

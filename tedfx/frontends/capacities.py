@@ -1,11 +1,14 @@
-"""Numbers that a model makes from sizes: an expert's capacity is `int(1.25 * tokens / experts)`, and the sizes are free while tracing.
+"""Numbers that a model makes from sizes: an expert's capacity is `int(1.25 * tokens / experts)`, and the
+sizes are free while tracing.
 
 Two things would fix such a number to that of the example, silently:
 
-- python's `int()` must return an int. In the modules of the model whose source calls it, the name `int` stands, while tracing, for a stand-in that leaves a
-  size a size and truncates a number made from sizes as `math.trunc` does. It is a type still: `isinstance(x, int)` and `int(x)` of anything else are
-  what they were. `math.ceil`, `math.floor`, `round`, `//` need no help.
-- `one_hot` takes a number of classes. With a size it is traced as what it means, `ids[..., None] == arange(classes)`.
+- python's `int()` must return an int. In the modules of the model whose source calls it, the name `int`
+  stands, while tracing, for a stand-in that leaves a size a size and truncates a number made from sizes as
+  `math.trunc` does. It is a type still: `isinstance(x, int)` and `int(x)` of anything else are what they
+  were. `math.ceil`, `math.floor`, `round`, `//` need no help.
+- `one_hot` takes a number of classes. With a size it is traced as what it means, `ids[..., None] ==
+  arange(classes)`.
 
 `int()` of a number made from sizes in any other module is refused, with the line.
 """
@@ -45,7 +48,12 @@ class Capacities:
 
     @contextlib.contextmanager
     def prepare(self, model: nn.Module, notes: list[str]) -> Iterator[None]:
-        modules = {sys.modules[t.__module__] for m in model.modules() for t in type(m).__mro__ if t.__module__ in sys.modules}
+        modules = {
+            sys.modules[t.__module__]
+            for m in model.modules()
+            for t in type(m).__mro__
+            if t.__module__ in sys.modules
+        }
         with contextlib.ExitStack() as stack:
             for module in sorted((m for m in modules if _calls_int(m)), key=lambda m: m.__name__):
                 stack.enter_context(_global(module, "int", Whole))
@@ -109,7 +117,8 @@ def _refused() -> Iterator[None]:
     def refuse(self):
         frame = sys._getframe(1)
         raise TraceError(
-            f"int() fixes a number made from sizes to that of the example | at {frame.f_code.co_filename}:{frame.f_lineno} | "
+            "int() fixes a number made from sizes to that of the example | at "
+            f"{frame.f_code.co_filename}:{frame.f_lineno} | "
             "write math.floor(..) or math.ceil(..)"
         )
 

@@ -1,7 +1,8 @@
 """Hugging Face transformers: experts through the library's public registry of experts functions.
 
-An experts class decorated with `use_experts_implementation` looks its forward up in a registry, by the name that its config
-holds. We register a function that writes the four tedfx operators around the class's own activation:
+An experts class decorated with `use_experts_implementation` looks its forward up in a registry, by the name
+that its config holds. We register a function that writes the four tedfx operators around the class's own
+activation:
 
     rows, counts, order = dispatch(hidden_states, top_k_index)     rows sorted by expert
     rows = grouped_linear(rows, up or gate_up, counts) (+ bias)    one linear per expert
@@ -10,8 +11,8 @@ holds. We register a function that writes the four tedfx operators around the cl
     rows = post_expert_norm(rows)                                  where the class has one
     out  = combine(rows, order, top_k_weights)                     unsort, weigh, sum over the k choices
 
-The router, its scores and their scaling are traced as the model writes them. Experts classes outside the registry trace as
-the plain python they are, for the graph frontends to find.
+The router, its scores and their scaling are traced as the model writes them. Experts classes outside the
+registry trace as the plain python they are, for the graph frontends to find.
 
 Everything set here (the registry entry, the implementation's name, `use_cache`) is undone on exit.
 """
@@ -41,7 +42,8 @@ BROKEN = ((5, 8, 0), (5, 10, 0))
 def experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The registered experts function. `self` is the experts module; its layout flags come from its decorator."""
+    """The registered experts function. `self` is the experts module; its layout flags come from its
+    decorator."""
     transposed = self.is_transposed
     rows, counts, order = ops.dispatch(hidden_states, top_k_index, self.num_experts)
 
@@ -143,12 +145,15 @@ def _registered(experts: dict[str, tuple[nn.Module, object]]) -> Iterator[None]:
     for name, (module, _) in experts.items():
         if vars(module).get("_is_expert_parallel"):
             raise ConfigError(
-                f"{name} is already expert-parallel: pass the model as one device holds it (load it without a tp_plan "
+                f"{name} is already expert-parallel: pass the model as one device holds it (load it "
+                "without a tp_plan "
                 "or distributed_config)"
             )
         missing = [a for a in ("num_experts", "down_proj") if not hasattr(module, a)]
         if missing:
-            raise CaptureError(f"{name} ({type(module).__name__}) has no {' and no '.join(missing)}: cannot capture it")
+            raise CaptureError(
+                f"{name} ({type(module).__name__}) has no {' and no '.join(missing)}: cannot capture it"
+            )
     registries = {id(registry): registry for _, registry in experts.values()}.values()
     for registry in registries:
         registry[IMPLEMENTATION] = experts_forward

@@ -1,14 +1,18 @@
 """What a call returns is its own: it shares memory with no parameter, buffer, constant or input.
 
-A graph is functional, so a copy that the model makes of a buffer it then writes to, or of a parameter that the optimizer will, is a
-node that does nothing, and is dropped. The memory itself is written to all the same: a call's new buffer values are copied into the buffers
-when the graph has run, optimizers write to parameters, and users to outputs. So
+A graph is functional, so a copy that the model makes of a buffer it then writes to, or of a parameter that
+the optimizer will, is a node that does nothing, and is dropped. The memory itself is written to all the same:
+a call's new buffer values are copied into the buffers when the graph has run, optimizers write to parameters,
+and users to outputs. So
 
-1. a buffer that a call writes to is read from a copy made before the graph runs: what is returned, saved for backward or recomputed is the old value;
-2. an output that is, or is a view of, something that went in is copied when the graph has run. In eager mode such an output would follow the tensor that it
-   is an alias of; here it keeps the value of its call, and may be written to.
+1. a buffer that a call writes to is read from a copy made before the graph runs: what is returned, saved for
+   backward or recomputed is the old value;
+2. an output that is, or is a view of, something that went in is copied when the graph has run. In eager mode
+   such an output would follow the tensor that it is an alias of; here it keeps the value of its call, and may
+   be written to.
 
-Which outputs may be aliases is found once, from the storages of the trace's fake values; whether they are, in each call, from those of the tensors.
+Which outputs may be aliases is found once, from the storages of the trace's fake values; whether they are, in
+each call, from those of the tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ __all__ = ["apart", "possible_aliases"]
 
 
 def possible_aliases(graph: fx.Graph, skip: int) -> dict[int, tuple[int, ...]]:
-    """{output: placeholders whose memory it may share}, by position; the first `skip` outputs are left out."""
+    """{output: placeholders whose memory it may share}, by position; the first `skip` outputs are left
+    out."""
     position = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     (output,) = graph.find_nodes(op="output")
     found = {}
@@ -37,7 +42,10 @@ def apart(outputs: list, operands: Sequence, aliases: dict[int, tuple[int, ...]]
     for index, sources in aliases.items():
         if isinstance(outputs[index], Tensor):
             mine = outputs[index].untyped_storage()._cdata
-            if any(isinstance(operands[i], Tensor) and operands[i].untyped_storage()._cdata == mine for i in sources):
+            if any(
+                isinstance(operands[i], Tensor) and operands[i].untyped_storage()._cdata == mine
+                for i in sources
+            ):
                 outputs[index] = outputs[index].clone()
     return outputs
 
@@ -50,15 +58,20 @@ def _sources(value: fx.Node, position: dict[fx.Node, int]) -> set[int]:
             found.add(position[node])
             continue
         for operand in node.all_input_nodes:
-            if operand not in seen and (not isinstance(node.target, torch._ops.OpOverload) or _shares(node, operand)):
+            if operand not in seen and (
+                not isinstance(node.target, torch._ops.OpOverload) or _shares(node, operand)
+            ):
                 seen.add(operand)
                 todo.append(operand)
     return found
 
 
 def _shares(node: fx.Node, operand: fx.Node) -> bool:
-    """Whether an operator's result may lie in its operand's memory; conversions and other plain functions are asked at run time."""
+    """Whether an operator's result may lie in its operand's memory; conversions and other plain functions are
+    asked at run time."""
     a, b = node.meta.get("val"), operand.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return a is None or isinstance(a, (tuple, list))
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata or any(r.alias_info is not None for r in node.target._schema.returns)
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata or any(
+        r.alias_info is not None for r in node.target._schema.returns
+    )

@@ -1,7 +1,9 @@
-"""From an annotated graph to one that recomputes: each region a submodule run through `torch.utils.checkpoint`.
+"""From an annotated graph to one that recomputes: each region a submodule run through
+`torch.utils.checkpoint`.
 
-The annotated graph stays what is printed and costed; what comes out of here is what runs. A region is called where the earliest of its
-nodes stood, or later, when its operands are there: the order follows from the graph alone, hence is the same on every rank.
+The annotated graph stays what is printed and costed; what comes out of here is what runs. A region is called
+where the earliest of its nodes stood, or later, when its operands are there: the order follows from the graph
+alone, hence is the same on every rank.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from tedfx.ops import context
 class Region(nn.Module):
     """Runs `body` and keeps its inputs only; backward runs it again.
 
-    Draws are functions of a seed that is an input, so no generator's state is kept. Backward runs after the call's run-time context was
-    left, on a thread of autograd's: the recompute enters it anew.
+    Draws are functions of a seed that is an input, so no generator's state is kept. Backward runs after the
+    call's run-time context was left, on a thread of autograd's: the recompute enters it anew.
     """
 
     def __init__(self, body: fx.GraphModule):
@@ -30,18 +32,21 @@ class Region(nn.Module):
 
     def forward(self, *inputs):
         if torch.compiler.is_compiling():
-            # The body is traced once, here, where the context is known; what is recomputed is then the compiler's graph.
+            # The body is traced once, here, where the context is known; what is recomputed is then the
+            # compiler's graph.
             return checkpoint(self.body.forward, *inputs, use_reentrant=False, preserve_rng_state=False)
         return checkpoint(self._run, context.active(), *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def _run(self, where, *inputs):
-        # `forward`, not the module: recompute ends early by an exception, and an fx module reads tracebacks when it sees one.
+        # `forward`, not the module: recompute ends early by an exception, and an fx module reads tracebacks
+        # when it sees one.
         with context.use(where):
             return self.body.forward(*inputs)
 
 
 def emit(flat: fx.GraphModule) -> fx.GraphModule:
-    """The graph that runs: nodes of equal `meta["region"]` in one `Region`. The graph itself where there is none."""
+    """The graph that runs: nodes of equal `meta["region"]` in one `Region`. The graph itself where there is
+    none."""
     regions: dict[int, list[fx.Node]] = {}
     for node in flat.graph.nodes:
         if "region" in node.meta:
@@ -76,9 +81,11 @@ def _emit_region(root: nn.Module, graph: fx.Graph, new: dict, name: str, nodes: 
 
 
 def schedule(graph: fx.Graph) -> list:
-    """Nodes and region numbers in an order in which each follows what it needs: of those that are ready, the earliest of the flat graph.
+    """Nodes and region numbers in an order in which each follows what it needs: of those that are ready, the
+    earliest of the flat graph.
 
-    TedfxError where there is none: a path leaves a region and enters it again, by itself or through other regions.
+    TedfxError where there is none: a path leaves a region and enters it again, by itself or through other
+    regions.
     """
     position, unit_of, waits, users = {}, {}, {}, {}
     for index, node in enumerate(graph.nodes):
@@ -104,5 +111,7 @@ def schedule(graph: fx.Graph) -> list:
     if len(order) < len(waits):
         stuck = next(unit for unit, needed in waits.items() if needed and isinstance(unit, int))
         node = next(n for n in graph.nodes if n.meta.get("region") == stuck)
-        raise TedfxError(f"region {stuck} is not convex: a path leaves it and comes back ({node.name}, {user_line(node)})")
+        raise TedfxError(
+            f"region {stuck} is not convex: a path leaves it and comes back ({node.name}, {user_line(node)})"
+        )
     return order

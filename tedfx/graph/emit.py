@@ -25,10 +25,11 @@ def fake_mode(graph: fx.Graph) -> Any:
 
 
 def evaluate(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict) -> Any:
-    """The fake value of `target(*args, **kwargs)`, nodes standing for their `meta['val']`. No size may become fixed by it.
+    """The fake value of `target(*args, **kwargs)`, nodes standing for their `meta['val']`. No size may become
+    fixed by it.
 
-    Python decompositions come before the kernels of composite operators, as in torch.export: some of those kernels
-    (matmul's before torch 2.13) ask for sizes as numbers."""
+    Python decompositions come before the kernels of composite operators, as in torch.export: some of those
+    kernels (matmul's before torch 2.13) ask for sizes as numbers."""
     args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta.get("val"))
     mode = fake_mode(graph)
     env = getattr(mode, "shape_env", None)
@@ -40,8 +41,11 @@ def evaluate(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict) -> An
     return value
 
 
-def emit(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict | None = None, *, like: fx.Node) -> fx.Node:
-    """Insert a call at the graph's insertion point, with its fake value, and the provenance (line, module) of `like`."""
+def emit(
+    graph: fx.Graph, target: Callable, args: tuple, kwargs: dict | None = None, *, like: fx.Node
+) -> fx.Node:
+    """Insert a call at the graph's insertion point, with its fake value, and the provenance (line, module) of
+    `like`."""
     kwargs = kwargs or {}
     node = graph.call_function(target, args, kwargs)
     for key in ("stack_trace", "nn_module_stack"):

@@ -20,5 +20,15 @@ from tedfx.ops.moe import (
 )
 from tedfx.ops.prefix import cumsum, group_cumsum, group_total
 from tedfx.ops.random import dropout, row_numbers, uniform
-from tedfx.ops.slots import combine_slots, fill_slots, gather_slots, return_slots, route_slots, scatter_slots, send_slots, slot_linear, slot_rows
+from tedfx.ops.slots import (
+    combine_slots,
+    fill_slots,
+    gather_slots,
+    return_slots,
+    route_slots,
+    scatter_slots,
+    send_slots,
+    slot_linear,
+    slot_rows,
+)
 from tedfx.ops.vocab import vocab_parallel_cross_entropy, vocab_parallel_embedding

@@ -10,7 +10,8 @@ from tedfx.ops.prefix import behind_totals, check_runs, cumsum, run_totals
 
 
 def all_reduce_batched(values: list[Tensor], axes: Axes) -> list[Tensor]:
-    """P -> I of each: the values, of any shapes and one dtype, laid end to end for one all-reduce. Backward is the identity.
+    """P -> I of each: the values, of any shapes and one dtype, laid end to end for one all-reduce. Backward
+    is the identity.
 
     ValueError where the dtypes differ.
     """
@@ -20,16 +21,22 @@ def all_reduce_batched(values: list[Tensor], axes: Axes) -> list[Tensor]:
             raise ValueError(f"all_reduce_batched of different dtypes, {values[0].dtype} and {x.dtype}")
     if span.size == 1 or len(values) == 1:
         return [all_reduce(x, axes) for x in values]
-    if not any(x.requires_grad for x in values):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
+    if not any(
+        x.requires_grad for x in values
+    ):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
         return _sum_batched(span, values)
     return list(_AllReduce.apply(span, *values))
 
 
-def cumsum_batched(values: list[Tensor], axes: Axes, dims: list[int], outers: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """S -> S of each: `cumsum(values[i], dims[i], axes, outers[i], dtype)` of values of any shapes, the totals of all laid end to end for one all-gather.
+def cumsum_batched(
+    values: list[Tensor], axes: Axes, dims: list[int], outers: list[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """S -> S of each: `cumsum(values[i], dims[i], axes, outers[i], dtype)` of values of any shapes, the
+    totals of all laid end to end for one all-gather.
 
-    Of integers only: positions are integers, and what carries gradients would need a batched backward, for which all cotangents have to wait. TypeError for
-    another dtype; ValueError where a dim does not divide into its runs.
+    Of integers only: positions are integers, and what carries gradients would need a batched backward, for
+    which all cotangents have to wait. TypeError for another dtype; ValueError where a dim does not divide
+    into its runs.
     """
     span = context.span(axes)
     if dtype.is_floating_point or dtype.is_complex:
@@ -43,7 +50,9 @@ def cumsum_batched(values: list[Tensor], axes: Axes, dims: list[int], outers: li
     gathered = gather_pieces(_end_to_end(totals), span, 0, 1, "forward").view(span.size, -1)
     found = []
     for x, dim, total, own in zip(values, dims, totals, gathered.split([t.numel() for t in totals], 1)):
-        by_rank = own.reshape(span.size, *total.shape).movedim(0, dim + 2).squeeze(dim + 1)  # [.., outer, size, ..]
+        by_rank = (
+            own.reshape(span.size, *total.shape).movedim(0, dim + 2).squeeze(dim + 1)
+        )  # [.., outer, size, ..]
         found.append(behind_totals(x, dim, by_rank, span, dtype))
     return found
 

@@ -1,11 +1,13 @@
 """The run-time context: where this rank stands on the mesh, and which process group spans which axes.
 
-The local graph names mesh axes only. `RankContext` turns a tuple of axis names, major first, into a process group, a
-size and a flattened coordinate; `use(ctx)` makes it current around a call. Nothing before run time needs one.
+The local graph names mesh axes only. `RankContext` turns a tuple of axis names, major first, into a process
+group, a size and a flattened coordinate; `use(ctx)` makes it current around a call. Nothing before run time
+needs one.
 
-Inside a compiled region dynamo reads the current context as plain python data (dicts of strings and ints), so the
-context must be entered outside the region, and two contexts with equal entries share the compiled code. Autograd
-Functions copy what their backward needs out of the context, because backward runs later and on another thread.
+Inside a compiled region dynamo reads the current context as plain python data (dicts of strings and ints), so
+the context must be entered outside the region, and two contexts with equal entries share the compiled code.
+Autograd Functions copy what their backward needs out of the context, because backward runs later and on
+another thread.
 """
 
 import copy
@@ -28,9 +30,9 @@ Axes = tuple[str, ...]
 class Span:
     """What a conversion has to know about a tuple of axes.
 
-    `size` ranks, of which this one is number `index` (flattened, major axis first). `name` is the process group's
-    name, "" when size is 1. `order[i]` is the rank inside the group that holds flattened coordinate i; None when that
-    is i itself, which it is whenever the axes are given in the mesh's own order.
+    `size` ranks, of which this one is number `index` (flattened, major axis first). `name` is the process
+    group's name, "" when size is 1. `order[i]` is the rank inside the group that holds flattened coordinate
+    i; None when that is i itself, which it is whenever the axes are given in the mesh's own order.
     """
 
     axes: Axes
@@ -43,8 +45,8 @@ class Span:
 class RankContext:
     """This rank's sizes, coordinates and process groups on `device_mesh`.
 
-    Groups of single axes come from the mesh. Groups over several axes are created by `ensure_groups`, a collective
-    call: every rank of the job makes it, with the same list. Axes of size 1 never count.
+    Groups of single axes come from the mesh. Groups over several axes are created by `ensure_groups`, a
+    collective call: every rank of the job makes it, with the same list. Axes of size 1 never count.
 
     Raises ValueError if this rank is not on the mesh or the mesh has unnamed axes.
     """
@@ -67,13 +69,15 @@ class RankContext:
         self.ensure_groups(groups)
 
     def with_store(self, store) -> "RankContext":
-        """This context for one call whose parameters are gathered by `store` (`tedfx/runtime/gathers.py`); groups are shared."""
+        """This context for one call whose parameters are gathered by `store` (`tedfx/runtime/gathers.py`);
+        groups are shared."""
         mine = copy.copy(self)
         mine.store = store
         return mine
 
     def ensure_groups(self, groups: Iterable[Axes]) -> None:
-        """Create the process groups of these tuples of axes that are not there yet. Collective over the whole job."""
+        """Create the process groups of these tuples of axes that are not there yet. Collective over the whole
+        job."""
         for axes in groups:
             axes = self._proper(tuple(axes))
             if axes in self._spans:
@@ -98,10 +102,13 @@ class RankContext:
         return index
 
     def span(self, axes: Axes) -> Span:
-        """Size, index and group name over these axes. KeyError, with the remedy, for a group never created."""
+        """Size, index and group name over these axes. KeyError, with the remedy, for a group never
+        created."""
         proper = self._proper(axes)
         if proper not in self._spans:
-            raise KeyError(f"no process group over axes {proper}: call ensure_groups([{proper}]) on every rank first")
+            raise KeyError(
+                f"no process group over axes {proper}: call ensure_groups([{proper}]) on every rank first"
+            )
         return self._spans[proper]
 
     def group(self, axes: Axes) -> dist.ProcessGroup:
@@ -140,7 +147,9 @@ class RankContext:
         ranks = dist.get_process_group_ranks(group)
         order = tuple(ranks.index(rank) for rank in self._mine(axes))
         natural = order == tuple(range(len(order)))
-        return Span(axes, self.size(axes), self.coordinate(axes), _torch.group_name(group), None if natural else order)
+        return Span(
+            axes, self.size(axes), self.coordinate(axes), _torch.group_name(group), None if natural else order
+        )
 
     def __repr__(self) -> str:
         place = ", ".join(f"{axis}={self.coordinates[axis]}/{size}" for axis, size in self.sizes.items())
@@ -164,7 +173,9 @@ def use(context: RankContext | None) -> Iterator[RankContext | None]:
 def current() -> RankContext:
     """The current context. RuntimeError when there is none."""
     if _ACTIVE is None:
-        raise RuntimeError("no tedfx run-time context is active: wrap the call in `with tedfx.ops.context.use(context):`")
+        raise RuntimeError(
+            "no tedfx run-time context is active: wrap the call in `with tedfx.ops.context.use(context):`"
+        )
     return _ACTIVE
 
 
@@ -185,7 +196,8 @@ _NOTHING = Span((), 1, 0, "", None)
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective that ran: what, over which axes (size 1 dropped), in which phase, and its operand on this rank."""
+    """One collective that ran: what, over which axes (size 1 dropped), in which phase, and its operand on
+    this rank."""
 
     op: str
     axes: Axes
@@ -214,7 +226,9 @@ def record(op: str, axes: Axes, phase: str, x: torch.Tensor, ragged: bool = Fals
     """Called by the ops next to each collective."""
     if torch.compiler.is_compiling() or _LOG is None:
         return
-    _LOG.append(Collective(op, axes, _phase(phase), x.numel() * x.element_size(), tuple(x.shape), x.dtype, ragged))
+    _LOG.append(
+        Collective(op, axes, _phase(phase), x.numel() * x.element_size(), tuple(x.shape), x.dtype, ragged)
+    )
 
 
 def _phase(phase: str) -> str:
@@ -224,8 +238,8 @@ def _phase(phase: str) -> str:
 
 @dataclass(frozen=True)
 class Event:
-    """What else a rank does once per step and should not repeat: a "route" (which rows go to which expert), or a "host copy"
-    (the host waits for a number of the device)."""
+    """What else a rank does once per step and should not repeat: a "route" (which rows go to which expert),
+    or a "host copy" (the host waits for a number of the device)."""
 
     what: str
     phase: str  # "forward" or "recompute"
@@ -254,6 +268,6 @@ def note(what: str) -> None:
 
 def totals(log: Iterable[Collective]) -> dict[tuple[str, Axes], tuple[int, int]]:
     """(op, axes) -> (how many, bytes), for a log of `count_collectives`."""
-    key = lambda c: (c.op, c.axes)  # noqa: E731
+    key = lambda c: (c.op, c.axes)
     groups = itertools.groupby(sorted(log, key=key), key)
     return {k: (len(v := list(g)), sum(c.bytes for c in v)) for k, g in groups}

@@ -1,6 +1,7 @@
 """The conversions between types on a mesh axis: one op each, with the one adjoint its types call for.
 
-A collective has no adjoint of its own; a conversion has. R and P are each other's cotangent types, I and S their own:
+A collective has no adjoint of its own; a conversion has. R and P are each other's cotangent types, I and S
+their own:
 
     all_reduce      P -> I   all-reduce / identity        sum_gradient    I -> R   identity / all-reduce
     all_gather      S -> R   all-gather / reduce-scatter  all_gather      S -> I   all-gather / slice
@@ -8,16 +9,17 @@ A collective has no adjoint of its own; a conversion has. R and P are each other
     shard           R -> S   slice / zero-pad             shard           I -> S   slice / all-gather
     partial         R -> P   keep on 0 / keep on 0        partial         I -> P   keep on 0 / identity
 
-`axes` are mesh axis names, major first; the group is that of the current `RankContext`. Over one rank every op is the
-identity and communicates nothing.
+`axes` are mesh axis names, major first; the group is that of the current `RankContext`. Over one rank every
+op is the identity and communicates nothing.
 
 Pieces of a dim that the ranks do not divide are as equal as can be: piece i of n runs from whole * i // n to
 whole * (i + 1) // n. Collectives then pad to the largest piece.
 
-`outer` is the product of the factors before the sharded one inside `dim`: the dim is seen as (outer, rest) and `rest`
-is what is cut in `size` pieces. For a plain dim outer is 1; a fused gate|up dim (2, F) sharded on F has outer 2.
-`inner` is the product of the factors behind it. Equal pieces are cut alike whatever stands behind; pieces that may be
-unequal are pieces of the sharded factor: of 13 tokens x 2 choices, 6 x 2 and 7 x 2, not 13 and 13.
+`outer` is the product of the factors before the sharded one inside `dim`: the dim is seen as (outer, rest)
+and `rest` is what is cut in `size` pieces. For a plain dim outer is 1; a fused gate|up dim (2, F) sharded on
+F has outer 2. `inner` is the product of the factors behind it. Equal pieces are cut alike whatever stands
+behind; pieces that may be unequal are pieces of the sharded factor: of 13 tokens x 2 choices, 6 x 2 and 7 x
+2, not 13 and 13.
 """
 
 import torch
@@ -44,11 +46,14 @@ def sum_gradient(x: Tensor, axes: Axes) -> Tensor:
     return x if span.size == 1 else _SumGradient.apply(x, span)
 
 
-def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R", whole: int | None = None, inner: int = 1) -> Tensor:
+def all_gather(
+    x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R", whole: int | None = None, inner: int = 1
+) -> Tensor:
     """S -> R or S -> I. x[.., outer * local, ..] -> [.., outer * size * local, ..].
 
-    to="R": the cotangent is partial on each rank, backward is a reduce-scatter. to="I": it is whole on each rank,
-    backward keeps this rank's slice. `whole`: the sum of the pieces, where they may be unequal: -> [.., outer * whole * inner, ..].
+    to="R": the cotangent is partial on each rank, backward is a reduce-scatter. to="I": it is whole on each
+    rank, backward keeps this rank's slice. `whole`: the sum of the pieces, where they may be unequal: -> [..,
+    outer * whole * inner, ..].
     """
     span = context.span(axes)
     _choice("all_gather", "to", to)
@@ -58,7 +63,9 @@ def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R", w
 
 
 def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1, inner: int = 1) -> Tensor:
-    """P -> S. Sum over the ranks and keep this rank's piece: [.., outer * whole, ..] -> [.., outer * piece, ..].
+    """P -> S. Sum over the ranks and keep this rank's piece.
+
+    [.., outer * whole, ..] -> [.., outer * piece, ..].
 
     ValueError when the dim is no multiple of `outer`.
     """
@@ -72,8 +79,8 @@ def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1, inner: int =
 def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, source: str = "R", inner: int = 1) -> Tensor:
     """R -> S or I -> S. This rank's piece, a copy: [.., outer * whole, ..] -> [.., outer * piece, ..].
 
-    source="R": the cotangent of the whole is partial, zeros around this rank's piece. source="I": it is replicated,
-    the pieces are gathered. ValueError when the dim is no multiple of `outer`.
+    source="R": the cotangent of the whole is partial, zeros around this rank's piece. source="I": it is
+    replicated, the pieces are gathered. ValueError when the dim is no multiple of `outer`.
     """
     span = context.span(axes)
     _choice("shard", "source", source)
@@ -88,7 +95,9 @@ def _along(x: Tensor, dim: int, inner: int, convert) -> Tensor:
     dim = _dim(x, dim)
     if isinstance(inner, int) and inner == 1:
         return convert(x, dim)
-    return convert(x.reshape(*x.shape[:dim], x.shape[dim] // inner, inner, *x.shape[dim + 1 :]), dim).flatten(dim, dim + 1)
+    return convert(x.reshape(*x.shape[:dim], x.shape[dim] // inner, inner, *x.shape[dim + 1 :]), dim).flatten(
+        dim, dim + 1
+    )
 
 
 def partial(x: Tensor, axes: Axes, source: str = "R") -> Tensor:
@@ -101,7 +110,7 @@ def partial(x: Tensor, axes: Axes, source: str = "R") -> Tensor:
     return x if span.size == 1 else _Partial.apply(x, span, source)
 
 
-# ---- the collectives on plain tensors, no autograd ---------------------------------------------------------------
+# ---- the collectives on plain tensors, no autograd ---------------------------------------------------------
 
 
 def sum_over(x: Tensor, span: Span, phase: str, op: str = "sum") -> Tensor:
@@ -115,8 +124,11 @@ def bounds(whole: int, span: Span) -> list[int]:
     return [whole * i // span.size for i in range(span.size + 1)]
 
 
-def gather_pieces(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int | None = None, ragged: bool = False) -> Tensor:
-    """Every rank's piece x, put together along the rest of `dim`; `whole`: their sum, where they may be unequal."""
+def gather_pieces(
+    x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int | None = None, ragged: bool = False
+) -> Tensor:
+    """Every rank's piece x, put together along the rest of `dim`; `whole`: their sum, where they may be
+    unequal."""
     if whole is not None and not _torch.known(whole % span.size == 0):
         return _gather_unequal(x, span, dim, outer, phase, whole)
     context.record("all_gather", span.axes, phase, x, ragged)
@@ -127,12 +139,16 @@ def gather_pieces(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole
 
 def _gather_unequal(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int) -> Tensor:
     room = -(-whole // span.size)
-    padded = _pad_to(x.reshape(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :]), dim + 1, room)
+    padded = _pad_to(
+        x.reshape(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :]), dim + 1, room
+    )
     padded = padded.reshape(*x.shape[:dim], outer * room, *x.shape[dim + 1 :])
     gathered = gather_pieces(padded, span, dim, outer, phase)
     gathered = gathered.view(*x.shape[:dim], outer, span.size, room, *x.shape[dim + 1 :])
     starts = bounds(whole, span)
-    pieces = [gathered.select(dim + 1, i).narrow(dim + 1, 0, starts[i + 1] - starts[i]) for i in range(span.size)]
+    pieces = [
+        gathered.select(dim + 1, i).narrow(dim + 1, 0, starts[i + 1] - starts[i]) for i in range(span.size)
+    ]
     return torch.cat(pieces, dim + 1).reshape(*x.shape[:dim], outer * whole, *x.shape[dim + 1 :])
 
 
@@ -175,8 +191,13 @@ def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str, ragged:
 def _scatter_unequal(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int) -> Tensor:
     room, starts = -(-whole // span.size), bounds(whole, span)
     seen = x.reshape(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :])
-    pieces = [_pad_to(seen.narrow(dim + 1, starts[i], starts[i + 1] - starts[i]), dim + 1, room) for i in range(span.size)]
-    padded = torch.stack(pieces, dim + 1).reshape(*x.shape[:dim], outer * span.size * room, *x.shape[dim + 1 :])
+    pieces = [
+        _pad_to(seen.narrow(dim + 1, starts[i], starts[i + 1] - starts[i]), dim + 1, room)
+        for i in range(span.size)
+    ]
+    padded = torch.stack(pieces, dim + 1).reshape(
+        *x.shape[:dim], outer * span.size * room, *x.shape[dim + 1 :]
+    )
     mine = scatter_sum(padded, span, dim, outer, phase).view(*x.shape[:dim], outer, room, *x.shape[dim + 1 :])
     local = starts[span.index + 1] - starts[span.index]
     return mine.narrow(dim + 1, 0, local).reshape(*x.shape[:dim], outer * local, *x.shape[dim + 1 :])
@@ -187,14 +208,19 @@ def keep_piece(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
     whole = x.shape[dim] // outer
     start, stop = whole * span.index // span.size, whole * (span.index + 1) // span.size
     piece = x.reshape(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :]).narrow(dim + 1, start, stop - start)
-    return piece.reshape(*x.shape[:dim], outer * (stop - start), *x.shape[dim + 1 :]).clone(memory_format=torch.contiguous_format)
+    return piece.reshape(*x.shape[:dim], outer * (stop - start), *x.shape[dim + 1 :]).clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 def pad_piece(x: Tensor, span: Span, dim: int, outer: int, whole: int) -> Tensor:
-    """The transpose of `keep_piece`: x in this rank's piece of a dim of outer * whole, zeros in the others."""
+    """The transpose of `keep_piece`: x in this rank's piece of a dim of outer * whole, zeros in the
+    others."""
     start, stop = whole * span.index // span.size, whole * (span.index + 1) // span.size
     padded = x.new_zeros(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :])
-    padded.narrow(dim + 1, start, stop - start).copy_(x.reshape(*x.shape[:dim], outer, stop - start, *x.shape[dim + 1 :]))
+    padded.narrow(dim + 1, start, stop - start).copy_(
+        x.reshape(*x.shape[:dim], outer, stop - start, *x.shape[dim + 1 :])
+    )
     return padded.view(*x.shape[:dim], outer * whole, *x.shape[dim + 1 :])
 
 
@@ -205,7 +231,9 @@ def keep_on_first(x: Tensor, span: Span) -> Tensor:
 
 def _pieces(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
     """x with `dim` seen as (outer, size, local)."""
-    return x.reshape(*x.shape[:dim], outer, span.size, x.shape[dim] // (outer * span.size), *x.shape[dim + 1 :])
+    return x.reshape(
+        *x.shape[:dim], outer, span.size, x.shape[dim] // (outer * span.size), *x.shape[dim + 1 :]
+    )
 
 
 def _dim(x: Tensor, dim: int) -> int:
@@ -216,7 +244,10 @@ def _dim(x: Tensor, dim: int) -> int:
 
 def _divides(name: str, x: Tensor, dim: int, outer: int, span: Span) -> None:
     if x.shape[_dim(x, dim)] % outer != 0:
-        raise ValueError(f"{name}: dim {dim} of shape {tuple(x.shape)} does not divide into {outer} runs to cut over axes {span.axes}")
+        raise ValueError(
+            f"{name}: dim {dim} of shape {tuple(x.shape)} does not divide into {outer} runs to cut over "
+            f"axes {span.axes}"
+        )
 
 
 def _choice(name: str, argument: str, value: str) -> None:
@@ -224,7 +255,7 @@ def _choice(name: str, argument: str, value: str) -> None:
         raise ValueError(f"{name}: {argument} must be 'R' or 'I', not {value!r}")
 
 
-# ---- the adjoints. Backward runs on another thread and after the context was left: all it needs is in ctx --------
+# ---- the adjoints. Backward runs on another thread and after the context was left: all it needs is in ctx --
 
 
 class _AllReduce(torch.autograd.Function):
@@ -281,7 +312,13 @@ class _Shard(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if ctx.source == "I":
-            return gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward", ctx.whole), None, None, None, None
+            return (
+                gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward", ctx.whole),
+                None,
+                None,
+                None,
+                None,
+            )
         return pad_piece(grad, ctx.span, ctx.dim, ctx.outer, ctx.whole), None, None, None, None
 
 

@@ -1,6 +1,8 @@
-"""How a local tensor is cut into the ranks' shares, as plain numbers: the same on every rank, so that graphs can print it.
+"""How a local tensor is cut into the ranks' shares, as plain numbers: the same on every rank, so that graphs
+can print it.
 
-Shares travel side by side as rows [ranks, width], padded to the largest, so that one gather or one reduce-scatter takes many parameters at once.
+Shares travel side by side as rows [ranks, width], padded to the largest, so that one gather or one
+reduce-scatter takes many parameters at once.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor
 
 
 class Cut(NamedTuple):
-    """A local tensor of `shape`, seen as `held`, whose dim `dim` is cut into pieces of these `lengths`, one per rank."""
+    """A local tensor of `shape`, seen as `held`, whose dim `dim` is cut into pieces of these `lengths`, one
+    per rank."""
 
     shape: tuple[int, ...]
     held: tuple[int, ...]
@@ -40,21 +43,30 @@ class Cut(NamedTuple):
         return local.view(self.held).narrow(self.dim, *self.piece(index))
 
     def spread(self, local: Tensor) -> Tensor:
-        """A whole local tensor -> [ranks, width]: a rank's share in each row, zeros behind it where it is shorter."""
+        """A whole local tensor -> [ranks, width]: a rank's share in each row, zeros behind it where it is
+        shorter."""
         local, ranks = local.reshape(self.held), len(self.lengths)
         if self.even:
-            return local.unflatten(self.dim, (ranks, self.lengths[0])).movedim(self.dim, 0).reshape(ranks, self.width)
+            return (
+                local.unflatten(self.dim, (ranks, self.lengths[0]))
+                .movedim(self.dim, 0)
+                .reshape(ranks, self.width)
+            )
         return torch.stack([self.padded(self.share_of(local, i)) for i in range(ranks)])
 
     def collect(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """The inverse of `spread`: [ranks, width] -> the whole local tensor, of `shape`; into `out` where given."""
+        """The inverse of `spread`: [ranks, width] -> the whole local tensor, of `shape`; into `out` where
+        given."""
         if self.even:
             moved = rows.reshape(len(self.lengths), *self.share_shape(0)).movedim(0, self.dim)
             if out is None:
                 return moved.reshape(self.shape)
             out.view(self.held).unflatten(self.dim, (len(self.lengths), self.lengths[0])).copy_(moved)
             return out
-        pieces = [row[: _product(self.share_shape(i))].view(self.share_shape(i)) for i, row in enumerate(rows.unbind(0))]
+        pieces = [
+            row[: _product(self.share_shape(i))].view(self.share_shape(i))
+            for i, row in enumerate(rows.unbind(0))
+        ]
         if out is None:
             return torch.cat(pieces, self.dim).view(self.shape)
         for i, piece in enumerate(pieces):
@@ -64,7 +76,11 @@ class Cut(NamedTuple):
     def padded(self, share: Tensor) -> Tensor:
         """A share, of any shape, as a row of `width`."""
         flat = share.reshape(-1)
-        return flat if flat.numel() == self.width else torch.nn.functional.pad(flat, (0, self.width - flat.numel()))
+        return (
+            flat
+            if flat.numel() == self.width
+            else torch.nn.functional.pad(flat, (0, self.width - flat.numel()))
+        )
 
 
 def _product(sizes) -> int:

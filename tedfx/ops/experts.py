@@ -1,20 +1,21 @@
 """Routing and expert compute as operators that torch.export keeps whole.
 
-The single-device form, `torch.ops.tedfx.*`: a token's K choices become K rows, the rows are sorted by expert (stably,
-so their order is a function of `ids` alone), every expert's linear runs on its own run of rows, and `combine` puts
-the rows back and sums them. Counts of rows never leave the device here, and no sum uses atomics: results are bitwise
-the same from run to run.
+The single-device form, `torch.ops.tedfx.*`: a token's K choices become K rows, the rows are sorted by expert
+(stably, so their order is a function of `ids` alone), every expert's linear runs on its own run of rows, and
+`combine` puts the rows back and sums them. Counts of rows never leave the device here, and no sum uses
+atomics: results are bitwise the same from run to run.
 
     dispatch(x[N,H], ids[N,K], num_experts)              -> rows[N*K,H], counts[E] int64, order[N*K] int64
-    grouped_linear(rows[M,I], weight, counts, transposed) -> [M,O]      weight [E,O,I], or [E,I,O] if transposed
+    grouped_linear(rows[M,I], weight, counts, transposed) -> [M,O]   weight [E,O,I], or [E,I,O] if transposed
     expert_rows(param[E,...], counts[E], rows[M,*])       -> [M,...]    row m gets the entry of its expert
-    combine(rows[M,H], order[M], weights[N,K])            -> [N,H]      rows not listed in `order` count as zero
+    combine(rows[M,H], order[M], weights[N,K])            -> [N,H]   rows not listed in `order` count as zero
 
 `order[m]` is the flat assignment n * K + k whose row stands at m. Ids must lie in [0, num_experts).
 
-With a capacity some assignments are dropped: their id is num_experts, no expert's, and their rows stand behind all others. This is the **tail**
-(`tail=True`, the last argument of the first three ops; without it an id out of range, or counts that do not sum to the rows, are errors). No expert works on
-it: `grouped_linear` and `expert_rows` give zeros there, and nothing flows back from it.
+With a capacity some assignments are dropped: their id is num_experts, no expert's, and their rows stand
+behind all others. This is the **tail** (`tail=True`, the last argument of the first three ops; without it an
+id out of range, or counts that do not sum to the rows, are errors). No expert works on it: `grouped_linear`
+and `expert_rows` give zeros there, and nothing flows back from it.
 
 The local form, for one rank, is in `tedfx/ops/moe.py`, which also hands these on.
 """
@@ -30,43 +31,55 @@ from tedfx import _torch
 def dispatch(x: Tensor, ids: Tensor, num_experts: int, tail: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """x[N,H], ids[N,K] -> rows[N*K,H] sorted by expert, counts[E], order[N*K].
 
-    ValueError for shapes that do not fit; an id outside [0, num_experts), or above it with a tail, trips a device-side assertion.
+    ValueError for shapes that do not fit; an id outside [0, num_experts), or above it with a tail, trips a
+    device-side assertion.
     """
     return torch.ops.tedfx.dispatch(x, ids, num_experts, tail)
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False, tail: bool = False) -> Tensor:
+def grouped_linear(
+    rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False, tail: bool = False
+) -> Tensor:
     """rows[M,I] times each expert's matrix -> [M,O]; weight[E,O,I], or [E,I,O] if transposed.
 
-    Under autocast the operands are cast as those of `linear`. bfloat16 on CUDA is one grouped matmul; any other dtype or device is one matmul per expert, and copies the counts
-    to the host. ValueError for shapes or dtypes that do not fit (on the second path, also for counts that do not sum
-    to M; with a tail, that sum to more).
+    Under autocast the operands are cast as those of `linear`. bfloat16 on CUDA is one grouped matmul; any
+    other dtype or device is one matmul per expert, and copies the counts to the host. ValueError for shapes
+    or dtypes that do not fit (on the second path, also for counts that do not sum to M; with a tail, that sum
+    to more).
     """
     rows, weight = _as_linear_casts(rows), _as_linear_casts(weight)
     return torch.ops.tedfx.grouped_linear(rows, weight, counts, transposed, tail)
 
 
 def _as_linear_casts(x: Tensor) -> Tensor:
-    """What autocast does to an operand of `linear`, which grouped_linear stands for: torch's registration of casts for custom ops takes one dtype, not that of the region."""
+    """What autocast does to an operand of `linear`, which grouped_linear stands for: torch's registration of
+    casts for custom ops takes one dtype, not that of the region."""
     kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64
+    on = (
+        kind != "meta"
+        and torch.is_autocast_enabled(kind)
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+    )
     return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
 def expert_rows(param: Tensor, counts: Tensor, rows: Tensor, tail: bool = False) -> Tensor:
-    """param[E,...], counts[E], rows[M,*] -> [M,...]. Of `rows` only the number is used. A bias per expert, say."""
+    """param[E,...], counts[E], rows[M,*] -> [M,...]. Of `rows` only the number is used. A bias per expert,
+    say."""
     return torch.ops.tedfx.expert_rows(param, counts, rows, tail)
 
 
 def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """rows[M,H], order[M], weights[N,K] -> [N,H]: sum over k of weights[n,k] times the row of assignment n * K + k.
+    """rows[M,H], order[M], weights[N,K] -> [N,H]: sum over k of weights[n,k] times the row of assignment n *
+    K + k.
 
     In the dtype rows and weights promote to; assignments not listed in `order` count as zero.
     """
     return torch.ops.tedfx.combine(rows, order, weights)
 
 
-# ---- dispatch -----------------------------------------------------------------------------------------------------
+# ---- dispatch ----------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tedfx::dispatch", mutates_args=())
@@ -75,21 +88,30 @@ def _dispatch(x: Tensor, ids: Tensor, num_experts: int, tail: bool = False) -> t
         raise ValueError(f"dispatch: x {tuple(x.shape)} and ids {tuple(ids.shape)} are not [N,H] and [N,K]")
     order, counts = sort_by_expert(ids.reshape(-1), num_experts)
     if ids.numel():
-        _torch.assert_async((ids >= 0).logical_and_(ids < num_experts + tail).all(), "dispatch: expert id out of range")
+        _torch.assert_async(
+            (ids >= 0).logical_and_(ids < num_experts + tail).all(), "dispatch: expert id out of range"
+        )
     return x.index_select(0, order // ids.shape[1]), counts, order
 
 
 def sort_by_expert(flat: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """flat[M] -> (stable argsort [M] int64, counts[num_experts] int64), without a host copy and without atomics."""
+    """flat[M] -> (stable argsort [M] int64, counts[num_experts] int64), without a host copy and without
+    atomics."""
     by_expert, order = torch.sort(flat, stable=True)
-    bounds = torch.searchsorted(by_expert, torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype))
+    bounds = torch.searchsorted(
+        by_expert, torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype)
+    )
     return order, bounds.diff()
 
 
 @_dispatch.register_fake
 def _(x, ids, num_experts, tail=False):
     rows = ids.numel()
-    return x.new_empty(rows, x.shape[1]), ids.new_empty(num_experts, dtype=torch.int64), ids.new_empty(rows, dtype=torch.int64)
+    return (
+        x.new_empty(rows, x.shape[1]),
+        ids.new_empty(num_experts, dtype=torch.int64),
+        ids.new_empty(rows, dtype=torch.int64),
+    )
 
 
 def _dispatch_setup(ctx, inputs, output):
@@ -100,14 +122,20 @@ def _dispatch_setup(ctx, inputs, output):
 
 def _dispatch_backward(ctx, grad_rows, grad_counts, grad_order):
     (order,) = ctx.saved_tensors
-    return sum_choices(unsort(grad_rows, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k), None, None, None
+    return (
+        sum_choices(unsort(grad_rows, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k),
+        None,
+        None,
+        None,
+    )
 
 
 _dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 
 
 def unsort(rows: Tensor, order: Tensor, total: int) -> Tensor:
-    """rows[M,H] -> [total,H]: row m goes to order[m], the rest is zero. Positions are unique, so this is a copy."""
+    """rows[M,H] -> [total,H]: row m goes to order[m], the rest is zero. Positions are unique, so this is a
+    copy."""
     return rows.new_zeros(total, rows.shape[1]).index_copy_(0, order, rows)
 
 
@@ -116,11 +144,13 @@ def sum_choices(rows: Tensor, tokens: int, top_k: int) -> Tensor:
     return rows.view(tokens, top_k, rows.shape[1]).sum(1)
 
 
-# ---- grouped_linear -----------------------------------------------------------------------------------------------
+# ---- grouped_linear ----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tedfx::grouped_linear", mutates_args=())
-def _grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False, tail: bool = False) -> Tensor:
+def _grouped_linear(
+    rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False, tail: bool = False
+) -> Tensor:
     _check_grouped(rows, weight, counts, transposed)
     right = weight if transposed else weight.mT  # [E,I,O]
     if rows.shape[0] == 0 or right.numel() == 0:
@@ -129,7 +159,11 @@ def _grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bo
         out = torch.nn.functional.grouped_mm(rows.contiguous(), _dense(right), offs=_offsets(counts))
         # The kernel leaves rows behind the last offset unwritten.
         return torch.where(_in_tail(counts, rows).unsqueeze(1), 0, out) if tail else out
-    out = rows.new_zeros(rows.shape[0], right.shape[2]) if tail else rows.new_empty(rows.shape[0], right.shape[2])
+    out = (
+        rows.new_zeros(rows.shape[0], right.shape[2])
+        if tail
+        else rows.new_empty(rows.shape[0], right.shape[2])
+    )
     for expert, start, stop in _runs(counts, rows, tail):
         torch.mm(rows[start:stop], right[expert], out=out[start:stop])
     return out
@@ -143,7 +177,8 @@ def _(rows, weight, counts, transposed=False, tail=False):
 
 @torch.library.custom_op("tedfx::grouped_outer", mutates_args=())
 def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor, tail: bool = False) -> Tensor:
-    """left[M,A], right[M,B] -> [E,A,B]: per expert, left^T right over its rows; zeros for an expert without rows.
+    """left[M,A], right[M,B] -> [E,A,B]: per expert, left^T right over its rows; zeros for an expert without
+    rows.
 
     The gradient of grouped_linear by its weight; the two ops are closed under differentiation.
     """
@@ -189,7 +224,12 @@ def _outer_setup(ctx, inputs, output):
 
 def _outer_backward(ctx, grad):
     left, right, counts = ctx.saved_tensors
-    return grouped_linear(right, grad, counts, False, ctx.tail), grouped_linear(left, grad, counts, True, ctx.tail), None, None
+    return (
+        grouped_linear(right, grad, counts, False, ctx.tail),
+        grouped_linear(left, grad, counts, True, ctx.tail),
+        None,
+        None,
+    )
 
 
 _grouped_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -201,7 +241,8 @@ def _check_grouped(rows, weight, counts, transposed):
     if rows.dim() != 2 or weight.dim() != 3 or counts.dim() != 1 or rows.shape[1] != inner:
         form = "[E,I,O]" if transposed else "[E,O,I]"
         raise ValueError(
-            f"grouped_linear: rows {tuple(rows.shape)}, weight {tuple(weight.shape)}, counts {tuple(counts.shape)} "
+            f"grouped_linear: rows {tuple(rows.shape)}, weight {tuple(weight.shape)}, counts "
+            f"{tuple(counts.shape)} "
             f"are not [M,I], {form}, [E]"
         )
     if weight.shape[0] != counts.shape[0]:
@@ -240,13 +281,15 @@ def _runs(counts: Tensor, rows: Tensor, tail: bool = False):
         raise ValueError(f"counts sum to {stop}, there are {rows.shape[0]} rows")
 
 
-# ---- expert_rows --------------------------------------------------------------------------------------------------
+# ---- expert_rows -------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tedfx::expert_rows", mutates_args=())
 def _expert_rows(param: Tensor, counts: Tensor, rows: Tensor, tail: bool = False) -> Tensor:
     if param.dim() < 1 or param.shape[0] != counts.shape[0]:
-        raise ValueError(f"expert_rows: param {tuple(param.shape)} has no entry for each of {counts.shape[0]} experts")
+        raise ValueError(
+            f"expert_rows: param {tuple(param.shape)} has no entry for each of {counts.shape[0]} experts"
+        )
     if tail:
         position = torch.arange(rows.shape[0], device=counts.device)
         index = torch.searchsorted(counts.cumsum(0), position, right=True).clamp(max=counts.shape[0] - 1)
@@ -269,15 +312,15 @@ def _expert_rows_setup(ctx, inputs, output):
 def _expert_rows_backward(ctx, grad):
     (counts,) = ctx.saved_tensors
     flat = grad.reshape(grad.shape[0], math.prod(ctx.shape[1:]))
-    # A sum over each expert's rows is a product with ones: a matmul, so no atomics, and it accumulates like one.
-    # Eight columns of ones where the kernel wants a multiple of eight.
+    # A sum over each expert's rows is a product with ones: a matmul, so no atomics, and it accumulates like
+    # one. Eight columns of ones where the kernel wants a multiple of eight.
     ones = flat.new_ones(flat.shape[0], 8 if flat.is_cuda else 1)
     return _grouped_outer(ones, flat, counts, ctx.tail)[:, 0].reshape(ctx.shape), None, None, None
 
 
 _expert_rows.register_autograd(_expert_rows_backward, setup_context=_expert_rows_setup)
 
-# ---- combine ------------------------------------------------------------------------------------------------------
+# ---- combine -----------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tedfx::combine", mutates_args=())
@@ -294,12 +337,15 @@ def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 @_combine.register_fake
 def _(rows, order, weights):
-    return rows.new_empty(weights.shape[0], rows.shape[1], dtype=torch.promote_types(rows.dtype, weights.dtype))
+    return rows.new_empty(
+        weights.shape[0], rows.shape[1], dtype=torch.promote_types(rows.dtype, weights.dtype)
+    )
 
 
 @torch.library.custom_op("tedfx::combine_backward", mutates_args=())
 def _combine_grads(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """grad[N,H] -> gradients of rows[M,H] and of weights[N,K]; zero for the weight of an assignment not listed."""
+    """grad[N,H] -> gradients of rows[M,H] and of weights[N,K]; zero for the weight of an assignment not
+    listed."""
     tokens, top_k = weights.shape
     by_row = grad.index_select(0, order // top_k)
     scale = weights.reshape(-1).index_select(0, order)

@@ -1,34 +1,44 @@
 """ZeRO-3's gather: whole parameters from the ranks' shares, several by one collective.
 
-The shares of a bucket lie side by side in one row per rank (`tedfx.ops.cuts.Cut`). The adjoint is a reduce-scatter of the gradients of all of them: S -> R.
+The shares of a bucket lie side by side in one row per rank (`tedfx.ops.cuts.Cut`). The adjoint is a
+reduce-scatter of the gradients of all of them: S -> R.
 
-In eager mode a call of a `ParallelModule` has a **store** (`tedfx/runtime/gathers.py`) that launches gathers ahead and takes the gradients; then autograd only passes through
-here. In a compiled graph both collectives are in the graph.
+In eager mode a call of a `ParallelModule` has a **store** (`tedfx/runtime/gathers.py`) that launches gathers
+ahead and takes the gradients; then autograd only passes through here. In a compiled graph both collectives
+are in the graph.
 """
 
 import torch
 from torch import Tensor
 
 from tedfx import _torch
-from tedfx.ops.cuts import Cut
 from tedfx.ops import context
 from tedfx.ops.context import Axes, Span
+from tedfx.ops.cuts import Cut
 
 GATHER, SCATTER = "gather_parameters", "scatter_gradients"  # as they are counted
 
 
 def gather_parameters(
-    shares: list[Tensor], axes: Axes, cuts: tuple[tuple, ...], number: int = 0, summed_in: torch.dtype | None = None
+    shares: list[Tensor],
+    axes: Axes,
+    cuts: tuple[tuple, ...],
+    number: int = 0,
+    summed_in: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """S -> R of each: this rank's shares, of any shapes and one dtype -> the whole local tensors. `cuts`: a `Cut` each, as tuples. `number`: of this gather in its graph.
+    """S -> R of each: this rank's shares, of any shapes and one dtype -> the whole local tensors.
 
-    Backward sums the gradients over `axes`, in the dtype `summed_in` (by default their own), and keeps this rank's share
-    of each, in the share's dtype.
+    `cuts`: a `Cut` each, as tuples. `number`: of this gather in its graph.
+
+    Backward sums the gradients over `axes`, in the dtype `summed_in` (by default their own), and keeps this
+    rank's share of each, in the share's dtype.
     """
     span, cuts = context.span(axes), [Cut(*cut) for cut in cuts]
     if not torch.compiler.is_compiling() and (store := context.current().store) is not None:
         return store.gather(number, shares)
-    if not any(x.requires_grad for x in shares):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
+    if not any(
+        x.requires_grad for x in shares
+    ):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
         return wholes(gathered(pack(shares, cuts), span), cuts)
     return list(_Gather.apply(span, cuts, summed_in, *shares))
 
@@ -50,7 +60,11 @@ def wholes(rows: Tensor, cuts: list[Cut]) -> list[Tensor]:
 
 
 def _own(x: Tensor) -> Tensor:
-    return x if torch.compiler.is_compiling() or x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
+    return (
+        x
+        if torch.compiler.is_compiling() or x.untyped_storage().nbytes() == x.numel() * x.element_size()
+        else x.clone()
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -68,7 +82,10 @@ class _Gather(torch.autograd.Function):
         context.record(SCATTER, ctx.span.axes, "backward", rows)
         mine = _torch.reduce_scatter(rows.view(-1), ctx.span.size, ctx.span.name)
         parts = mine.to(dtype).split([cut.width for cut in ctx.cuts])
-        found = [part[: shape.numel()].view(shape) if needed else None for part, shape, needed in zip(parts, ctx.shapes, ctx.needed)]
+        found = [
+            part[: shape.numel()].view(shape) if needed else None
+            for part, shape, needed in zip(parts, ctx.shapes, ctx.needed)
+        ]
         return None, None, None, *found
 
 

@@ -6,7 +6,8 @@ __all__ = ["axis_offset", "share", "share_offset"]
 
 
 def axis_offset(length, axes):
-    """Global index of the first local element of a dim of local `length` that is split over `axes` (major first)."""
+    """Global index of the first local element of a dim of local `length` that is split over `axes` (major
+    first)."""
     return context.span(axes).index * length
 
 

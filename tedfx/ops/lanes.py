@@ -1,8 +1,10 @@
-"""Routed rows without duplicates: ranks that hold the same tokens send a slice of them each, and share the rows where they arrive.
+"""Routed rows without duplicates: ranks that hold the same tokens send a slice of them each, and share the
+rows where they arrive.
 
-Tensor-parallel experts need every row on every rank of the tensor group, yet the rows need to cross the expert axes only once. So each
-rank of the group (a *lane*) dispatches its own slice of the tokens; after the all-to-all the lanes are gathered, and the experts'
-partial sums are scattered to the lanes again before the way back (DeepSpeed-TED's duplicate token dropping, arXiv 2303.06318):
+Tensor-parallel experts need every row on every rank of the tensor group, yet the rows need to cross the
+expert axes only once. So each rank of the group (a *lane*) dispatches its own slice of the tokens; after the
+all-to-all the lanes are gathered, and the experts' partial sums are scattered to the lanes again before the
+way back (DeepSpeed-TED's duplicate token dropping, arXiv 2303.06318):
 
     order, counts = route(ids, num_experts)                                 of this lane's tokens
     send, recv, totals, received, counts = exchange_lanes(counts, (*lanes, *split), split)
@@ -13,8 +15,8 @@ partial sums are scattered to the lanes again before the way back (DeepSpeed-TED
     rows = scatter_lanes(spread_lanes(rows, index, totals), lanes, totals)  this lane's rows, summed
     rows = all_to_all_single(rows, send, recv, split)
 
-Lanes hold different numbers of rows. The gathered tensor has the room of the largest for each, so that its collectives are even ones;
-`pick_rows` leaves the gaps out.
+Lanes hold different numbers of rows. The gathered tensor has the room of the largest for each, so that its
+collectives are even ones; `pick_rows` leaves the gaps out.
 """
 
 import torch
@@ -28,21 +30,32 @@ from tedfx.ops.convert import gather_pieces, scatter_sum
 __all__ = ["exchange_lanes", "gather_lanes", "lane_index", "pick_rows", "scatter_lanes", "spread_lanes"]
 
 
-def exchange_lanes(counts: Tensor, axes: Axes, split: Axes) -> tuple[list[int], list[int], list[int], Tensor, Tensor]:
-    """counts[E] of this lane's assignments -> (send_splits, recv_splits, totals, received[T*G,E/G], counts[E/G]).
+def exchange_lanes(
+    counts: Tensor, axes: Axes, split: Axes
+) -> tuple[list[int], list[int], list[int], Tensor, Tensor]:
+    """counts[E] of this lane's assignments -> (send_splits, recv_splits, totals, received[T*G,E/G],
+    counts[E/G]).
 
-    `axes`: the lanes' axes, then `split`. One all-gather over all of them, one host copy. The splits are this lane's, over `split`; `totals[t]` are the rows that
-    lane t holds after the all-to-all; received[t*G + g, e] of them came from coordinate g for local expert e. ValueError when the
-    experts do not divide.
+    `axes`: the lanes' axes, then `split`. One all-gather over all of them, one host copy. The splits are this
+    lane's, over `split`; `totals[t]` are the rows that lane t holds after the all-to-all; received[t*G + g,
+    e] of them came from coordinate g for local expert e. ValueError when the experts do not divide.
     """
-    lane, over, everyone = context.span(axes[: len(axes) - len(split)]), context.span(split), context.span(axes)
+    lane, over, everyone = (
+        context.span(axes[: len(axes) - len(split)]),
+        context.span(split),
+        context.span(axes),
+    )
     if counts.shape[0] % over.size != 0:
-        raise ValueError(f"{counts.shape[0]} experts do not divide over {over.size} ranks of axes {over.axes}")
+        raise ValueError(
+            f"{counts.shape[0]} experts do not divide over {over.size} ranks of axes {over.axes}"
+        )
     local = counts.shape[0] // over.size
     by_source = gather_pieces(counts.view(1, -1), everyone, 0, 1, "forward")  # [T*G, E]
     received = by_source.narrow(1, over.index * local, local)
     by_lane = received.reshape(lane.size, over.size, local)
-    splits = torch.cat([counts.view(over.size, local).sum(1), by_lane.select(0, lane.index).sum(1), by_lane.sum((1, 2))]).tolist()
+    splits = torch.cat(
+        [counts.view(over.size, local).sum(1), by_lane.select(0, lane.index).sum(1), by_lane.sum((1, 2))]
+    ).tolist()
     context.note("host copy")
     for rows in splits:
         _torch.check(rows >= 0, "a negative number of rows")
@@ -54,12 +67,15 @@ def exchange_lanes(counts: Tensor, axes: Axes, split: Axes) -> tuple[list[int], 
 
 
 def lane_index(received: Tensor, totals: list[int]) -> Tensor:
-    """index[M]: where in the gathered lanes stands the m-th row in the order (expert, lane, source); M = sum(totals)."""
+    """index[M]: where in the gathered lanes stands the m-th row in the order (expert, lane, source); M =
+    sum(totals)."""
     lanes = len(totals)
     counts = received.mT.reshape(-1)  # by (expert, lane, source)
     stops = counts.cumsum(0)
     by_lane = received.reshape(lanes, -1)
-    starts = by_lane.cumsum(1) - by_lane + torch.arange(lanes, device=counts.device).unsqueeze(1) * _room(totals)
+    starts = (
+        by_lane.cumsum(1) - by_lane + torch.arange(lanes, device=counts.device).unsqueeze(1) * _room(totals)
+    )
     starts = starts.view(received.shape).mT.reshape(-1)
     position = torch.arange(sum(totals), device=counts.device)
     run = torch.searchsorted(stops, position, right=True)
@@ -67,9 +83,11 @@ def lane_index(received: Tensor, totals: list[int]) -> Tensor:
 
 
 def gather_lanes(rows: Tensor, axes: Axes, totals: list[int], to: str = "R") -> Tensor:
-    """rows[totals[lane],..] -> [T * max(totals),..]: all lanes' rows, each from a multiple of the largest on; the gaps are zero.
+    """rows[totals[lane],..] -> [T * max(totals),..]: all lanes' rows, each from a multiple of the largest on;
+    the gaps are zero.
 
-    to="R": the cotangent is partial on each rank, backward is a reduce-scatter. to="I": it is whole on each rank, backward keeps this lane's.
+    to="R": the cotangent is partial on each rank, backward is a reduce-scatter. to="I": it is whole on each
+    rank, backward keeps this lane's.
     """
     if to not in ("R", "I"):
         raise ValueError(f"gather_lanes: to must be 'R' or 'I', not {to!r}")
@@ -77,8 +95,8 @@ def gather_lanes(rows: Tensor, axes: Axes, totals: list[int], to: str = "R") -> 
 
 
 def scatter_lanes(rows: Tensor, axes: Axes, totals: list[int], source: str = "P") -> Tensor:
-    """rows[T * max(totals),..] -> [totals[lane],..]. source="P": summed over the ranks (reduce-scatter / all-gather);
-    "R": this lane's (slice / zero-pad); "I": the same, gathered in backward."""
+    """rows[T * max(totals),..] -> [totals[lane],..]. source="P": summed over the ranks (reduce-scatter /
+    all-gather); "R": this lane's (slice / zero-pad); "I": the same, gathered in backward."""
     span = context.span(axes)
     if source not in ("P", "R", "I"):
         raise ValueError(f"scatter_lanes: source must be 'P', 'R' or 'I', not {source!r}")
@@ -91,7 +109,8 @@ def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def spread_lanes(rows: Tensor, index: Tensor, totals: list[int]) -> Tensor:
-    """The transpose of `pick_rows` on gathered lanes: rows[M,..] -> [T * max(totals),..], out[index] = rows, zeros elsewhere."""
+    """The transpose of `pick_rows` on gathered lanes: rows[M,..] -> [T * max(totals),..], out[index] = rows,
+    zeros elsewhere."""
     return _Spread.apply(rows, index, len(totals) * _room(totals))
 
 
@@ -148,7 +167,13 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx, grad):
         if ctx.source == "R":
             return _placed(grad, ctx.span, ctx.room), None, None, None, None
-        return gather_pieces(_padded(grad, ctx.room), ctx.span, 0, 1, "backward", ragged=True), None, None, None, None
+        return (
+            gather_pieces(_padded(grad, ctx.room), ctx.span, 0, 1, "backward", ragged=True),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Pick(torch.autograd.Function):

@@ -7,18 +7,20 @@ A rank routes its tokens, sends each row to the rank that owns the row's expert,
     rows = permute_rows(x, order, top_k)                    sorted by expert, so by destination
     rows = all_to_all_single(rows, recv, send, axes)        sorted by source, then expert
     index = expert_major(recv_counts, recv)
-    rows = index_rows(rows, index)                          sorted by expert, then source: ready for grouped_linear
+    rows = index_rows(rows, index)                    sorted by expert, then source: ready for grouped_linear
     ...
     rows = all_to_all_single(unindex_rows(rows, index), send, recv, axes)
     out = combine(rows, order, weights)
 
-Assignments that a capacity dropped come last in `order`; `cut_tail(order, send)` leaves them out, so that `permute_rows` makes no row of them.
+Assignments that a capacity dropped come last in `order`; `cut_tail(order, send)` leaves them out, so that
+`permute_rows` makes no row of them.
 
-Where tokens are replicated over the axes that split the experts, no row travels: `route(.., owned=axes)` keeps the
-assignments of this rank's experts, `local_counts` cuts the counts, and the combined output is a partial sum.
+Where tokens are replicated over the axes that split the experts, no row travels: `route(.., owned=axes)`
+keeps the assignments of this rank's experts, `local_counts` cuts the counts, and the combined output is a
+partial sum.
 
-Row counts differ from rank to rank and step to step; they are python ints here (one host copy in `exchange_counts`,
-one in an owned `route`), symbolic under torch.compile, where new counts do not recompile
+Row counts differ from rank to rank and step to step; they are python ints here (one host copy in
+`exchange_counts`, one in an owned `route`), symbolic under torch.compile, where new counts do not recompile
 (`torch._dynamo.config.capture_scalar_outputs = True`).
 """
 
@@ -30,7 +32,15 @@ from tedfx.dtypes import has_gradient
 from tedfx.ops import context
 from tedfx.ops.context import Axes
 from tedfx.ops.convert import bounds, gather_pieces
-from tedfx.ops.experts import combine, dispatch, expert_rows, grouped_linear, sort_by_expert, sum_choices, unsort
+from tedfx.ops.experts import (
+    combine,
+    dispatch,
+    expert_rows,
+    grouped_linear,
+    sort_by_expert,
+    sum_choices,
+    unsort,
+)
 
 __all__ = [
     "all_to_all_single",
@@ -50,17 +60,24 @@ __all__ = [
 
 
 def route(
-    ids: Tensor, num_experts: int, owned: Axes = (), lanes: Axes = (), owned_outer: int = 1, stripes: Axes = ()
+    ids: Tensor,
+    num_experts: int,
+    owned: Axes = (),
+    lanes: Axes = (),
+    owned_outer: int = 1,
+    stripes: Axes = (),
 ) -> tuple[Tensor, Tensor]:
     """ids[N,K] -> (order[M], counts[E]): the assignments this rank handles, stably sorted by expert.
 
-    Ids of num_experts are those of assignments that a capacity dropped: `order` ends with them (with `owned` it has none of them), and no count has them.
+    Ids of num_experts are those of assignments that a capacity dropped: `order` ends with them (with `owned`
+    it has none of them), and no count has them.
 
-    `owned`: axes over which tokens are replicated and experts split; keeps the assignments of this coordinate's
-    experts, the expert dim seen as (owned_outer, size, rest). `lanes`: axes over which tokens are replicated and that
-    share the sending; keeps tokens n with n * size // N == coordinate. counts has entries for all experts.
-    `stripes`: the same for assignments, but order lists all of them, those of coordinate 0 first, so that the pieces
-    of a row dim (`shard`) are the coordinates' own; counts are of this coordinate's.
+    `owned`: axes over which tokens are replicated and experts split; keeps the assignments of this
+    coordinate's experts, the expert dim seen as (owned_outer, size, rest). `lanes`: axes over which tokens
+    are replicated and that share the sending; keeps tokens n with n * size // N == coordinate. counts has
+    entries for all experts. `stripes`: the same for assignments, but order lists all of them, those of
+    coordinate 0 first, so that the pieces of a row dim (`shard`) are the coordinates' own; counts are of this
+    coordinate's.
 
     ValueError when the experts do not divide over `owned`.
     """
@@ -96,22 +113,28 @@ def _striped(flat: Tensor, num_experts: int, span: context.Span) -> tuple[Tensor
 
 
 def local_counts(counts: Tensor, axes: Axes, outer: int = 1) -> Tensor:
-    """counts[E] -> [E / size]: those of this coordinate's experts, the expert dim seen as (outer, size, rest)."""
+    """counts[E] -> [E / size]: those of this coordinate's experts, the expert dim seen as (outer, size,
+    rest)."""
     span = context.span(axes)
     if counts.shape[0] % (outer * span.size) != 0:
-        raise ValueError(f"{counts.shape[0]} experts do not divide over {span.size} ranks of axes {span.axes}")
+        raise ValueError(
+            f"{counts.shape[0]} experts do not divide over {span.size} ranks of axes {span.axes}"
+        )
     return counts.view(outer, span.size, -1)[:, span.index].reshape(-1)
 
 
 def exchange_counts(counts: Tensor, axes: Axes) -> tuple[list[int], list[int], Tensor, Tensor]:
-    """counts[E] -> (send_splits, recv_splits, recv_counts[G,E/G], counts[E/G]); one all-gather, one host copy.
+    """counts[E] -> (send_splits, recv_splits, recv_counts[G,E/G], counts[E/G]); one all-gather, one host
+    copy.
 
-    send_splits[g] rows go to coordinate g, recv_splits[g] come from it, of which recv_counts[g,e] for local expert e;
-    the last result sums them over g. ValueError when the experts do not divide.
+    send_splits[g] rows go to coordinate g, recv_splits[g] come from it, of which recv_counts[g,e] for local
+    expert e; the last result sums them over g. ValueError when the experts do not divide.
     """
     span = context.span(axes)
     if counts.shape[0] % span.size != 0:
-        raise ValueError(f"{counts.shape[0]} experts do not divide over {span.size} ranks of axes {span.axes}")
+        raise ValueError(
+            f"{counts.shape[0]} experts do not divide over {span.size} ranks of axes {span.axes}"
+        )
     local = counts.shape[0] // span.size
     by_source = counts.view(1, -1)
     if span.size > 1:
@@ -125,7 +148,8 @@ def exchange_counts(counts: Tensor, axes: Axes) -> tuple[list[int], list[int], T
 
 
 def cut_tail(order: Tensor, send_splits: list[int]) -> Tensor:
-    """order[M] -> [sum(send_splits)]: the assignments that travel, without those that a capacity dropped, which stand last. No host copy of its own."""
+    """order[M] -> [sum(send_splits)]: the assignments that travel, without those that a capacity dropped,
+    which stand last. No host copy of its own."""
     rows = sum(send_splits)
     _torch.check(rows <= order.shape[0], "more rows than assignments")
     return order.narrow(0, 0, rows)
@@ -137,21 +161,25 @@ def permute_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
 
 
 def all_to_all_single(rows: Tensor, recv_splits: list[int], send_splits: list[int], axes: Axes) -> Tensor:
-    """rows[sum(send_splits),..] -> [sum(recv_splits),..]: the g-th run of rows goes to coordinate g. The adjoint
-    swaps the splits. ValueError when the splits do not sum to the rows."""
+    """rows[sum(send_splits),..] -> [sum(recv_splits),..]: the g-th run of rows goes to coordinate g. The
+    adjoint swaps the splits. ValueError when the splits do not sum to the rows."""
     span = context.span(axes)
     if span.size == 1:
         return rows
     _torch.check(sum(send_splits) == rows.shape[0], "send_splits do not sum to the rows")
-    if not has_gradient(rows.dtype):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
+    if not has_gradient(
+        rows.dtype
+    ):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
         return _exchange(rows, span, recv_splits, send_splits, "forward")
     return _AllToAll.apply(rows, span, *recv_splits, *send_splits)
 
 
 def expert_major(recv_counts: Tensor, recv_splits: list[int]) -> Tensor:
-    """recv_counts[G,E] -> index[M]: where in rows sorted by (source, expert) stands the m-th by (expert, source).
+    """recv_counts[G,E] -> index[M]: where in rows sorted by (source, expert) stands the m-th by (expert,
+    source).
 
-    `recv_splits` are the host's sums over the experts, as `exchange_counts` gave them: M without another copy.
+    `recv_splits` are the host's sums over the experts, as `exchange_counts` gave them: M without another
+    copy.
     """
     total = sum(recv_splits)
     counts = recv_counts.mT.reshape(-1)  # by (expert, source)
@@ -191,7 +219,8 @@ def _exchange(rows, span, recv, send, phase, ragged=True):
     context.record("all_to_all", span.axes, phase, rows, ragged)
     if span.order is None:
         return _torch.all_to_all(rows, recv, send, span.name)
-    # The group counts its ranks in another order than the coordinates run: the runs are put in its order and back.
+    # The group counts its ranks in another order than the coordinates run: the runs are put in its order and
+    # back.
     holder = [span.order.index(rank) for rank in range(span.size)]
     runs = torch.split(rows, send)
     rows = torch.cat([runs[index] for index in holder])

@@ -1,13 +1,15 @@
 """A running sum along a dim that is sharded.
 
-A rank sums its own piece; what comes before the piece is the sum of the totals of the ranks before it. Those totals are all that is exchanged: one
-all-gather of x without its dim. Along a dim (outer, rest) of which `rest` is cut, a rank holds `outer` runs, and the runs of all ranks follow one
-another by (outer, rank).
+A rank sums its own piece; what comes before the piece is the sum of the totals of the ranks before it. Those
+totals are all that is exchanged: one all-gather of x without its dim. Along a dim (outer, rest) of which
+`rest` is cut, a rank holds `outer` runs, and the runs of all ranks follow one another by (outer, rank).
 
-A capacity counts tokens in the order of the global batch, so the position of a token in its expert is such a sum over the batch axes.
+A capacity counts tokens in the order of the global batch, so the position of a token in its expert is such a
+sum over the batch axes.
 
-A capacity of each batch coordinate counts in groups instead, one per coordinate (`passes/local_capacity.py`): `group_cumsum` and `group_total` are functions of a
-single device, and where a shard is a whole number of groups nothing is exchanged.
+A capacity of each batch coordinate counts in groups instead, one per coordinate (`passes/local_capacity.py`):
+`group_cumsum` and `group_total` are functions of a single device, and where a shard is a whole number of
+groups nothing is exchanged.
 """
 
 import torch
@@ -20,10 +22,12 @@ from tedfx.ops.convert import gather_pieces
 
 
 def cumsum(x: Tensor, dim: int, axes: Axes, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-    """S -> S. x[.., outer * local, ..], a piece of the whole by `axes` (major first) -> the piece of the whole's cumsum along `dim`.
+    """S -> S: the cumsum along `dim` of the whole.
 
-    Integers (summed as int64 unless `dtype` says otherwise, as torch does) and floats; the cotangent is S, and backward is the sum from the other end.
-    ValueError where the dim does not divide into `outer` runs.
+    x[.., outer * local, ..], a piece of the whole by `axes` (major first) -> the piece of the whole's cumsum.
+
+    Integers (summed as int64 unless `dtype` says otherwise, as torch does) and floats; the cotangent is S,
+    and backward is the sum from the other end. ValueError where the dim does not divide into `outer` runs.
     """
     span = context.span(axes)
     if span.size == 1:
@@ -42,23 +46,34 @@ def check_runs(x: Tensor, dim: int, outer: int) -> None:
         raise ValueError(f"cumsum along dim {dim} of a tensor of shape {tuple(x.shape)} in {outer} runs")
 
 
-def group_cumsum(x: Tensor, dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+def group_cumsum(
+    x: Tensor, dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None
+) -> Tensor:
     """The cumsum of each group along a dim seen as (outer, groups, rest); a group runs over (outer, rest)."""
     grouped = _by_group(x, dim, groups, outer)
     return _ungrouped(torch.cumsum(grouped, dim + 1, dtype=dtype), x, dim, groups, outer)
 
 
-def group_total(x: Tensor, dims: list[int], dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-    """At each element the sum over its group: along `dim`, seen as (outer, groups, rest), over (outer, rest); along the others of `dims` over all."""
+def group_total(
+    x: Tensor, dims: list[int], dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None
+) -> Tensor:
+    """At each element the sum over its group: along `dim`, seen as (outer, groups, rest), over (outer, rest);
+    along the others of `dims` over all."""
     grouped = _by_group(x, dim, groups, outer)
     over = [dim + 1, *(d + (d > dim) for d in dims if d != dim)]
-    return _ungrouped(grouped.sum(over, keepdim=True, dtype=dtype).expand(grouped.shape), x, dim, groups, outer)
+    return _ungrouped(
+        grouped.sum(over, keepdim=True, dtype=dtype).expand(grouped.shape), x, dim, groups, outer
+    )
 
 
 def _by_group(x: Tensor, dim: int, groups: int, outer: int) -> Tensor:
     """[.., groups, outer * rest, ..]"""
     before, after, rest = x.shape[:dim], x.shape[dim + 1 :], x.shape[dim] // (outer * groups)
-    return x.reshape(*before, outer, groups, rest, *after).transpose(dim, dim + 1).reshape(*before, groups, outer * rest, *after)
+    return (
+        x.reshape(*before, outer, groups, rest, *after)
+        .transpose(dim, dim + 1)
+        .reshape(*before, groups, outer * rest, *after)
+    )
 
 
 def _ungrouped(grouped: Tensor, x: Tensor, dim: int, groups: int, outer: int) -> Tensor:
@@ -71,8 +86,11 @@ def run_totals(x: Tensor, dim: int, outer: int, dtype: torch.dtype | None) -> Te
     return _runs(x, dim, outer).sum(dim + 1, keepdim=True, dtype=dtype)
 
 
-def behind_totals(x: Tensor, dim: int, by_rank: Tensor, span: Span, dtype: torch.dtype | None, back: bool = False) -> Tensor:
-    """The sum of all elements of the whole up to each one of x, from the end where `back`; `by_rank[.., outer, size, ..]` are the totals of all ranks."""
+def behind_totals(
+    x: Tensor, dim: int, by_rank: Tensor, span: Span, dtype: torch.dtype | None, back: bool = False
+) -> Tensor:
+    """The sum of all elements of the whole up to each one of x, from the end where `back`; `by_rank[..,
+    outer, size, ..]` are the totals of all ranks."""
     outer = by_rank.shape[dim]
     inside = _sum(_runs(x, dim, outer), dim + 1, dtype, back)
     flat = by_rank.reshape(*x.shape[:dim], outer * span.size, *x.shape[dim + 1 :])
@@ -80,7 +98,9 @@ def behind_totals(x: Tensor, dim: int, by_rank: Tensor, span: Span, dtype: torch
     return (inside + before.narrow(dim + 1, span.index, 1)).reshape(x.shape)
 
 
-def _running(x: Tensor, dim: int, span: Span, outer: int, dtype: torch.dtype | None, phase: str, back: bool) -> Tensor:
+def _running(
+    x: Tensor, dim: int, span: Span, outer: int, dtype: torch.dtype | None, phase: str, back: bool
+) -> Tensor:
     totals = run_totals(x, dim, outer, dtype)
     by_rank = gather_pieces(totals.contiguous(), span, dim + 1, 1, phase)
     return behind_totals(x, dim, by_rank, span, dtype, back)

@@ -1,18 +1,22 @@
 """Random draws that are a function of (seed, site, global element index), and of nothing else.
 
-A generator's stream depends on how many numbers each rank drew before. Here every element hashes its own position in
-the global tensor: ranks that hold the same element draw the same number, ranks that hold different ones draw
-independent numbers, and the whole is the one a single device draws, on any mesh. Recomputation draws it again.
+A generator's stream depends on how many numbers each rank drew before. Here every element hashes its own
+position in the global tensor: ranks that hold the same element draw the same number, ranks that hold
+different ones draw independent numbers, and the whole is the one a single device draws, on any mesh.
+Recomputation draws it again.
 
-`factors` says where the local tensor lies in the global one: per dim, a tuple of factors `(local_size, axes)`, major
-first. A factor's global index is coordinate(axes) * local_size + local index, its global size local_size * size(axes);
-the dim's index composes its factors in mixed radix with the global sizes. `(((4, ("dp",)),), ((2, ()), (3, ("tp",))))`
-is a local [4, 6] of which dim 0 is sharded over dp, and dim 1 is gate|up with each half sharded over tp.
+`factors` says where the local tensor lies in the global one: per dim, a tuple of factors `(local_size,
+axes)`, major first. A factor's global index is coordinate(axes) * local_size + local index, its global size
+local_size * size(axes); the dim's index composes its factors in mixed radix with the global sizes. `(((4,
+("dp",)),), ((2, ()), (3, ("tp",))))` is a local [4, 6] of which dim 0 is sharded over dp, and dim 1 is
+gate|up with each half sharded over tp.
 
-A factor `(local_size, axes, whole, SHARE)` is this coordinate's share of `whole`, which the ranks need not divide.
+A factor `(local_size, axes, whole, SHARE)` is this coordinate's share of `whole`, which the ranks need not
+divide.
 
-Routed rows lie anywhere, and how many a rank holds is data. What a row is in the global batch is the number of its assignment, token * k + choice, with the token
-counted in the global order (`row_numbers`). It travels beside the rows, and a factor `(numbers, tokens, k, NUMBERED)` takes it as the index; `tokens` are the factors
+Routed rows lie anywhere, and how many a rank holds is data. What a row is in the global batch is the number
+of its assignment, token * k + choice, with the token counted in the global order (`row_numbers`). It travels
+beside the rows, and a factor `(numbers, tokens, k, NUMBERED)` takes it as the index; `tokens` are the factors
 of the dim of tokens.
 """
 
@@ -29,12 +33,16 @@ _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16
 
 
 def uniform(
-    factors: Factors, seed: Tensor, site: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    factors: Factors,
+    seed: Tensor,
+    site: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> Tensor:
     """The local piece of a global tensor of draws from [0, 1), one dim per entry of `factors`.
 
-    `seed`: 0-dim int64 tensor, equal on all ranks; new values do not recompile. `site`: which of the model's draws.
-    ValueError for a dtype without draws.
+    `seed`: 0-dim int64 tensor, equal on all ranks; new values do not recompile. `site`: which of the model's
+    draws. ValueError for a dtype without draws.
     """
     if dtype not in _BITS:
         raise ValueError(f"uniform draws {', '.join(map(str, _BITS))}, not {dtype}")
@@ -46,8 +54,8 @@ def uniform(
 def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> Tensor:
     """x with each element kept with probability 1 - p and scaled by 1 / (1 - p), else zero.
 
-    Element i of the global tensor is kept iff hash(seed, site, i) / 2**24 >= p. ValueError for p outside [0, 1] or
-    factors that do not multiply to x's shape.
+    Element i of the global tensor is kept iff hash(seed, site, i) / 2**24 >= p. ValueError for p outside [0,
+    1] or factors that do not multiply to x's shape.
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability {p} is not in [0, 1]")
@@ -58,16 +66,19 @@ def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> T
         for local, *_ in parts:
             size = size * (local.shape[0] if isinstance(local, Tensor) else local)
         if size != x.shape[dim]:
-            raise ValueError(f"dropout: factors {parts} do not multiply to dim {dim} of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"dropout: factors {parts} do not multiply to dim {dim} of shape {tuple(x.shape)}"
+            )
     keep = uniform(factors, seed, site, torch.float32, x.device) >= p
     return torch.where(keep, x * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), 0)
 
 
 def row_numbers(order: Tensor, top_k: int, tokens: tuple[tuple, ...]) -> Tensor:
-    """order[M], assignments of this rank's tokens -> [M] int64: their numbers in the global batch, token * top_k + choice.
+    """order[M], assignments of this rank's tokens -> [M] int64: their numbers in the global batch, token *
+    top_k + choice.
 
-    `tokens`: where this rank's tokens lie in the global dim of tokens, factors as `uniform` takes them. Of an empty slot, whose assignment is one past the last, a number
-    that means nothing.
+    `tokens`: where this rank's tokens lie in the global dim of tokens, factors as `uniform` takes them. Of an
+    empty slot, whose assignment is one past the last, a number that means nothing.
     """
     rest, token, radix = order // top_k, 0, 1
     for part in reversed(tokens):
@@ -77,7 +88,7 @@ def row_numbers(order: Tensor, top_k: int, tokens: tuple[tuple, ...]) -> Tensor:
     return token * top_k + order % top_k
 
 
-# ---- splitmix64 in wrapping int64 arithmetic ----------------------------------------------------------------------
+# ---- splitmix64 in wrapping int64 arithmetic ---------------------------------------------------------------
 
 
 def _signed(constant: int) -> int:
@@ -92,9 +103,10 @@ _MIX = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
 def _hash(factors: Factors, seed: Tensor, site: int) -> Tensor:
     """64 random bits per local element, a function of (seed, site, row-major index in the global tensor).
 
-    The index is composed on top of the key, key * (global number of elements) + index, and not apart from it: an
-    index that is affine in the loop variables would be computed by inductor in 32 bits. The product may drop high bits
-    of the key (a power of two of elements shifts them out), so the key is added again between the two mixes.
+    The index is composed on top of the key, key * (global number of elements) + index, and not apart from it:
+    an index that is affine in the loop variables would be computed by inductor in 32 bits. The product may
+    drop high bits of the key (a power of two of elements shifts them out), so the key is added again between
+    the two mixes.
     """
     key = _mix(_mix(seed + _GOLDEN) + _signed((site + 1) * _SITE & (1 << 64) - 1))
     counter, shape = key, []

@@ -1,19 +1,24 @@
-"""Rows in slots: where a capacity bounds how many rows an expert gets, the layout is known before any token is routed.
+"""Rows in slots: where a capacity bounds how many rows an expert gets, the layout is known before any token
+is routed.
 
-Where the tokens among which a capacity counts are all on one rank, an expert gets `slots` rows of them at most. Each expert then has that many rows, zeros in
-the empty ones; the all-to-all has equal splits, every expert computes on the same number of rows, no counts are exchanged and the host copies nothing:
+Where the tokens among which a capacity counts are all on one rank, an expert gets `slots` rows of them at
+most. Each expert then has that many rows, zeros in the empty ones; the all-to-all has equal splits, every
+expert computes on the same number of rows, no counts are exchanged and the host copies nothing:
 
     order = route_slots(ids, num_experts, slots)              which assignment stands in each slot
-    rows = send_slots(fill_slots(x, order, top_k), axes, experts)   to the ranks of the experts, sorted by expert, then source
+    rows = send_slots(fill_slots(x, order, top_k), axes, experts)   to their ranks, by expert, source
     rows = slot_linear(rows, weight)                          one batched matmul
     ...
     out = combine_slots(return_slots(rows, axes, experts), order, weights)
 
-Ranks that hold the same tokens (lanes) send a share of every expert's slots each (DeepSpeed-TED slices the capacity as well, arXiv 2303.06318): slots have no
-order that matters, so a share is a run of them. `gather_slots` puts the lanes together where tensor-parallel experts need all rows, `scatter_slots` takes them
-apart again; both are conversions of `tedfx/ops/convert.py` on the dim of slots. A share is rounded up, so that lanes are equal.
+Ranks that hold the same tokens (lanes) send a share of every expert's slots each (DeepSpeed-TED slices the
+capacity as well, arXiv 2303.06318): slots have no order that matters, so a share is a run of them.
+`gather_slots` puts the lanes together where tensor-parallel experts need all rows, `scatter_slots` takes them
+apart again; both are conversions of `tedfx/ops/convert.py` on the dim of slots. A share is rounded up, so
+that lanes are equal.
 
-An empty slot is one whose assignment is number N * K. `experts` is the number of experts whose rows a rank computes.
+An empty slot is one whose assignment is number N * K. `experts` is the number of experts whose rows a rank
+computes.
 """
 
 import torch
@@ -25,14 +30,26 @@ from tedfx.ops.context import Axes
 from tedfx.ops.experts import sort_by_expert, sum_choices
 from tedfx.ops.moe import _exchange
 
-__all__ = ["combine_slots", "fill_slots", "gather_slots", "return_slots", "route_slots", "scatter_slots", "send_slots", "slot_linear", "slot_rows"]
+__all__ = [
+    "combine_slots",
+    "fill_slots",
+    "gather_slots",
+    "return_slots",
+    "route_slots",
+    "scatter_slots",
+    "send_slots",
+    "slot_linear",
+    "slot_rows",
+]
 
 
 def route_slots(ids: Tensor, num_experts: int, slots: int, owned: Axes = (), lanes: Axes = ()) -> Tensor:
-    """ids[N,K] -> order[E * share]: for each expert the assignments in its slots, in the order of the tokens; N * K in an empty one.
+    """ids[N,K] -> order[E * share]: for each expert the assignments in its slots, in the order of the tokens;
+    N * K in an empty one.
 
-    Ids of num_experts are of assignments that were dropped. `owned`: only the experts of this coordinate. `lanes`: only this coordinate's share of each expert's
-    slots. An expert with more assignments than slots trips a device-side assertion.
+    Ids of num_experts are of assignments that were dropped. `owned`: only the experts of this coordinate.
+    `lanes`: only this coordinate's share of each expert's slots. An expert with more assignments than slots
+    trips a device-side assertion.
     """
     context.note("route")
     lane, split = context.span(lanes), context.span(owned)
@@ -55,7 +72,8 @@ def fill_slots(x: Tensor, order: Tensor, top_k: int) -> Tensor:
 
 
 def send_slots(rows: Tensor, axes: Axes, experts: int) -> Tensor:
-    """rows[E * share,..] of all experts -> [experts * G * share,..] of this coordinate's, from all: sorted by expert, then source."""
+    """rows[E * share,..] of all experts -> [experts * G * share,..] of this coordinate's, from all: sorted by
+    expert, then source."""
     span = context.span(axes)
     return rows if span.size == 1 else _Slots.apply(rows, span, experts, True)
 
@@ -72,9 +90,14 @@ def gather_slots(rows: Tensor, axes: Axes, experts: int) -> Tensor:
 
 
 def scatter_slots(rows: Tensor, axes: Axes, experts: int, source: str = "P") -> Tensor:
-    """To this lane's share of the slots. source="P": summed over the ranks (reduce-scatter); "R", "I": a slice."""
+    """To this lane's share of the slots. source="P": summed over the ranks (reduce-scatter); "R", "I": a
+    slice."""
     whole = _by_expert(rows, experts)
-    return (convert.reduce_scatter(whole, axes, 1) if source == "P" else convert.shard(whole, axes, 1, source=source)).flatten(0, 1)
+    return (
+        convert.reduce_scatter(whole, axes, 1)
+        if source == "P"
+        else convert.shard(whole, axes, 1, source=source)
+    ).flatten(0, 1)
 
 
 def slot_linear(rows: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
@@ -136,7 +159,9 @@ class _Slots(torch.autograd.Function):
 def _moved(rows: Tensor, span, experts: int, there: bool, phase: str) -> Tensor:
     """There: (coordinate, expert, slot) by destination -> (expert, coordinate, slot) by source; or back."""
     first = (span.size, experts) if there else (experts, span.size)
-    turned = lambda x: x.view(*first, x.shape[0] // (span.size * experts), *x.shape[1:]).transpose(0, 1).flatten(0, 2)  # noqa: E731
+    turned = lambda x: (
+        x.view(*first, x.shape[0] // (span.size * experts), *x.shape[1:]).transpose(0, 1).flatten(0, 2)
+    )
     rows = rows if there else turned(rows)
     splits = [rows.shape[0] // span.size] * span.size
     rows = _exchange(rows, span, splits, splits, phase, ragged=False)

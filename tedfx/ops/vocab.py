@@ -1,9 +1,9 @@
 """Embedding and cross entropy over a vocabulary cut into contiguous, equal shards.
 
-Rank i of the axes holds the entries [i * local, (i + 1) * local). Neither op gathers the logits or the table: the
-embedding is a partial sum, and the cross entropy exchanges three numbers per row (the maximum, the sum of
-exponentials, the logit of the label) in two all-reduces. Its backward needs none: given those numbers, the gradient of
-a rank's logits depends on no other rank.
+Rank i of the axes holds the entries [i * local, (i + 1) * local). Neither op gathers the logits or the table:
+the embedding is a partial sum, and the cross entropy exchanges three numbers per row (the maximum, the sum of
+exponentials, the logit of the label) in two all-reduces. Its backward needs none: given those numbers, the
+gradient of a rank's logits depends on no other rank.
 """
 
 import torch
@@ -15,11 +15,14 @@ from tedfx.ops.context import Axes
 from tedfx.ops.convert import sum_over
 
 
-def vocab_parallel_embedding(weight_local: Tensor, ids: Tensor, axes: Axes, padding_idx: int | None = None) -> Tensor:
-    """weight_local[V/size,H], ids[*] -> [*,H], a partial sum: the rows of this shard, zeros for ids of the others.
+def vocab_parallel_embedding(
+    weight_local: Tensor, ids: Tensor, axes: Axes, padding_idx: int | None = None
+) -> Tensor:
+    """weight_local[V/size,H], ids[*] -> [*,H], a partial sum: the rows of this shard, zeros for ids of the
+    others.
 
-    `padding_idx` counts in the whole vocabulary (negative from its end): its row is looked up and gets no gradient.
-    An id outside [0, V) trips a device-side assertion; IndexError for a padding_idx outside.
+    `padding_idx` counts in the whole vocabulary (negative from its end): its row is looked up and gets no
+    gradient. An id outside [0, V) trips a device-side assertion; IndexError for a padding_idx outside.
     """
     span = context.span(axes)
     local, offset = weight_local.shape[0], _offset(weight_local.shape[0], span.index)
@@ -41,15 +44,18 @@ def vocab_parallel_embedding(weight_local: Tensor, ids: Tensor, axes: Axes, padd
 def vocab_parallel_cross_entropy(
     logits_local: Tensor, labels: Tensor, axes: Axes, ignore_index: int = -100
 ) -> Tensor:
-    """logits_local[N,V/size], labels[N] -> nll[N], equal on all ranks of `axes`; zero where the label is ignored.
+    """logits_local[N,V/size], labels[N] -> nll[N], equal on all ranks of `axes`; zero where the label is
+    ignored.
 
-    What torch's cross_entropy(reduction="none") gives for the whole logits, in their dtype; half precision
-    is computed in float32 and rounded once at the end (torch rounds its log-softmax on the way too). The cotangent of nll is replicated; backward has no communication. A label
-    outside [0, V) other than ignore_index trips a device-side assertion; ValueError for shapes that do not fit.
+    What torch's cross_entropy(reduction="none") gives for the whole logits, in their dtype; half precision is
+    computed in float32 and rounded once at the end (torch rounds its log-softmax on the way too). The
+    cotangent of nll is replicated; backward has no communication. A label outside [0, V) other than
+    ignore_index trips a device-side assertion; ValueError for shapes that do not fit.
     """
     if logits_local.dim() != 2 or labels.shape != logits_local.shape[:1]:
         raise ValueError(
-            f"vocab_parallel_cross_entropy: logits {tuple(logits_local.shape)} and labels {tuple(labels.shape)} "
+            f"vocab_parallel_cross_entropy: logits {tuple(logits_local.shape)} and labels "
+            f"{tuple(labels.shape)} "
             "are not [N,V] and [N]"
         )
     return _CrossEntropy.apply(logits_local, labels, context.span(axes), ignore_index)
@@ -60,7 +66,11 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, labels, span, ignore_index):
         local = logits.shape[1]
         kept = labels != ignore_index
-        _in_range(torch.where(kept, labels, 0), local * span.size, "vocab_parallel_cross_entropy: label out of range")
+        _in_range(
+            torch.where(kept, labels, 0),
+            local * span.size,
+            "vocab_parallel_cross_entropy: label out of range",
+        )
         x = logits.to(_wide(logits.dtype))
         top = x.amax(1)
         if span.size > 1:
@@ -83,7 +93,9 @@ class _CrossEntropy(torch.autograd.Function):
         # softmax * scale, less scale at the label
         out = (logits.to(top.dtype) - top.unsqueeze(1)).exp() * (scale / total).unsqueeze(1)
         at_label = torch.where(mine, scale, 0)
-        out = out.scatter_add(1, shifted.unsqueeze(1), -at_label.unsqueeze(1))  # one entry a row: no order to sum in
+        out = out.scatter_add(
+            1, shifted.unsqueeze(1), -at_label.unsqueeze(1)
+        )  # one entry a row: no order to sum in
         return out.to(logits.dtype), None, None, None
 
 

@@ -1,4 +1,5 @@
-"""Optimizers of a ParallelModule: sharded states and a step of bounded extra memory (`ShardedOptimizer`), momentum that travels with one bit per element (`OneBitAdam`)."""
+"""Optimizers of a ParallelModule: sharded states and a step of bounded extra memory (`ShardedOptimizer`),
+momentum that travels with one bit per element (`OneBitAdam`)."""
 
 from tedfx.optim.onebit import OneBitAdam
 from tedfx.optim.optimizer import TILE, ShardedOptimizer

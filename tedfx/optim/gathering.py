@@ -1,9 +1,12 @@
-"""After an update under ZeRO: the ranks' shares of a parameter go back into the whole parameter of each, bucket by bucket, beside the tiles that are still to come.
+"""After an update under ZeRO: the ranks' shares of a parameter go back into the whole parameter of each,
+bucket by bucket, beside the tiles that are still to come.
 
-One bucket is under way at a time, and its buffer is all the memory that is needed. On a GPU a stream of its own runs gathers and copies one after the other, so that neither the
-host nor the update waits for them. A parameter larger than a bucket is gathered in place where its shares lie one behind the other, else in ranges.
+One bucket is under way at a time, and its buffer is all the memory that is needed. On a GPU a stream of its
+own runs gathers and copies one after the other, so that neither the host nor the update waits for them. A
+parameter larger than a bucket is gathered in place where its shares lie one behind the other, else in ranges.
 
-The order of the gathers is that of the parameters. It is the same on all ranks of a group, also where their shares are cut into tiles differently or are empty.
+The order of the gathers is that of the parameters. It is the same on all ranks of a group, also where their
+shares are cut into tiles differently or are empty.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from tedfx.optim.shares import Share, runs
 
 
 class Gathering:
-    """The gathers of one step after the other. groups: reduce axes -> process group. bucket_bytes: of a whole local parameter's elements that travel together."""
+    """The gathers of one step after the other. groups: reduce axes -> process group. bucket_bytes: of a whole
+    local parameter's elements that travel together."""
 
     def __init__(self, groups, device: torch.device, bucket_bytes: int):
         self._groups, self._device, self._bucket_bytes = groups, device, bucket_bytes
@@ -76,7 +80,13 @@ class Gathering:
             group = self._groups[kind[0]]
             if whole:
                 (share,) = parts
-                self._flying = [], None, _torch.gather_into(share.local().view(-1), share.rows().view(-1), group=group, async_op=True)
+                self._flying = (
+                    [],
+                    None,
+                    _torch.gather_into(
+                        share.local().view(-1), share.rows().view(-1), group=group, async_op=True
+                    ),
+                )
                 return
             width = sum(stop - start for _, start, stop in parts)
             mine = torch.zeros(width, dtype=kind[1], device=self._device)

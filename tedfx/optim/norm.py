@@ -14,21 +14,32 @@ CHUNK = 2**26  # elements: what a cast of a gradient for the norm may take
 
 
 def counts(share: Share) -> bool:
-    """Whether this rank's elements of the share are counted here: it is coordinate 0 on the axes over which other ranks hold the same."""
+    """Whether this rank's elements of the share are counted here: it is coordinate 0 on the axes over which
+    other ranks hold the same."""
     mesh = share.placed.mesh
-    return all(index == 0 for axis, index in zip(mesh.mesh_dim_names, mesh.get_coordinate()) if axis not in share.placed.share.axes)
+    return all(
+        index == 0
+        for axis, index in zip(mesh.mesh_dim_names, mesh.get_coordinate())
+        if axis not in share.placed.share.axes
+    )
 
 
 def gradient_norm(grads: Iterable[tuple[Share, Tensor]], group, device, chunk: int | None) -> Tensor:
-    """0-dim float64: the 2-norm over all ranks, of gradients as they are. One all-reduce of one number over `group` (None for one rank).
+    """0-dim float64: the 2-norm over all ranks, of gradients as they are. One all-reduce of one number over
+    `group` (None for one rank).
 
-    Sums run in float32 (float64 for float64) inside a chunk and in float64 over chunks and parameters. Not finite as soon as any rank's gradient is not.
+    Sums run in float32 (float64 for float64) inside a chunk and in float64 over chunks and parameters. Not
+    finite as soon as any rank's gradient is not.
     """
     norms = []
     for share, grad in grads:
         if counts(share) and grad.numel():
             for part in grad.split(min(chunk or CHUNK, CHUNK)):
-                norms.append(torch.linalg.vector_norm(part, dtype=torch.float64 if part.dtype == torch.float64 else torch.float32))
+                norms.append(
+                    torch.linalg.vector_norm(
+                        part, dtype=torch.float64 if part.dtype == torch.float64 else torch.float32
+                    )
+                )
     total = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
         total = torch.stack([norm.double() for norm in norms]).square().sum().to(device)

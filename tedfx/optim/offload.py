@@ -27,11 +27,20 @@ def available() -> int:
     return found
 
 
-def check_room(shares: Iterable[tuple[int, torch.dtype]], master_dtype: torch.dtype, states: int, group, device, promised: int = 0) -> int:
-    """ConfigError, on all ranks alike, where some rank's host has no room for masters, `states` states like them, and gradients of these (elements, dtype) shares.
+def check_room(
+    shares: Iterable[tuple[int, torch.dtype]],
+    master_dtype: torch.dtype,
+    states: int,
+    group,
+    device,
+    promised: int = 0,
+) -> int:
+    """ConfigError, on all ranks alike, where some rank's host has no room for masters, `states` states like
+    them, and gradients of these (elements, dtype) shares.
 
-    promised: bytes that are still to be taken for other shares; returned with what these will take later (states and gradients; masters are made at once).
-    The ranks of a host are counted by LOCAL_WORLD_SIZE, which torchrun sets. Collective over `group` (None: one rank).
+    promised: bytes that are still to be taken for other shares; returned with what these will take later
+    (states and gradients; masters are made at once). The ranks of a host are counted by LOCAL_WORLD_SIZE,
+    which torchrun sets. Collective over `group` (None: one rank).
     """
     masters = later = 0
     for numel, dtype in shares:
@@ -44,6 +53,8 @@ def check_room(shares: Iterable[tuple[int, torch.dtype]], master_dtype: torch.dt
         dist.all_reduce(short, op=dist.ReduceOp.MAX, group=group)
     if short.item():
         raise ConfigError(
-            f'offload="cpu" without room: masters, {states} states and gradients take {need / 2**30:.3g} GiB on each of {ranks} ranks of this host, which has {have / 2**30:.3g} GiB left (or another host has too little)'
+            f'offload="cpu" without room: masters, {states} states and gradients take '
+            f"{need / 2**30:.3g} GiB on each of {ranks} ranks of this host, which has "
+            f"{have / 2**30:.3g} GiB left (or another host has too little)"
         )
     return promised + later

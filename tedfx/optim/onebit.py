@@ -1,15 +1,22 @@
-"""1-bit Adam (arXiv 2102.02888, algorithm 1): AdamW while the variance settles, then momentum that travels with one bit per element.
+"""1-bit Adam (arXiv 2102.02888, algorithm 1): AdamW while the variance settles, then momentum that travels
+with one bit per element.
 
 Algorithm of `step` (numbers repeated in the body):
 
-1. Warm-up, the first `warmup_steps` steps: AdamW as torch has it, on gradients that the gradient boundary has summed.
-2. At its end the variance is frozen, bias-corrected, and backward is told to sum nothing from now on (`pm.set_requires_gradient_sync(False)`): `p.grad` is this rank's part of a sum.
-3. After that, each rank's momentum is m_i = beta1 m + (1 - beta1) n g_i, n the ranks of the group: gradients are sums here, never means, so the mean of the m_i is the momentum of the summed gradient.
-   `tedfx/optim/compression.py` takes that mean over the parameter's own `reduce_axes`, bucket by bucket, with error feedback on both sides; m becomes the same on all ranks, bit by bit.
+1. Warm-up, the first `warmup_steps` steps: AdamW as torch has it, on gradients that the gradient boundary has
+   summed.
+2. At its end the variance is frozen, bias-corrected, and backward is told to sum nothing from now on
+   (`pm.set_requires_gradient_sync(False)`): `p.grad` is this rank's part of a sum.
+3. After that, each rank's momentum is m_i = beta1 m + (1 - beta1) n g_i, n the ranks of the group: gradients
+   are sums here, never means, so the mean of the m_i is the momentum of the summed gradient.
+   `tedfx/optim/compression.py` takes that mean over the parameter's own `reduce_axes`, bucket by bucket, with
+   error feedback on both sides; m becomes the same on all ranks, bit by bit.
 4. w <- w - lr (m / (1 - beta1^t) / (sqrt(v) + eps) + weight_decay w), with the frozen v.
 
-What is compressed is the momentum in units of its frozen denominator, m / (sqrt(v) + eps): the same on all ranks, so the mean is that of the momenta. A sign says the same magnitude for every element
-of a tensor; where v is small that magnitude, divided by sqrt(v), would be a step without bound, which the paper has to mask by hand. In these units it is a step of the size of Adam's own.
+What is compressed is the momentum in units of its frozen denominator, m / (sqrt(v) + eps): the same on all
+ranks, so the mean is that of the momenta. A sign says the same magnitude for every element of a tensor; where
+v is small that magnitude, divided by sqrt(v), would be a step without bound, which the paper has to mask by
+hand. In these units it is a step of the size of Adam's own.
 """
 
 from __future__ import annotations
@@ -24,45 +31,69 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tedfx.errors import ConfigError, TedfxError
-from tedfx.runtime.module import ParallelModule
 from tedfx.optim.compression import CompressedMean
 from tedfx.optim.onebit_state import OneBitState
 from tedfx.optim.shares import Share
 from tedfx.optim.volume import Volume, gradient_dtype, reduced, ring_bytes, uncompressed
+from tedfx.runtime.module import ParallelModule
 
 BUCKET = 2**25
 """Elements that are exchanged together by default: 4 MiB of signs. Not tuned."""
 
 
 class OneBitAdam(OneBitState, torch.optim.Optimizer):
-    """`OneBitAdam(pm, lr=3e-4, warmup_steps=1000)`: AdamW for the warm-up, then with a sixteenth of the bytes of 16-bit gradients.
+    """`OneBitAdam(pm, lr=3e-4, warmup_steps=1000)`: AdamW for the warm-up, then with a sixteenth of the bytes
+    of 16-bit gradients.
 
-    parameters      the ParallelModule (all that require gradients), or what torch's optimizers take: parameters of `module`, (name, parameter) pairs, or groups of them.
-    warmup_steps    steps of AdamW, at least 1, over which the variance must settle; the paper takes 15 to 25 % of a run.
+    parameters      the ParallelModule (all that require gradients), or what torch's optimizers take:
+                    parameters of `module`, (name, parameter) pairs, or groups of them.
+    warmup_steps    steps of AdamW, at least 1, over which the variance must settle; the paper takes 15 to 25
+                    % of a run.
     module          the ParallelModule, where `parameters` are not it.
-    lr, betas, eps, weight_decay   as of torch.optim.AdamW (decoupled weight decay); numbers, which groups may have of their own and schedulers may change.
+    lr, betas, eps, weight_decay   as of torch.optim.AdamW (decoupled weight decay); numbers, which groups may
+                                   have of their own and schedulers may change.
     bucket          elements that are exchanged together.
 
-    Bias correction: as AdamW in the warm-up. Then the momentum's goes on and the variance's stays what it was at the freeze, so that no step is larger for the change of phase (the paper and DeepSpeed
-    correct nothing, in either phase). Frozen variances of zero (elements without a gradient so far) become the mean of the tensor's others, an expert's those of its stack. A parameter all of whose
-    variances are zero on some rank has nothing to go by: its gradients are summed as they are and AdamW goes on. So it does for a parameter that is summed over no axes, which needs no collective.
+    Bias correction: as AdamW in the warm-up. Then the momentum's goes on and the variance's stays what it was
+    at the freeze, so that no step is larger for the change of phase (the paper and DeepSpeed correct nothing,
+    in either phase). Frozen variances of zero (elements without a gradient so far) become the mean of the
+    tensor's others, an expert's those of its stack. A parameter all of whose variances are zero on some rank
+    has nothing to go by: its gradients are summed as they are and AdamW goes on. So it does for a parameter
+    that is summed over no axes, which needs no collective.
 
-    16-bit parameters have float32 masters. All ranks call alike; a parameter without a gradient on this rank takes part with zeros, one without a gradient on any rank is skipped, as in torch.
-    Not offered: ZeRO (zero >= 1: a share's momentum is on one rank), loss scaling, clipping after the warm-up (`clip_grad_norm_`). Raises ConfigError for what cannot be.
+    16-bit parameters have float32 masters. All ranks call alike; a parameter without a gradient on this rank
+    takes part with zeros, one without a gradient on any rank is skipped, as in torch. Not offered: ZeRO (zero
+    >= 1: a share's momentum is on one rank), loss scaling, clipping after the warm-up (`clip_grad_norm_`).
+    Raises ConfigError for what cannot be.
 
     compressed      whether the warm-up is over.
     volume          a `Volume`: what was sent.
     """
 
     def __init__(
-        self, parameters, *, warmup_steps: int, module=None, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2, bucket: int = BUCKET,
-    ):  # fmt: skip
+        self,
+        parameters,
+        *,
+        warmup_steps: int,
+        module=None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        bucket: int = BUCKET,
+    ):
         given_module = isinstance(parameters, ParallelModule)
         module = parameters if given_module else module
         if not isinstance(module, ParallelModule):
-            raise ConfigError("OneBitAdam needs the ParallelModule that the parameters are of: OneBitAdam(groups, module=pm, ..)")
+            raise ConfigError(
+                "OneBitAdam needs the ParallelModule that the parameters are of: OneBitAdam(groups, "
+                "module=pm, ..)"
+            )
         if any(placed.stage for placed in module._placed.values()):
-            raise ConfigError("OneBitAdam on zero >= 1: a rank there has the gradient and the momentum of its share only, so there is no sum of momenta to compress; use zero=0, or ShardedOptimizer")
+            raise ConfigError(
+                "OneBitAdam on zero >= 1: a rank there has the gradient and the momentum of its share "
+                "only, so there is no sum of momenta to compress; use zero=0, or ShardedOptimizer"
+            )
         for name, value in {"warmup_steps": warmup_steps, "bucket": bucket}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r}: a whole number, at least 1")
@@ -73,14 +104,21 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         self._names = {id(module._parameter(name)): name for name in module._placed}
         self._exact: list[str] = []  # after the warm-up: parameters that go on with summed gradients
         self._exchanges: list[tuple[CompressedMean, list[Share]]] = []
-        super().__init__([p for p in module.parameters() if p.requires_grad] if given_module else parameters, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(
+            [p for p in module.parameters() if p.requires_grad] if given_module else parameters,
+            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+        )
         module.set_requires_gradient_sync(True)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, before the warm-up is over: {"params": parameters of the module, and options of their own}."""
+        """As torch's, before the warm-up is over: {"params": parameters of the module, and options of their
+        own}."""
         if self.compressed:
-            raise ConfigError("add_param_group after the warm-up: the new parameters would have no variance to freeze; make all groups before")
+            raise ConfigError(
+                "add_param_group after the warm-up: the new parameters would have no variance to "
+                "freeze; make all groups before"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -90,19 +128,41 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
             raise
         for parameter in group["params"]:
             name = self._names[id(parameter)]
-            share = self._shares[name] = Share(name, self._module._placed[name], parameter, torch.float32, host=False)
-            share.homes = {key: torch.zeros(share.numel, dtype=share.dtype, device=share.device) for key in ("exp_avg", "exp_avg_sq")}
+            share = self._shares[name] = Share(
+                name, self._module._placed[name], parameter, torch.float32, host=False
+            )
+            share.homes = {
+                key: torch.zeros(share.numel, dtype=share.dtype, device=share.device)
+                for key in ("exp_avg", "exp_avg_sq")
+            }
             master = {"master": share.dtensor(share.master)} if share.widened else {}
-            self.state[parameter] = {"step": torch.tensor(0.0), **{key: share.dtensor(value) for key, value in share.homes.items()}, **master}
+            self.state[parameter] = {
+                "step": torch.tensor(0.0),
+                **{key: share.dtensor(value) for key, value in share.homes.items()},
+                **master,
+            }
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for index, parameter in enumerate(group["params"]):
             if id(parameter) not in self._names:
-                raise ConfigError(f"parameter {index} of group {len(self.param_groups) - 1}, of shape {tuple(parameter.shape)}, is not the module's: pass parameters of the ParallelModule")
-        numbers = {"lr": group["lr"], "beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"], "weight_decay": group["weight_decay"]}
+                raise ConfigError(
+                    f"parameter {index} of group {len(self.param_groups) - 1}, of shape "
+                    f"{tuple(parameter.shape)}, is not the module's: pass parameters of the "
+                    "ParallelModule"
+                )
+        numbers = {
+            "lr": group["lr"],
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+        }
         for key, value in numbers.items():
             if isinstance(value, Tensor) or not 0 <= value or (key.startswith("beta") and value >= 1):
-                raise ConfigError(f"{key}={value!r}: a number, at least 0" + (" and below 1" if key.startswith("beta") else ""))
+                raise ConfigError(
+                    f"{key}={value!r}: a number, at least 0"
+                    + (" and below 1" if key.startswith("beta") else "")
+                )
 
     @property
     def compressed(self) -> bool:
@@ -110,14 +170,21 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
 
     kind = property(lambda self: type(self).__name__, doc="Checkpoints of the same kind fit.")
 
-    # ---- a step ------------------------------------------------------------------------------------------------------
+    # ---- a step --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Update the parameters from their gradients. Collective; copies nothing to the host, except where a parameter has no gradient here."""
+        """Update the parameters from their gradients. Collective; copies nothing to the host, except where a
+        parameter has no gradient here."""
         if closure is not None:
-            raise TedfxError("step(closure): the closure would run forward and backward inside the step; call them before it and step() without one")
-        grads = {name: self._local(share) if self.compressed and share.placed.reduce_axes else share.gradient() for name, share in self._shares.items()}
+            raise TedfxError(
+                "step(closure): the closure would run forward and backward inside the step; call them "
+                "before it and step() without one"
+            )
+        grads = {
+            name: self._local(share) if self.compressed and share.placed.reduce_axes else share.gradient()
+            for name, share in self._shares.items()
+        }
         for share in self._shares.values():
             share.follow(max(share.numel, 1))
         sent, boundary = 0.0, self._module._boundary
@@ -130,7 +197,9 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
             groups = {share.name: group for share, group in self._each()}
             sent += self._sum_exact(grads)
             for share in self._shares.values():
-                if (not share.placed.reduce_axes or share.name in self._exact) and grads[share.name] is not None:
+                if (not share.placed.reduce_axes or share.name in self._exact) and grads[
+                    share.name
+                ] is not None:
                     self._adamw(share, grads[share.name], groups[share.name])
             for exchange, shares in self._exchanges:
                 sent += self._exchange(exchange, shares, grads, groups)
@@ -155,10 +224,18 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         mean.lerp_(grad, 1 - beta1)
         variance.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = variance.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-        weights.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+        weights.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(
+            mean, denominator, value=-group["lr"] / (1 - beta1**step)
+        )
         self._written(share)
 
-    def _exchange(self, exchange: CompressedMean, shares: list[Share], grads: dict[str, Tensor | None], groups: dict[str, dict]) -> float:
+    def _exchange(
+        self,
+        exchange: CompressedMean,
+        shares: list[Share],
+        grads: dict[str, Tensor | None],
+        groups: dict[str, dict],
+    ) -> float:
         """Steps 3 and 4 for a bucket; bytes sent."""
         values, denominators = [], []
         for share in shares:
@@ -177,25 +254,40 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
             state["step"] += 1
             torch.mul(update, denominator, out=share.homes["exp_avg"])
             correction = 1 - group["betas"][0] ** float(state["step"])
-            self._weights(share).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] / correction)
+            self._weights(share).mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                update, alpha=-group["lr"] / correction
+            )
             self._written(share)
         return sum(ring_bytes(collective, size, exchange.ranks) for collective, size in exchange.sent.items())
 
     def _sum_exact(self, grads: dict[str, Tensor | None]) -> float:
-        """Sum the gradients that are not compressed, one all-reduce per set of axes and dtype, and put the sums into `grads`; bytes sent."""
+        """Sum the gradients that are not compressed, one all-reduce per set of axes and dtype, and put the
+        sums into `grads`; bytes sent."""
         sent, kinds = 0.0, {}
         for name in self._exact:
             if name in self._module._boundary._active:  # else no program uses it, on any rank
                 share = self._shares[name]
-                kinds.setdefault((share.placed.reduce_axes, gradient_dtype(self._module._boundary, share)), []).append(share)
+                kinds.setdefault(
+                    (share.placed.reduce_axes, gradient_dtype(self._module._boundary, share)), []
+                ).append(share)
         for (axes, dtype), shares in kinds.items():
-            group, have = self._module._boundary._groups[axes], [grads[share.name] is not None for share in shares]
-            parts = [grads[share.name].to(dtype) if mine else torch.zeros(share.numel, dtype=dtype, device=share.device) for share, mine in zip(shares, have)]
+            group, have = (
+                self._module._boundary._groups[axes],
+                [grads[share.name] is not None for share in shares],
+            )
+            parts = [
+                grads[share.name].to(dtype)
+                if mine
+                else torch.zeros(share.numel, dtype=dtype, device=share.device)
+                for share, mine in zip(shares, have)
+            ]
             flat = torch.cat([*parts, torch.tensor(have, dtype=dtype).to(parts[0].device, non_blocking=True)])
             dist.all_reduce(flat, group=group)
             *sums, counts = flat.split([*(share.numel for share in shares), len(shares)])
             present = [True] * len(shares) if all(have) else (counts > 0).tolist()
-            grads.update((share.name, value if there else None) for share, value, there in zip(shares, sums, present))
+            grads.update(
+                (share.name, value if there else None) for share, value, there in zip(shares, sums, present)
+            )
             sent += ring_bytes("all_reduce", flat.nbytes, dist.get_world_size(group))
         return sent
 
@@ -205,10 +297,15 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         if grad is None:
             return None
         if not isinstance(grad, DTensor):
-            raise TedfxError(f"the gradient of {share.name} is no DTensor: gradients of a ParallelModule are those that its backward makes")
+            raise TedfxError(
+                f"the gradient of {share.name} is no DTensor: gradients of a ParallelModule are those "
+                "that its backward makes"
+            )
         if tuple(grad.placements) != share.placed.unsynced:
             raise TedfxError(
-                f"the gradient of {share.name} was summed by backward, after the warm-up: leave set_requires_gradient_sync(False) as step() set it, and call step() outside of no_sync()"
+                f"the gradient of {share.name} was summed by backward, after the warm-up: leave "
+                "set_requires_gradient_sync(False) as step() set it, and call step() outside of "
+                "no_sync()"
             )
         return grad.to_local().reshape(-1)
 
@@ -219,26 +316,39 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         if share.master is not None:
             share.write(0, share.numel, share.master)
 
-    # ---- the freeze --------------------------------------------------------------------------------------------------
+    # ---- the freeze ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _freeze(self) -> None:
         """Step 2. Once in a run: one all-reduce of a number per parameter, which the host reads."""
         summed = [share for share in self._shares.values() if share.placed.reduce_axes]
-        blank = torch.stack([(share.homes["exp_avg_sq"].amax() == 0).int() for share in summed]) if summed else torch.zeros(0, dtype=torch.int32)
-        if summed and self._module.device_mesh.size() > 1:  # alike on all ranks, also of other shards: buckets are of equal content
-            dist.all_reduce(blank, op=dist.ReduceOp.MAX, group=self._module.context.group(tuple(self._module.device_mesh.mesh_dim_names)))
+        blank = (
+            torch.stack([(share.homes["exp_avg_sq"].amax() == 0).int() for share in summed])
+            if summed
+            else torch.zeros(0, dtype=torch.int32)
+        )
+        if (
+            summed and self._module.device_mesh.size() > 1
+        ):  # alike on all ranks, also of other shards: buckets are of equal content
+            dist.all_reduce(
+                blank,
+                op=dist.ReduceOp.MAX,
+                group=self._module.context.group(tuple(self._module.device_mesh.mesh_dim_names)),
+            )
         groups = {share.name: group for share, group in self._each()}
         exact = [share.name for share, empty in zip(summed, blank.tolist()) if empty]
         for share in summed:
             if share.name not in exact:
                 variance = share.homes["exp_avg_sq"]
-                variance.div_(1 - groups[share.name]["betas"][1] ** float(self.state[share.parameter]["step"]))
+                variance.div_(
+                    1 - groups[share.name]["betas"][1] ** float(self.state[share.parameter]["step"])
+                )
                 variance.copy_(torch.where(variance > 0, variance, variance.sum() / (variance > 0).sum()))
         self._compress(exact, self._make_exchanges(exact))
 
     def _make_exchanges(self, exact: Iterable[str]) -> list[tuple[CompressedMean, list[Share]]]:
-        """Buckets of at most `bucket` elements, or of one parameter, of equal axes and dtype, in the order of the groups."""
+        """Buckets of at most `bucket` elements, or of one parameter, of equal axes and dtype, in the order of
+        the groups."""
         kinds: dict[tuple, list[list[Share]]] = {}
         for share in self._shares.values():
             if share.placed.reduce_axes and share.name not in exact:
@@ -247,18 +357,26 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
                     buckets.append([])
                 buckets[-1].append(share)
         groups, device = self._module._boundary._groups, self._module.device
-        return [(CompressedMean([_tensors(share) for share in shares], groups[axes], dtype, device), shares) for (axes, dtype), buckets in kinds.items() for shares in buckets]
+        return [
+            (CompressedMean([_tensors(share) for share in shares], groups[axes], dtype, device), shares)
+            for (axes, dtype), buckets in kinds.items()
+            for shares in buckets
+        ]
 
     def _compress(self, exact: list[str], exchanges: list[tuple[CompressedMean, list[Share]]]) -> None:
         self._exact, self._exchanges = list(exact), exchanges
         self._module.set_requires_gradient_sync(not self.compressed)
 
-    # ---- clipping ----------------------------------------------------------------------------------------------------
+    # ---- clipping ------------------------------------------------------------------------------------------
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """In the warm-up, torch.nn.utils.clip_grad_norm_. After it TedfxError: no rank has the global gradient, whose norm is not that of the ranks' parts, and to sum it would cost what is saved."""
+        """In the warm-up, torch.nn.utils.clip_grad_norm_. After it TedfxError: no rank has the global
+        gradient, whose norm is not that of the ranks' parts, and to sum it would cost what is saved."""
         if self.compressed:
-            raise TedfxError("clip_grad_norm_ after the warm-up of 1-bit Adam: no rank has the global gradient then; call it while not optimizer.compressed")
+            raise TedfxError(
+                "clip_grad_norm_ after the warm-up of 1-bit Adam: no rank has the global gradient then; "
+                "call it while not optimizer.compressed"
+            )
         return torch.nn.utils.clip_grad_norm_(list(self._module.parameters()), max_norm)
 
 

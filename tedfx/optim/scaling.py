@@ -1,4 +1,5 @@
-"""Loss scaling, for float16: gradients of a scaled loss do not vanish, and a step whose gradients overflowed is left out. Rules and constants are those of torch.amp.GradScaler."""
+"""Loss scaling, for float16: gradients of a scaled loss do not vanish, and a step whose gradients overflowed
+is left out. Rules and constants are those of torch.amp.GradScaler."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from tedfx.errors import ConfigError
 
 @dataclass
 class LossScale:
-    """`loss_scale=LossScale(...)`: after a step that overflowed the scale is multiplied by `backoff_factor`, after `growth_interval` good ones in a row by `growth_factor`.
+    """`loss_scale=LossScale(...)`: after a step that overflowed the scale is multiplied by `backoff_factor`,
+    after `growth_interval` good ones in a row by `growth_factor`.
 
     dynamic: False keeps the scale as it is; steps that overflow are left out all the same.
     """
@@ -22,8 +24,17 @@ class LossScale:
     dynamic: bool = True
 
     def __post_init__(self):
-        if not (isfinite(self.init_scale) and self.init_scale > 0 and self.growth_factor > 1 and 0 < self.backoff_factor < 1 and self.growth_interval >= 1):
-            raise ConfigError(f"{self}: needs a scale > 0, a growth > 1, a backoff between 0 and 1 and an interval of at least one step")
+        if not (
+            isfinite(self.init_scale)
+            and self.init_scale > 0
+            and self.growth_factor > 1
+            and 0 < self.backoff_factor < 1
+            and self.growth_interval >= 1
+        ):
+            raise ConfigError(
+                f"{self}: needs a scale > 0, a growth > 1, a backoff between 0 and 1 and an interval of "
+                "at least one step"
+            )
         self.scale, self.good, self.skipped = float(self.init_scale), 0, 0
 
     @staticmethod
@@ -50,5 +61,8 @@ class LossScale:
 
     def load(self, state) -> None:
         if set(state) != {"scale", "good", "skipped"}:
-            raise ConfigError(f"a loss scale's state has scale, good and skipped, not {', '.join(map(str, state)) or 'nothing'}")
+            raise ConfigError(
+                "a loss scale's state has scale, good and skipped, not "
+                f"{', '.join(map(str, state)) or 'nothing'}"
+            )
         self.scale, self.good, self.skipped = float(state["scale"]), int(state["good"]), int(state["skipped"])

@@ -1,9 +1,13 @@
-"""One parameter as a sharded optimizer sees it: this rank's share, its master weights, and where the share lies in the parameter.
+"""One parameter as a sharded optimizer sees it: this rank's share, its master weights, and where the share
+lies in the parameter.
 
-The optimizer works on flat elements of the share, in the order of the share's own shape. Where these lie next to each other in the parameter (always at ZeRO's
-stages 0 and 3, and wherever the share is cut from the first dim) a float32 or float64 parameter is its own master, with no copy. Where they do not (stages 1 and 2,
-another dim) such a parameter is still its own master: a tile of it is copied out, updated and copied back, so that what is extra is a tile and not the share.
-A parameter of fewer bytes per element than the master dtype (bfloat16, float16) has a master of its own, of the share only; so has every parameter under offload, on the host.
+The optimizer works on flat elements of the share, in the order of the share's own shape. Where these lie next
+to each other in the parameter (always at ZeRO's stages 0 and 3, and wherever the share is cut from the first
+dim) a float32 or float64 parameter is its own master, with no copy. Where they do not (stages 1 and 2,
+another dim) such a parameter is still its own master: a tile of it is copied out, updated and copied back, so
+that what is extra is a tile and not the share. A parameter of fewer bytes per element than the master dtype
+(bfloat16, float16) has a master of its own, of the share only; so has every parameter under offload, on the
+host.
 """
 
 from __future__ import annotations
@@ -29,17 +33,22 @@ class Share:
     tiles   the `Tile`s that it is cut into, in order; set by who cuts.
     """
 
-    def __init__(self, name: str, placed: Placed, parameter: nn.Parameter, master_dtype: torch.dtype, host: bool):
+    def __init__(
+        self, name: str, placed: Placed, parameter: nn.Parameter, master_dtype: torch.dtype, host: bool
+    ):
         self.name, self.placed, self.parameter, self.host = name, placed, parameter, host
         self.numel, self.tiles, self.homes = placed.share.numel, [], {}
         self.widened = parameter.dtype.itemsize < master_dtype.itemsize
         self.dtype = master_dtype if self.widened else parameter.dtype
         self.master = None
-        # (gradient on the host, an event or None); one to be added to it; those of which the copy may be under way
+        # (gradient on the host, an event or None); one to be added to it; those of which the copy may be
+        # under way
         self._host, self._more, self._pending, self.has_taken = None, None, [], False
         if self.widened or host:
             pinned = host and parameter.device.type != "cpu"
-            self.master = torch.empty(self.numel, dtype=self.dtype, device="cpu" if host else parameter.device, pin_memory=pinned)
+            self.master = torch.empty(
+                self.numel, dtype=self.dtype, device="cpu" if host else parameter.device, pin_memory=pinned
+            )
             self.read(0, self.numel, self.master)
         self.seen = self.version()
 
@@ -54,7 +63,8 @@ class Share:
         return self.placed.kept is not self.placed.share
 
     def local(self) -> Tensor:
-        """The parameter's own local tensor, not a copy that counts its versions apart, as `detach` of a DTensor gives."""
+        """The parameter's own local tensor, not a copy that counts its versions apart, as `detach` of a
+        DTensor gives."""
         with torch.no_grad():
             return self.parameter.to_local()
 
@@ -63,16 +73,19 @@ class Share:
         local = self.local()
         return local.data_ptr(), _torch.version_of(local)
 
-    # ---- the share inside the parameter ---------------------------------------------------------------------------
+    # ---- the share inside the parameter --------------------------------------------------------------------
 
     def rows(self, rank: int | None = None) -> Tensor:
-        """The share, or that of another rank of the reduce axes, in this rank's parameter: [outer, elements next to each other], a view."""
+        """The share, or that of another rank of the reduce axes, in this rank's parameter: [outer, elements
+        next to each other], a view."""
         local, placed = self.local(), self.placed
         if not self.travels:
             return local.view(1, -1)
         inner = prod(placed.local_held[placed.share_dim + 1 :])
         start, length = placed.cut.piece(placed.index if rank is None else rank)
-        return local.view(-1, placed.local_held[placed.share_dim] * inner).narrow(1, start * inner, length * inner)
+        return local.view(-1, placed.local_held[placed.share_dim] * inner).narrow(
+            1, start * inner, length * inner
+        )
 
     def flat(self) -> Tensor | None:
         """The share in the parameter as one flat view, or None where its elements are apart."""
@@ -90,7 +103,8 @@ class Share:
             part.copy_(values[a:b].view(part.shape), non_blocking=asynchronous)
 
     def follow(self, step: int) -> None:
-        """Take over values that somebody else wrote into the parameter since the last update (a loaded state dict), `step` elements at a time.
+        """Take over values that somebody else wrote into the parameter since the last update (a loaded state
+        dict), `step` elements at a time.
 
         A master that rounds to the parameter's value is kept: it is the more exact one.
         """
@@ -98,14 +112,19 @@ class Share:
             return
         for start in range(0, self.numel, step):
             mine = self.master[start : start + step]
-            theirs = self.read(start, start + len(mine), torch.empty(len(mine), dtype=self.parameter.dtype, device=mine.device))
+            theirs = self.read(
+                start,
+                start + len(mine),
+                torch.empty(len(mine), dtype=self.parameter.dtype, device=mine.device),
+            )
             mine.copy_(torch.where(mine.to(theirs.dtype) == theirs, mine, theirs.to(mine.dtype)))
         self.seen = self.version()
 
-    # ---- the gradient ----------------------------------------------------------------------------------------------
+    # ---- the gradient --------------------------------------------------------------------------------------
 
     def gradient(self) -> Tensor | None:
-        """[share.numel], as backward left it, on the device or, where it was taken, on the host; None where there is none."""
+        """[share.numel], as backward left it, on the device or, where it was taken, on the host; None where
+        there is none."""
         left, taken = self._left(), self.taken()
         if left is None or taken is None:
             return left if taken is None else taken
@@ -117,20 +136,29 @@ class Share:
         if grad is None:
             return None
         if not isinstance(grad, DTensor):
-            raise TedfxError(f"the gradient of {self.name} is no DTensor: gradients of a ParallelModule are those that its backward makes")
+            raise TedfxError(
+                f"the gradient of {self.name} is no DTensor: gradients of a ParallelModule are those "
+                "that its backward makes"
+            )
         placements, placed = tuple(grad.placements), self.placed
         if placements == placed.share.placements:
             return grad.to_local().reshape(-1)
         if placements == placed.whole.placements:
             return placed.share_of(grad.to_local().contiguous()).reshape(-1)
         if placements == placed.unsynced:
-            raise TedfxError(f"the gradient of {self.name} is not summed over {placed.reduce_axes} yet: the last backward before a step runs outside of no_sync()")
-        raise TedfxError(f"the gradient of {self.name} has placements {placements}, expected {placed.share.placements}")
+            raise TedfxError(
+                f"the gradient of {self.name} is not summed over {placed.reduce_axes} yet: the last "
+                "backward before a step runs outside of no_sync()"
+            )
+        raise TedfxError(
+            f"the gradient of {self.name} has placements {placements}, expected {placed.share.placements}"
+        )
 
-    # ---- a gradient on the host --------------------------------------------------------------------------------------
+    # ---- a gradient on the host ----------------------------------------------------------------------------
 
     def take(self, value: Tensor) -> None:
-        """Start to copy a summed gradient to the host, where it is added to what is there. On the current stream."""
+        """Start to copy a summed gradient to the host, where it is added to what is there. On the current
+        stream."""
         if self._host is not None and self._host[0].dtype != value.dtype:
             self._host = None
         if self.has_taken:  # the last one has arrived long ago
@@ -144,7 +172,11 @@ class Share:
     def _copied(self, value: Tensor, into: tuple | None) -> tuple[Tensor, Any]:
         """(host tensor, when it is there)"""
         cuda = value.device.type != "cpu"
-        held = into[0] if into is not None and into[0].dtype == value.dtype else torch.empty(self.numel, dtype=value.dtype, pin_memory=cuda)
+        held = (
+            into[0]
+            if into is not None and into[0].dtype == value.dtype
+            else torch.empty(self.numel, dtype=value.dtype, pin_memory=cuda)
+        )
         held.copy_(value, non_blocking=True)
         event = torch.get_device_module(value.device).Event() if cuda else None
         if event is not None:
@@ -174,10 +206,11 @@ class Share:
                 self._host[0].zero_()
         self.has_taken = self.has_taken and zero
 
-    # ---- as the user's tensors ---------------------------------------------------------------------------------------
+    # ---- as the user's tensors -----------------------------------------------------------------------------
 
     def dtensor(self, flat: Tensor) -> DTensor:
-        """A tensor of the share's elements as a DTensor in the parameter's held shape, of the same storage."""
+        """A tensor of the share's elements as a DTensor in the parameter's held shape, of the same
+        storage."""
         return self.placed.dtensor(flat.view(self.placed.share.shape), self.placed.share.placements)
 
     @property
@@ -194,7 +227,8 @@ class Share:
 
 
 def runs(rows: Tensor, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Elements [start, stop) of rows[outer, w] in order, as at most three views: (a, b, view of elements [start + a, start + b))."""
+    """Elements [start, stop) of rows[outer, w] in order, as at most three views: (a, b, view of elements
+    [start + a, start + b))."""
     if start >= stop:
         return
     if rows.is_contiguous():

@@ -1,8 +1,11 @@
 """What a sharded optimizer keeps, in and out: by the user's names for users, by layout names for checkpoints.
 
-`state_dict()` is {"state": {user's name: {key: entry}}, "param_groups": [{"params": [user's names], option: value}]}. An entry of a parameter's shape is what `pm.state_dict()` has for the
-parameter: a DTensor, or a PiecedTensor where plain placements cannot say the layout, of this rank's share and of the optimizer's own storage. Others are 0-dim tensors or numbers.
-`named_state()` is the same by layout name, before it is taken apart into the user's tensors. `master` is a key beside the optimizer's own where a parameter has master weights.
+`state_dict()` is {"state": {user's name: {key: entry}}, "param_groups": [{"params": [user's names], option:
+value}]}. An entry of a parameter's shape is what `pm.state_dict()` has for the parameter: a DTensor, or a
+PiecedTensor where plain placements cannot say the layout, of this rank's share and of the optimizer's own
+storage. Others are 0-dim tensors or numbers. `named_state()` is the same by layout name, before it is taken
+apart into the user's tensors. `master` is a key beside the optimizer's own where a parameter has master
+weights.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from tedfx.errors import TedfxError
 from tedfx.optim.probe import SHAPE, elementwise, state_kinds
 from tedfx.optim.shares import Share
-from tedfx.state.pieces import PiecedTensor
 from tedfx.runtime.state_dict import StateError
+from tedfx.state.pieces import PiecedTensor
 
 MASTER = "master"
 
@@ -26,10 +29,11 @@ MASTER = "master"
 class SavedStates:
     """Mixed into ShardedOptimizer."""
 
-    # ---- out ---------------------------------------------------------------------------------------------------------
+    # ---- out -----------------------------------------------------------------------------------------------
 
     def named_state(self) -> dict[str, dict[str, Any]]:
-        """{layout name: {key: DTensor in the parameter's held shape with the share's placements, or a 0-dim tensor, or a number}}, of the optimizer's own storage.
+        """{layout name: {key: DTensor in the parameter's held shape with the share's placements, or a 0-dim
+        tensor, or a number}}, of the optimizer's own storage.
 
         Who writes into these tensors calls `states_changed()` afterwards.
         """
@@ -42,40 +46,58 @@ class SavedStates:
         return state
 
     def _first(self, share: Share) -> dict[str, Any]:
-        """The inner state of the share's first tile: all keys, and the values of those that are not per element."""
+        """The inner state of the share's first tile: all keys, and the values of those that are not per
+        element."""
         return share.tiles[0].state
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part, by the user's names; of the optimizer's storage. Goes through torch.distributed.checkpoint."""
+        """This rank's part, by the user's names; of the optimizer's storage. Goes through
+        torch.distributed.checkpoint."""
         state: dict[str, dict[str, Any]] = {}
         for share in self._shares.values():
             for key, value in self._held(share).items():
-                entries = self._entries(share, value) if isinstance(value, DTensor) else dict.fromkeys(share.names, value)
+                entries = (
+                    self._entries(share, value)
+                    if isinstance(value, DTensor)
+                    else dict.fromkeys(share.names, value)
+                )
                 for name in share.names:
                     state.setdefault(name, {})[key] = entries[name]
-        return {"state": state, "param_groups": [{"params": self._users(group), **self._current(group)} for group in self.param_groups]}
+        return {
+            "state": state,
+            "param_groups": [
+                {"params": self._users(group), **self._current(group)} for group in self.param_groups
+            ],
+        }
 
     def _entries(self, share: Share, held: DTensor) -> dict[str, Tensor]:
         return share.placed.share.entries(held)
 
     def _users(self, group: Mapping[str, Any]) -> list[str]:
-        return [name for parameter in group["params"] for name in self._shares[self._names[id(parameter)]].names]
+        return [
+            name for parameter in group["params"] for name in self._shares[self._names[id(parameter)]].names
+        ]
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Per group: {"names": [layout names], option: value}."""
-        return [{"names": [self._names[id(p)] for p in group["params"]], **self._current(group)} for group in self.param_groups]
+        return [
+            {"names": [self._names[id(p)] for p in group["params"]], **self._current(group)}
+            for group in self.param_groups
+        ]
 
     def scaler_state(self) -> dict[str, float | int]:
         """Of the loss scale; {} where there is none."""
         return {} if self._scaler is None else self._scaler.state()
 
-    # ---- in ----------------------------------------------------------------------------------------------------------
+    # ---- in ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def create_state(self) -> None:
-        """Allocate the states that do not exist yet, with the values that they have before a first step. Parameters and step counts stay as they are.
+        """Allocate the states that do not exist yet, with the values that they have before a first step.
+        Parameters and step counts stay as they are.
 
-        A state that is not loaded into (`states_changed`) is made anew by the first step, so that this changes no result: SGD's first momentum is the gradient, not a sum with zeros.
+        A state that is not loaded into (`states_changed`) is made anew by the first step, so that this
+        changes no result: SGD's first momentum is the gradient, not a sum with zeros.
         """
         self._create(set(self._shares))
 
@@ -86,7 +108,8 @@ class SavedStates:
 
     @torch.no_grad()
     def states_changed(self, names: Iterable[str] | None = None) -> None:
-        """The tensors of `named_state()` were written to (of these layouts; by default of all): step counts go to all tiles, masters into the parameters. Collective."""
+        """The tensors of `named_state()` were written to (of these layouts; by default of all): step counts
+        go to all tiles, masters into the parameters. Collective."""
         names = set(self._shares if names is None else names)
         for batches in self._batches:
             for batch in batches:
@@ -96,12 +119,17 @@ class SavedStates:
                         mine = tile.state
                         for key, value in self._first(tile.share).items():
                             if key not in tile.share.homes:
-                                mine[key] = value.clone() if isinstance(value, Tensor) and tile is not tile.share.tiles[0] else value
+                                mine[key] = (
+                                    value.clone()
+                                    if isinstance(value, Tensor) and tile is not tile.share.tiles[0]
+                                    else value
+                                )
         self.masters_changed(names)
 
     @torch.no_grad()
     def masters_changed(self, names: Iterable[str] | None = None) -> None:
-        """Write the masters into the parameters, on all ranks of these layouts (by default of all). Collective."""
+        """Write the masters into the parameters, on all ranks of these layouts (by default of all).
+        Collective."""
         for name in self._shares if names is None else [name for name in self._shares if name in set(names)]:
             share = self._shares[name]
             if share.master is not None:
@@ -114,7 +142,8 @@ class SavedStates:
 
     @torch.no_grad()
     def follow_parameters(self) -> None:
-        """Masters take over what was written into the parameters; `step` does this by itself. A master that rounds to its parameter's value is kept."""
+        """Masters take over what was written into the parameters; `step` does this by itself. A master that
+        rounds to its parameter's value is kept."""
         for share in self._shares.values():
             share.follow(self.tile or max(share.numel, 1))
 
@@ -123,27 +152,40 @@ class SavedStates:
         groups = list(groups)
         mine = [group["names"] for group in self.hyperparameters()]
         if [sorted(group["names"]) for group in groups] != [sorted(names) for names in mine]:
-            raise StateError(f"the optimizer's groups do not fit: {_sizes(groups, 'names')}, here {[len(names) for names in mine]} parameters per group, or others")
+            raise StateError(
+                f"the optimizer's groups do not fit: {_sizes(groups, 'names')}, here "
+                f"{[len(names) for names in mine]} parameters per group, or others"
+            )
         for group, saved in zip(self.param_groups, groups):
             group.update((key, value) for key, value in saved.items() if key != "names")
 
     def load_scaler_state(self, state: Mapping[str, Any]) -> None:
         """Of `scaler_state()`."""
         if bool(state) != (self._scaler is not None):
-            raise StateError("the saved optimizer had " + ("a loss scale, this one has none" if state else "no loss scale, this one has one"))
+            raise StateError(
+                "the saved optimizer had "
+                + ("a loss scale, this one has none" if state else "no loss scale, this one has one")
+            )
         if self._scaler is not None:
             self._scaler.load(state)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Of `state_dict()`, of this or another mesh, stage or tile, or with full tensors. Collective. Everything is checked before the first value is changed.
+        """Of `state_dict()`, of this or another mesh, stage or tile, or with full tensors. Collective.
+        Everything is checked before the first value is changed.
 
-        Parameters that it has no state for have none afterwards, as in torch. Masters go into the parameters. The loss scale is not in it: see `load_scaler_state`.
+        Parameters that it has no state for have none afterwards, as in torch. Masters go into the parameters.
+        The loss scale is not in it: see `load_scaler_state`.
         """
         groups, state = state_dict.get("param_groups", []), state_dict.get("state", {})
         problems = []
-        if [sorted(group["params"]) for group in groups] != [sorted(self._users(group)) for group in self.param_groups]:
-            problems.append(f"groups of {_sizes(groups, 'params')} parameters, expected {[len(self._users(group)) for group in self.param_groups]}, of the same names")
+        if [sorted(group["params"]) for group in groups] != [
+            sorted(self._users(group)) for group in self.param_groups
+        ]:
+            problems.append(
+                f"groups of {_sizes(groups, 'params')} parameters, expected "
+                f"{[len(self._users(group)) for group in self.param_groups]}, of the same names"
+            )
         known = {name for share in self._shares.values() for name in share.names}
         problems += [f"unexpected parameter {name}" for name in state if name not in known]
         given = {}
@@ -157,7 +199,11 @@ class SavedStates:
                     problems += self._misfits(share, have, state, kinds)
                     given[share.name] = share
         if problems:
-            raise StateError("the optimizer's state does not fit: " + "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
+            raise StateError(
+                "the optimizer's state does not fit: "
+                + "; ".join(problems[:5])
+                + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            )
 
         stepped = {name for name, share in given.items() if set(state[share.names[0]]) - {MASTER}}
         gone = set(self._shares) - stepped
@@ -190,7 +236,9 @@ class SavedStates:
         whole = self.tile is None and elementwise(make, share.device) is not None
         shape = tuple(share.placed.share.shape) if whole else SHAPE
         found = state_kinds(make, share.device, share.dtype, shape)
-        return {key: isinstance(value, Tensor) and tuple(value.shape) == shape for key, value in found.items()}
+        return {
+            key: isinstance(value, Tensor) and tuple(value.shape) == shape for key, value in found.items()
+        }
 
     def _misfits(self, share: Share, have: list[str], state, kinds: Mapping[str, bool]) -> list[str]:
         if len(have) < len(share.names):
@@ -203,7 +251,9 @@ class SavedStates:
             if share.widened and set(entries) == {MASTER}:
                 wanted = {MASTER: True}  # never stepped
             if set(entries) != set(wanted):
-                problems.append(f"{name} has {', '.join(sorted(entries))}, expected {', '.join(sorted(wanted))}")
+                problems.append(
+                    f"{name} has {', '.join(sorted(entries))}, expected {', '.join(sorted(wanted))}"
+                )
                 continue
             for key, full in wanted.items():
                 shape = tuple(getattr(entries[key], "shape", ()))
@@ -212,7 +262,10 @@ class SavedStates:
         scalars = [key for key, full in kinds.items() if not full and key in state[share.names[0]]]
         for key in scalars if len(share.names) > 1 else ():
             values = [state[name].get(key) for name in share.names]
-            if any(value is not None and values[0] is not None and float(value) != float(values[0]) for value in values):
+            if any(
+                value is not None and values[0] is not None and float(value) != float(values[0])
+                for value in values
+            ):
                 problems.append(f"{share.names[0]} and what is stacked with it differ in {key}")
         return problems
 
@@ -221,12 +274,19 @@ def _copy(share: Share, mine: Tensor, held: DTensor, name: str, value) -> None:
     if isinstance(mine, PiecedTensor) and isinstance(value, PiecedTensor):
         mine.copy_pieces_(value)
         return
-    if isinstance(value, DTensor) and isinstance(mine, DTensor) and value.device_mesh == mine.device_mesh and value.placements == mine.placements:
+    if (
+        isinstance(value, DTensor)
+        and isinstance(mine, DTensor)
+        and value.device_mesh == mine.device_mesh
+        and value.placements == mine.placements
+    ):
         mine.to_local().copy_(value.to_local())
         return
     full = value.full_tensor() if isinstance(value, (DTensor, PiecedTensor)) else value
     if not isinstance(full, Tensor):
-        raise TedfxError(f"{name}: a state of the parameter's shape must be a tensor, not {type(full).__name__}")
+        raise TedfxError(
+            f"{name}: a state of the parameter's shape must be a tensor, not {type(full).__name__}"
+        )
     share.placed.share.cut(name, full, held.to_local().view(share.placed.share.shape))
 
 

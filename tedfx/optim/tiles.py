@@ -1,9 +1,13 @@
-"""The tiled update (TED, arXiv 2303.06318, section 4): tile by tile, gradients are up-cast, unscaled and clipped, weights updated and cast down, and all that is freed again.
+"""The tiled update (TED, arXiv 2303.06318, section 4): tile by tile, gradients are up-cast, unscaled and
+clipped, weights updated and cast down, and all that is freed again.
 
-A tile is a range of a share's flat elements; a batch is tiles of at most `tile` elements in all, with one inner optimizer, which sees nothing but flat tensors. What a step
-allocates is what one batch needs, however many experts there are. This is right for optimizers that update every element by itself, which `tedfx/optim/probe.py` checks.
+A tile is a range of a share's flat elements; a batch is tiles of at most `tile` elements in all, with one
+inner optimizer, which sees nothing but flat tensors. What a step allocates is what one batch needs, however
+many experts there are. This is right for optimizers that update every element by itself, which
+`tedfx/optim/probe.py` checks.
 
-States that the inner optimizer makes are moved, once, into one tensor per share (`Share.homes`), of which the tiles' entries are views.
+States that the inner optimizer makes are moved, once, into one tensor per share (`Share.homes`), of which the
+tiles' entries are views.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from tedfx.optim.shares import Share
 
 
 class Staging:
-    """Two host buffers of a tile through which updated shares leave for the device: the host fills one while the other is being copied."""
+    """Two host buffers of a tile through which updated shares leave for the device: the host fills one while
+    the other is being copied."""
 
     def __init__(self):
         self._buffers: list[tuple[Tensor, Any]] = []
@@ -65,16 +70,23 @@ class Tile:
         share = self.share
         flat = share.master if share.master is not None else share.flat()
         if flat is None:  # copied out
-            flat = share.read(self.start, self.stop, torch.empty(self.stop - self.start, dtype=share.dtype, device=share.device))
+            flat = share.read(
+                self.start,
+                self.stop,
+                torch.empty(self.stop - self.start, dtype=share.dtype, device=share.device),
+            )
             return flat.view(self.shape)
         return flat[self.start : self.stop].view(self.shape)
 
     def open(self, grad: Tensor, factor: Tensor | None) -> None:
-        """Weights and gradient, ready for the inner optimizer. factor: 0-dim, what the gradient is multiplied by; None for one."""
+        """Weights and gradient, ready for the inner optimizer. factor: 0-dim, what the gradient is multiplied
+        by; None for one."""
         share = self.share
         if share.master is None:
             weights = self._weights()
-            if weights.data_ptr() != self.parameter.data_ptr():  # copied out, or the parameter's storage is another
+            if (
+                weights.data_ptr() != self.parameter.data_ptr()
+            ):  # copied out, or the parameter's storage is another
                 self.parameter.data = weights
         mine = grad[self.start : self.stop]
         ready = mine.to(share.device).to(share.dtype)  # moved in the fewer bytes
@@ -92,19 +104,27 @@ class Tile:
 
 
 class Batch:
-    """Tiles that are updated together. make: [tensors] -> an inner optimizer. finishing: shares whose last tile is here, in order."""
+    """Tiles that are updated together. make: [tensors] -> an inner optimizer. finishing: shares whose last
+    tile is here, in order."""
 
     def __init__(self, tiles: list[Tile], make: Callable[[list[Tensor]], torch.optim.Optimizer]):
         self.tiles = tiles
         self.finishing = [tile.share for tile in tiles if tile is tile.share.tiles[-1]]
-        for tile in tiles:  # an optimizer may make states as soon as it is made, of the weights that it then sees
+        for (
+            tile
+        ) in tiles:  # an optimizer may make states as soon as it is made, of the weights that it then sees
             tile.parameter.data = tile._weights() if tile._apart() else tile.parameter.data
         self.inner = make([tile.parameter for tile in tiles])
         for tile in tiles:
-            tile.inner, tile.parameter.data = self.inner, tile._none() if tile._apart() else tile.parameter.data
+            tile.inner, tile.parameter.data = (
+                self.inner,
+                tile._none() if tile._apart() else tile.parameter.data,
+            )
         self._settle(tiles)
 
-    def step(self, options: dict[str, Any], grads: dict[str, Tensor], factor: Tensor | None, staging: Staging) -> None:
+    def step(
+        self, options: dict[str, Any], grads: dict[str, Tensor], factor: Tensor | None, staging: Staging
+    ) -> None:
         """options: hyperparameters now. grads: by the share's name; shares without one stay as they are."""
         self.inner.param_groups[0].update(options)
         tiles = [tile for tile in self.tiles if tile.share.name in grads]
@@ -138,14 +158,17 @@ class Batch:
                     tile.state[key] = place
 
     def create(self, options: dict[str, Any], wanted: set[str]) -> None:
-        """The states of these shares' tiles as they are before the first step: a step on copies, of which the first value written under each key is kept."""
+        """The states of these shares' tiles as they are before the first step: a step on copies, of which the
+        first value written under each key is kept."""
         tiles = [tile for tile in self.tiles if tile.share.name in wanted and not tile.state]
         if not tiles:
             return
         self.inner.param_groups[0].update(options)
         before = [tile.parameter.data for tile in tiles]
         for tile in tiles:
-            tile.parameter.data = torch.zeros(tile.shape, dtype=tile.share.dtype, device=tile.share.device).copy_(tile._weights())
+            tile.parameter.data = torch.zeros(
+                tile.shape, dtype=tile.share.dtype, device=tile.share.device
+            ).copy_(tile._weights())
             tile.parameter.grad = torch.zeros_like(tile.parameter)
             self.inner.state[tile.parameter] = First()
         self.inner.step()
@@ -177,9 +200,11 @@ class First(dict):
 
 
 def cut(shares: list[Share], tile: int | None) -> list[list[Tile]]:
-    """Tiles in batches of at most `tile` elements, in order. A share that fits into a batch is not cut; one that does not is cut at multiples of `tile`, from an own batch on.
+    """Tiles in batches of at most `tile` elements, in order. A share that fits into a batch is not cut; one
+    that does not is cut at multiples of `tile`, from an own batch on.
 
-    With None: one batch, one tile per share, in the share's own shape. A share without elements on this rank has a tile too: its states exist, empty.
+    With None: one batch, one tile per share, in the share's own shape. A share without elements on this rank
+    has a tile too: its states exist, empty.
     """
     batches: list[list[Tile]] = [[]]
     room = tile

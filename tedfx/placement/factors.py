@@ -1,12 +1,14 @@
 """Factors: every dim of every value is an ordered product of factors.
 
-A **factor** is the unit that a mesh axis may shard. Ops relate factors: elementwise ops unify them, ``view`` regroups them, ``chunk`` of
-a fused projection refines ``[2 F]`` into ``(2, F)``. Relations are kept in a union-find with refinement: a factor is unified with another
-(``_same``) or refined into an ordered product (``_parts``), and every dim that mentions it follows. The rules in ``tedfx/rules`` state
-the relations; nothing here knows an operator.
+A **factor** is the unit that a mesh axis may shard. Ops relate factors: elementwise ops unify them, ``view``
+regroups them, ``chunk`` of a fused projection refines ``[2 F]`` into ``(2, F)``. Relations are kept in a
+union-find with refinement: a factor is unified with another (``_same``) or refined into an ordered product
+(``_parts``), and every dim that mentions it follows. The rules in ``tedfx/rules`` state the relations;
+nothing here knows an operator.
 
-Terms: a *dim* is a tuple of factors, major first; a dim of size 1 is the empty product ``()``. *Leaves* are the factors that stand after
-all unifications and refinements. Sizes are ints, or sympy expressions in the size symbols of the trace.
+Terms: a *dim* is a tuple of factors, major first; a dim of size 1 is the empty product ``()``. *Leaves* are
+the factors that stand after all unifications and refinements. Sizes are ints, or sympy expressions in the
+size symbols of the trace.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ def as_size(value) -> "int | sympy.Expr":
 
 
 class Factor:
-    """One factor. ``ragged`` marks rows whose number differs between ranks (V when sharded). ``everywhere``: of rows in slots, their number on all ranks together, in a
-    rank's own sizes (`passes/lower_slots.py`); the size of the factor is that of the single device, which has other rows."""
+    """One factor. ``ragged`` marks rows whose number differs between ranks (V when sharded). ``everywhere``:
+    of rows in slots, their number on all ranks together, in a rank's own sizes (`passes/lower_slots.py`); the
+    size of the factor is that of the single device, which has other rows."""
 
     __slots__ = ("_size", "name", "ragged", "everywhere", "_same", "_parts", "uid")
 
@@ -64,7 +67,9 @@ class Factor:
         """Replace this leaf by an ordered product of factors of these sizes."""
         root = self.root()
         assert root._parts is None and sympy.expand(sympy.prod(sizes) - root._size) == 0, (root, sizes)
-        root._parts = tuple(Factor(size, f"{root.name}.{i}" if root.name else "") for i, size in enumerate(sizes))
+        root._parts = tuple(
+            Factor(size, f"{root.name}.{i}" if root.name else "") for i, size in enumerate(sizes)
+        )
         return root._parts
 
     def merge(self, other: "Factor") -> None:
@@ -98,7 +103,8 @@ def dim_size(dim: Iterable[Factor]):
 
 @functools.cache
 def divides(small, big) -> bool:
-    """Whether ``big / small`` is a whole number for all values of the symbols. An empty dim is of no other's parts: only an empty one is of its."""
+    """Whether ``big / small`` is a whole number for all values of the symbols. An empty dim is of no other's
+    parts: only an empty one is of its."""
     if small == 0 or big == 0:
         return small == big
     if isinstance(small, int) and isinstance(big, int):
@@ -117,12 +123,19 @@ def quotient(big, small):
 
 @functools.cache
 def parts(big, small):
-    """The size of what follows when a factor of size ``big`` is refined into (``small``, ..); None where it is not.
+    """The size of what follows when a factor of size ``big`` is refined into (``small``, ..); None where it
+    is not.
 
-    A size with symbols is refined into (symbols, number), pairs of neighbours: any shard of the first part is a shard of the whole. In (number, symbols), the halves, a
-    shard of the whole is none of either part: such a dim is whole, behind a barrier.
+    A size with symbols is refined into (symbols, number), pairs of neighbours: any shard of the first part is
+    a shard of the whole. In (number, symbols), the halves, a shard of the whole is none of either part: such
+    a dim is whole, behind a barrier.
     """
-    if isinstance(small, int) != isinstance(big, int) or small == 1 or small == big or not divides(small, big):
+    if (
+        isinstance(small, int) != isinstance(big, int)
+        or small == 1
+        or small == big
+        or not divides(small, big)
+    ):
         return None
     rest = quotient(big, small)
     return rest if isinstance(rest, int) and rest > 1 else None
@@ -134,7 +147,8 @@ def is_data(size) -> bool:
 
 
 def settle(a: Sequence[Factor], b: Sequence[Factor]) -> None:
-    """A size that only the data tells (``u0``: the number of bins, of matches) is, where it meets a known size, that size: the op asserts it at run time."""
+    """A size that only the data tells (``u0``: the number of bins, of matches) is, where it meets a known
+    size, that size: the op asserts it at run time."""
     for one, other in ((leaves(a), leaves(b)), (leaves(b), leaves(a))):
         if len(one) == 1 and is_data(one[0].size):
             if dim_size(other) != one[0].size:
@@ -142,10 +156,14 @@ def settle(a: Sequence[Factor], b: Sequence[Factor]) -> None:
             return
 
 
-def unify(a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor, list], bool] = lambda f, s: True) -> bool:
-    """State that two dims are the same, refining where one is finer; False (and nothing changed) where they do not agree.
+def unify(
+    a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor, list], bool] = lambda f, s: True
+) -> bool:
+    """State that two dims are the same, refining where one is finer; False (and nothing changed) where they
+    do not agree.
 
-    ``may_refine(factor, sizes)`` can veto a refinement (a refinement that would leave no part divisible by the tensor degree).
+    ``may_refine(factor, sizes)`` can veto a refinement (a refinement that would leave no part divisible by
+    the tensor degree).
     """
     left, right = list(leaves(a)), list(leaves(b))
     merges: list[tuple[Factor, Factor]] = []
@@ -159,7 +177,9 @@ def unify(a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor
             merges.append((left[i], right[j]))
             i, j = i + 1, j + 1
         elif size_l == size_r:  # the last part of a refined leaf
-            refinements.setdefault(left[i] if rest_l is not None else right[j], []).append(left[i] if rest_l is None else right[j])
+            refinements.setdefault(left[i] if rest_l is not None else right[j], []).append(
+                left[i] if rest_l is None else right[j]
+            )
             i, j, rest_l, rest_r = i + 1, j + 1, None, None
         elif rest_r is None and parts(size_l, size_r) is not None:
             refinements.setdefault(left[i], []).append(right[j])
@@ -172,7 +192,9 @@ def unify(a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor
     if i < len(left) or j < len(right):
         return False
     # a leaf met twice under different splits (x x) would be refined twice: such dims do not agree
-    if len({f.uid for f in refinements}) != len(refinements) or any(m in refinements or n in refinements for m, n in merges):
+    if len({f.uid for f in refinements}) != len(refinements) or any(
+        m in refinements or n in refinements for m, n in merges
+    ):
         return False
     if not all(may_refine(factor, [p.size for p in finer]) for factor, finer in refinements.items()):
         return False
@@ -186,8 +208,8 @@ def unify(a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor
 
 
 def regroup(dims: Sequence[Sequence[Factor]], sizes: Sequence) -> list[tuple[Factor, ...]] | None:
-    """The dims of ``view(x, sizes)``: the same factors in the same order, grouped anew, refined where a size cuts a factor; None where the
-    sizes cut factors that cannot be refined (12 = 3 x 4 viewed as 4 x 3)."""
+    """The dims of ``view(x, sizes)``: the same factors in the same order, grouped anew, refined where a size
+    cuts a factor; None where the sizes cut factors that cannot be refined (12 = 3 x 4 viewed as 4 x 3)."""
     flat = [leaf for dim in dims for leaf in leaves(dim)]
     out: list[tuple[Factor, ...]] = []
     position = 0

@@ -15,10 +15,12 @@ from tedfx.placement.roles import Roles
 class Plan:
     """Which factors each axis shards (`passes/shard.py`), and the hints that sizes are compared with.
 
-    tokens    the factor of the tokens that tensor axes may cut besides (the sequence; the batch where there is none)
+    tokens    the factor of the tokens that tensor axes may cut besides (the sequence; the batch where there
+              is none)
     sequence  axes on which row-wise ops keep tokens cut (`passes/sequence_parallel.py`)
     dedup     axes on which tokens are cut before they are sent to experts (`passes/drop_duplicate_tokens.py`)
-    algebra   names of the rows of `passes/collective_algebra.py` that hold; without any, each sum is made where it arises (TED's and Megatron's order)
+    algebra   names of the rows of `passes/collective_algebra.py` that hold; without any, each sum is made
+              where it arises (TED's and Megatron's order)
     """
 
     roles: Roles
@@ -40,7 +42,11 @@ class Plan:
 
     def cuts(self, axis: str) -> Factor | None:
         """The token factor, where this axis may cut it."""
-        return self.tokens.root() if self.tokens is not None and (axis in self.sequence or axis in self.dedup) else None
+        return (
+            self.tokens.root()
+            if self.tokens is not None and (axis in self.sequence or axis in self.dedup)
+            else None
+        )
 
     def shards(self, axis: str, factor: Factor) -> bool:
         return any(f.root() is factor.root() for f in self.factors.get(axis, ()))
@@ -64,7 +70,9 @@ class Plan:
                 size = leaf.size
                 if not isinstance(size, int):
                     if size not in self.numbers:
-                        self.numbers[size] = float(size.subs({**{x: 2048 for x in size.free_symbols}, **self.hints}))
+                        self.numbers[size] = float(
+                            size.subs({**{x: 2048 for x in size.free_symbols}, **self.hints})
+                        )
                     size = self.numbers[size]
                 total *= size
         return total

@@ -36,11 +36,17 @@ class MeshShape:
         if isinstance(mesh, str):
             mesh = parse_mesh(mesh)
         if mesh is None:
-            raise ConfigError("mesh is None; pass a DeviceMesh: init_device_mesh('cuda', (2, 2), mesh_dim_names=('ep', 'tp'))")
+            raise ConfigError(
+                "mesh is None; pass a DeviceMesh: init_device_mesh('cuda', (2, 2), "
+                "mesh_dim_names=('ep', 'tp'))"
+            )
         if isinstance(mesh, Mapping):
             return cls(tuple(mesh), tuple(int(v) for v in mesh.values()))
         if getattr(mesh, "mesh_dim_names", None) is None:
-            raise ConfigError("the mesh has no axis names; pass mesh_dim_names=('dp', 'ep', 'tp') (any subset) to init_device_mesh")
+            raise ConfigError(
+                "the mesh has no axis names; pass mesh_dim_names=('dp', 'ep', 'tp') (any subset) to "
+                "init_device_mesh"
+            )
         return cls(tuple(mesh.mesh_dim_names), tuple(mesh.mesh.shape))
 
     def size(self, axes) -> int:
@@ -64,7 +70,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     for word in text.split(","):
         name, _, size = word.strip().partition("=")
         if not name or not size.isdigit() or int(size) < 1:
-            raise ConfigError(f"mesh {text!r}: expected axis=size pairs such as dp=2,ep=2,tp=2, got {word.strip()!r}")
+            raise ConfigError(
+                f"mesh {text!r}: expected axis=size pairs such as dp=2,ep=2,tp=2, got {word.strip()!r}"
+            )
         if name in out:
             raise ConfigError(f"mesh {text!r}: axis {name!r} is named twice")
         out[name] = int(size)
@@ -87,7 +95,10 @@ class Roles:
     def resolve(cls, mesh: MeshShape, given: Mapping[str, tuple[str, ...]] | None = None) -> "Roles":
         """Defaults from the axis names, overridden by ``given``; everything wrong is one ConfigError line."""
         if isinstance(given, str) or not isinstance(given or {}, Mapping):
-            raise ConfigError(f"roles={given!r}: pass a dict of role names to axis names, such as roles={{'expert': ('tp',)}}")
+            raise ConfigError(
+                f"roles={given!r}: pass a dict of role names to axis names, such as roles={{'expert': "
+                f"('tp',)}}"
+            )
         given = dict(given or {})
         for role, axes in given.items():
             if role not in DEFAULTS:
@@ -95,7 +106,9 @@ class Roles:
             axes = (axes,) if isinstance(axes, str) else tuple(axes)
             for axis in axes:
                 if axis not in mesh.names:
-                    raise ConfigError(f"role {role}={axes!r} names axis {axis!r}, but the mesh has axes {mesh.names}")
+                    raise ConfigError(
+                        f"role {role}={axes!r} names axis {axis!r}, but the mesh has axes {mesh.names}"
+                    )
             if len(set(axes)) != len(axes):
                 raise ConfigError(f"role {role}={axes!r} names an axis twice")
             given[role] = axes
@@ -113,13 +126,19 @@ class Roles:
         for axis in self.mesh.names:
             if axis not in used and self.mesh.size((axis,)) > 1:
                 raise ConfigError(
-                    f"mesh axis {axis!r} has no role; name it dp, ep or tp, or pass roles={{'batch': ({axis!r},), ...}}"
+                    f"mesh axis {axis!r} has no role; name it dp, ep or tp, or pass roles={{'batch': "
+                    f"({axis!r},), ...}}"
                 )
         for one, other in _DISJOINT:
             common = set(getattr(self, one)) & set(getattr(self, other))
             if common:
-                raise ConfigError(f"roles {one} and {other} share mesh axis {sorted(common)[0]!r}; they must be disjoint")
+                raise ConfigError(
+                    f"roles {one} and {other} share mesh axis {sorted(common)[0]!r}; they must be disjoint"
+                )
         for role, name in (("stage", "pipeline stages"), ("context", "context parallelism")):
             for axis in getattr(self, role):
                 if self.mesh.size((axis,)) > 1:
-                    raise ConfigError(f"mesh axis {axis!r} = {self.mesh.size((axis,))}: {name} are not built yet; use size 1")
+                    raise ConfigError(
+                        f"mesh axis {axis!r} = {self.mesh.size((axis,))}: {name} are not built yet; use "
+                        "size 1"
+                    )

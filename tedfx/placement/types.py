@@ -1,11 +1,12 @@
 """Types: what a value is on each mesh axis, and which conversions exist.
 
-A **type** maps each mesh axis (of size above 1) to a placement: ``R`` (replicated, cotangent still to be summed over the axis), ``I``
-(invariant: replicated, cotangent replicated too), ``P`` (partial sum) or ``Shard(factor)``. A shard of a ragged factor (rows after
-dispatch) prints as ``V``: it varies and has no global dim. The vocabulary is that of the ``spmd_types`` package.
+A **type** maps each mesh axis (of size above 1) to a placement: ``R`` (replicated, cotangent still to be
+summed over the axis), ``I`` (invariant: replicated, cotangent replicated too), ``P`` (partial sum) or
+``Shard(factor)``. A shard of a ragged factor (rows after dispatch) prints as ``V``: it varies and has no
+global dim. The vocabulary is that of the ``spmd_types`` package.
 
-Cotangents: R <-> P, I <-> I, S <-> S, V <-> V. Hence a node's differentiable operands are all I on an axis or none is: an I operand
-would receive a cotangent that is not replicated.
+Cotangents: R <-> P, I <-> I, S <-> S, V <-> V. Hence a node's differentiable operands are all I on an axis
+or none is: an I operand would receive a cotangent that is not replicated.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def sharding_axes(type_: Mapping, factor: Factor) -> tuple[str, ...]:
 
 
 def local_size(factor: Factor, type_: Mapping, sizes: Mapping[str, int]):
-    """Size of a factor on one rank. Symbols of sharded input dims stay global here; see ``passes/lower.py``."""
+    """Size of a factor on one rank. Symbols of sharded input dims stay global here; see
+    ``passes/lower.py``."""
     size = factor.size
     for axis in sharding_axes(type_, factor):
         size = size // sizes[axis] if isinstance(size, int) else size / sizes[axis]

@@ -1,7 +1,8 @@
 """A rank that fails alone: the others raise its line.
 
-Where the ranks are about to meet on the CPU anyway (`tedfx/ranks/checks.py`), the one that cannot go on takes part with its line in hand. Where they wait for it elsewhere, in a
-collective of the graph, it leaves a note in the job's store: who then loses it, or waits in vain, finds the note.
+Where the ranks are about to meet on the CPU anyway (`tedfx/ranks/checks.py`), the one that cannot go on takes
+part with its line in hand. Where they wait for it elsewhere, in a collective of the graph, it leaves a note
+in the job's store: who then loses it, or waits in vain, finds the note.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ import torch.distributed as dist
 from tedfx import _torch
 from tedfx.errors import TedfxError
 
-__all__ = ["RankFailed", "RanksDisagree", "clear_note", "failure_line", "leave_note", "lost_rank", "note_of", "noting"]
+__all__ = [
+    "RankFailed",
+    "RanksDisagree",
+    "clear_note",
+    "failure_line",
+    "leave_note",
+    "lost_rank",
+    "note_of",
+    "noting",
+]
 
 _left = False
 
@@ -30,15 +40,23 @@ class RankFailed(RanksDisagree):
 def failure_line(error: BaseException) -> str:
     """An error in one line: a refusal's text; the class and text of any other error."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, TedfxError) and text else f"{type(error).__name__}: {text[:300]}".rstrip(": ")
+    return (
+        text
+        if isinstance(error, TedfxError) and text
+        else f"{type(error).__name__}: {text[:300]}".rstrip(": ")
+    )
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """The line for the error of a collective whose partner ended or did not come; None for any other error."""
+    """The line for the error of a collective whose partner ended or did not come; None for any other
+    error."""
     if isinstance(error, RanksDisagree):
         return None
     if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-        return f"a rank ended, or did not come in time, while this one waited for it in a collective ({first_line(error)}); see that rank's output"
+        return (
+            "a rank ended, or did not come in time, while this one waited for it in a collective "
+            f"({first_line(error)}); see that rank's output"
+        )
     return None
 
 
@@ -49,7 +67,9 @@ def first_line(error: BaseException) -> str:
 def leave_note(error: BaseException) -> None:
     """Say in the job's store why this rank cannot go on."""
     global _left
-    with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that held it; the error itself is raised anyhow
+    with contextlib.suppress(
+        RuntimeError
+    ):  # the store may be gone with the rank that held it; the error itself is raised anyhow
         _torch.default_store().set(_key(dist.get_rank()), failure_line(error))
         _left = True
 
@@ -74,7 +94,8 @@ def note_of(ranks: Iterable[int]) -> str | None:
 
 @contextlib.contextmanager
 def noting(ranks: Iterable[int]) -> Iterator[None]:
-    """What fails inside is noted for the other ranks; what fails because one of them did is raised as that one's line."""
+    """What fails inside is noted for the other ranks; what fails because one of them did is raised as that
+    one's line."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,9 @@
 """`tedfx.run(main)`: a user's script, whose failure is one line of one rank.
 
-Each rank that fails says in the job's store why: by its own error, because another rank told it, or because it lost another rank in a collective. They wait a moment for each
-other; of those with the same cause the lowest rank speaks, and who only lost somebody is silent where a cause is known. A refusal of tedfx is its line, any other error its
-traceback.
+Each rank that fails says in the job's store why: by its own error, because another rank told it, or because
+it lost another rank in a collective. They wait a moment for each other; of those with the same cause the
+lowest rank speaks, and who only lost somebody is silent where a cause is known. A refusal of tedfx is its
+line, any other error its traceback.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ OWN, TOLD, LOST = "own", "told", "lost"
 
 
 def run(main: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """`main(*args, **kwargs)`, then the process group ends. An error becomes one line on stderr, of one rank, and exit status 1; no traceback per rank.
+    """`main(*args, **kwargs)`, then the process group ends. An error becomes one line on stderr, of one rank,
+    and exit status 1; no traceback per rank.
 
-    The lowest rank that found the mistake prints its line, with the ranks that found it where those are not all. Errors that are not tedfx's have a traceback;
-    TEDFX_TRACEBACK=1 prints that of every rank. A rank that fails ends at once, without the handlers of `atexit`: what is under way with ranks that are gone cannot be waited for.
+    The lowest rank that found the mistake prints its line, with the ranks that found it where those are not
+    all. Errors that are not tedfx's have a traceback; TEDFX_TRACEBACK=1 prints that of every rank. A rank
+    that fails ends at once, without the handlers of `atexit`: what is under way with ranks that are gone
+    cannot be waited for.
     """
     try:
         result = main(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  said, and the process ends
+    except Exception as error:  # said, and the process ends
         _end(error)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -47,7 +51,9 @@ def run(main: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
 
 def _end(error: Exception) -> None:
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks when one has ended; the line takes a moment
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # torchrun ends all ranks when one has ended; the line takes a moment
     together = dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
     text = "".join(traceback.format_exception(error))
     words = _together(error) if together else failure_line(error)
@@ -59,7 +65,9 @@ def _end(error: Exception) -> None:
         print(words, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if together:
-        time.sleep(MOMENT / 4 if words is not None else MOMENT)  # who has the line prints it before torchrun ends all of them
+        time.sleep(
+            MOMENT / 4 if words is not None else MOMENT
+        )  # who has the line prints it before torchrun ends all of them
         os._exit(1)
     raise SystemExit(1) from None
 

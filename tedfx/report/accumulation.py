@@ -10,9 +10,9 @@ from torch import fx
 
 from tedfx.analysis.activations import Ledger, Sizing
 from tedfx.analysis.cost import GATHER_PARAMETERS, SCATTER_GRADIENTS, Cost, format_bytes, parameter_nodes
+from tedfx.placement.types import R
 from tedfx.runtime.layered import segments
 from tedfx.state.layouts import placed_on_first
-from tedfx.placement.types import R
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Schedule:
     gathers, gathered      gathers of parameters (ZeRO-3) and what they send on the wire.
     sums, summed           collectives that sum gradients, and what they send on the wire.
     activations            kept from forward to backward, at most; rows after routing as if balanced.
-    gradients              held at most, in the dtype that they are summed in: whole ones as far as they are not in shares.
+    gradients              held at most, in the dtype that they are summed in: whole ones as far as they are
+                           not in shares.
     """
 
     name: str
@@ -35,7 +36,8 @@ class Schedule:
 
 
 def schedules(compilation, cost: Cost, values: Mapping[str, int], count: int) -> list[Schedule]:
-    """`no_sync()` around all micro-batches but the last, and `ParallelModule.layered`. values: one micro-batch's sizes on a rank, by name."""
+    """`no_sync()` around all micro-batches but the last, and `ParallelModule.layered`. values: one
+    micro-batch's sizes on a rank, by name."""
     graph = compilation.graph_module.graph
     sizing = Sizing({symbol: values[name.name] for symbol, name in cost.sizes.names.items()})
     regions: dict[int, list[fx.Node]] = {}
@@ -54,8 +56,18 @@ def schedules(compilation, cost: Cost, values: Mapping[str, int], count: int) ->
     sums, summed = len(boundary), sum(float(cost.number(i.payload * i.factor, values)) for i in boundary)
     apart, layered = _gradients(compilation)
     return [
-        Schedule("one after another", count * gathers, count * gathered, count * scatters + sums, count * scattered + summed, kept, apart),
-        Schedule("layer by layer", gathers, gathered, scatters + sums, scattered + summed, count * kept, layered),
+        Schedule(
+            "one after another",
+            count * gathers,
+            count * gathered,
+            count * scatters + sums,
+            count * scattered + summed,
+            kept,
+            apart,
+        ),
+        Schedule(
+            "layer by layer", gathers, gathered, scatters + sums, scattered + summed, count * kept, layered
+        ),
     ]
 
 
@@ -68,7 +80,10 @@ def _gradients(compilation) -> tuple[int, int]:
     for node in parameter_nodes(compilation):
         if node.name not in compilation.trainable:
             continue
-        size, placed = (compilation.gradient_dtype or node.meta["val"].dtype).itemsize, placed_on_first(compilation, node, stage)
+        size, placed = (
+            (compilation.gradient_dtype or node.meta["val"].dtype).itemsize,
+            placed_on_first(compilation, node, stage),
+        )
         whole, share = placed.whole.numel * size, placed.share.numel * size
         summed = any(p == R for p in node.meta["type"].values()) and placed.cut is not None
         inside = any(u.meta.get("in_graph") for u in node.users)
@@ -78,12 +93,34 @@ def _gradients(compilation) -> tuple[int, int]:
         if not stays:
             first = min((place[u] for u in node.users if u in place), default=0)
             layer[first] = layer.get(first, 0) + whole
-    return apart, shares + max(layer.values(), default=0) + (min(compilation.bucket_bytes, sum(layer.values())) if layer else 0)
+    return apart, shares + max(layer.values(), default=0) + (
+        min(compilation.bucket_bytes, sum(layer.values())) if layer else 0
+    )
 
 
 def table(found: list[Schedule], count: int) -> str:
     rows = [
-        [s.name, s.gathers, format_bytes(s.gathered), s.sums, format_bytes(s.summed), "~" + format_bytes(s.activations), format_bytes(s.gradients)] for s in found
+        [
+            s.name,
+            s.gathers,
+            format_bytes(s.gathered),
+            s.sums,
+            format_bytes(s.summed),
+            "~" + format_bytes(s.activations),
+            format_bytes(s.gradients),
+        ]
+        for s in found
     ]
-    headers = ["", "gathers", "on the wire", "sums of gradients", "on the wire", "activations kept", "gradients held"]
-    return f"accumulation of {count} micro-batches of these sizes, per rank and step (no_sync, or layered())\n" + tabulate(rows, headers=headers)
+    headers = [
+        "",
+        "gathers",
+        "on the wire",
+        "sums of gradients",
+        "on the wire",
+        "activations kept",
+        "gradients held",
+    ]
+    return (
+        f"accumulation of {count} micro-batches of these sizes, per rank and step (no_sync, or layered())\n"
+        + tabulate(rows, headers=headers)
+    )

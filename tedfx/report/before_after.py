@@ -1,4 +1,5 @@
-"""One layer of the model as its author wrote it and as a rank runs it: as text (`tedfx explain --before`) and as a picture (`tedfx/report/picture.py`)."""
+"""One layer of the model as its author wrote it and as a rank runs it: as text (`tedfx explain --before`) and
+as a picture (`tedfx/report/picture.py`)."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 from torch import fx
 
 from tedfx import ops
-from tedfx.errors import ConfigError
 from tedfx.analysis.layers import layer_of, path_of
+from tedfx.errors import ConfigError
 from tedfx.report.explanation import explain, line_of, op_of, segments, state_name, tabulated
 
 __all__ = ["Step", "Views", "before_after"]
@@ -19,7 +20,8 @@ __all__ = ["Step", "Views", "before_after"]
 
 @dataclass
 class Step:
-    """One node. `sends`: (axes, bytes of a rank's payload) of each of its collectives, forward and backward."""
+    """One node. `sends`: (axes, bytes of a rank's payload) of each of its collectives, forward and
+    backward."""
 
     node: fx.Node
     call: str
@@ -42,9 +44,19 @@ class Views:
 
     def __str__(self) -> str:
         listed = [[s.call, s.line, s.shape] for s in self.before]
-        parts = [f"{self.path}, the single-device graph (global shapes)\n" + tabulated(listed, ["node", "line", "shape"], [60, 18, 28])] if listed else []
+        parts = (
+            [
+                f"{self.path}, the single-device graph (global shapes)\n"
+                + tabulated(listed, ["node", "line", "shape"], [60, 18, 28])
+            ]
+            if listed
+            else []
+        )
         listed = [[s.call, s.shape, s.type, s.collective] for s in self.after]
-        parts.append(f"{self.path}, the graph of one rank of {self.mesh} (local shapes)\n" + tabulated(listed, ["node", "local shape", "type", "collective, bytes"], [48, 28, 24, 40]))
+        parts.append(
+            f"{self.path}, the graph of one rank of {self.mesh} (local shapes)\n"
+            + tabulated(listed, ["node", "local shape", "type", "collective, bytes"], [48, 28, 24, 40])
+        )
         return "\n\n".join(parts)
 
     def draw(self, path: str) -> None:
@@ -54,11 +66,14 @@ class Views:
         draw(self.before, self.after, path, f"one rank of {self.mesh}")
 
 
-def before_after(compilation, before=None, *, layer: str = "", batch: int | None = None, sequence: int | None = None) -> Views:
+def before_after(
+    compilation, before=None, *, layer: str = "", batch: int | None = None, sequence: int | None = None
+) -> Views:
     """Both views of a layer; the first from the trace `before` the passes, where it is given.
 
-    layer: a module path, "model.layers.0" or a part of one such as "model.layers.0.mlp"; if not given, the first layer that routes tokens to experts, else the
-    first. ConfigError where the model has no layers, or nothing belongs to the path.
+    layer: a module path, "model.layers.0" or a part of one such as "model.layers.0.mlp"; if not given, the
+    first layer that routes tokens to experts, else the first. ConfigError where the model has no layers, or
+    nothing belongs to the path.
     """
     report = explain(compilation, batch=batch, sequence=sequence, fold=False)
     candidates = [s for s in report.segments if s.path]
@@ -66,21 +81,38 @@ def before_after(compilation, before=None, *, layer: str = "", batch: int | None
         raise ConfigError("no part of the model has an indexed module path, so there is no layer to show")
     routing = [s for s in candidates if any(n.target in (ops.route, ops.route_slots) for n in s.nodes)]
     path = layer or (routing or candidates)[0].path
-    chosen = [(s, n, row) for s in candidates if s.path == layer_of(path) for n, row in zip([*s.parameters, *s.nodes], report.rows_of(s))]
+    chosen = [
+        (s, n, row)
+        for s in candidates
+        if s.path == layer_of(path)
+        for n, row in zip([*s.parameters, *s.nodes], report.rows_of(s))
+    ]
     inside: set[fx.Node] = set()
     for _, n, _ in chosen:
         if _below(path_of(n), path) or ("conversion" in n.meta and n.args[0] in inside):
             inside.add(n)
     if not inside:
         layers = list(dict.fromkeys(s.path for s in candidates))
-        raise ConfigError(f"nothing in the graph belongs to {path!r}; layers: {', '.join(layers[:8])}" + (", .." if len(layers) > 8 else ""))
+        raise ConfigError(
+            f"nothing in the graph belongs to {path!r}; layers: {', '.join(layers[:8])}"
+            + (", .." if len(layers) > 8 else "")
+        )
     short = {n: report.state_name(n, path) for s, _, _ in chosen for n in s.parameters}
     after = []
     for _, n, row in chosen:
         if n in inside and (row.typed or row.collective):
-            sends = [(",".join(i.axes), report.number(i.payload) or 0) for i in report.cost.by_node.get(n.name, ())]
-            after.append(Step(n, _call(n, short), op_of(n), row.line, row.shape, row.type, row.collective, sends))
-    return Views(path, str(compilation.roles.mesh), [] if before is None else _global(before, path, report.sizes.names), after)
+            sends = [
+                (",".join(i.axes), report.number(i.payload) or 0) for i in report.cost.by_node.get(n.name, ())
+            ]
+            after.append(
+                Step(n, _call(n, short), op_of(n), row.line, row.shape, row.type, row.collective, sends)
+            )
+    return Views(
+        path,
+        str(compilation.roles.mesh),
+        [] if before is None else _global(before, path, report.sizes.names),
+        after,
+    )
 
 
 def _global(trace, path: str, names: Mapping) -> list[Step]:
@@ -91,8 +123,19 @@ def _global(trace, path: str, names: Mapping) -> list[Step]:
         for n in segment.nodes:
             value = n.meta.get("val")
             if _below(path_of(n), path) and isinstance(value, (torch.Tensor, tuple, list)):
-                shape = [str(s.node.expr.xreplace(renamed)) if isinstance(s, torch.SymInt) else str(s) for s in getattr(value, "shape", ())]
-                found.append(Step(n, _call(n, short), op_of(n), line_of(n), f"[{', '.join(shape)}]" if isinstance(value, torch.Tensor) else ""))
+                shape = [
+                    str(s.node.expr.xreplace(renamed)) if isinstance(s, torch.SymInt) else str(s)
+                    for s in getattr(value, "shape", ())
+                ]
+                found.append(
+                    Step(
+                        n,
+                        _call(n, short),
+                        op_of(n),
+                        line_of(n),
+                        f"[{', '.join(shape)}]" if isinstance(value, torch.Tensor) else "",
+                    )
+                )
     return found
 
 
@@ -104,7 +147,11 @@ def _call(node: fx.Node, short: Mapping[fx.Node, str]) -> str:
     """`linear_4 = linear(view_3, mlp.gate.weight)`."""
     if node.target is operator.getitem:
         return f"{node.name} = {node.args[0].name}[{node.args[1]}]"
-    operands = [short.get(i, i.name) for i in node.all_input_nodes if not isinstance(i.meta.get("val"), (torch.SymInt, torch.SymFloat)) and not _is_size(i)]
+    operands = [
+        short.get(i, i.name)
+        for i in node.all_input_nodes
+        if not isinstance(i.meta.get("val"), (torch.SymInt, torch.SymFloat)) and not _is_size(i)
+    ]
     return f"{node.name} = {op_of(node)}({', '.join(operands)})"
 
 

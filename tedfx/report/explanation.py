@@ -1,8 +1,8 @@
 """`explain`: what a rank holds, runs and sends, as text and as JSON.
 
-The table lists the local graph, layer by layer. A **layer** is a run of nodes below the same indexed module path (`model.layers.3`); layers
-whose paths differ only in the index and whose nodes are the same (ops, how they are connected, shapes, types, lines) are shown once, with a count
-(`tedfx/analysis/layers.py`).
+The table lists the local graph, layer by layer. A **layer** is a run of nodes below the same indexed module
+path (`model.layers.3`); layers whose paths differ only in the index and whose nodes are the same (ops, how
+they are connected, shapes, types, lines) are shown once, with a count (`tedfx/analysis/layers.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
-from tedfx.report import accumulation
 from tedfx._version import __version__
 from tedfx.analysis.cost import Cost, LocalSizes, format_bytes, format_formula, parameter_nodes
-from tedfx.errors import user_line
 from tedfx.analysis.layers import layer_of as _layer_of
 from tedfx.analysis.layers import layers
 from tedfx.analysis.layers import path_of as _path
+from tedfx.errors import user_line
 from tedfx.placement.types import Shard, format_type
+from tedfx.report import accumulation
 
 SCHEMA = 1
 WIDTH = 160
@@ -49,15 +49,27 @@ def explain(
 ) -> "Explanation":
     """Explain a ParallelModule (its last signature) or a Compilation.
 
-    rows             "layers": each distinct layer in full, of the rest only what communicates; "all": every node.
-    batch, sequence  one rank's sizes, for the numbers; 1 and 4096 (less where the model allows less) if not given.
+    rows             "layers": each distinct layer in full, of the rest only what communicates; "all": every
+                     node.
+    batch, sequence  one rank's sizes, for the numbers; 1 and 4096 (less where the model allows less) if not
+                     given.
     fold             False: identical layers are not folded.
     timings          add the seconds of each pass, and of `stages` (name -> seconds) before them.
-    micro_batches    add what accumulating so many costs, one after another and layer by layer (`ParallelModule.layered`).
+    micro_batches    add what accumulating so many costs, one after another and layer by layer
+                     (`ParallelModule.layered`).
     """
     if rows not in ("layers", "all"):
         raise ValueError(f"rows={rows!r}: 'layers' or 'all'")
-    options = dict(rows=rows, batch=batch, sequence=sequence, fold=fold, timings=timings, title=title, stages=dict(stages or {}), micro_batches=micro_batches)
+    options = dict(
+        rows=rows,
+        batch=batch,
+        sequence=sequence,
+        fold=fold,
+        timings=timings,
+        title=title,
+        stages=dict(stages or {}),
+        micro_batches=micro_batches,
+    )
     if micro_batches is not None and micro_batches < 1:
         raise ValueError(f"micro_batches={micro_batches}: at least 1")
     if hasattr(source, "graph_module"):
@@ -65,21 +77,38 @@ def explain(
     return _of_module(source, options)
 
 
-def default_values(compilation, batch: int | None = None, sequence: int | None = None, sizes: LocalSizes | None = None) -> dict[str, int]:
+def default_values(
+    compilation, batch: int | None = None, sequence: int | None = None, sizes: LocalSizes | None = None
+) -> dict[str, int]:
     """One rank's sizes by name: those given, else 1 and 4096 (less where the model allows less)."""
     values = {}
     for symbol, name in (sizes or LocalSizes(compilation)).names.items():
         given = {"batch": batch, "sequence": sequence}.get(name.name)
         high = compilation.trace.bounds.get(symbol, (1, None))[1]
         default = DEFAULT_SIZES.get(name.name, 1)
-        values[name.name] = int(given) if given is not None else default if high is None else min(default, int(high))
+        values[name.name] = (
+            int(given) if given is not None else default if high is None else min(default, int(high))
+        )
     return values
 
 
 class Explanation:
     """The text is `str(explanation)`; `to_json()` is the same as a dict of plain values."""
 
-    def __init__(self, compilation, *, rows, batch, sequence, fold, timings, title, stages, micro_batches=None, signature=""):
+    def __init__(
+        self,
+        compilation,
+        *,
+        rows,
+        batch,
+        sequence,
+        fold,
+        timings,
+        title,
+        stages,
+        micro_batches=None,
+        signature="",
+    ):
         self.compilation, self.options = compilation, dict(rows=rows, fold=fold, timings=timings)
         self.title, self.stages, self.signature = title, stages, signature or _signature(compilation)
         self.sizes = LocalSizes(compilation)
@@ -87,16 +116,27 @@ class Explanation:
         self.cost = Cost(compilation, self.sizes)
         self.segments = segments(compilation, self.sizes, fold)
         self.micro_batches = micro_batches
-        self.schedules = [] if micro_batches is None else accumulation.schedules(compilation, self.cost, self.values, micro_batches)
+        self.schedules = (
+            []
+            if micro_batches is None
+            else accumulation.schedules(compilation, self.cost, self.values, micro_batches)
+        )
 
     def number(self, formula):
         return self.cost.number(formula, self.values)
 
-    # ---- text ------------------------------------------------------------------------------------------------------
+    # ---- text ----------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         accumulated = accumulation.table(self.schedules, self.micro_batches) if self.schedules else ""
-        parts = [self._head(), self._table(), self.communication(), accumulated, self._passes(), self._notes()]
+        parts = [
+            self._head(),
+            self._table(),
+            self.communication(),
+            accumulated,
+            self._passes(),
+            self._notes(),
+        ]
         return "\n\n".join(p for p in parts if p)
 
     __repr__ = __str__
@@ -108,17 +148,28 @@ class Explanation:
         lines.append("roles       " + _roles(c.roles))
         lines.append("signature   " + self.signature)
         lines.append("outputs     " + ", ".join(_fold_names(c.output_names)))
-        lines.append("sizes       " + ", ".join(f"{k} = {v}" for k, v in self.values.items()) + " per rank (numbers below are for these; see the formulas for others)")
+        lines.append(
+            "sizes       "
+            + ", ".join(f"{k} = {v}" for k, v in self.values.items())
+            + " per rank (numbers below are for these; see the formulas for others)"
+        )
         total, local = data["total"], data["local"]
         share = f" ({local / total:.1%})" if total else ""
-        lines.append(f"parameters  {_count(total)} in {data['tensors']} tensors; on a rank {_count(local)}{share}, {format_bytes(data['local_bytes'])} of {format_bytes(data['total_bytes'])}")
+        lines.append(
+            f"parameters  {_count(total)} in {data['tensors']} tensors; on a rank "
+            f"{_count(local)}{share}, {format_bytes(data['local_bytes'])} of "
+            f"{format_bytes(data['total_bytes'])}"
+        )
         for group in data["groups"]:
             where = f"split over {', '.join(group['axes'])}" if group["axes"] else "whole"
             line = f"  {where:<22} {group['tensors']:>4} tensors, {_count(group['total'])}"
             if group["axes"]:
                 line += f", {_count(group['local'])} on a rank"
             elif data["whole"]:
-                shown = [f"{w['name']} {w['shape']}" + (f" x{w['count']}" if w["count"] > 1 else "") for w in data["whole"]]
+                shown = [
+                    f"{w['name']} {w['shape']}" + (f" x{w['count']}" if w["count"] > 1 else "")
+                    for w in data["whole"]
+                ]
                 line += ": " + ", ".join(shown)
             lines.append(line)
         return "\n".join(_wrap(line) for line in lines)
@@ -136,12 +187,18 @@ class Explanation:
             hidden = 0
             for row in self.rows_of(segment):
                 if everything or ((layer or row.held) and row.typed) or row.collective:
-                    listed.append([row.label, row.line, row.shape, row.type, row.collective] + [row.region] * regions)
+                    listed.append(
+                        [row.label, row.line, row.shape, row.type, row.collective] + [row.region] * regions
+                    )
                 else:
                     hidden += row.typed
             if hidden and not layer:
                 listed.append([f"({hidden} nodes that do not communicate)"])
-        return tabulated(listed, ["node", "line", "local shape", "type", "collective, bytes"] + ["region"] * regions, [30, 18, 28, 24, 40, 6])
+        return tabulated(
+            listed,
+            ["node", "line", "local shape", "type", "collective, bytes"] + ["region"] * regions,
+            [30, 18, 28, 24, 40, 6],
+        )
 
     def rows_of(self, segment: "Segment") -> list["Row"]:
         found = []
@@ -157,7 +214,12 @@ class Explanation:
                     "" if shape is None else "[" + ", ".join(str(s) for s in shape) + "]",
                     format_type(node.meta.get("type"), node.meta.get("dims")),
                     _describe([(i, self.number(i.payload)) for i in items]),
-                    shape is not None or (node.op == "call_function" and "nn_module_stack" in node.meta and node.target is not operator.getitem),
+                    shape is not None
+                    or (
+                        node.op == "call_function"
+                        and "nn_module_stack" in node.meta
+                        and node.target is not operator.getitem
+                    ),
                     node.op == "placeholder",
                     str(node.meta.get("region", "")),
                 )
@@ -173,22 +235,60 @@ class Explanation:
         for t in self.cost.totals():
             payload, wire = self.number(t.payload), self.number(t.wire)
             about = "~" if t.ragged else ""
-            listed.append([t.phase, ",".join(t.axes), t.ranks, t.op, t.count, about + format_formula(t.payload), about + format_bytes(payload), about + format_bytes(wire)])
+            listed.append(
+                [
+                    t.phase,
+                    ",".join(t.axes),
+                    t.ranks,
+                    t.op,
+                    t.count,
+                    about + format_formula(t.payload),
+                    about + format_bytes(payload),
+                    about + format_bytes(wire),
+                ]
+            )
         if not listed:
             return "communication: none"
-        text = tabulated(listed, ["phase", "axes", "ranks", "collective", "count", "operand on this rank", "= bytes", "on the wire"], [8, 4, 5, 22, 5, 40, 10, 10])
-        sums = [f"{t.phase} {','.join(t.axes)} {format_bytes(self.number(t.wire))}" for t in self.cost.totals(by_op=False)]
+        text = tabulated(
+            listed,
+            [
+                "phase",
+                "axes",
+                "ranks",
+                "collective",
+                "count",
+                "operand on this rank",
+                "= bytes",
+                "on the wire",
+            ],
+            [8, 4, 5, 22, 5, 40, 10, 10],
+        )
+        sums = [
+            f"{t.phase} {','.join(t.axes)} {format_bytes(self.number(t.wire))}"
+            for t in self.cost.totals(by_op=False)
+        ]
         text += "\n" + _wrap("on the wire, per rank and step: " + "; ".join(sums))
         for lint in self.cost.redundant():
             amount = format_bytes(self.number(lint.payload) or 0)
-            text += "\n" + _wrap(f"redundant: ~{amount} of a rank's all-to-alls over {','.join(lint.axes)}, since the ranks over {','.join(lint.copies)} send the same rows; removed by drop_duplicate_tokens (dedup=True)")
+            text += "\n" + _wrap(
+                f"redundant: ~{amount} of a rank's all-to-alls over {','.join(lint.axes)}, since the "
+                f"ranks over {','.join(lint.copies)} send the same rows; removed by "
+                "drop_duplicate_tokens (dedup=True)"
+            )
         if any(t.ragged for t in self.cost.totals()):
-            text += "\n~ rows after routing, counted as if every expert were chosen equally often; the run's own number differs with the routing"
+            text += (
+                "\n~ rows after routing, counted as if every expert were chosen equally often; the "
+                "run's own number differs with the routing"
+            )
         return text
 
     def _passes(self) -> str:
         timed = self.options["timings"]
-        listed = [[record.text, record.result.matches, record.result.changes] + ([f"{record.seconds:.2f}"] if timed else []) for record in self.compilation.history]
+        listed = [
+            [record.text, record.result.matches, record.result.changes]
+            + ([f"{record.seconds:.2f}"] if timed else [])
+            for record in self.compilation.history
+        ]
         if timed:
             listed = [[name, "", "", f"{seconds:.2f}"] for name, seconds in self.stages.items()] + listed
             passes = sum(r.seconds for r in self.compilation.history)
@@ -197,7 +297,15 @@ class Explanation:
 
     def _notes(self) -> str:
         notes = self._all_notes()
-        return "" if not notes else "notes\n" + "\n".join(_wrap(f"  {where}: {note}" + (f" (x{n})" if n > 1 else "")) for (where, note), n in notes.items())
+        return (
+            ""
+            if not notes
+            else "notes\n"
+            + "\n".join(
+                _wrap(f"  {where}: {note}" + (f" (x{n})" if n > 1 else ""))
+                for (where, note), n in notes.items()
+            )
+        )
 
     def _all_notes(self) -> dict[tuple[str, str], int]:
         found: dict[tuple[str, str], int] = {}
@@ -208,7 +316,7 @@ class Explanation:
             found[each] = found.get(each, 0) + 1
         return found
 
-    # ---- numbers ---------------------------------------------------------------------------------------------------
+    # ---- numbers -------------------------------------------------------------------------------------------
 
     def _parameters(self) -> dict[str, Any]:
         """How many there are in all, on a rank, and split over what."""
@@ -234,7 +342,15 @@ class Explanation:
             "local": local(nodes),
             "total_bytes": size(nodes, total),
             "local_bytes": size(nodes, local),
-            "groups": [{"axes": list(a), "tensors": len(groups[a]), "total": total(groups[a]), "local": local(groups[a])} for a in order],
+            "groups": [
+                {
+                    "axes": list(a),
+                    "tensors": len(groups[a]),
+                    "total": total(groups[a]),
+                    "local": local(groups[a]),
+                }
+                for a in order
+            ],
             "whole": largest[:8],
         }
 
@@ -244,9 +360,14 @@ class Explanation:
 
         def communication(item):
             return {
-                "collective": item.op, "axes": list(item.axes), "ranks": item.ranks, "phase": item.phase, "formula": str(item.payload),
-                "bytes": self.number(item.payload), "expected": item.ragged,
-            }  # fmt: skip
+                "collective": item.op,
+                "axes": list(item.axes),
+                "ranks": item.ranks,
+                "phase": item.phase,
+                "formula": str(item.payload),
+                "bytes": self.number(item.payload),
+                "expected": item.ragged,
+            }
 
         def node(n, path):
             shape = self.sizes.shape(n)
@@ -258,8 +379,12 @@ class Explanation:
                 "module": _path(n),
                 "inputs": [i.name for i in n.all_input_nodes],
                 "shape": None if shape is None else [s if isinstance(s, int) else str(s) for s in shape],
-                "dtype": str(n.meta["val"].dtype).removeprefix("torch.") if isinstance(n.meta.get("val"), torch.Tensor) else None,
-                "type": None if n.meta.get("type") is None else {a: _placement(n, p) for a, p in n.meta["type"].items()},
+                "dtype": str(n.meta["val"].dtype).removeprefix("torch.")
+                if isinstance(n.meta.get("val"), torch.Tensor)
+                else None,
+                "type": None
+                if n.meta.get("type") is None
+                else {a: _placement(n, p) for a, p in n.meta["type"].items()},
                 "region": n.meta.get("region"),
                 "communication": [communication(i) for i in self.cost.by_node.get(n.name, ())],
             }
@@ -277,25 +402,61 @@ class Explanation:
             "sizes": dict(self.values),
             "parameters": self._parameters(),
             "layers": [
-                {"path": s.path, "count": len(s.members), "members": s.members, "nodes": [node(n, s.path) for n in [*s.parameters, *s.nodes]]}
-                for s in self.segments if s.like is None
+                {
+                    "path": s.path,
+                    "count": len(s.members),
+                    "members": s.members,
+                    "nodes": [node(n, s.path) for n in [*s.parameters, *s.nodes]],
+                }
+                for s in self.segments
+                if s.like is None
             ],
             "totals": [
                 {
-                    "phase": t.phase, "collective": t.op, "axes": list(t.axes), "ranks": t.ranks, "count": t.count, "formula": str(t.payload),
-                    "bytes": self.number(t.payload), "wire_formula": str(t.wire), "wire_bytes": self.number(t.wire), "expected": t.ragged,
+                    "phase": t.phase,
+                    "collective": t.op,
+                    "axes": list(t.axes),
+                    "ranks": t.ranks,
+                    "count": t.count,
+                    "formula": str(t.payload),
+                    "bytes": self.number(t.payload),
+                    "wire_formula": str(t.wire),
+                    "wire_bytes": self.number(t.wire),
+                    "expected": t.ragged,
                 }
                 for t in self.cost.totals()
             ],
-            "accumulation": {"micro_batches": self.micro_batches, "schedules": [asdict(s) for s in self.schedules]} if self.schedules else None,
-            "redundant": [{"axes": list(r.axes), "copies": list(r.copies), "formula": str(r.payload), "bytes": self.number(r.payload)} for r in self.cost.redundant()],
+            "accumulation": {
+                "micro_batches": self.micro_batches,
+                "schedules": [asdict(s) for s in self.schedules],
+            }
+            if self.schedules
+            else None,
+            "redundant": [
+                {
+                    "axes": list(r.axes),
+                    "copies": list(r.copies),
+                    "formula": str(r.payload),
+                    "bytes": self.number(r.payload),
+                }
+                for r in self.cost.redundant()
+            ],
             "passes": [
-                {"name": r.name, "text": r.text, "matches": r.result.matches, "changes": r.result.changes, "notes": list(r.result.notes), "seconds": r.seconds}
+                {
+                    "name": r.name,
+                    "text": r.text,
+                    "matches": r.result.matches,
+                    "changes": r.result.changes,
+                    "notes": list(r.result.notes),
+                    "seconds": r.seconds,
+                }
                 for r in c.history
             ],
             "stages": dict(self.stages),
-            "notes": [{"from": where, "note": note, "count": n} for (where, note), n in self._all_notes().items()],
-        }  # fmt: skip
+            "notes": [
+                {"from": where, "note": note, "count": n} for (where, note), n in self._all_notes().items()
+            ],
+        }
 
     def dumps(self, **options) -> str:
         return json.dumps(self.to_json(), **{"indent": 1, **options})
@@ -316,15 +477,20 @@ class Row:
     @property
     def label(self) -> str:
         """The name, and the op where the name does not say it."""
-        return self.name if self.op in ("", self.name) or self.name.startswith(self.op + "_") else f"{self.name} ({self.op})"
+        return (
+            self.name
+            if self.op in ("", self.name) or self.name.startswith(self.op + "_")
+            else f"{self.name} ({self.op})"
+        )
 
 
-# ---- layers ------------------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Segment:
-    """A run of nodes below one indexed module path, or between such runs (path ""). `like`: the earlier segment that is the same."""
+    """A run of nodes below one indexed module path, or between such runs (path ""). `like`: the earlier
+    segment that is the same."""
 
     path: str
     nodes: list[fx.Node]
@@ -358,10 +524,19 @@ def segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[S
     shared = {node for node, users in runs.items() if len(users) > 1}
     owned: set[fx.Node] = set()
     known: dict[Any, Segment] = {}
-    names = set(compilation.parameters) | set(compilation.buffers) | set(getattr(compilation, "trace", compilation).stacked)
+    names = (
+        set(compilation.parameters)
+        | set(compilation.buffers)
+        | set(getattr(compilation, "trace", compilation).stacked)
+    )
     for segment in segments:
         if segment.path:
-            used = dict.fromkeys(i for n in segment.nodes for i in n.all_input_nodes if i.op == "placeholder" and i.name in names)
+            used = dict.fromkeys(
+                i
+                for n in segment.nodes
+                for i in n.all_input_nodes
+                if i.op == "placeholder" and i.name in names
+            )
             segment.parameters = [p for p in used if p not in shared]
             owned.update(segment.parameters)
         segment.members = [segment.path]
@@ -375,13 +550,20 @@ def segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[S
 
 
 def _fingerprint(segment: Segment, sizes: LocalSizes | None, shared: set[fx.Node]) -> tuple:
-    """Equal for segments that differ in nothing but the index of their path. A value from outside that several segments use (a mask) is
-    itself; of others (what the layer before made) shape and type count."""
+    """Equal for segments that differ in nothing but the index of their path. A value from outside that
+    several segments use (a mask) is itself; of others (what the layer before made) shape and type count."""
     number = {node: i for i, node in enumerate([*segment.parameters, *segment.nodes])}
 
     def reference(arg):
         if isinstance(arg, fx.Node):
-            return number[arg] if arg in number else ("outside", arg.name if arg in shared and not _layer_of(_path(arg)) else _shape_and_type(arg, sizes))
+            return (
+                number[arg]
+                if arg in number
+                else (
+                    "outside",
+                    arg.name if arg in shared and not _layer_of(_path(arg)) else _shape_and_type(arg, sizes),
+                )
+            )
         if isinstance(arg, (list, tuple)):
             return tuple(reference(a) for a in arg)
         return repr(arg) if isinstance(arg, (slice, float)) else arg
@@ -390,7 +572,15 @@ def _fingerprint(segment: Segment, sizes: LocalSizes | None, shared: set[fx.Node
         _star(segment.path),
         *(_shape_and_type(p, sizes) for p in segment.parameters),
         *(
-            (n.target, _path(n)[len(segment.path) :] if _path(n).startswith(segment.path) else "", line_of(n), "region" in n.meta, _shape_and_type(n, sizes), reference(n.args), tuple((k, reference(v)) for k, v in n.kwargs.items()))
+            (
+                n.target,
+                _path(n)[len(segment.path) :] if _path(n).startswith(segment.path) else "",
+                line_of(n),
+                "region" in n.meta,
+                _shape_and_type(n, sizes),
+                reference(n.args),
+                tuple((k, reference(v)) for k, v in n.kwargs.items()),
+            )
             for n in segment.nodes
         ),
     )
@@ -400,10 +590,13 @@ def _shape_and_type(node: fx.Node, sizes: LocalSizes | None) -> tuple:
     if sizes is None:
         value = node.meta.get("val")
         return tuple(str(s) for s in value.shape) if isinstance(value, torch.Tensor) else ()
-    return (tuple(node.meta.get("local_shape") or ()), format_type(node.meta.get("type"), node.meta.get("dims")))
+    return (
+        tuple(node.meta.get("local_shape") or ()),
+        format_type(node.meta.get("type"), node.meta.get("dims")),
+    )
 
 
-# ---- a ParallelModule --------------------------------------------------------------------------------------------------------
+# ---- a ParallelModule --------------------------------------------------------------------------------------
 
 
 def _of_module(pm, options) -> "Explanation | Plain":
@@ -442,7 +635,10 @@ class Plain:
                 "tensors": len(self.pm.layouts),
                 "total": total(self.pm.layouts),
                 "local": sum(local(axes, layouts) for axes, layouts in groups.items()),
-                "groups": [{"axes": list(a), "tensors": len(g), "total": total(g), "local": local(a, g)} for a, g in groups.items()],
+                "groups": [
+                    {"axes": list(a), "tensors": len(g), "total": total(g), "local": local(a, g)}
+                    for a, g in groups.items()
+                ],
             },
         }
 
@@ -451,16 +647,30 @@ class Plain:
         mesh = ",".join(f"{a}={n}" for a, n in data["mesh"].items())
         lines = [f"ParallelModule on mesh {mesh} ({data['world']} ranks)"]
         if data["roles"]:
-            lines.append("roles       " + "  ".join(f"{r}={','.join(a)}" for r, a in data["roles"].items() if a))
+            lines.append(
+                "roles       " + "  ".join(f"{r}={','.join(a)}" for r, a in data["roles"].items() if a)
+            )
         p = data["parameters"]
-        lines.append(f"parameters  {_count(p['total'])} in {p['tensors']} tensors; on a rank {_count(p['local'])}" + (f" ({p['local'] / p['total']:.1%})" if p["total"] else ""))
+        lines.append(
+            f"parameters  {_count(p['total'])} in {p['tensors']} tensors; on a rank {_count(p['local'])}"
+            + (f" ({p['local'] / p['total']:.1%})" if p["total"] else "")
+        )
         for group in p["groups"]:
             where = f"split over {', '.join(group['axes'])}" if group["axes"] else "whole"
-            lines.append(f"  {where:<22} {group['tensors']:>4} tensors, {_count(group['total'])}, {_count(group['local'])} on a rank")
+            lines.append(
+                f"  {where:<22} {group['tensors']:>4} tensors, {_count(group['total'])}, "
+                f"{_count(group['local'])} on a rank"
+            )
         if self.program is None:
-            lines.append("not compiled yet: call the module once, then print(pm) shows the graph of this rank and what it communicates")
+            lines.append(
+                "not compiled yet: call the module once, then print(pm) shows the graph of this rank "
+                "and what it communicates"
+            )
         else:
-            lines.append(f"signature   {self.signature}; {len(self.program.graph_module.graph.nodes)} nodes, compiled without a record to explain")
+            lines.append(
+                f"signature   {self.signature}; {len(self.program.graph_module.graph.nodes)} nodes, "
+                "compiled without a record to explain"
+            )
         return "\n".join(_wrap(line) for line in lines)
 
     __repr__ = __str__
@@ -469,7 +679,7 @@ class Plain:
         return json.dumps(self.to_json(), **{"indent": 1, **options})
 
 
-# ---- words -------------------------------------------------------------------------------------------------------------------
+# ---- words -------------------------------------------------------------------------------------------------
 
 _ROLES = ("batch", "tensor", "expert", "expert_tensor", "context", "stage")
 
@@ -484,8 +694,13 @@ def _signature(compilation) -> str:
     words = []
     for name, path in trace.inputs.items():
         dtype = str(nodes[name].meta["val"].dtype).removeprefix("torch.") if name in nodes else "?"
-        words.append(f"{path[0]}{''.join(f'[{p!r}]' for p in path[1:])}: {dtype}[{nodes[name].meta['val'].dim() if name in nodes else '?'}]")
-    words += [f"{'.'.join(map(str, path))}={value!r}" for path, value in trace.values.items() if value is not None]
+        words.append(
+            f"{path[0]}{''.join(f'[{p!r}]' for p in path[1:])}: "
+            f"{dtype}[{nodes[name].meta['val'].dim() if name in nodes else '?'}]"
+        )
+    words += [
+        f"{'.'.join(map(str, path))}={value!r}" for path, value in trace.values.items() if value is not None
+    ]
     return f"forward({', '.join(words)}) {'train' if trace.training else 'eval'}"
 
 
@@ -566,7 +781,9 @@ def _banner(segment: Segment) -> str:
             runs[-1][1] = i
         else:
             runs.append([i, i])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:6]) + (", .." if len(runs) > 6 else "")
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:6]) + (
+        ", .." if len(runs) > 6 else ""
+    )
     return f"-- {segment.path}  x{n}: layers {text}"
 
 
@@ -576,12 +793,14 @@ def _wrap(line: str) -> str:
     import textwrap
 
     indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False))
+    return "\n".join(
+        textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)
+    )
 
 
 def tabulated(rows, headers, least) -> str:
-    """Rows of equal length, or of one cell (a banner across the table). No line is wider than WIDTH: columns give way, from
-    the first to the last and each down to its `least` width."""
+    """Rows of equal length, or of one cell (a banner across the table). No line is wider than WIDTH: columns
+    give way, from the first to the last and each down to its `least` width."""
     full = [[str(c) for c in r] for r in rows if len(r) > 1]
     if not full:
         return "\n".join(str(r[0]) for r in rows)
@@ -591,6 +810,11 @@ def tabulated(rows, headers, least) -> str:
         give = max(0, min(over, need[i] - max(width, len(headers[i]))))
         need[i], over = need[i] - give, over - give
     cut = lambda text, width: text if len(text) <= width else text[: width - 2] + ".."
-    table = tabulate([[cut(c, w) for c, w in zip(r, need)] for r in full], headers=headers, tablefmt="plain", disable_numparse=True).splitlines()
+    table = tabulate(
+        [[cut(c, w) for c, w in zip(r, need)] for r in full],
+        headers=headers,
+        tablefmt="plain",
+        disable_numparse=True,
+    ).splitlines()
     body = iter(table[1:])
     return "\n".join([table[0].rstrip(), *(next(body).rstrip() if len(r) > 1 else str(r[0]) for r in rows)])

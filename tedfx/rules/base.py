@@ -1,7 +1,7 @@
 """What a rule says of a node, the registry of rules, and the annotator that rules talk to.
 
-A rule relates the factors of a node's operands and outputs. It returns a `Relation`; sharding, types and the type check all follow from it:
-``tedfx/decisions/decide.py`` reads nothing else. A factor of an operand is
+A rule relates the factors of a node's operands and outputs. It returns a `Relation`; sharding, types and the
+type check all follow from it: ``tedfx/decisions/decide.py`` reads nothing else. A factor of an operand is
 
 - in the output: a shard passes through;
 - ``contracted``: the op sums over it, so a shard makes the output a partial sum;
@@ -20,10 +20,24 @@ import torch
 from torch import fx
 
 from tedfx import ops
-from tedfx.placement.factors import Factor, as_size, dim_size, divides, is_data, leaves, quotient, settle, unify
+from tedfx.placement.factors import (
+    Factor,
+    as_size,
+    dim_size,
+    divides,
+    is_data,
+    leaves,
+    quotient,
+    settle,
+    unify,
+)
 
 _BATCHED = frozenset(ops.BATCHED.values())
-_LINEAR = ("aten", "prims", "tedfx")  # operators whose backward is the adjoint of a derivative; that of a user's own may be anything
+_LINEAR = (
+    "aten",
+    "prims",
+    "tedfx",
+)  # operators whose backward is the adjoint of a derivative; that of a user's own may be anything
 
 
 def regroup_barrier(x):
@@ -43,8 +57,12 @@ class Relation:
     linear: tuple = ()  # groups of positions in which the op is jointly linear
     several: bool = False  # several outputs
     kind: str = ""  # name of a special typing rule, else the general one
-    complete: bool = False  # its gradient is not linear in the cotangents, so it needs those of all ranks: no result of replicated operands may be R
-    constant: frozenset = frozenset()  # positions whose gradient depends on no value: the same on every rank, so they are never R
+    # its gradient is not linear in the cotangents, so it needs those of all ranks: no result of replicated
+    # operands may be R
+    complete: bool = False
+    constant: frozenset = (
+        frozenset()
+    )  # positions whose gradient depends on no value: the same on every rank, so they are never R
     unread: frozenset = frozenset()  # those of them whose value is read nowhere: P is as good as I
 
 
@@ -73,7 +91,8 @@ def is_tensor(node) -> bool:
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """Tensor operands in argument order, with repetitions (lists flattened). Of an item of a batched op, the one value that it is made of."""
+    """Tensor operands in argument order, with repetitions (lists flattened). Of an item of a batched op, the
+    one value that it is made of."""
     if node.target is operator.getitem and node.args[0].target in _BATCHED:
         values, index = node.args[0].args[0], node.args[1]
         return [values[index]]
@@ -112,7 +131,7 @@ class Annotator:
         self.barriers = 0
         self.notes: list[str] = []
 
-    # dims and sizes -------------------------------------------------------------------------------------------------------
+    # dims and sizes -----------------------------------------------------------------------------------------
     def dims(self, node: fx.Node) -> list[tuple[Factor, ...]]:
         node = self._replaced.get(node, node)
         return [leaves(dim) for dim in node.meta["dims"]]
@@ -123,7 +142,8 @@ class Annotator:
         self.given.setdefault(size, factor)
 
     def dim_of(self, size, name: str = "") -> tuple[Factor, ...]:
-        """The dim of a created size: a fresh factor for a number, the canonical factors for symbols (products of input sizes in input order)."""
+        """The dim of a created size: a fresh factor for a number, the canonical factors for symbols (products
+        of input sizes in input order)."""
         size = as_size(size)
         if isinstance(size, int):
             return () if size == 1 else (Factor(size, name),)
@@ -144,20 +164,21 @@ class Annotator:
         size = dim_size(leaves(dim))
         return () if size == 1 else (Factor(size, name),)
 
-    # relations ------------------------------------------------------------------------------------------------------------
+    # relations ----------------------------------------------------------------------------------------------
     def may_refine(self, factor: Factor, sizes: list) -> bool:
-        """A factor divisible by the tensor degree is not refined into parts none of which is (4 heads over 4 ranks stay 4 heads where the
-        2 kv heads x 2 are repeated: the kv side then is whole and sliced)."""
+        """A factor divisible by the tensor degree is not refined into parts none of which is (4 heads over 4
+        ranks stay 4 heads where the 2 kv heads x 2 are repeated: the kv side then is whole and sliced)."""
         t = self.tensor_degree
         if t == 1 or not isinstance(factor.size, int) or factor.size % t:
             return True
         return any(isinstance(s, int) and s % t == 0 for s in sizes)
 
     def match(self, *places: tuple[fx.Node, int]) -> tuple[Factor, ...]:
-        """State that these dims of operands are one dim (size-1 dims broadcast and are left out); its factors.
+        """State that these dims of operands are one dim (size-1 dims broadcast and are left out); its
+        factors.
 
-        Where two factorisations do not agree, a barrier is put before the later operand, which then is whole on that dim; before all of them, where it has parts that
-        no single factor refines into.
+        Where two factorisations do not agree, a barrier is put before the later operand, which then is whole
+        on that dim; before all of them, where it has parts that no single factor refines into.
         """
         wide = [(n, d) for n, d in places if self.dims(n)[d] != ()]
         if not wide:
@@ -173,9 +194,14 @@ class Annotator:
         return dim(first)
 
     def whole(self, places: list[tuple[fx.Node, int]]) -> tuple[Factor, ...]:
-        """These dims as one new factor, each behind a barrier. Their sizes may be written in different ways (`min(256, s)` for s, a total of counts): that they are equal
-        the op itself asks for, here and on a single device; the plainest one stays."""
-        plain = lambda size: (isinstance(size, sympy.Expr) and any(is_data(s) for s in size.free_symbols), sympy.sympify(size).count_ops(), str(size))
+        """These dims as one new factor, each behind a barrier. Their sizes may be written in different ways
+        (`min(256, s)` for s, a total of counts): that they are equal the op itself asks for, here and on a
+        single device; the plainest one stays."""
+        plain = lambda size: (
+            isinstance(size, sympy.Expr) and any(is_data(s) for s in size.free_symbols),
+            sympy.sympify(size).count_ops(),
+            str(size),
+        )
         size = min((dim_size(self.dims(n)[d]) for n, d in places), key=plain)
         joint = Factor(size)
         for n, d in places:
@@ -188,9 +214,17 @@ class Annotator:
         old = [leaves(d) for d in current.meta["dims"]]
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(regroup_barrier, (current,))
-        new.meta.update({k: v for k, v in current.meta.items() if k in ("val", "stack_trace", "nn_module_stack", "differentiable")})
+        new.meta.update(
+            {
+                k: v
+                for k, v in current.meta.items()
+                if k in ("val", "stack_trace", "nn_module_stack", "differentiable")
+            }
+        )
         new.meta["dims"] = [(fresh or self.fresh(d)) if i == dim else d for i, d in enumerate(old)]
-        new.meta["relation"] = Relation(out=new.meta["dims"], whole={0: old[dim]}, linear=(frozenset({0}),), created=new.meta["dims"][dim])
+        new.meta["relation"] = Relation(
+            out=new.meta["dims"], whole={0: old[dim]}, linear=(frozenset({0}),), created=new.meta["dims"][dim]
+        )
         self._replaced[operand] = new
         self.barriers += 1
         return new
@@ -220,5 +254,12 @@ def whole_everywhere(node: fx.Node, ctx: Annotator, note: bool = True) -> Relati
     fresh = lambda t: [() if as_size(s) == 1 else (Factor(as_size(s)),) for s in t.shape]
     complete = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _LINEAR
     if isinstance(value, (tuple, list)):
-        return Relation(out=[fresh(v) if isinstance(v, torch.Tensor) else [] for v in value], whole=whole, several=True, complete=complete)
-    return Relation(out=fresh(value), whole=whole, created=tuple(f for d in fresh(value) for f in d), complete=complete)
+        return Relation(
+            out=[fresh(v) if isinstance(v, torch.Tensor) else [] for v in value],
+            whole=whole,
+            several=True,
+            complete=complete,
+        )
+    return Relation(
+        out=fresh(value), whole=whole, created=tuple(f for d in fresh(value) for f in d), complete=complete
+    )

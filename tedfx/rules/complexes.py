@@ -1,7 +1,9 @@
-"""Complex values: their parts, their views as real ones, and Fourier transforms. What is elementwise is in `pointwise.py`, products and sums are those of real values.
+"""Complex values: their parts, their views as real ones, and Fourier transforms. What is elementwise is in
+`pointwise.py`, products and sums are those of real values.
 
-A partial sum passes what is additive, which is less than linear over complex numbers: parts and conjugation pass one. A cotangent of a complex value is that of its two
-parts (torch's convention), so types of cotangents, and the adjoint of every conversion, are those of real values.
+A partial sum passes what is additive, which is less than linear over complex numbers: parts and conjugation
+pass one. A cotangent of a complex value is that of its two parts (torch's convention), so types of
+cotangents, and the adjoint of every conversion, are those of real values.
 """
 
 from __future__ import annotations
@@ -14,7 +16,17 @@ from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, r
 ONE = (frozenset({0}),)
 
 
-@rule("aten.real", "aten.imag", "aten.conj", "aten._conj", "aten.conj_physical", "aten._conj_physical", "aten.resolve_conj", "aten.resolve_neg", "aten._neg_view")
+@rule(
+    "aten.real",
+    "aten.imag",
+    "aten.conj",
+    "aten._conj",
+    "aten.conj_physical",
+    "aten._conj_physical",
+    "aten.resolve_conj",
+    "aten.resolve_neg",
+    "aten._neg_view",
+)
 def part(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=ctx.dims(operands(node)[0]), linear=ONE)
 
@@ -38,12 +50,27 @@ def from_parts(node: fx.Node, ctx: Annotator) -> Relation:
     """Two real values; `complex` is additive in both together, `polar` in the length."""
     from tedfx.rules.pointwise import broadcast
 
-    return Relation(out=broadcast(node, ctx), linear=(frozenset({0, 1}),) if op_name(node) == "aten.complex" else ONE)
+    return Relation(
+        out=broadcast(node, ctx), linear=(frozenset({0, 1}),) if op_name(node) == "aten.complex" else ONE
+    )
 
 
 _ONE_DIM = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
 _SHIFTS = ("fftshift", "ifftshift")
-_SEVERAL = ("fft2", "ifft2", "rfft2", "irfft2", "hfft2", "ihfft2", "fftn", "ifftn", "rfftn", "irfftn", "hfftn", "ihfftn")
+_SEVERAL = (
+    "fft2",
+    "ifft2",
+    "rfft2",
+    "irfft2",
+    "hfft2",
+    "ihfft2",
+    "fftn",
+    "ifftn",
+    "rfftn",
+    "irfftn",
+    "hfftn",
+    "ihfftn",
+)
 
 
 @rule(*(f"aten.fft_{name}" for name in (*_ONE_DIM, *_SHIFTS, *_SEVERAL)))
@@ -54,11 +81,18 @@ def fourier(node: fx.Node, ctx: Annotator) -> Relation:
     if name in _SHIFTS:
         listed = argument(node, 1, "dim")
     else:
-        listed = argument(node, 2, "dim", -1 if name in _ONE_DIM else [-2, -1] if name.endswith("2") else None)
+        listed = argument(
+            node, 2, "dim", -1 if name in _ONE_DIM else [-2, -1] if name.endswith("2") else None
+        )
     if listed is None:
         given = None if name in _SHIFTS else argument(node, 1, "s")
         listed = range(-len(given) if given is not None else -len(dims), 0)
     touched = {d % len(dims) for d in ([listed] if isinstance(listed, int) else listed)}
     created = {d: () if shape[d] == 1 else (Factor(shape[d]),) for d in touched}
     out = [created.get(d, dim) for d, dim in enumerate(dims)]
-    return Relation(out=out, whole={0: tuple(f for d in touched for f in dims[d])}, linear=ONE, created=tuple(f for d in touched for f in created[d]))
+    return Relation(
+        out=out,
+        whole={0: tuple(f for d in touched for f in dims[d])},
+        linear=ONE,
+        created=tuple(f for d in touched for f in created[d]),
+    )

@@ -21,7 +21,9 @@ def linear(node: fx.Node, ctx: Annotator) -> Relation:
     contracted = ctx.match((x, rank - 1), (w, 1))
     if bias is not None:
         ctx.match((w, 0), (bias, 0))
-    return Relation(out=ctx.dims(x)[:-1] + [ctx.dims(w)[0]], contracted=contracted, linear=EACH if bias is None else ())
+    return Relation(
+        out=ctx.dims(x)[:-1] + [ctx.dims(w)[0]], contracted=contracted, linear=EACH if bias is None else ()
+    )
 
 
 @rule("aten.matmul", "aten.bmm", "aten.mm")
@@ -50,7 +52,9 @@ def einsum(node: fx.Node, ctx: Annotator) -> Relation:
         return whole_everywhere(node, ctx)
     dims = {}
     for letter in dict.fromkeys("".join(terms)):
-        dims[letter] = ctx.match(*[(t, term.index(letter)) for t, term in zip(tensors, terms) if letter in term])
+        dims[letter] = ctx.match(
+            *[(t, term.index(letter)) for t, term in zip(tensors, terms) if letter in term]
+        )
     contracted = tuple(f for letter, dim in dims.items() if letter not in right for f in dim)
     groups = tuple(frozenset({i}) for i in range(len(tensors)))
     return Relation(out=[dims[letter] for letter in right], contracted=contracted, linear=groups)
@@ -76,8 +80,22 @@ def reduce_linear(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=out, contracted=tuple(f for d in gone for f in dims[d]), linear=ONE)
 
 
-@rule("aten.amax", "aten.amin", "aten.prod", "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp", "aten.var", "aten.std",
-      "aten.linalg_vector_norm", "aten.norm", "aten.count_nonzero", "aten.var_mean")
+@rule(
+    "aten.amax",
+    "aten.amin",
+    "aten.prod",
+    "aten.any",
+    "aten.all",
+    "aten.argmax",
+    "aten.argmin",
+    "aten.logsumexp",
+    "aten.var",
+    "aten.std",
+    "aten.linalg_vector_norm",
+    "aten.norm",
+    "aten.count_nonzero",
+    "aten.var_mean",
+)
 def reduce_whole(node: fx.Node, ctx: Annotator) -> Relation:
     """Reductions that are not sums need their dims whole (partial maxima are a later rewrite)."""
     dims, name = ctx.dims(operands(node)[0]), op_name(node)
@@ -88,7 +106,11 @@ def reduce_whole(node: fx.Node, ctx: Annotator) -> Relation:
         listed = argument(node, 2 if name.endswith("norm") else 1, "dim")
         if isinstance(listed, bool):  # var(x, unbiased)
             listed = None
-        gone = list(range(len(dims))) if listed in (None, []) else [d % len(dims) for d in ([listed] if isinstance(listed, int) else listed)]
+        gone = (
+            list(range(len(dims)))
+            if listed in (None, [])
+            else [d % len(dims) for d in ([listed] if isinstance(listed, int) else listed)]
+        )
         keep = len(shape) == len(dims) and bool(shape)
     else:
         several, gone, keep = False, _reduced(node, len(dims)) if dims else [], _keep(node)
@@ -112,7 +134,9 @@ def max_dim(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=[out, out] if several else out, whole=whole, several=several)
 
 
-@rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten.cumprod", "aten.argsort", "aten.logcumsumexp")
+@rule(
+    "aten.softmax", "aten.log_softmax", "aten._softmax", "aten.cumprod", "aten.argsort", "aten.logcumsumexp"
+)
 def along_dim(node: fx.Node, ctx: Annotator) -> Relation:
     dims = ctx.dims(operands(node)[0])
     if not dims:
@@ -123,13 +147,15 @@ def along_dim(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.cumsum")
 def cumsum(node: fx.Node, ctx: Annotator) -> Relation:
-    """Passes the factors of its dim too: a shard adds the totals of the ranks before it (`tedfx/ops/prefix.py`). One of them at a time, hence the kind."""
+    """Passes the factors of its dim too: a shard adds the totals of the ranks before it
+    (`tedfx/ops/prefix.py`). One of them at a time, hence the kind."""
     return Relation(out=ctx.dims(operands(node)[0]), linear=ONE, kind="running")
 
 
 @rule("group_cumsum", "group_total")
 def in_groups(node: fx.Node, ctx: Annotator) -> Relation:
-    """A running sum, or a total spread out again, in groups of tokens: the batch shards are whole groups (`passes/local_capacity.py`)."""
+    """A running sum, or a total spread out again, in groups of tokens: the batch shards are whole groups
+    (`passes/local_capacity.py`)."""
     return Relation(out=ctx.dims(operands(node)[0]), linear=ONE, kind="running")
 
 
@@ -153,13 +179,18 @@ def histogram(node: fx.Node, ctx: Annotator) -> Relation:
     bins = ctx.dim_of(node.meta["val"].shape[0], "bins")
     low, high = argument(node, 2, "min", 0), argument(node, 3, "max", 0)
     fixed = low != high
-    return Relation(out=[bins], contracted=everything if fixed else (), whole={} if fixed else {0: everything}, created=bins)
+    return Relation(
+        out=[bins],
+        contracted=everything if fixed else (),
+        whole={} if fixed else {0: everything},
+        created=bins,
+    )
 
 
 @rule("aten.bincount")
 def bincount(node: fx.Node, ctx: Annotator) -> Relation:
-    """Counts of at least ``minlength`` bins; where all values lie below it (one count per expert), counts of shards add up. The op itself fails to add where they
-    do not."""
+    """Counts of at least ``minlength`` bins; where all values lie below it (one count per expert), counts of
+    shards add up. The op itself fails to add where they do not."""
     minlength = argument(node, 2, "minlength", 0)
     if not minlength or len(operands(node)) > 1:
         return whole_everywhere(node, ctx)
@@ -179,7 +210,8 @@ def topk(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.embedding")
 def embedding(node: fx.Node, ctx: Annotator) -> Relation:
-    """``(V, h), (..) -> (.., h)``: contracts the vocabulary; a vocabulary shard looks its own rows up and gives a partial sum."""
+    """``(V, h), (..) -> (.., h)``: contracts the vocabulary; a vocabulary shard looks its own rows up and
+    gives a partial sum."""
     weight, ids = node.args[:2]
     if argument(node, 3, "scale_grad_by_freq", False):  # frequencies of the whole batch
         return whole_everywhere(node, ctx)
@@ -189,7 +221,8 @@ def embedding(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.cross_entropy_loss")
 def cross_entropy(node: fx.Node, ctx: Annotator) -> Relation:
-    """Rows form only (``reduction='none'``; ``passes/split_losses.py`` makes it so): ``(n, V), (n) -> (n)``."""
+    """Rows form only (``reduction='none'``; ``passes/split_losses.py`` makes it so): ``(n, V), (n) ->
+    (n)``."""
     logits, labels = node.args[:2]
     if argument(node, 3, "reduction", 1) != 0 or len(ctx.dims(logits)) != 2 or len(ctx.dims(labels)) != 1:
         return whole_everywhere(node, ctx)
@@ -206,14 +239,24 @@ def cross_entropy(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.scaled_dot_product_attention")
 def attention(node: fx.Node, ctx: Annotator) -> Relation:
-    """``(.., s, d), (.., r, d), (.., r, e) -> (.., s, e)``: batch and heads pass; sequences and the head dim are whole."""
+    """``(.., s, d), (.., r, d), (.., r, e) -> (.., s, e)``: batch and heads pass; sequences and the head dim
+    are whole."""
     q, k, v = node.args[:3]
     mask = argument(node, 3, "attn_mask")
     if argument(node, 7, "enable_gqa", False) and dim_size(ctx.dims(q)[-3]) != dim_size(ctx.dims(k)[-3]):
         raise TraceError(f"{node}: enable_gqa is expanded before typing (passes/expand_attention.py)")
     rank = len(ctx.dims(q))
     for d in range(rank - 2):
-        ctx.match((q, d), (k, d), (v, d), *([(mask, d - rank + len(ctx.dims(mask)))] if mask is not None and d - rank + len(ctx.dims(mask)) >= 0 else []))
+        ctx.match(
+            (q, d),
+            (k, d),
+            (v, d),
+            *(
+                [(mask, d - rank + len(ctx.dims(mask)))]
+                if mask is not None and d - rank + len(ctx.dims(mask)) >= 0
+                else []
+            ),
+        )
     ctx.match((k, rank - 2), (v, rank - 2))
     ctx.match((q, rank - 1), (k, rank - 1))
     qd, kd, vd = ctx.dims(q), ctx.dims(k), ctx.dims(v)

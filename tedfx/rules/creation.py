@@ -1,4 +1,5 @@
-"""Ops that make a value from sizes. A created dim takes the shard that the plan gives its factor; `arange` keeps global numbers."""
+"""Ops that make a value from sizes. A created dim takes the shard that the plan gives its factor; `arange`
+keeps global numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +8,29 @@ from torch import fx
 from tedfx.rules.base import Annotator, Relation, operands, rule
 
 
-@rule("aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.arange", "aten.scalar_tensor", "aten.new_zeros", "aten.new_ones", "aten.new_full",
-      "aten.new_empty", "aten.eye", "aten.linspace", "aten.lift_fresh_copy")
+@rule(
+    "aten.zeros",
+    "aten.ones",
+    "aten.full",
+    "aten.empty",
+    "aten.arange",
+    "aten.scalar_tensor",
+    "aten.new_zeros",
+    "aten.new_ones",
+    "aten.new_full",
+    "aten.new_empty",
+    "aten.eye",
+    "aten.linspace",
+    "aten.lift_fresh_copy",
+)
 def create(node: fx.Node, ctx: Annotator) -> Relation:
-    """From sizes alone; an operand (``new_*``) gives only dtype and device. Ranges and identities are created whole unless their size is an input dim."""
+    """From sizes alone; an operand (``new_*``) gives only dtype and device. Ranges and identities are created
+    whole unless their size is an input dim."""
     out = [ctx.dim_of(s) for s in node.meta["val"].shape]
-    if node.target._schema.name in ("aten::eye", "aten::linspace"):  # their numbers depend on the whole size: created whole
+    if node.target._schema.name in (
+        "aten::eye",
+        "aten::linspace",
+    ):  # their numbers depend on the whole size: created whole
         out = [ctx.fresh(d) for d in out]
         return Relation(out=out, created=tuple(f for d in out for f in d))
     if node.target._schema.name == "aten::lift_fresh_copy":
@@ -20,6 +38,13 @@ def create(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=out, created=tuple(f for d in out for f in d), kind="create")
 
 
-@rule("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like")
+@rule(
+    "aten.zeros_like",
+    "aten.ones_like",
+    "aten.full_like",
+    "aten.empty_like",
+    "aten.rand_like",
+    "aten.randn_like",
+)
 def like(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=ctx.dims(operands(node)[0]), kind="like")

@@ -1,14 +1,15 @@
 """The canonical MoE ops. ``rows`` is a ragged factor; ``experts`` ties the counts to the stacked weights.
 
-Their types have rules of their own (`tedfx/decisions/decide.py`): rows that vary on an expert axis meet weights that are split over it.
+Their types have rules of their own (`tedfx/decisions/decide.py`): rows that vary on an expert axis meet
+weights that are split over it.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
-from tedfx.placement.factors import Factor, as_size
 from tedfx.errors import TraceError, user_line
+from tedfx.placement.factors import Factor, as_size
 from tedfx.rules.base import Annotator, Relation, argument, operands
 from tedfx.rules.base import rule as any_rule
 
@@ -22,7 +23,8 @@ def rule(name: str):
         def checked(node: fx.Node, ctx: Annotator) -> Relation:
             if any(n.meta["val"].is_complex() for n in operands(node)):
                 raise TraceError(
-                    f"complex values in experts or their weights have no parallel form | at {user_line(node)} | give experts real values, torch.view_as_real(..).flatten(-2)"
+                    "complex values in experts or their weights have no parallel form | at "
+                    f"{user_line(node)} | give experts real values, torch.view_as_real(..).flatten(-2)"
                 )
             return fn(node, ctx)
 
@@ -40,7 +42,14 @@ def dispatch(node: fx.Node, ctx: Annotator) -> Relation:
     experts = Factor(int(node.args[2]), "experts")
     hidden = ctx.dims(x)[1]
     out = [[(rows,), hidden], [(experts,)], [(rows,)]]
-    return Relation(out=out, whole={1: ctx.dims(ids)[1]}, linear=ONE, created=(rows, experts), several=True, kind="dispatch")
+    return Relation(
+        out=out,
+        whole={1: ctx.dims(ids)[1]},
+        linear=ONE,
+        created=(rows, experts),
+        several=True,
+        kind="dispatch",
+    )
 
 
 @rule("tedfx.grouped_linear")
@@ -51,7 +60,12 @@ def grouped_linear(node: fx.Node, ctx: Annotator) -> Relation:
     o, i = (2, 1) if transposed else (1, 2)
     ctx.match((counts, 0), (weight, 0))
     contracted = ctx.match((rows, 1), (weight, i))
-    return Relation(out=[ctx.dims(rows)[0], ctx.dims(weight)[o]], contracted=contracted, linear=(frozenset({0}), frozenset({1})), kind="grouped")
+    return Relation(
+        out=[ctx.dims(rows)[0], ctx.dims(weight)[o]],
+        contracted=contracted,
+        linear=(frozenset({0}), frozenset({1})),
+        kind="grouped",
+    )
 
 
 @rule("tedfx.expert_rows")
@@ -67,4 +81,6 @@ def combine(node: fx.Node, ctx: Annotator) -> Relation:
     """``(r, h), (r), (n, k) -> (n, h)``."""
     rows, order, weights = node.args[:3]
     out = [ctx.dims(weights)[0], ctx.dims(rows)[1]]
-    return Relation(out=out, whole={2: ctx.dims(weights)[1]}, linear=(frozenset({0}), frozenset({2})), kind="combine")
+    return Relation(
+        out=out, whole={2: ctx.dims(weights)[1]}, linear=(frozenset({0}), frozenset({2})), kind="combine"
+    )

@@ -1,10 +1,10 @@
 """The rule of a kept Function (`tedfx/ops/function.py`) is computed, not written: from the types that the
 typing rules give the graph of its forward and backward.
 
-The graph (`tedfx/trace/bodies.py`) gets factors like any other. Then the theory itself (`tedfx/decisions/decide.py`) is
-run over it on one axis, for each assignment of types to the operands that may be
-wanted, with the cotangents that belong to the outputs. What comes out without a single conversion is what a
-rank may compute from its own parts by running the user's code on them:
+The graph (`tedfx/trace/bodies.py`) gets factors like any other. Then the theory itself
+(`tedfx/decisions/decide.py`) is run over it on one axis, for each assignment of types to the operands that
+may be wanted, with the cotangents that belong to the outputs. What comes out without a single conversion is
+what a rank may compute from its own parts by running the user's code on them:
 
 - a factor is *passed* or *contracted* if operands sharded by it give gradients sharded by it, and the other
   operands partial sums (they are R);
@@ -27,11 +27,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from tedfx.trace.bodies import Body, bodies_of
 from tedfx.placement.factors import Factor, as_size, leaves, settle, unify
 from tedfx.placement.plan import Plan, roots
-from tedfx.rules.base import Annotator, Relation, is_tensor, op_name, operands
 from tedfx.placement.types import I, P, R, Shard
+from tedfx.rules.base import Annotator, Relation, is_tensor, op_name, operands
+from tedfx.trace.bodies import Body, bodies_of
 
 __all__ = ["function", "is_elementwise"]
 
@@ -104,15 +104,15 @@ def function(node: fx.Node, ctx: Annotator) -> Relation:
         for f in d
     )
     return Relation(
-            out=out if several else out[0],
-            whole=whole,
-            contracted=contracted,
-            created=() if several else new,
-            linear=found.linear,
-            several=several,
-            complete=found.complete,
-            constant=found.constant,
-            unread=found.unread,
+        out=out if several else out[0],
+        whole=whole,
+        contracted=contracted,
+        created=() if several else new,
+        linear=found.linear,
+        several=several,
+        complete=found.complete,
+        constant=found.constant,
+        unread=found.unread,
     )
 
 
@@ -190,16 +190,14 @@ def _both(one: _Found, other: _Found) -> _Found:
     )
     unclear = constant != one.constant | other.constant
     return replace(
-            one,
-            free=set() if unclear else free,
-            contracted=[f for f in one.contracted if f in free and not unclear],
-            learned=learned,
-            constant=constant,
-            complete=one.complete or other.complete or unclear,
-            linear=tuple(g for g in one.linear if g in other.linear),
-            unread=frozenset(
-                i for i in constant if all(i in f.unread or not f.learned[i] for f in (one, other))
-            ),
+        one,
+        free=set() if unclear else free,
+        contracted=[f for f in one.contracted if f in free and not unclear],
+        learned=learned,
+        constant=constant,
+        complete=one.complete or other.complete or unclear,
+        linear=tuple(g for g in one.linear if g in other.linear),
+        unread=frozenset(i for i in constant if all(i in f.unread or not f.learned[i] for f in (one, other))),
     )
 
 
@@ -236,7 +234,7 @@ def _find(body: Body) -> _Found:
         found = leaves(dim)
         return found[0].root() if len(found) == 1 and found[0].root() not in bad else None
 
-    dims_of = lambda n: [single(d) for d in n.meta["dims"]]  # noqa: E731
+    dims_of = lambda n: [single(d) for d in n.meta["dims"]]
     found = _Found(
         [dims_of(n) for n in body.operands],
         [dims_of(n) for n in body.outputs],

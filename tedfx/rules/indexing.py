@@ -13,7 +13,10 @@ ONE = (frozenset({0}),)
 @rule("aten.index")
 def index(node: fx.Node, ctx: Annotator) -> Relation:
     x, indices = node.args[0], list(node.args[1])
-    if any(i is not None and not i.meta["val"].dtype.is_floating_point and i.meta["val"].dtype.itemsize == 1 for i in indices):
+    if any(
+        i is not None and not i.meta["val"].dtype.is_floating_point and i.meta["val"].dtype.itemsize == 1
+        for i in indices
+    ):
         return whole_everywhere(node, ctx)  # boolean masks give data-dependent sizes
     dims = ctx.dims(x)
     indices += [None] * (len(dims) - len(indices))
@@ -22,10 +25,16 @@ def index(node: fx.Node, ctx: Annotator) -> Relation:
     rank = max(len(ctx.dims(t)) for t in tensors)
     picked = []
     for d in range(rank):
-        picked.append(ctx.match(*[(t, d - rank + len(ctx.dims(t))) for t in tensors if d - rank + len(ctx.dims(t)) >= 0]))
+        picked.append(
+            ctx.match(
+                *[(t, d - rank + len(ctx.dims(t))) for t in tensors if d - rank + len(ctx.dims(t)) >= 0]
+            )
+        )
     rest = [dim for d, dim in enumerate(dims) if d not in used]
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
-    return Relation(out=rest[:at] + picked + rest[at:], whole={0: tuple(f for d in used for f in dims[d])}, linear=ONE)
+    return Relation(
+        out=rest[:at] + picked + rest[at:], whole={0: tuple(f for d in used for f in dims[d])}, linear=ONE
+    )
 
 
 @rule("aten.index_select")
@@ -33,7 +42,11 @@ def index_select(node: fx.Node, ctx: Annotator) -> Relation:
     x, d, idx = node.args
     dims = ctx.dims(x)
     d = d % len(dims)
-    return Relation(out=dims[:d] + [ctx.dims(idx)[0] if ctx.dims(idx) else ()] + dims[d + 1 :], whole={0: dims[d]}, linear=ONE)
+    return Relation(
+        out=dims[:d] + [ctx.dims(idx)[0] if ctx.dims(idx) else ()] + dims[d + 1 :],
+        whole={0: dims[d]},
+        linear=ONE,
+    )
 
 
 @rule("aten.gather", "aten.take_along_dim")
@@ -43,12 +56,21 @@ def gather(node: fx.Node, ctx: Annotator) -> Relation:
         d, idx = node.args[1], node.args[2]
     else:
         idx, d = node.args[1], argument(node, 2, "dim")
-        shapes = [[as_size(s) for i, s in enumerate(t.meta["val"].shape) if d is not None and i != d % t.meta["val"].dim()] for t in (x, idx)]
+        shapes = [
+            [
+                as_size(s)
+                for i, s in enumerate(t.meta["val"].shape)
+                if d is not None and i != d % t.meta["val"].dim()
+            ]
+            for t in (x, idx)
+        ]
         if d is None or shapes[0] != shapes[1]:
             return whole_everywhere(node, ctx)
     rank = len(ctx.dims(x))
     d = d % rank
-    same = [i != d and as_size(x.meta["val"].shape[i]) == as_size(idx.meta["val"].shape[i]) for i in range(rank)]
+    same = [
+        i != d and as_size(x.meta["val"].shape[i]) == as_size(idx.meta["val"].shape[i]) for i in range(rank)
+    ]
     for i in range(rank):
         if same[i]:
             ctx.match((x, i), (idx, i))
@@ -60,8 +82,8 @@ def gather(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
 def scatter(node: fx.Node, ctx: Annotator) -> Relation:
-    """``scatter(x, d, index, src)``: rows outside d pass where index and source cover them. ``scatter_add`` sums what is scattered, so it contracts the dim d of
-    index and source; other reductions need it whole."""
+    """``scatter(x, d, index, src)``: rows outside d pass where index and source cover them. ``scatter_add``
+    sums what is scattered, so it contracts the dim d of index and source; other reductions need it whole."""
     x, d, idx = node.args[:3]
     rank = len(ctx.dims(x))
     d = d % rank
@@ -81,7 +103,9 @@ def scatter(node: fx.Node, ctx: Annotator) -> Relation:
             whole[0] += ctx.dims(x)[i]
             for p, t in enumerate(others, 1):
                 whole[p] = whole.get(p, ()) + ctx.dims(t)[i]
-    return Relation(out=ctx.dims(x), whole=whole, contracted=contracted, linear=(frozenset({0, 2}),) if adds else ())
+    return Relation(
+        out=ctx.dims(x), whole=whole, contracted=contracted, linear=(frozenset({0, 2}),) if adds else ()
+    )
 
 
 @rule("aten.index_add")
@@ -94,7 +118,9 @@ def index_add(node: fx.Node, ctx: Annotator) -> Relation:
         if i != d:
             ctx.match((x, i), (source, i))
     contracted = ctx.match((idx, 0), (source, d)) if ctx.dims(idx) else ()
-    return Relation(out=ctx.dims(x), whole={0: ctx.dims(x)[d]}, contracted=contracted, linear=(frozenset({0, 2}),))
+    return Relation(
+        out=ctx.dims(x), whole={0: ctx.dims(x)[d]}, contracted=contracted, linear=(frozenset({0, 2}),)
+    )
 
 
 @rule("aten.one_hot")

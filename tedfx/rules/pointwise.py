@@ -1,4 +1,5 @@
-"""Elementwise ops: dims unify with broadcasting. Linearity (where a partial sum may pass) is listed; all others are not linear."""
+"""Elementwise ops: dims unify with broadcasting. Linearity (where a partial sum may pass) is listed; all
+others are not linear."""
 
 from __future__ import annotations
 
@@ -48,11 +49,48 @@ def linear_groups(node: fx.Node) -> tuple:
 
 
 @rule(
-    "aten.to", "aten._to_copy", "aten.type_as", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias", "aten.dropout", "aten.masked_fill",
-    "aten.where", "aten.silu", "aten.gelu", "aten.relu", "aten.sigmoid", "aten.tanh", "aten.clamp", "aten.lerp", "aten.addcmul", "aten.addcdiv",
-    "aten.rsub", "aten.true_divide", "aten.square", "aten.float_power", "aten.isin", "aten.positive", "aten.hardtanh", "aten.relu6", "aten.mish",
-    "aten.softplus", "aten.elu", "aten.leaky_relu", "aten.logical_and", "aten.logical_or", "aten.logical_not", "aten.logical_xor", "aten.floor_divide",
-    "aten.remainder", "aten.nan_to_num", "aten.__and__", "aten.__or__", "aten.bitwise_not", "aten.log_sigmoid",
+    "aten.to",
+    "aten._to_copy",
+    "aten.type_as",
+    "aten.clone",
+    "aten.contiguous",
+    "aten.detach",
+    "aten.alias",
+    "aten.dropout",
+    "aten.masked_fill",
+    "aten.where",
+    "aten.silu",
+    "aten.gelu",
+    "aten.relu",
+    "aten.sigmoid",
+    "aten.tanh",
+    "aten.clamp",
+    "aten.lerp",
+    "aten.addcmul",
+    "aten.addcdiv",
+    "aten.rsub",
+    "aten.true_divide",
+    "aten.square",
+    "aten.float_power",
+    "aten.isin",
+    "aten.positive",
+    "aten.hardtanh",
+    "aten.relu6",
+    "aten.mish",
+    "aten.softplus",
+    "aten.elu",
+    "aten.leaky_relu",
+    "aten.logical_and",
+    "aten.logical_or",
+    "aten.logical_not",
+    "aten.logical_xor",
+    "aten.floor_divide",
+    "aten.remainder",
+    "aten.nan_to_num",
+    "aten.__and__",
+    "aten.__or__",
+    "aten.bitwise_not",
+    "aten.log_sigmoid",
 )
 def pointwise(node: fx.Node, ctx: Annotator) -> Relation:
     """Any elementwise op (also every op that torch tags as pointwise)."""
@@ -60,7 +98,9 @@ def pointwise(node: fx.Node, ctx: Annotator) -> Relation:
         return isin(node, ctx)
     if op_name(node) == "aten.type_as" or (op_name(node) == "aten.to" and len(operands(node)) == 2):
         out = broadcast(node, ctx, operands(node)[:1])
-        extra = {1: tuple(f for d in ctx.dims(operands(node)[1]) for f in d)} if len(operands(node)) > 1 else {}
+        extra = (
+            {1: tuple(f for d in ctx.dims(operands(node)[1]) for f in d)} if len(operands(node)) > 1 else {}
+        )
         return Relation(out=out, whole=extra, linear=linear_groups(node))
     return Relation(out=broadcast(node, ctx), linear=linear_groups(node))
 

@@ -1,4 +1,5 @@
-"""Views and pieces of a value: the same factors in another order or grouping. Row-preserving, hence linear."""
+"""Views and pieces of a value: the same factors in another order or grouping. Row-preserving, hence
+linear."""
 
 from __future__ import annotations
 
@@ -15,13 +16,24 @@ def _wrap(dim: int, rank: int) -> int:
 
 
 def reads_bits(node: fx.Node) -> bool:
-    """Whether a view is `view(dtype)`: the memory's bits read as another dtype, of the same sizes but for the last dim."""
+    """Whether a view is `view(dtype)`: the memory's bits read as another dtype, of the same sizes but for the
+    last dim."""
     return op_name(node) == "aten.view" and node.target._overloadname == "dtype"
 
 
-@rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten._reshape_copy", "aten.squeeze", "aten.unsqueeze")
+@rule(
+    "aten.view",
+    "aten.reshape",
+    "aten._unsafe_view",
+    "aten.flatten",
+    "aten.unflatten",
+    "aten._reshape_copy",
+    "aten.squeeze",
+    "aten.unsqueeze",
+)
 def view(node: fx.Node, ctx: Annotator) -> Relation:
-    """Factors keep their order and are grouped anew. Where sizes cut a factor that cannot be refined, the dims in between are whole."""
+    """Factors keep their order and are grouped anew. Where sizes cut a factor that cannot be refined, the
+    dims in between are whole."""
     x = operands(node)[0]
     if reads_bits(node):
         same = x.meta["val"].dtype.itemsize == node.meta["val"].dtype.itemsize
@@ -44,7 +56,15 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=dims, whole={0: cut}, linear=ONE, created=tuple(f for d in middle for f in d))
 
 
-@rule("aten.transpose", "aten.t", "aten.permute", "aten.movedim", "aten.swapaxes", "aten.numpy_T", "aten.swapdims")
+@rule(
+    "aten.transpose",
+    "aten.t",
+    "aten.permute",
+    "aten.movedim",
+    "aten.swapaxes",
+    "aten.numpy_T",
+    "aten.swapdims",
+)
 def permute(node: fx.Node, ctx: Annotator) -> Relation:
     dims = ctx.dims(operands(node)[0])
     rank, name = len(dims), node.target._schema.name
@@ -57,7 +77,11 @@ def permute(node: fx.Node, ctx: Annotator) -> Relation:
         order = [source[target.index(i)] if i in target else next(rest) for i in range(rank)]
     else:
         order = list(range(rank))
-        a, b = (0, 1) if name in ("aten::t", "aten::numpy_T") else (_wrap(node.args[1], rank), _wrap(node.args[2], rank))
+        a, b = (
+            (0, 1)
+            if name in ("aten::t", "aten::numpy_T")
+            else (_wrap(node.args[1], rank), _wrap(node.args[2], rank))
+        )
         if rank > 1:
             order[a], order[b] = order[b], order[a]
     return Relation(out=[dims[i] for i in order], linear=ONE)
@@ -88,8 +112,8 @@ def piece_of(start, length, size) -> int | None:
 
 @rule("aten.slice", "aten.narrow")
 def slice_(node: fx.Node, ctx: Annotator) -> Relation:
-    """``[a:b:s]`` of a dim of size n: all of it; an aligned piece (n = pieces x m) keeps the factors of m; a stride s | n keeps those of n/s; any other
-    piece needs the dim whole."""
+    """``[a:b:s]`` of a dim of size n: all of it; an aligned piece (n = pieces x m) keeps the factors of m; a
+    stride s | n keeps those of n/s; any other piece needs the dim whole."""
     x = operands(node)[0]
     dims = ctx.dims(x)
     if node.target._schema.name == "aten::narrow":
@@ -132,7 +156,9 @@ def split(node: fx.Node, ctx: Annotator) -> Relation:
     d = _wrap(argument(node, 1 if name == "aten::unbind" else 2, "dim", 0), len(dims))
     size = dim_size(dims[d])
     if name == "aten::unbind":
-        return Relation(out=[dims[:d] + dims[d + 1 :] for _ in pieces], whole={0: dims[d]}, linear=ONE, several=True)
+        return Relation(
+            out=[dims[:d] + dims[d + 1 :] for _ in pieces], whole={0: dims[d]}, linear=ONE, several=True
+        )
     lengths = [as_size(p.shape[d]) for p in pieces]
     if len(lengths) == 1:
         return Relation(out=[dims], linear=ONE, several=True)
@@ -158,7 +184,8 @@ def getitem(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(node: fx.Node, ctx: Annotator) -> Relation:
-    """n equal pieces: the dim is (n, piece), so that layers' logits concatenated along sharded tokens stay sharded; otherwise whole."""
+    """n equal pieces: the dim is (n, piece), so that layers' logits concatenated along sharded tokens stay
+    sharded; otherwise whole."""
     tensors = operands(node)
     rank = len(node.meta["val"].shape)
     d = _wrap(argument(node, 1, "dim", 0), rank)
@@ -235,13 +262,19 @@ def along(node: fx.Node, ctx: Annotator) -> Relation:
     if name == "unfold":
         touched = set(range(rank))
     shape = [as_size(s) for s in node.meta["val"].shape]
-    out = [() if s == 1 else (Factor(s),) if d in touched or d >= rank else dims[d] for d, s in enumerate(shape)]
+    out = [
+        () if s == 1 else (Factor(s),) if d in touched or d >= rank else dims[d] for d, s in enumerate(shape)
+    ]
     whole = {0: tuple(f for d in touched for f in dims[d])}
     for k in range(1, len(operands(node))):
         whole[k] = tuple(f for d in ctx.dims(operands(node)[k]) for f in d)
     created = tuple(f for d, dim in enumerate(out) if d in touched or d >= rank for f in dim)
     keeps = name in ("flip", "roll", "diff") and len(operands(node)) == 1
-    zero_pad = name in ("pad", "constant_pad_nd") and argument(node, 3 if name == "pad" else 2, "value") in (None, 0, 0.0)
+    zero_pad = name in ("pad", "constant_pad_nd") and argument(node, 3 if name == "pad" else 2, "value") in (
+        None,
+        0,
+        0.0,
+    )
     if name == "diff" and len(operands(node)) > 1:
         # the prepended or appended operands share the dims that diff leaves alone
         for k, other in enumerate(operands(node)[1:], 1):

@@ -1,9 +1,10 @@
 """`torch.autograd.grad(loss, pm.parameters())` is refused, rather than told that nothing depends on them.
 
-Autograd runs on leaves that share storage with the parameters (`tedfx/runtime/gradients.py`), so a parameter is no part of the
-graph behind a loss: with `allow_unused=True` its gradient would be None without a word. A loss therefore passes a node
-that has the parameters as operands as well. It gives them nothing; but where one is asked for and no leaf is, it says so.
-Larger outputs are left alone: a copy would cost memory, and a view could not be changed in place.
+Autograd runs on leaves that share storage with the parameters (`tedfx/runtime/gradients.py`), so a parameter
+is no part of the graph behind a loss: with `allow_unused=True` its gradient would be None without a word. A
+loss therefore passes a node that has the parameters as operands as well. It gives them nothing; but where one
+is asked for and no leaf is, it says so. Larger outputs are left alone: a copy would cost memory, and a view
+could not be changed in place.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class _Notice(torch.autograd.Function):
     def backward(ctx, *grads):
         if not any(map(is_asked, ctx.leaves)) and any(map(is_asked, ctx.parameters)):
             raise TedfxError(
-                "torch.autograd.grad (or backward(inputs=..)) for parameters of a ParallelModule, whose gradients are "
+                "torch.autograd.grad (or backward(inputs=..)) for parameters of a ParallelModule, whose "
+                "gradients are "
                 "summed when backward ends: call loss.backward() and read p.grad"
             )
         return None, None, None, *grads, *(None for _ in ctx.parameters)

@@ -1,9 +1,13 @@
-"""What of a model's Python changes after `parallelize`: the attributes, globals and closures that a trace read, compared at every call with what they are now.
+"""What of a model's Python changes after `parallelize`: the attributes, globals and closures that a trace
+read, compared at every call with what they are now.
 
-The user's model stays the place of its attributes: `model.coef = ..` and `model.config.router_aux_loss_coef = ..` count at the next call, as they do on a single device. A value
-that was not traced yet is a call signature of its own: the model is traced and compiled for it, once, and a warning says so. A tensor or a submodule cannot be another one: refused.
+The user's model stays the place of its attributes: `model.coef = ..` and `model.config.router_aux_loss_coef =
+..` count at the next call, as they do on a single device. A value that was not traced yet is a call signature
+of its own: the model is traced and compiled for it, once, and a warning says so. A tensor or a submodule
+cannot be another one: refused.
 
-A call costs a look at each attribute that was read; containers are compared by content. See `tedfx/trace/reads.py` for what is read.
+A call costs a look at each attribute that was read; containers are compared by content. See
+`tedfx/trace/reads.py` for what is read.
 """
 
 from __future__ import annotations
@@ -40,7 +44,9 @@ class Changes:
     def __init__(self, model: nn.Module):
         self._model = model
         self._base: dict[Place, Any] = {}
-        self._values: dict[Place, list] = {}  # every value that a place had, in order: what has no text of its own is known by its number
+        self._values: dict[
+            Place, list
+        ] = {}  # every value that a place had, in order: what has no text of its own is known by its number
         self._identities: list[tuple[dict, str, Any]] = []
         self._tensors: list[tuple[str, torch.Tensor, int]] = []
         self._contents: list[tuple[Callable[[], Any], Any]] = []
@@ -49,14 +55,20 @@ class Changes:
         self._broken = ""  # why no trace can follow any more
 
     def watch(self, observed: Mapping[Place, Any], own_mode: bool = True) -> None:
-        """From now on these too, with the values of the trace. `own_mode`: it was traced in the model's own training mode, so flags of submodules count."""
-        new = {place: value for place, value in observed.items() if place not in self._base and (own_mode or place[-1] != "training")}
+        """From now on these too, with the values of the trace. `own_mode`: it was traced in the model's own
+        training mode, so flags of submodules count."""
+        new = {
+            place: value
+            for place, value in observed.items()
+            if place not in self._base and (own_mode or place[-1] != "training")
+        }
         if new:
             self._base.update(new)
             self._resolve()
 
     def now(self, training: bool) -> tuple[tuple[str, str], ...]:
-        """(name, value) of what differs from the first trace that read it. ConfigError where a trace cannot follow."""
+        """(name, value) of what differs from the first trace that read it. ConfigError where a trace cannot
+        follow."""
         if self._broken:
             raise ConfigError(self._broken)
         if self._moved():
@@ -66,7 +78,11 @@ class Changes:
                 if place not in before or before[place][1] != text:
                     self._announce(place, value, text)
         own = training == self._model.training
-        return tuple((name_of(place), text) for place, (_, text) in self._differ.items() if own or place[-1] != "training")
+        return tuple(
+            (name_of(place), text)
+            for place, (_, text) in self._differ.items()
+            if own or place[-1] != "training"
+        )
 
     def asks(self, place: Place) -> bool:
         """Whether a trace read this."""
@@ -77,12 +93,18 @@ class Changes:
 
     def _announce(self, place: Place, value: Any, text: str) -> None:
         base, name = self._base[place], name_of(place)
-        if isinstance(base, tuple) and base[:1] == ("tensor",) or isinstance(value, tuple) and value[:1] == ("tensor",):
+        if (
+            isinstance(base, tuple)
+            and base[:1] == ("tensor",)
+            or isinstance(value, tuple)
+            and value[:1] == ("tensor",)
+        ):
             self._refuse(_constant(name))
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{name} of the model changed after parallelize ({base!r}, now {text}): each new value costs a trace and a compilation; what changes often should be a 0-dim tensor "
+                f"{name} of the model changed after parallelize ({base!r}, now {text}): each new value "
+                "costs a trace and a compilation; what changes often should be a 0-dim tensor "
                 "argument of forward, or a buffer",
                 stacklevel=6,
             )
@@ -114,7 +136,11 @@ class Changes:
             else:
                 owner: Any = modules.get(place[0], MISSING)
                 for name in place[1:-1]:
-                    owner = look(vars(owner), owner, name) if isinstance(getattr(owner, "__dict__", None), dict) else MISSING
+                    owner = (
+                        look(vars(owner), owner, name)
+                        if isinstance(getattr(owner, "__dict__", None), dict)
+                        else MISSING
+                    )
                 if not isinstance(getattr(owner, "__dict__", None), dict):
                     continue  # an object above it is another one; that is a difference by itself
                 value = self._follow(owner, place[-1], identities)
@@ -146,8 +172,14 @@ class Changes:
             for key, module in attributes["_modules"].items():
                 identities[id(attributes["_modules"]), key] = (attributes["_modules"], key, module)
             return value
-        table = attributes if name in attributes or not isinstance(owner, nn.Module) or name not in attributes["_modules"] else attributes["_modules"]
-        if name in table and (is_scalar(value) or is_plain(value) or not isinstance(value, (list, tuple, dict, set))):
+        table = (
+            attributes
+            if name in attributes or not isinstance(owner, nn.Module) or name not in attributes["_modules"]
+            else attributes["_modules"]
+        )
+        if name in table and (
+            is_scalar(value) or is_plain(value) or not isinstance(value, (list, tuple, dict, set))
+        ):
             identities[id(table), name] = (table, name, value)
         else:
             self._contents.append((lambda: look(attributes, owner, name), freeze(value)))
@@ -158,7 +190,10 @@ class Changes:
         for table, name, value in self._identities:
             before = had.get((id(table), name))
             if isinstance(before, nn.Module) and before is not value:
-                self._refuse(f"submodule {name} of the model was replaced after parallelize | {name} ({type(value).__name__}) | parallelize the model again")
+                self._refuse(
+                    f"submodule {name} of the model was replaced after parallelize | {name} "
+                    f"({type(value).__name__}) | parallelize the model again"
+                )
 
     def _text(self, place: Place, frozen: Any) -> str:
         if is_scalar(frozen):
@@ -171,7 +206,10 @@ class Changes:
 
 
 def _constant(name: str) -> str:
-    return f"{name} of the model, a tensor that is neither parameter nor buffer, changed after parallelize | attribute {name} | register it as a buffer, and write to pm's"
+    return (
+        f"{name} of the model, a tensor that is neither parameter nor buffer, changed after parallelize "
+        f"| attribute {name} | register it as a buffer, and write to pm's"
+    )
 
 
 __all__ = ["Changes", "fits", "name_of"]

@@ -1,11 +1,14 @@
 """What an eager call under ZeRO-3 keeps of its parameters between forward and backward: nothing but notes.
 
-A `Store` belongs to one forward. It launches the gather of a bucket (`ops.gather_parameters`) before it is asked for, and while autograd records the forward it saves a
-note in place of every whole parameter (`torch.autograd.graph.saved_tensors_hooks`): which bucket, which part. Backward then gathers the bucket once more, the one it
-will need next already in flight, and lets go of it when the bucket's gradients have come. Those go, whole, to the gradient boundary, which sums and scatters them in
-buckets of its own as it does at stage 2; so accumulation without communication (`no_sync`) is the same at every stage.
+A `Store` belongs to one forward. It launches the gather of a bucket (`ops.gather_parameters`) before it is
+asked for, and while autograd records the forward it saves a note in place of every whole parameter
+(`torch.autograd.graph.saved_tensors_hooks`): which bucket, which part. Backward then gathers the bucket once
+more, the one it will need next already in flight, and lets go of it when the bucket's gradients have come.
+Those go, whole, to the gradient boundary, which sums and scatters them in buckets of its own as it does at
+stage 2; so accumulation without communication (`no_sync`) is the same at every stage.
 
-Order is the same on all ranks: that of the graph in forward, the reverse in backward, where a bucket of which nothing was saved is left out.
+Order is the same on all ranks: that of the graph in forward, the reverse in backward, where a bucket of which
+nothing was saved is left out.
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tedfx import _torch
-from tedfx.ops.cuts import Cut
 from tedfx.ops import context
+from tedfx.ops.cuts import Cut
 from tedfx.ops.gather import GATHER, pack, wholes
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """One `gather_parameters` of a graph. names: of the layouts; inside: it stands in a recompute region, which gathers again by itself; calls: how many micro-batches ask for it."""
+    """One `gather_parameters` of a graph. names: of the layouts; inside: it stands in a recompute region,
+    which gathers again by itself; calls: how many micro-batches ask for it."""
 
     axes: tuple[str, ...]
     cuts: tuple[Cut, ...]
@@ -53,24 +57,43 @@ class _Flight:
 class Store:
     """The gathers of one forward and its backward.
 
-    plan: all gathers of the graph, in order. shares: layout name -> this rank's share. deliver(name, gradient of the whole local tensor), called once a backward for each.
-    ahead: how many gathers are in flight beyond the one that is used. sum_dtype: what several gradients of a parameter are added up in, by default their own.
+    plan: all gathers of the graph, in order. shares: layout name -> this rank's share. deliver(name, gradient
+    of the whole local tensor), called once a backward for each. ahead: how many gathers are in flight beyond
+    the one that is used. sum_dtype: what several gradients of a parameter are added up in, by default their
+    own.
 
-    Micro-batches that run layer by layer (`tedfx/runtime/layered.py`) call each gather one after another: the first makes it, the last lets go of it, in both directions.
+    Micro-batches that run layer by layer (`tedfx/runtime/layered.py`) call each gather one after another: the
+    first makes it, the last lets go of it, in both directions.
     """
 
     def __init__(
-        self, plan: Sequence[Gathered], shares: dict[str, Tensor], ranks: context.RankContext, deliver: Callable[[str, Tensor], None], ahead: int = 1,
+        self,
+        plan: Sequence[Gathered],
+        shares: dict[str, Tensor],
+        ranks: context.RankContext,
+        deliver: Callable[[str, Tensor], None],
+        ahead: int = 1,
         sum_dtype: torch.dtype | None = None,
-    ):  # fmt: skip
-        self.plan, self.shares, self.ranks, self._deliver, self.ahead, self._sum_dtype = plan, shares, ranks, deliver, ahead, sum_dtype
+    ):
+        self.plan, self.shares, self.ranks, self._deliver, self.ahead, self._sum_dtype = (
+            plan,
+            shares,
+            ranks,
+            deliver,
+            ahead,
+            sum_dtype,
+        )
         self._flying: dict[int, _Flight] = {}
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}  # storage address -> whose it is
         self._saved: set[int] = {i for i, each in enumerate(plan) if each.inside}
-        self._held: dict[int, tuple[list[Tensor], int]] = {}  # in forward: what is still to be asked for, and how often
+        self._held: dict[
+            int, tuple[list[Tensor], int]
+        ] = {}  # in forward: what is still to be asked for, and how often
         self._again: dict[int, list[Tensor]] = {}
         self._taken: set[int] = set()  # in this backward
-        self._frozen = {i for i, each in enumerate(plan) if not any(shares[name].requires_grad for name in each.names)}
+        self._frozen = {
+            i for i, each in enumerate(plan) if not any(shares[name].requires_grad for name in each.names)
+        }
         self._uses: dict[str, int] = {}
         self._calls = {i: each.calls for i, each in enumerate(plan)}
         for each in plan:
@@ -80,7 +103,7 @@ class Store:
         self._missing: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
 
-    # ---- gathering ---------------------------------------------------------------------------------------------------
+    # ---- gathering -----------------------------------------------------------------------------------------
 
     def gather(self, number: int, shares: Sequence[Tensor]) -> list[Tensor]:
         """What `ops.gather_parameters` gives in a call that has a store."""
@@ -99,7 +122,8 @@ class Store:
         return [whole.detach() for whole in made]  # each call has tensors of its own, of the same storage
 
     def _for_backward(self, number: int) -> list[Tensor]:
-        """The same in backward, until the bucket's gradients have come. Of a frozen bucket none come: it goes when one before it is asked for."""
+        """The same in backward, until the bucket's gradients have come. Of a frozen bucket none come: it goes
+        when one before it is asked for."""
         if number not in self._again:
             for other in [i for i in self._again if i in self._frozen and i > number]:
                 del self._again[other]
@@ -112,13 +136,18 @@ class Store:
             row = pack([self.shares[name].detach() for name in each.names], each.cuts)
             context.record(GATHER, each.axes, "forward", row)
             out = row.new_empty(self.ranks.size(each.axes) * row.numel())
-            self._flying[number] = _Flight(out.view(-1, row.numel()), _torch.gather_into(out, row, group=self.ranks.group(each.axes), async_op=True))
+            self._flying[number] = _Flight(
+                out.view(-1, row.numel()),
+                _torch.gather_into(out, row, group=self.ranks.group(each.axes), async_op=True),
+            )
 
     def _take(self, number: int) -> list[Tensor]:
         """The bucket's whole tensors; the next one's gather starts."""
         self._launch(number)
         backward = _torch.backward_id() != -1
-        if backward:  # a region takes its buckets in forward order, so those behind this one may have been taken
+        if (
+            backward
+        ):  # a region takes its buckets in forward order, so those behind this one may have been taken
             self._taken.add(number)
             following = [i for i in range(number - 1, -1, -1) if i in self._saved and i not in self._taken]
         else:
@@ -129,7 +158,11 @@ class Store:
         flight.work.wait()
         made = wholes(flight.out, self.plan[number].cuts)
         for index, whole in enumerate([] if backward else made):
-            self._live[whole.untyped_storage().data_ptr()] = (StorageWeakRef(whole.untyped_storage()), number, index)
+            self._live[whole.untyped_storage().data_ptr()] = (
+                StorageWeakRef(whole.untyped_storage()),
+                number,
+                index,
+            )
         return made
 
     def end_forward(self) -> None:
@@ -140,7 +173,7 @@ class Store:
         self._live.clear()
         self._held.clear()
 
-    # ---- between forward and backward --------------------------------------------------------------------------------
+    # ---- between forward and backward ----------------------------------------------------------------------
 
     def notes(self):
         """Context manager around a forward with gradients."""
@@ -150,7 +183,11 @@ class Store:
         if type(saved) is not Tensor and not isinstance(saved, torch.nn.Parameter):
             return saved
         found = self._live.get(saved.untyped_storage().data_ptr())
-        if found is None or found[0].expired() or found[0].cdata != StorageWeakRef(saved.untyped_storage()).cdata:
+        if (
+            found is None
+            or found[0].expired()
+            or found[0].cdata != StorageWeakRef(saved.untyped_storage()).cdata
+        ):
             return saved
         self._saved.add(found[1])
         return _Note(found[1], found[2], tuple(saved.shape), saved.stride(), saved.storage_offset())
@@ -160,10 +197,11 @@ class Store:
             return note
         return self._for_backward(note.number)[note.index].as_strided(note.size, note.stride, note.offset)
 
-    # ---- gradients ---------------------------------------------------------------------------------------------------
+    # ---- gradients -----------------------------------------------------------------------------------------
 
     def arrived(self, number: int, grads: Sequence[Tensor | None]) -> None:
-        """A call's gradients have come: with the last one's, the bucket is not needed any more. A parameter of several calls or buckets waits for the last of them."""
+        """A call's gradients have come: with the last one's, the bucket is not needed any more. A parameter
+        of several calls or buckets waits for the last of them."""
         if not self._missing:
             _torch.queue_callback(self._end_backward)
             self._missing = dict(self._uses)
@@ -176,7 +214,9 @@ class Store:
                 continue
             self._missing[name] -= 1
             if grad is not None:
-                self._sums[name] = self._sums[name].to(self._sum_dtype or grad.dtype) + grad if name in self._sums else grad
+                self._sums[name] = (
+                    self._sums[name].to(self._sum_dtype or grad.dtype) + grad if name in self._sums else grad
+                )
             if self._missing[name] == 0 and name in self._sums:
                 self._deliver(name, self._sums.pop(name))
 

@@ -1,11 +1,15 @@
 """Layered gradient accumulation: all micro-batches of a layer before the next layer (arXiv 2106.02679).
 
-The graph of a call becomes that of several calls: what depends on a call's inputs stands there once per micro-batch, what is made of parameters alone stands there once. Its order is layer by
-layer. Autograd runs backward in the reverse of the order in which forward ran, so backward is layer by layer as well, and a parameter's gradient is complete, its bucket ready to be summed, as soon
-as its layer's last micro-batch is done. So a step gathers each parameter once per direction (ZeRO-3) and sums each gradient once, and at ZeRO's stages 2 and 3 no rank ever holds whole
-gradients of more than the layers whose buckets are under way. The price is activations: those of all micro-batches are there when backward begins.
+The graph of a call becomes that of several calls: what depends on a call's inputs stands there once per
+micro-batch, what is made of parameters alone stands there once. Its order is layer by layer. Autograd runs
+backward in the reverse of the order in which forward ran, so backward is layer by layer as well, and a
+parameter's gradient is complete, its bucket ready to be summed, as soon as its layer's last micro-batch is
+done. So a step gathers each parameter once per direction (ZeRO-3) and sums each gradient once, and at ZeRO's
+stages 2 and 3 no rank ever holds whole gradients of more than the layers whose buckets are under way. The
+price is activations: those of all micro-batches are there when backward begins.
 
-Nothing else has to know: checkpoint regions, dropout's draws (a seed per micro-batch), buffers that forward writes to (a micro-batch reads what the one before it wrote) and compilation see a graph.
+Nothing else has to know: checkpoint regions, dropout's draws (a seed per micro-batch), buffers that forward
+writes to (a micro-batch reads what the one before it wrote) and compilation see a graph.
 """
 
 from __future__ import annotations
@@ -25,16 +29,21 @@ from tedfx.runtime.program import Program
 def interleave(program: Program, count: int, sum_dtype: torch.dtype | None = None) -> Program:
     """`program` for `count` micro-batches at once.
 
-    Its inputs (the call's tensors, and the seed if there is one) and outputs follow each other micro-batch by micro-batch; new values of buffers stand first, as ever.
-    sum_dtype: where a graph is to be compiled its gradients are summed inside of it, over the micro-batches; in this dtype where it is wider than the parameter's.
+    Its inputs (the call's tensors, and the seed if there is one) and outputs follow each other micro-batch by
+    micro-batch; new values of buffers stand first, as ever. sum_dtype: where a graph is to be compiled its
+    gradients are summed inside of it, over the micro-batches; in this dtype where it is wider than the
+    parameter's.
     """
     made = _Interleaving(program, count, sum_dtype)
     module = fx.GraphModule(program.graph_module, made.graph)
-    return replace(program, graph_module=module, output_names=list(program.output_names) * count, compilation=None)
+    return replace(
+        program, graph_module=module, output_names=list(program.output_names) * count, compilation=None
+    )
 
 
 def segments(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Contiguous pieces of the graph's order: one begins where a layer does, and one where the last layer has ended."""
+    """Contiguous pieces of the graph's order: one begins where a layer does, and one where the last layer has
+    ended."""
     where, found, at, current = layers(graph), {}, 0, ""
     last = max((i for i, node in enumerate(graph.nodes) if where.get(node)), default=-1)
     for i, node in enumerate(graph.nodes):
@@ -58,14 +67,20 @@ class _Interleaving:
         buffers = dict(zip(program.buffers, placeholders[len(program.parameters) :]))
         self.output = next(iter(self.old.find_nodes(op="output")))
         values = list(self.output.args[0])
-        self.written = {buffers[name]: value for name, value in zip(program.mutated_buffers, values) if name in buffers}
+        self.written = {
+            buffers[name]: value for name, value in zip(program.mutated_buffers, values) if name in buffers
+        }
         self.first_leaf = len(program.mutated_buffers)
         self.regions: dict[int, list[fx.Node]] = {}
         for node in self.old.nodes:
             if "region" in node.meta:
                 self.regions.setdefault(node.meta["region"], []).append(node)
         # Backward of a compiled graph gathers a region's parameters once only if all micro-batches are in it.
-        self.together = {number for number, nodes in self.regions.items() if any(n.target is gather_parameters and n.meta.get("in_graph") for n in nodes)}
+        self.together = {
+            number
+            for number, nodes in self.regions.items()
+            if any(n.target is gather_parameters and n.meta.get("in_graph") for n in nodes)
+        }
         self.renumbered = {number: max(self.regions) + 1 + i * count for i, number in enumerate(self.regions)}
         self.apart = self._apart(placeholders[kept:])
 
@@ -85,7 +100,9 @@ class _Interleaving:
         while len(apart) > size:
             size = len(apart)
             for node in self.old.nodes:
-                if node.op not in ("placeholder", "output") and (_draws(node) or _from_store(node) or any(i in apart for i in node.all_input_nodes)):
+                if node.op not in ("placeholder", "output") and (
+                    _draws(node) or _from_store(node) or any(i in apart for i in node.all_input_nodes)
+                ):
                     apart.add(node)
             for number, nodes in self.regions.items():
                 if number not in self.together and any(n in apart for n in nodes):
@@ -93,10 +110,18 @@ class _Interleaving:
         return apart
 
     def _order(self) -> list[tuple[fx.Node, int | None]]:
-        """Segment by segment, in each micro-batch by micro-batch, as far as operands allow: only a buffer that is written late and read early can ask for another order."""
+        """Segment by segment, in each micro-batch by micro-batch, as far as operands allow: only a buffer
+        that is written late and read early can ask for another order."""
         place, position = segments(self.old), {node: i for i, node in enumerate(self.old.nodes)}
-        units = [(node, m) for node in self.old.nodes if node.op not in ("placeholder", "output") for m in (range(self.count) if node in self.apart else (None,))]
-        key = {unit: (place[unit[0]], -1 if unit[1] is None else unit[1], position[unit[0]]) for unit in units}
+        units = [
+            (node, m)
+            for node in self.old.nodes
+            if node.op not in ("placeholder", "output")
+            for m in (range(self.count) if node in self.apart else (None,))
+        ]
+        key = {
+            unit: (place[unit[0]], -1 if unit[1] is None else unit[1], position[unit[0]]) for unit in units
+        }
         waits, users = {}, {}
         for unit in units:
             needed = {self._source(i, unit[1]) for i in unit[0].all_input_nodes}
@@ -126,15 +151,26 @@ class _Interleaving:
     def _value(self, node: fx.Node, m: int | None) -> fx.Node:
         source, whose = self._source(node, m)
         value = self.new[source, whose]
-        return self._widened(source, value, m) if whose is None and m is not None and self._is_narrow(source) else value
+        return (
+            self._widened(source, value, m)
+            if whose is None and m is not None and self._is_narrow(source)
+            else value
+        )
 
     def _is_narrow(self, node: fx.Node) -> bool:
-        """Whether gradients of a shared value would be summed over micro-batches in fewer bits than asked for."""
+        """Whether gradients of a shared value would be summed over micro-batches in fewer bits than asked
+        for."""
         value = node.meta.get("val")
-        return self.sum_dtype is not None and isinstance(value, torch.Tensor) and bool(node.meta.get("differentiable")) and value.dtype.itemsize < self.sum_dtype.itemsize
+        return (
+            self.sum_dtype is not None
+            and isinstance(value, torch.Tensor)
+            and bool(node.meta.get("differentiable"))
+            and value.dtype.itemsize < self.sum_dtype.itemsize
+        )
 
     def _widened(self, node: fx.Node, value: fx.Node, m: int) -> fx.Node:
-        """The value for one micro-batch by way of `sum_dtype`: the same value, and its adjoint is summed there."""
+        """The value for one micro-batch by way of `sum_dtype`: the same value, and its adjoint is summed
+        there."""
         if node not in self.wide:
             self.wide[node] = self._cast(value, self.sum_dtype, node)
         if (node, m) not in self.narrow:
@@ -151,7 +187,9 @@ class _Interleaving:
         suffix = "" if m is None else f"_mb{m}"
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda i: self._value(i, m))
         target = f"{node.target}{suffix}" if node.op == "placeholder" else node.target
-        made = self.new[node, m] = self.graph.create_node(node.op, target, args, kwargs, name=f"{node.name}{suffix}", type_expr=node.type)
+        made = self.new[node, m] = self.graph.create_node(
+            node.op, target, args, kwargs, name=f"{node.name}{suffix}", type_expr=node.type
+        )
         made.meta = dict(node.meta)
         if m is not None:
             made.meta["micro_batch"] = m
@@ -160,7 +198,7 @@ class _Interleaving:
 
     def _output(self, values: list) -> None:
         last = self.count - 1
-        read = lambda value, m: self.new[self._source(value, m)] if isinstance(value, fx.Node) else value  # noqa: E731
+        read = lambda value, m: self.new[self._source(value, m)] if isinstance(value, fx.Node) else value
         outputs = [read(value, last) for value in values[: self.first_leaf]]
         for m in range(self.count):
             outputs += [read(value, m) for value in values[self.first_leaf :]]
@@ -168,9 +206,13 @@ class _Interleaving:
 
 
 def _draws(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
 
 
 def _from_store(node: fx.Node) -> bool:
-    """A gather that the call's store makes: each micro-batch asks for it, the store makes it once, and sums the gradients in the dtype that was asked for (`tedfx/runtime/gathers.py`)."""
+    """A gather that the call's store makes: each micro-batch asks for it, the store makes it once, and sums
+    the gradients in the dtype that was asked for (`tedfx/runtime/gathers.py`)."""
     return node.target is gather_parameters and not node.meta.get("in_graph")

@@ -1,8 +1,10 @@
 """Summed gradients that leave the device instead of staying in `.grad` (ZeRO-Offload, arXiv 2101.06840).
 
-A **taker** takes the gradients of some parameters: `take(name, value)` is called, bucket by bucket while backward runs, with this rank's share of a sum, flat; several backwards give several
-values, which it adds up. On a GPU the calls are made on a stream of their own, behind the bucket's collective, so that copies overlap backward; `value` may be freed as soon as what the taker
-launched there has run. `.grad` of such a parameter stays None, but for what `no_sync()` has not summed yet.
+A **taker** takes the gradients of some parameters: `take(name, value)` is called, bucket by bucket while
+backward runs, with this rank's share of a sum, flat; several backwards give several values, which it adds up.
+On a GPU the calls are made on a stream of their own, behind the bucket's collective, so that copies overlap
+backward; `value` may be freed as soon as what the taker launched there has run. `.grad` of such a parameter
+stays None, but for what `no_sync()` has not summed yet.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The attributes of a ParallelModule and of its parts.
 
-A ParallelModule holds parameters and buffers in a skeleton of modules under the user's names; nothing of it runs but the compiled program. So a plain attribute that is set on it
-and that the user's model has goes to the user's model, where the next call looks (`tedfx/runtime/changes.py`). What would have no effect is refused: other parameters or
-submodules, hooks on parts, another dtype or device, pickling.
+A ParallelModule holds parameters and buffers in a skeleton of modules under the user's names; nothing of it
+runs but the compiled program. So a plain attribute that is set on it and that the user's model has goes to
+the user's model, where the next call looks (`tedfx/runtime/changes.py`). What would have no effect is
+refused: other parameters or submodules, hooks on parts, another dtype or device, pickling.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from tedfx import _torch
 from tedfx.errors import TedfxError
 
 AGAIN = "change the model and parallelize it again"
-COPIES = "a ParallelModule belongs to its mesh and cannot be pickled or copied | save pm.state_dict() with torch.distributed.checkpoint (or tedfx.save_checkpoint), and parallelize the model again to load it"
+COPIES = (
+    "a ParallelModule belongs to its mesh and cannot be pickled or copied | save pm.state_dict() with "
+    "torch.distributed.checkpoint (or tedfx.save_checkpoint), and parallelize the model again to load it"
+)
 
 
 class Mirror(nn.Module):
-    """Base of a ParallelModule and of its parts. `_twin()` is the user's module that it stands for, None while it is being made or where there is none."""
+    """Base of a ParallelModule and of its parts. `_twin()` is the user's module that it stands for, None
+    while it is being made or where there is none."""
 
     def _twin(self) -> nn.Module | None:
         raise NotImplementedError
@@ -32,15 +37,29 @@ class Mirror(nn.Module):
             super().__setattr__(name, value)
             return
         if isinstance(value, (nn.Parameter, nn.Module)) or name in self._parameters or name in self._modules:
-            raise TedfxError(f"{name} = {type(value).__name__}: parameters and submodules of a ParallelModule are fixed | {name} | copy values in with load_state_dict, or {AGAIN}")
+            raise TedfxError(
+                f"{name} = {type(value).__name__}: parameters and submodules of a ParallelModule are "
+                f"fixed | {name} | copy values in with load_state_dict, or {AGAIN}"
+            )
         if name in self._buffers:
             old = self._buffers[name]
-            if not isinstance(value, torch.Tensor) or (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):
-                raise TedfxError(f"{name} = {type(value).__name__}: a buffer of a ParallelModule keeps its shape, dtype and device | buffer {name} | assign a tensor like it")
+            if not isinstance(value, torch.Tensor) or (value.shape, value.dtype, value.device) != (
+                old.shape,
+                old.dtype,
+                old.device,
+            ):
+                raise TedfxError(
+                    f"{name} = {type(value).__name__}: a buffer of a ParallelModule keeps its shape, "
+                    f"dtype and device | buffer {name} | assign a tensor like it"
+                )
             with torch.no_grad():
                 old.copy_(value)
             return
-        if name not in self.__dict__ and not hasattr(type(self), name) and (name in vars(twin) or _is_class_data(twin, name) or self._reads(name)):
+        if (
+            name not in self.__dict__
+            and not hasattr(type(self), name)
+            and (name in vars(twin) or _is_class_data(twin, name) or self._reads(name))
+        ):
             setattr(twin, name, value)
             return
         super().__setattr__(name, value)
@@ -54,7 +73,13 @@ class Mirror(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             twin = self._twin() if not name.startswith("__") and "_modules" in self.__dict__ else None
-            if twin is None or not (name in vars(twin) and name not in _torch.MODULE_ATTRIBUTES or _is_class_data(twin, name)) or isinstance(getattr(twin, name), torch.Tensor):
+            if (
+                twin is None
+                or not (
+                    name in vars(twin) and name not in _torch.MODULE_ATTRIBUTES or _is_class_data(twin, name)
+                )
+                or isinstance(getattr(twin, name), torch.Tensor)
+            ):
                 raise
             return getattr(twin, name)
 
@@ -72,7 +97,9 @@ class Mirror(nn.Module):
 
     def _fixed(self, what: str) -> None:
         if self._twin() is not None:
-            raise TedfxError(f"{what}: parameters, buffers and submodules of a ParallelModule are fixed | {what} | {AGAIN}")
+            raise TedfxError(
+                f"{what}: parameters, buffers and submodules of a ParallelModule are fixed | {what} | {AGAIN}"
+            )
 
     def _apply(self, fn, recurse: bool = True):
         for tensor in (*self.parameters(), *self.buffers()):
@@ -80,7 +107,11 @@ class Mirror(nn.Module):
             made = fn(torch.empty(0, dtype=local.dtype, device=local.device))
             if (made.dtype, made.device.type) != (local.dtype, local.device.type):
                 to = made.dtype if made.dtype != local.dtype else made.device
-                raise TedfxError(f"a ParallelModule stays in its dtype and on its device, it cannot become {to} | its programs are compiled for them | convert the model before parallelize, or use precision=")
+                raise TedfxError(
+                    f"a ParallelModule stays in its dtype and on its device, it cannot become {to} | "
+                    "its programs are compiled for them | convert the model before parallelize, or use "
+                    "precision="
+                )
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol):
@@ -89,7 +120,7 @@ class Mirror(nn.Module):
     def __deepcopy__(self, memo):
         raise TedfxError(COPIES)
 
-    __copy__ = lambda self: self.__reduce_ex__(4)  # noqa: E731
+    __copy__ = lambda self: self.__reduce_ex__(4)
 
 
 def _is_class_data(twin: nn.Module, name: str) -> bool:
@@ -120,12 +151,21 @@ class Part(Mirror):
         return top is not None and top._asks((self.__dict__["_path"], name))
 
     def forward(self, *args, **kwargs):
-        raise TedfxError(f"{self._path} is a part of a ParallelModule, which runs as a whole | {self._path} | call the ParallelModule, or the part of the plain model")
+        raise TedfxError(
+            f"{self._path} is a part of a ParallelModule, which runs as a whole | {self._path} | call "
+            "the ParallelModule, or the part of the plain model"
+        )
 
     def _no_hook(self, *args, **kwargs):
-        raise TedfxError(f"{self._path} is a part of a ParallelModule and is never called, so its hooks would not be | {self._path} | register forward hooks on the model before parallelize, or hooks on the ParallelModule itself")
+        raise TedfxError(
+            f"{self._path} is a part of a ParallelModule and is never called, so its hooks would not be "
+            f"| {self._path} | register forward hooks on the model before parallelize, or hooks on the "
+            "ParallelModule itself"
+        )
 
-    register_forward_hook = register_forward_pre_hook = register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _no_hook
+    register_forward_hook = register_forward_pre_hook = register_full_backward_hook = (
+        register_full_backward_pre_hook
+    ) = register_backward_hook = _no_hook
 
 
 class Guard:
@@ -148,19 +188,29 @@ class Guard:
         for name, table, last, parameter, trained in self._parameters:
             now = table.get(last)
             if now is not parameter:
-                raise TedfxError(f"parameter {name} of a ParallelModule was replaced | parameter {name} | copy values in with load_state_dict, or {AGAIN}")
+                raise TedfxError(
+                    f"parameter {name} of a ParallelModule was replaced | parameter {name} | copy "
+                    f"values in with load_state_dict, or {AGAIN}"
+                )
             if now.requires_grad and not trained:
                 raise TedfxError(
-                    f"parameter {name} was frozen when the model was parallelized, so its gradient would not be summed over the ranks | parameter {name} | leave it trainable for parallelize and freeze "
+                    f"parameter {name} was frozen when the model was parallelized, so its gradient "
+                    f"would not be summed over the ranks | parameter {name} | leave it trainable for "
+                    "parallelize and freeze "
                     "pm's parameter until it trains, or parallelize again"
                 )
             for kind in _torch.backward_hooks(now):
-                raise TedfxError(f"parameter {name} has a hook ({kind}), which a ParallelModule does not call | parameter {name} | do what it does to p.grad after loss.backward()")
+                raise TedfxError(
+                    f"parameter {name} has a hook ({kind}), which a ParallelModule does not call | "
+                    f"parameter {name} | do what it does to p.grad after loss.backward()"
+                )
         training = self._module().training
         for name, part in self._parts:
             if part.training != training:
                 raise TedfxError(
-                    f"{name} is in {'train' if part.training else 'eval'} mode and the ParallelModule is not | {name} | parts are not called: set the mode of the model's own {name} before parallelize, and train() or eval() on the "
+                    f"{name} is in {'train' if part.training else 'eval'} mode and the ParallelModule "
+                    f"is not | {name} | parts are not called: set the mode of the model's own {name} "
+                    "before parallelize, and train() or eval() on the "
                     "ParallelModule"
                 )
 

@@ -1,12 +1,13 @@
 """ParallelModule: what one rank holds of a model and runs of it.
 
-Parameters are DTensors under the user's own names, in a skeleton of empty modules that mirrors the user's. A call is
-bound to the names of the model's forward, checked against the other ranks', and run by the program of its signature;
-programs are compiled at first use and share the parameters. What leaves autograd goes through the gradient boundary
-(`tedfx/runtime/gradients.py`): gradients are those of the global loss, summed once per step.
+Parameters are DTensors under the user's own names, in a skeleton of empty modules that mirrors the user's. A
+call is bound to the names of the model's forward, checked against the other ranks', and run by the program of
+its signature; programs are compiled at first use and share the parameters. What leaves autograd goes through
+the gradient boundary (`tedfx/runtime/gradients.py`): gradients are those of the global loss, summed once per
+step.
 
-Randomness: the ranks share one stream of seeds, from rank 0's `torch.initial_seed()` when the module is made, advanced
-once per forward in training; `rng_state` reads and sets it.
+Randomness: the ranks share one stream of seeds, from rank 0's `torch.initial_seed()` when the module is made,
+advanced once per forward in training; `rng_state` reads and sets it.
 """
 
 from __future__ import annotations
@@ -20,55 +21,58 @@ import torch
 from torch import Tensor, fx, nn
 
 from tedfx._torch import functions_recompute, inductor_options, pytree
-from tedfx.graph.aliases import apart, possible_aliases
-from tedfx.runtime.asked import notice
-from tedfx.ops.autocast import Autocast, region
-from tedfx.state.buckets import BUCKET_BYTES
-from tedfx.runtime.changes import Changes
-from tedfx.ranks.checks import CallCheck, Meeting
-from tedfx.graph.emission import emit
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.graph.aliases import apart, possible_aliases
+from tedfx.graph.emission import emit
+from tedfx.graph.signature import Path, Signature, bind, flatten, show
+from tedfx.ops.autocast import Autocast, region
+from tedfx.ops.context import RankContext, use
+from tedfx.ranks.checks import CallCheck, Meeting
 from tedfx.ranks.failures import noting
+from tedfx.runtime.asked import notice
+from tedfx.runtime.changes import Changes
 from tedfx.runtime.gathers import Gathered, Store
 from tedfx.runtime.gradients import GradientBoundary
 from tedfx.runtime.layered import interleave
 from tedfx.runtime.mirror import Guard, Mirror
-from tedfx.ops.context import RankContext, use
-from tedfx.state.parameters import ParameterLayout, Placed, materialize
 from tedfx.runtime.program import Program
-from tedfx.graph.signature import Path, Signature, bind, flatten, show
 from tedfx.runtime.state_dict import StateAccess, broadcast_from_first
 from tedfx.runtime.weights import WeightAccess
+from tedfx.state.buckets import BUCKET_BYTES
+from tedfx.state.parameters import ParameterLayout, Placed, materialize
 
 EXPORT = "to export: model.load_state_dict(pm.gather_parameters(buffers=True)), then use the plain model"
 
 
 @dataclass
 class _Ready:
-    """A program that can run: how, with which gathers of parameters, and in which order it uses parameters."""
+    """A program that can run: how, with which gathers of parameters, and in which order it uses
+    parameters."""
 
     program: Program
     runner: Callable[..., Sequence]
     gathers: list[Gathered]
     order: list[str]
     copied: set[int]  # operands that are read from a copy
-    aliases: dict[int, tuple[int, ...]]  # outputs that may share memory with operands, see `tedfx/graph/aliases.py`
+    aliases: dict[
+        int, tuple[int, ...]
+    ]  # outputs that may share memory with operands, see `tedfx/graph/aliases.py`
 
 
 class ParallelModule(WeightAccess, StateAccess, Mirror):
     """One rank's module. Made by `tedfx.parallelize`; collective over the job to construct.
 
-    layouts: one per parameter (or stack of them), the same on every rank.
-    source: the user's name -> full tensor. Called on the mesh's first rank only, once per tensor (per source of a stack).
-    buffers: the user's names -> tensor; values of the first rank are taken.
-    compile_program: `(signature, flat, training) -> Program`; `flat` maps paths to the leaves of this rank's call.
-    batch_axes: axes over which tokens differ. axis_groups: tuples of axes whose process groups the programs use.
-    input_names: the names of the model's forward, in order; var_keyword: whether it takes others as well.
-    compile: run programs through torch.compile(fullgraph=True); a mapping adds options, e.g. {"mode": "max-autotune"}.
-    number_inputs: names whose python numbers are data, not constants: they enter as 0-dim tensors.
-    non_persistent: buffers that are no part of the state dict.
-    check_inputs: compare each call between ranks; check_timeout: seconds to wait for a rank that does not come.
-    bucket_bytes: gradients that are summed together. zero: ZeRO's stage, see `tedfx.runtime.state_dict.parameters.Placed`. gradient_dtype: what gradients are summed and kept in.
+    layouts: one per parameter (or stack of them), the same on every rank. source: the user's name -> full
+    tensor. Called on the mesh's first rank only, once per tensor (per source of a stack). buffers: the user's
+    names -> tensor; values of the first rank are taken. compile_program: `(signature, flat, training) ->
+    Program`; `flat` maps paths to the leaves of this rank's call. batch_axes: axes over which tokens differ.
+    axis_groups: tuples of axes whose process groups the programs use. input_names: the names of the model's
+    forward, in order; var_keyword: whether it takes others as well. compile: run programs through
+    torch.compile(fullgraph=True); a mapping adds options, e.g. {"mode": "max-autotune"}. number_inputs: names
+    whose python numbers are data, not constants: they enter as 0-dim tensors. non_persistent: buffers that
+    are no part of the state dict. check_inputs: compare each call between ranks; check_timeout: seconds to
+    wait for a rank that does not come. bucket_bytes: gradients that are summed together. zero: ZeRO's stage,
+    see `tedfx.runtime.state_dict.parameters.Placed`. gradient_dtype: what gradients are summed and kept in.
     gathers_ahead: under ZeRO-3, gathers of parameters in flight beyond the one in use.
     """
 
@@ -103,10 +107,23 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         self._mesh, self._batch_axes, self._device = device_mesh, tuple(batch_axes), _device(device_mesh)
         self._meeting = meeting = Meeting(device_mesh, check_timeout)
         shapes = [(layout, tuple(buffers)) for layout in layouts]
-        kinds = ["on the meta device", *(str(source(name).dtype) for layout in layouts for name in layout.names[:1])] if empty else ["with weights"]
+        kinds = (
+            [
+                "on the meta device",
+                *(str(source(name).dtype) for layout in layouts for name in layout.names[:1]),
+            ]
+            if empty
+            else ["with weights"]
+        )
         kinds += [f"precision {precision}"] * (precision is not None)
-        meeting.agree(", ".join(kinds) + " " + repr(shapes) + repr(device_mesh.mesh.tolist()), "the model", "Every rank must parallelize the same model on the same mesh")
-        self._context = RankContext(device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)])
+        meeting.agree(
+            ", ".join(kinds) + " " + repr(shapes) + repr(device_mesh.mesh.tolist()),
+            "the model",
+            "Every rank must parallelize the same model on the same mesh",
+        )
+        self._context = RankContext(
+            device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)]
+        )
 
         # Step 2: parameters and buffers of the first rank, one at a time.
         placed = {layout.name: Placed(layout, device_mesh, zero) for layout in layouts}
@@ -120,14 +137,22 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                 parameter = allocate(each, source, self._device)
                 absent.extend(each.layout.sources or (name,))
             else:
-                parameter = materialize(each, lambda n: broadcast_from_first(n, source, meeting, group, self._device))
+                parameter = materialize(
+                    each, lambda n: broadcast_from_first(n, source, meeting, group, self._device)
+                )
             if gradient_dtype is not None:
                 parameter.grad_dtype = gradient_dtype
             for user_name in dict.fromkeys((name, *each.layout.aliases)):
                 self._place(user_name, parameter)
         for name in buffers:
             if empty and buffers[name].is_meta:
-                self._place(name, nn.Buffer(torch.empty_like(buffers[name], device=self._device), persistent=name not in self._non_persistent))
+                self._place(
+                    name,
+                    nn.Buffer(
+                        torch.empty_like(buffers[name], device=self._device),
+                        persistent=name not in self._non_persistent,
+                    ),
+                )
                 absent.append(name)
                 continue
             tensor = broadcast_from_first(name, lambda n: buffers[n], meeting, group, self._device)
@@ -155,26 +180,35 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         self._guard = Guard(self, {layout.name: layout.requires_grad for layout in self.layouts})
         self._sealed = True
 
-    # ---- a call --------------------------------------------------------------------------------------------------
+    # ---- a call --------------------------------------------------------------------------------------------
 
     def forward(self, *args, **kwargs):
         """The model's forward on this rank's share of the global batch; the model's own output class."""
         return self._call([(args, kwargs)])[0]
 
     def layered(self, batches: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
-        """What forward returns for each of several micro-batches, run layer by layer: all micro-batches of a layer before the next (arXiv 2106.02679).
+        """What forward returns for each of several micro-batches, run layer by layer: all micro-batches of a
+        layer before the next (arXiv 2106.02679).
 
-        batches: the arguments of a call each, kwargs (a dict) or args (a tuple); alike but for their tensors' values and sizes. Add their losses up, weighted as they are to count, and call
-        backward once: it runs layer by layer too. So a step gathers each parameter once per direction (ZeRO-3) and sums each gradient once, where the layer's micro-batches are done;
-        with gradients and buffers as if one call had followed the other. Activations of all micro-batches are kept, see `explain(micro_batches=)`.
+        batches: the arguments of a call each, kwargs (a dict) or args (a tuple); alike but for their tensors'
+        values and sizes. Add their losses up, weighted as they are to count, and call backward once: it runs
+        layer by layer too. So a step gathers each parameter once per direction (ZeRO-3) and sums each
+        gradient once, where the layer's micro-batches are done; with gradients and buffers as if one call had
+        followed the other. Activations of all micro-batches are kept, see `explain(micro_batches=)`.
         """
         batches = list(batches)
         if not batches:
-            raise TedfxError("layered() was given no micro-batch: pass the arguments of one call each, layered([{'input_ids': ..}, ..])")
-        return self._call([((), batch) if isinstance(batch, Mapping) else (tuple(batch), {}) for batch in batches])
+            raise TedfxError(
+                "layered() was given no micro-batch: pass the arguments of one call each, "
+                "layered([{'input_ids': ..}, ..])"
+            )
+        return self._call(
+            [((), batch) if isinstance(batch, Mapping) else (tuple(batch), {}) for batch in batches]
+        )
 
     def _call(self, calls: list[tuple[tuple, Mapping[str, Any]]]) -> list[Any]:
-        """The outputs of one call, or of several layer by layer. What a rank can refuse it refuses before the first collective, and the others raise its line."""
+        """The outputs of one call, or of several layer by layer. What a rank can refuse it refuses before the
+        first collective, and the others raise its line."""
         with self._meeting.telling("forward") if self._check_inputs else contextlib.nullcontext():
             self.require_weights("forward")
             self._guard.check()
@@ -182,7 +216,10 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             kinds = [self._signature(flat) for flat in flats]
             for i, kind in enumerate(kinds):
                 if kind != kinds[0]:
-                    raise TedfxError(f"layered(): micro-batch {i} is another call than the first: {kind} and {kinds[0]}; run calls of different kinds one after another")
+                    raise TedfxError(
+                        f"layered(): micro-batch {i} is another call than the first: {kind} and "
+                        f"{kinds[0]}; run calls of different kinds one after another"
+                    )
             with region(None, self._device.type):  # the casts of the region around the call are in the graph
                 ready = self._agreed(kinds[0], flats)
         with region(None, self._device.type), noting(self._meeting.ranks):
@@ -199,7 +236,8 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         return ready
 
     def _compare(self, ready: _Ready | None, signature: Signature, flats: list[dict[Path, Any]]) -> bool:
-        """Whether the call is still to be compiled, here or on another rank. Raises where it does not fit its program, or ranks differ."""
+        """Whether the call is still to be compiled, here or on another rank. Raises where it does not fit its
+        program, or ranks differ."""
         which = [f"micro-batch {m}: " if len(flats) > 1 else "" for m in range(len(flats))]
         rules = ready.program.call if ready is not None else None
         if rules is not None:
@@ -209,7 +247,12 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                     fit.check(flat)
         if not self._check_inputs:
             return ready is None
-        tensors = {which[m] + show(path): leaf for m, flat in enumerate(flats) for path, leaf in flat.items() if isinstance(leaf, Tensor)}
+        tensors = {
+            which[m] + show(path): leaf
+            for m, flat in enumerate(flats)
+            for path, leaf in flat.items()
+            if isinstance(leaf, Tensor)
+        }
         shared, data = (), None
         if rules is not None:
             shared = {which[m] + show(path) for m in range(len(flats)) for path in rules.shared_inputs}
@@ -218,18 +261,28 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
 
     def _signature(self, flat: dict[Path, Any]) -> Signature:
         attributes = self._changes.now(self.training) if self._changes is not None else ()
-        return Signature.of(flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type), attributes)
+        return Signature.of(
+            flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type), attributes
+        )
 
     def _ran(self, ready: _Ready, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
         grad, count, program = signature.grad, len(flats), ready.program
         if grad:
             self._boundary.begin(ready.order)
-        operands = [*self._boundary.leaves(program.parameters), *(self.get_buffer(name) for name in program.buffers), *program.constants]
+        operands = [
+            *self._boundary.leaves(program.parameters),
+            *(self.get_buffer(name) for name in program.buffers),
+            *program.constants,
+        ]
         for m, flat in enumerate(flats):
             operands += [flat[path] for path in program.input_keys]
             if program.uses_seed:
                 operands.append(torch.tensor(self._seed(m), dtype=torch.int64, device=self._device))
-        read = [x.clone() if i in ready.copied else x for i, x in enumerate(operands)] if ready.copied else operands
+        read = (
+            [x.clone() if i in ready.copied else x for i, x in enumerate(operands)]
+            if ready.copied
+            else operands
+        )
         outputs = apart(self._run(ready, read, grad), read, ready.aliases)
         if self.training:
             self._rng_state = (self._rng_state[0], self._rng_state[1] + count)
@@ -238,16 +291,31 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             for name, value in zip(program.mutated_buffers, outputs):
                 self.get_buffer(name).copy_(value)
         if grad:
-            outputs = [*outputs[:written], *notice(outputs[written:], list(self.parameters()), operands[: len(program.parameters)])]
+            outputs = [
+                *outputs[:written],
+                *notice(outputs[written:], list(self.parameters()), operands[: len(program.parameters)]),
+            ]
         leaves = program.out_spec.num_leaves
-        return [pytree.tree_unflatten(outputs[written + m * leaves : written + (m + 1) * leaves], program.out_spec) for m in range(count)]
+        return [
+            pytree.tree_unflatten(
+                outputs[written + m * leaves : written + (m + 1) * leaves], program.out_spec
+            )
+            for m in range(count)
+        ]
 
     def _run(self, ready: _Ready, operands: list, grad: bool) -> list:
         if self._compile or not ready.gathers:
             with use(self._context):
                 return list(ready.runner(*operands))
         shares = dict(zip(ready.program.parameters, operands))
-        store = Store(ready.gathers, shares, self._context, self._boundary.arrived, self._gathers_ahead, self._boundary.gradient_dtype)
+        store = Store(
+            ready.gathers,
+            shares,
+            self._context,
+            self._boundary.arrived,
+            self._gathers_ahead,
+            self._boundary.gradient_dtype,
+        )
         with use(self._context.with_store(store)), store.notes() if grad else contextlib.nullcontext():
             outputs = list(ready.runner(*operands))
         store.end_forward()
@@ -256,16 +324,23 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
     def _inputs(self, args, kwargs) -> dict[Path, Any]:
         call = bind(args, kwargs, self._input_names, self._var_keyword)
         if call.pop("use_cache", False):
-            raise TedfxError(f"use_cache=True: key-value caches are not supported by a ParallelModule; {EXPORT}")
+            raise TedfxError(
+                f"use_cache=True: key-value caches are not supported by a ParallelModule; {EXPORT}"
+            )
         if "past_key_values" in call:
-            raise TedfxError(f"past_key_values: key-value caches are not supported by a ParallelModule; {EXPORT}")
+            raise TedfxError(
+                f"past_key_values: key-value caches are not supported by a ParallelModule; {EXPORT}"
+            )
         for name in self._number_inputs & call.keys():
             if isinstance(call[name], (int, float)) and not isinstance(call[name], bool):
                 call[name] = torch.tensor(call[name], device=self._device)
         flat = flatten(call)
         for path, leaf in flat.items():
             if isinstance(leaf, Tensor) and leaf.device != self._device:
-                raise TedfxError(f"{show(path)} is on {leaf.device}, this rank's module on {self._device}: move it there first")
+                raise TedfxError(
+                    f"{show(path)} is on {leaf.device}, this rank's module on {self._device}: move it "
+                    "there first"
+                )
         return flat
 
     def _program(self, signature: Signature, flat: dict[Path, Any]) -> Program:
@@ -282,15 +357,22 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                 program = self._compile_program(signature, flat, self.training)
                 unknown = [name for name in program.parameters if name not in self._placed]
                 if unknown:
-                    raise TedfxError(f"the program uses parameters without a layout: {', '.join(unknown[:5])}")
+                    raise TedfxError(
+                        f"the program uses parameters without a layout: {', '.join(unknown[:5])}"
+                    )
             else:
-                program = interleave(self._prepared(signature, flat, 1).program, count, self._boundary.gradient_dtype if self._compile else None)
+                program = interleave(
+                    self._prepared(signature, flat, 1).program,
+                    count,
+                    self._boundary.gradient_dtype if self._compile else None,
+                )
             runner = running = emit(program.graph_module)
             if self._compile:
                 options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
                 if not options.keys() & {"mode", "options", "backend"}:
                     options["options"] = inductor_options()
-                # `forward`, not the module: an fx module's call reads tracebacks when it fails, which dynamo then stumbles on, and the cause is lost.
+                # `forward`, not the module: an fx module's call reads tracebacks when it fails, which dynamo
+                # then stumbles on, and the cause is lost.
                 compiled = torch.compile(running.forward, fullgraph=True, **options)
 
                 def runner(*operands):
@@ -323,7 +405,8 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         return (base * 0x9E3779B97F4A7C15 + step + ahead) & (2**63 - 1)
 
     def no_sync(self):
-        """`with pm.no_sync(): loss.backward()` accumulates without communication; see `tedfx/runtime/gradients.py`."""
+        """`with pm.no_sync(): loss.backward()` accumulates without communication; see
+        `tedfx/runtime/gradients.py`."""
         return self._boundary.no_sync()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -332,7 +415,8 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         self._boundary.leaving.drop(zero=not set_to_none)
 
     def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
-        """Whether backward sums gradients, from now on, as FSDP2's method of this name: False leaves `p.grad` as `no_sync()` does, this rank's part of a sum, `Partial` on the axes to be summed."""
+        """Whether backward sums gradients, from now on, as FSDP2's method of this name: False leaves `p.grad`
+        as `no_sync()` does, this rank's part of a sum, `Partial` on the axes to be summed."""
         self._boundary.synced = bool(requires_gradient_sync)
 
     @property
@@ -350,12 +434,21 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         self._rng_state = (int(state[0]), int(state[1]))
 
     device_mesh = property(lambda self: self._mesh, doc="The user's mesh.")
-    device = property(lambda self: self._device, doc="Where this rank's parameters are and its inputs must be.")
+    device = property(
+        lambda self: self._device, doc="Where this rank's parameters are and its inputs must be."
+    )
     context = property(lambda self: self._context, doc="The RankContext that programs run in.")
-    layouts = property(lambda self: [p.layout for p in self._placed.values()], doc="A ParameterLayout per parameter.")
-    programs = property(lambda self: {signature: ready.program for (signature, count), ready in self._ready.items() if count == 1}, doc="{Signature: Program}, in order of first use.")
+    layouts = property(
+        lambda self: [p.layout for p in self._placed.values()], doc="A ParameterLayout per parameter."
+    )
+    programs = property(
+        lambda self: {
+            signature: ready.program for (signature, count), ready in self._ready.items() if count == 1
+        },
+        doc="{Signature: Program}, in order of first use.",
+    )
 
-    # ---- looking at it -------------------------------------------------------------------------------------------
+    # ---- looking at it -------------------------------------------------------------------------------------
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -373,7 +466,8 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
 
     @property
     def reductions(self):
-        """What the last synced backward summed: a `tedfx.runtime.gradients.Reduction` per bucket, in order of launch."""
+        """What the last synced backward summed: a `tedfx.runtime.gradients.Reduction` per bucket, in order of
+        launch."""
         return self._boundary.reductions
 
     def _last_program(self) -> Program:
@@ -392,9 +486,14 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
 
     def __getattr__(self, name: str):
         if name == "generate":
-            raise AttributeError(f"generate() needs a key-value cache, which a ParallelModule has not; {EXPORT}")
+            raise AttributeError(
+                f"generate() needs a key-value cache, which a ParallelModule has not; {EXPORT}"
+            )
         if name == "push_to_hub":
-            raise AttributeError("a ParallelModule has no push_to_hub(): write a folder with save_pretrained(path) and upload that")
+            raise AttributeError(
+                "a ParallelModule has no push_to_hub(): write a folder with save_pretrained(path) and "
+                "upload that"
+            )
         return super().__getattr__(name)
 
 
@@ -404,8 +503,14 @@ def allocate(placed: Placed, source: Callable[[str], Tensor], device: torch.devi
     like = source(layout.names[0])
     want = layout.shape[1:] if layout.sources else layout.shape
     if tuple(like.shape) != want:
-        raise ConfigError(f"parameter {layout.names[0]} has shape {tuple(like.shape)}, the layout of {layout.name} expects {want}")
-    return nn.Parameter(placed.dtensor(torch.empty(placed.kept.shape, dtype=like.dtype, device=device)), requires_grad=layout.requires_grad)
+        raise ConfigError(
+            f"parameter {layout.names[0]} has shape {tuple(like.shape)}, the layout of {layout.name} "
+            f"expects {want}"
+        )
+    return nn.Parameter(
+        placed.dtensor(torch.empty(placed.kept.shape, dtype=like.dtype, device=device)),
+        requires_grad=layout.requires_grad,
+    )
 
 
 def _device(mesh) -> torch.device:

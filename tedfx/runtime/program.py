@@ -9,21 +9,21 @@ from typing import Any
 from torch import Tensor, fx
 
 from tedfx._torch import pytree
-from tedfx.trace.call_check import CallRules
+from tedfx.graph.signature import Path
 from tedfx.ops.cuts import Cut
+from tedfx.ops.gather import gather_parameters
 from tedfx.placement.derived import Fit
 from tedfx.runtime.gathers import Gathered
-from tedfx.ops.gather import gather_parameters
-from tedfx.graph.signature import Path
+from tedfx.trace.call_check import CallRules
 
 
 @dataclass
 class Program:
     """What one call signature compiles to. The text of the graph is the same on every rank.
 
-    graph_module     placeholders: `parameters` (local tensors, user's dims), `buffers`, `constants`, the tensors of the
-                     call at `input_keys`, then the seed (0-dim int64) if `uses_seed`. Outputs: the new values of
-                     `mutated_buffers`, then the leaves of `out_spec`.
+    graph_module     placeholders: `parameters` (local tensors, user's dims), `buffers`, `constants`, the
+                     tensors of the call at `input_keys`, then the seed (0-dim int64) if `uses_seed`. Outputs:
+                     the new values of `mutated_buffers`, then the leaves of `out_spec`.
     parameters       layout names.
     buffers          the user's names.
     constants        tensors, on the mesh's device.
@@ -53,20 +53,36 @@ class Program:
     fits: list[Fit] = field(default_factory=list)
 
     def overwritten(self) -> set[int]:
-        """Positions of the placeholders of buffers that a call writes to when the graph has run, and that the graph reads."""
+        """Positions of the placeholders of buffers that a call writes to when the graph has run, and that the
+        graph reads."""
         first, placeholders = len(self.parameters), self.graph_module.graph.find_nodes(op="placeholder")
-        return {first + i for i, name in enumerate(self.buffers) if name in self.mutated_buffers and placeholders[first + i].users}
+        return {
+            first + i
+            for i, name in enumerate(self.buffers)
+            if name in self.mutated_buffers and placeholders[first + i].users
+        }
 
     def gathers(self) -> list[Gathered]:
-        """The `gather_parameters` of the graph, by number; several nodes of one number are calls of one gather."""
+        """The `gather_parameters` of the graph, by number; several nodes of one number are calls of one
+        gather."""
         name = dict(zip(self.graph_module.graph.find_nodes(op="placeholder"), self.parameters))
         nodes = [n for n in self.graph_module.graph.nodes if n.target is gather_parameters]
         calls = Counter(n.args[3] for n in nodes)
         nodes = sorted({n.args[3]: n for n in nodes}.items())
-        return [Gathered(n.args[1], tuple(Cut(*cut) for cut in n.args[2]), tuple(name[p] for p in n.args[0]), "region" in n.meta, calls[i]) for i, n in nodes]
+        return [
+            Gathered(
+                n.args[1],
+                tuple(Cut(*cut) for cut in n.args[2]),
+                tuple(name[p] for p in n.args[0]),
+                "region" in n.meta,
+                calls[i],
+            )
+            for i, n in nodes
+        ]
 
     def use_order(self) -> list[str]:
-        """Parameters in the order in which the graph first uses them; backward finishes them in about the reverse."""
+        """Parameters in the order in which the graph first uses them; backward finishes them in about the
+        reverse."""
         position = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
         placeholders = self.graph_module.graph.find_nodes(op="placeholder")[: len(self.parameters)]
         first = [min((position[user] for user in node.users), default=len(position)) for node in placeholders]

@@ -1,8 +1,8 @@
 """The state of a ParallelModule: parameters and buffers under the user's names, in and out.
 
-`state_dict()` has an entry per name of the user's model (stacked experts one by one, tied tensors under each name), in
-the user's shape: a DTensor where plain placements can say the layout, else a `PiecedTensor`. Both go through
-`torch.distributed.checkpoint`, and a file written on one mesh loads on any other:
+`state_dict()` has an entry per name of the user's model (stacked experts one by one, tied tensors under each
+name), in the user's shape: a DTensor where plain placements can say the layout, else a `PiecedTensor`. Both
+go through `torch.distributed.checkpoint`, and a file written on one mesh loads on any other:
 
     state = pm.state_dict(); dcp.load(state, checkpoint_id=path); pm.load_state_dict(state)
 
@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tedfx.ranks.checks import Meeting
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.ranks.checks import Meeting
 from tedfx.runtime.mirror import Part
 from tedfx.state.parameters import Placed
 from tedfx.state.pieces import PiecedTensor
@@ -44,7 +44,8 @@ class StateAccess:
     def _place(self, name: str, tensor: Tensor) -> None:
         """Register under a dotted name, in modules made as needed.
 
-        By setattr, which unlike `register_*` does not mind a user's name that is also an attribute of this class.
+        By setattr, which unlike `register_*` does not mind a user's name that is also an attribute of this
+        class.
         """
         *path, last = name.split(".")
         module = self
@@ -73,18 +74,29 @@ class StateAccess:
         names = [name for name, _ in self.named_buffers(remove_duplicate=False)]
         return [name for name in names if not (persistent and name in self._non_persistent)]
 
-    # ---- out -----------------------------------------------------------------------------------------------------
+    # ---- out -----------------------------------------------------------------------------------------------
 
-    def state_dict(self, *, destination: dict | None = None, prefix: str = "", keep_vars: bool = False, to_fill: bool = False) -> dict[str, Tensor]:
-        """This rank's share under the user's names; shares storage with the module. `keep_vars` must be False.
+    def state_dict(
+        self,
+        *,
+        destination: dict | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        to_fill: bool = False,
+    ) -> dict[str, Tensor]:
+        """This rank's share under the user's names; shares storage with the module. `keep_vars` must be
+        False.
 
-        `to_fill`: entries may have no values yet (a model from the meta device), for `torch.distributed.checkpoint.load` to
-        write into; hand the result to `load_state_dict`.
+        `to_fill`: entries may have no values yet (a model from the meta device), for
+        `torch.distributed.checkpoint.load` to write into; hand the result to `load_state_dict`.
         """
         if not to_fill:
             self.require_weights("state_dict")
         if keep_vars:
-            raise TedfxError("state_dict(keep_vars=True): entries in the user's shape are not the parameters; use named_parameters()")
+            raise TedfxError(
+                "state_dict(keep_vars=True): entries in the user's shape are not the parameters; use "
+                "named_parameters()"
+            )
         state = {} if destination is None else destination
         for name, placed in self._placed.items():
             for user_name, entry in placed.entries(self._parameter(name)).items():
@@ -117,27 +129,42 @@ class StateAccess:
         for name, placed in self._placed.items():
             parameter, taker = self._parameter(name), self._boundary.leaving.of(name)
             taken = taker.taken(name) if taker is not None else None
-            found = {} if parameter.grad is None else {k: v.clone() for k, v in placed.gather(parameter.grad).items()}
+            found = (
+                {}
+                if parameter.grad is None
+                else {k: v.clone() for k, v in placed.gather(parameter.grad).items()}
+            )
             if taken is not None:  # this rank's share is with an optimizer, on the host
-                share = placed.dtensor(taken.to(parameter.device).view(placed.share.shape), placed.share.placements)
-                found = {k: v + found[k] if k in found else v.clone() for k, v in placed.gather(share).items()}
+                share = placed.dtensor(
+                    taken.to(parameter.device).view(placed.share.shape), placed.share.placements
+                )
+                found = {
+                    k: v + found[k] if k in found else v.clone() for k, v in placed.gather(share).items()
+                }
             full.update(found)
         return full
 
-    # ---- in ------------------------------------------------------------------------------------------------------
+    # ---- in ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> LoadResult:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> LoadResult:
         """Copy values in, from entries as `state_dict()` gives them or from the user's full tensors.
 
-        Every key and shape is checked before the first value is copied. One name of a tied tensor is enough. A DTensor
-        or a PiecedTensor of another layout is gathered first, a collective. `strict=False` returns what did not fit by
-        name; a wrong shape is an error all the same.
+        Every key and shape is checked before the first value is copied. One name of a tied tensor is enough.
+        A DTensor or a PiecedTensor of another layout is gathered first, a collective. `strict=False` returns
+        what did not fit by name; a wrong shape is an error all the same.
         """
         if assign:
-            raise TedfxError("load_state_dict(assign=True): parameters of a ParallelModule keep their place; values are copied")
+            raise TedfxError(
+                "load_state_dict(assign=True): parameters of a ParallelModule keep their place; values "
+                "are copied"
+            )
         wanted: dict[str, torch.Size] = {}
-        groups: list[tuple[str, Placed | None, tuple[str, ...]]] = []  # (parameter or buffer, its layout, tied names)
+        groups: list[
+            tuple[str, Placed | None, tuple[str, ...]]
+        ] = []  # (parameter or buffer, its layout, tied names)
         for name, placed in self._placed.items():
             layout = placed.layout
             shape = layout.shape[1:] if layout.sources else layout.shape
@@ -188,20 +215,34 @@ def _few(items: list[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
-# ---- the first rank's values ---------------------------------------------------------------------------------------
+# ---- the first rank's values -------------------------------------------------------------------------------
 
 _DTYPES = [
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
-]  # fmt: skip
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
 _MAX_DIMS = 8
 
 
-def broadcast_from_first(name: str, source: Callable[[str], Tensor], meeting: Meeting, group, device) -> Tensor:
+def broadcast_from_first(
+    name: str, source: Callable[[str], Tensor], meeting: Meeting, group, device
+) -> Tensor:
     """The mesh's first rank's `source(name)`, on every rank, on `device`; never the user's own storage.
 
-    A header goes ahead, so that the other ranks need no tensor of their own and an error on the first rank is one on
-    all. Collective over the mesh.
+    A header goes ahead, so that the other ranks need no tensor of their own and an error on the first rank is
+    one on all. Collective over the mesh.
     """
     first = dist.get_rank() == meeting.ranks[0]
     header, problem, full = [0] * (2 + _MAX_DIMS), None, None
@@ -217,7 +258,7 @@ def broadcast_from_first(name: str, source: Callable[[str], Tensor], meeting: Me
             full = torch.empty(value.shape, dtype=value.dtype, device=device)
             full.copy_(value)
             header = [_DTYPES.index(value.dtype) + 1, value.dim(), *value.shape, *header[2 + value.dim() :]]
-        except Exception as error:  # noqa: BLE001  told to the other ranks, then raised
+        except Exception as error:  # told to the other ranks, then raised
             problem = error
     header = meeting.exchange(header, "parallelize")[meeting.ranks[0]]
     if header[0] == 0:
@@ -226,6 +267,8 @@ def broadcast_from_first(name: str, source: Callable[[str], Tensor], meeting: Me
         full = torch.empty(header[2 : 2 + header[1]], dtype=_DTYPES[header[0] - 1], device=device)
     if group is not None:
         flat = full.reshape(-1)
-        flat = flat.view(torch.uint8) if full.element_size() == 1 else flat  # bool and 8-bit floats: no backend need know
+        flat = (
+            flat.view(torch.uint8) if full.element_size() == 1 else flat
+        )  # bool and 8-bit floats: no backend need know
         dist.broadcast(flat, src=meeting.ranks[0], group=group)
     return full

@@ -1,6 +1,7 @@
 """Save a run, and go on with it on this mesh or another.
 
-    checkpoints = tedfx.Checkpointer("checkpoints", pm, optimizer, scheduler=schedule, extra={"data": generator})
+    checkpoints = tedfx.Checkpointer("checkpoints", pm, optimizer, scheduler=schedule, extra={"data":
+    generator})
     resumed = checkpoints.load()                          # the latest whole one; None where there is none yet
     for step in range(resumed.step if resumed else 0, steps):
         ...
@@ -8,10 +9,11 @@
             checkpoints.save(step + 1, asynchronous=True)
     checkpoints.wait()
 
-A checkpoint is one of `torch.distributed.checkpoint`, under the user's names and in the user's shapes: `model.{name}`,
-`optimizer/{name}/{state}`, and `tedfx`, one small object with everything else. Each rank writes its part, a replica is
-written once. So any mesh loads it, and `dcp.load({"model": model.state_dict()}, checkpoint_id=..)` the plain model.
-The folder must be one that all hosts see. As with torch.load, only load what you trust.
+A checkpoint is one of `torch.distributed.checkpoint`, under the user's names and in the user's shapes:
+`model.{name}`, `optimizer/{name}/{state}`, and `tedfx`, one small object with everything else. Each rank
+writes its part, a replica is written once. So any mesh loads it, and `dcp.load({"model": model.state_dict()},
+checkpoint_id=..)` the plain model. The folder must be one that all hosts see. As with torch.load, only load
+what you trust.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
+from tedfx.ops.groups import group_among
+from tedfx.ranks.failures import lost_rank
 from tedfx.saving.checksums import ALGORITHM, CHECKSUMS
 from tedfx.saving.choice import Choice
 from tedfx.saving.folder import CheckpointError, Folder, Writer
-from tedfx.ranks.failures import lost_rank
-from tedfx.ops.groups import group_among
 from tedfx.saving.optimizer_state import OptimizerState
 from tedfx.state.pieces import PiecedTensor
 
@@ -53,37 +55,65 @@ class Resumed(NamedTuple):
 
 
 class Checkpointer:
-    """Checkpoints of one run in `folder`. Collective over the job to construct, over the mesh to save and to load.
+    """Checkpoints of one run in `folder`. Collective over the job to construct, over the mesh to save and to
+    load.
 
-    optimizer: a torch.optim.Optimizer over pm.parameters(), or one that shards its state (`tedfx/saving/optimizer_state.py`).
-    scheduler: its learning-rate scheduler. extra: {name: object} with state_dict() and load_state_dict(), or get_state()
-    and set_state() (a torch.Generator): a loss scaler, a data loader. What they hold, and `position`, is global: the first
-    rank's is kept, and every rank gets it. keep: how many checkpoints to keep. verify: at load, compare every file with its checksum first (`tedfx/saving/checksums.py`).
-    timeout: seconds that ranks wait for each other while they save or load; a rank that ended is noticed at once.
+    optimizer: a torch.optim.Optimizer over pm.parameters(), or one that shards its state
+    (`tedfx/saving/optimizer_state.py`). scheduler: its learning-rate scheduler. extra: {name: object} with
+    state_dict() and load_state_dict(), or get_state() and set_state() (a torch.Generator): a loss scaler, a
+    data loader. What they hold, and `position`, is global: the first rank's is kept, and every rank gets it.
+    keep: how many checkpoints to keep. verify: at load, compare every file with its checksum first
+    (`tedfx/saving/checksums.py`). timeout: seconds that ranks wait for each other while they save or load; a
+    rank that ended is noticed at once.
     """
 
-    def __init__(self, folder, pm, optimizer, *, scheduler=None, extra: Mapping[str, Any] | None = None, keep: int = 2, timeout: float = 1800.0, verify: bool = True):
+    def __init__(
+        self,
+        folder,
+        pm,
+        optimizer,
+        *,
+        scheduler=None,
+        extra: Mapping[str, Any] | None = None,
+        keep: int = 2,
+        timeout: float = 1800.0,
+        verify: bool = True,
+    ):
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least one checkpoint must stay")
         if dist.get_backend() == "fake":
             raise CheckpointError("this is a fake world of one process: there is nothing to save")
-        self._folder, self._pm, self._optimizer, self._scheduler, self._extra = Folder(folder, keep), pm, optimizer, scheduler, dict(extra or {})
+        self._folder, self._pm, self._optimizer, self._scheduler, self._extra = (
+            Folder(folder, keep),
+            pm,
+            optimizer,
+            scheduler,
+            dict(extra or {}),
+        )
         self._ranks = pm.device_mesh.mesh.flatten().tolist()
         # a group of its own: an asynchronous save talks while the run does
-        self._group = group_among([self._ranks], backend="gloo", timeout=datetime.timedelta(seconds=timeout), group_desc="tedfx_checkpoints")
+        self._group = group_among(
+            [self._ranks],
+            backend="gloo",
+            timeout=datetime.timedelta(seconds=timeout),
+            group_desc="tedfx_checkpoints",
+        )
         self._first, self._pending, self._verify = dist.get_rank(self._group) == 0, None, verify
 
-    # ---- saving --------------------------------------------------------------------------------------------------
+    # ---- saving --------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Make the folder this run's, as the first save does: CheckpointError while another run that lives writes to it. So it is known before the first step."""
+        """Make the folder this run's, as the first save does: CheckpointError while another run that lives
+        writes to it. So it is known before the first step."""
         self._together("claim", lambda: self._folder.claim() if self._first else None)
 
     def save(self, step: int, position: Any = None, asynchronous: bool = False) -> None:
-        """Write folder/step-{step}. Call it between an optimizer step and the next forward; gradients are not saved.
+        """Write folder/step-{step}. Call it between an optimizer step and the next forward; gradients are not
+        saved.
 
-        position: where the data stands, any picklable object, the same for all ranks. asynchronous: return as soon as
-        this rank's share is copied to host memory; the next save, load or wait() joins it and raises what went wrong.
+        position: where the data stands, any picklable object, the same for all ranks. asynchronous: return as
+        soon as this rank's share is copied to host memory; the next save, load or wait() joins it and raises
+        what went wrong.
         """
         self.wait()
         name = f"step-{step:08d}"
@@ -95,7 +125,10 @@ class Checkpointer:
 
         begun = self._together(f"save of step {step}", begin)
         if len({there for there, _ in begun}) > 1:
-            raise CheckpointError(f"ranks save different steps: {', '.join(f'rank {rank} step {there}' for rank, (there, _) in zip(self._ranks, begun))}")
+            raise CheckpointError(
+                "ranks save different steps: "
+                f"{', '.join(f'rank {rank} step {there}' for rank, (there, _) in zip(self._ranks, begun))}"
+            )
         state = OptimizerState(self._pm, self._optimizer)
         values = state.read()
         tensors = {"model": self._pm.state_dict(), **state.tensors(values)}
@@ -104,9 +137,17 @@ class Checkpointer:
             tensors[SMALL] = _pack({**small, "optimizer": state.small(values)})
         writer = Writer(self._folder, name)
         if asynchronous:
-            self._pending = step, dcp.async_save(tensors, storage_writer=writer, process_group=self._group, async_stager=_HostCopy())
+            self._pending = (
+                step,
+                dcp.async_save(
+                    tensors, storage_writer=writer, process_group=self._group, async_stager=_HostCopy()
+                ),
+            )
         else:
-            self._run(f"save of step {step}", lambda: dcp.save(tensors, storage_writer=writer, process_group=self._group))
+            self._run(
+                f"save of step {step}",
+                lambda: dcp.save(tensors, storage_writer=writer, process_group=self._group),
+            )
 
     def wait(self) -> None:
         """Until the save under way is named. A collective only in what it waits for."""
@@ -117,31 +158,49 @@ class Checkpointer:
     def _small(self, step: int, position: Any, generators: list[Tensor]) -> dict[str, Any]:
         alike = all(torch.equal(generator, generators[0]) for generator in generators)
         return {
-            "step": step, "position": position, "rng_state": tuple(self._pm.rng_state), "generators": generators[:1] if alike else generators,
-            "mesh": self._mesh(), "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "checksums": ALGORITHM, "extra": {name: each.state_dict() if hasattr(each, "state_dict") else each.get_state() for name, each in self._extra.items()},
-        }  # fmt: skip
+            "step": step,
+            "position": position,
+            "rng_state": tuple(self._pm.rng_state),
+            "generators": generators[:1] if alike else generators,
+            "mesh": self._mesh(),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "checksums": ALGORITHM,
+            "extra": {
+                name: each.state_dict() if hasattr(each, "state_dict") else each.get_state()
+                for name, each in self._extra.items()
+            },
+        }
 
     def _mesh(self) -> tuple:
         return tuple(zip(self._pm.device_mesh.mesh_dim_names, self._pm.device_mesh.mesh.shape))
 
-    # ---- loading -------------------------------------------------------------------------------------------------
+    # ---- loading -------------------------------------------------------------------------------------------
 
     def load(self, path: str | os.PathLike = "auto", older: bool = False) -> Resumed | None:
-        """Go on from the latest whole checkpoint of the folder ("auto"; None where there is none), or from `path`.
+        """Go on from the latest whole checkpoint of the folder ("auto"; None where there is none), or from
+        `path`.
 
-        All of it is compared with this run (keys, shapes, dtypes, groups), its files with their checksums, and read into host memory before anything is
-        changed; every rank raises the same CheckpointError. One that is damaged is refused, and the line says which older ones are whole; `older=True`
-        takes the newest of those, with a warning.
+        All of it is compared with this run (keys, shapes, dtypes, groups), its files with their checksums,
+        and read into host memory before anything is changed; every rank raises the same CheckpointError. One
+        that is damaged is refused, and the line says which older ones are whole; `older=True` takes the
+        newest of those, with a warning.
         """
         self.wait()
         # Step 1: the same one on every rank, whole, and its small object.
-        choice = Choice(lambda act: self._together("load", act), dist.get_rank(self._group), len(self._ranks), self._verify)
+        choice = Choice(
+            lambda act: self._together("load", act),
+            dist.get_rank(self._group),
+            len(self._ranks),
+            self._verify,
+        )
         found, metadata = choice.choose(self._folder, path, older)
         if found is None:
             return None
         if SMALL not in metadata.state_dict_metadata:
-            raise CheckpointError(f"{found} was not written by a Checkpointer; for its weights alone: dcp.load and pm.load_state_dict")
+            raise CheckpointError(
+                f"{found} was not written by a Checkpointer; for its weights alone: dcp.load and "
+                "pm.load_state_dict"
+            )
         packed = {SMALL: b""}
         self._run("load", lambda: dcp.load(packed, checkpoint_id=found, process_group=self._group))
 
@@ -153,13 +212,24 @@ class Checkpointer:
             if self._verify and not (found / CHECKSUMS).is_file():
                 if "checksums" in small:
                     raise CheckpointError(f"{found} is damaged, {CHECKSUMS} is not there; load another one")
-                choice.warn(f"{found} has no checksums, it was written before there were any: damage in its files may not be seen")
+                choice.warn(
+                    f"{found} has no checksums, it was written before there were any: damage in its "
+                    "files may not be seen"
+                )
             self._compare(found, small)
-            saved = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+            saved = {
+                key: entry
+                for key, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
             live.update((f"model.{name}", entry) for name, entry in self._pm.state_dict().items())
             _fits(found, {key: entry for key, entry in saved.items() if key.startswith("model.")}, live)
             state.check(small["optimizer"])
-            moments = {key: entry for key, entry in saved.items() if not key.startswith("model.") and state.reads(key)}
+            moments = {
+                key: entry
+                for key, entry in saved.items()
+                if not key.startswith("model.") and state.reads(key)
+            }
             targets = state.targets({key: entry.properties.dtype for key, entry in moments.items()})
             _fits(found, moments, targets)
             live.update(targets)
@@ -178,9 +248,15 @@ class Checkpointer:
 
     def _compare(self, path: Path, small: dict[str, Any]) -> None:
         if (small["scheduler"] is None) != (self._scheduler is None):
-            raise CheckpointError(f"{path} was saved {'without' if small['scheduler'] is None else 'with'} a learning-rate scheduler: make the Checkpointer in the same way")
+            raise CheckpointError(
+                f"{path} was saved {'without' if small['scheduler'] is None else 'with'} a "
+                "learning-rate scheduler: make the Checkpointer in the same way"
+            )
         if small["extra"].keys() != self._extra.keys():
-            raise CheckpointError(f"{path} holds extra={sorted(small['extra'])}, this run has {sorted(self._extra)}: make the Checkpointer in the same way")
+            raise CheckpointError(
+                f"{path} holds extra={sorted(small['extra'])}, this run has {sorted(self._extra)}: make "
+                "the Checkpointer in the same way"
+            )
 
     def _restore(self, state: OptimizerState, small: dict[str, Any]) -> None:
         state.load(small["optimizer"])
@@ -190,26 +266,39 @@ class Checkpointer:
         elif small["mesh"] == self._mesh():
             torch.set_rng_state(small["generators"][dist.get_rank(self._group)])
         elif self._first:
-            warnings.warn("the ranks' torch.get_rng_state() differed when this was saved, on another mesh: torch's own generator is left as it is", stacklevel=4)
+            warnings.warn(
+                "the ranks' torch.get_rng_state() differed when this was saved, on another mesh: "
+                "torch's own generator is left as it is",
+                stacklevel=4,
+            )
         if self._scheduler is not None:
             self._scheduler.load_state_dict(small["scheduler"])
         for name, each in self._extra.items():
-            (each.load_state_dict if hasattr(each, "load_state_dict") else each.set_state)(small["extra"][name])
+            (each.load_state_dict if hasattr(each, "load_state_dict") else each.set_state)(
+                small["extra"][name]
+            )
 
-    # ---- together ------------------------------------------------------------------------------------------------
+    # ---- together ------------------------------------------------------------------------------------------
 
     def _together(self, what: str, act: Callable[[], Any]) -> list:
         """What `act` gives on each rank, in mesh order; an error on one is a CheckpointError on all."""
         try:
             mine = (True, act())
-        except Exception as error:  # noqa: BLE001  told to the other ranks
-            mine = (False, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {_line(error)}")
+        except Exception as error:  # told to the other ranks
+            mine = (
+                False,
+                str(error)
+                if isinstance(error, CheckpointError)
+                else f"{type(error).__name__}: {_line(error)}",
+            )
         every = [None] * len(self._ranks)
         self._run(what, lambda: dist.all_gather_object(every, mine, group=self._group))
         failed = {rank: text for rank, (fine, text) in zip(self._ranks, every) if not fine}
         if failed:
             rank, text = next(iter(failed.items()))
-            raise CheckpointError(text if len(failed) == len(every) else f"{text} (rank {rank}, of {len(failed)} that failed)")
+            raise CheckpointError(
+                text if len(failed) == len(every) else f"{text} (rank {rank}, of {len(failed)} that failed)"
+            )
         return [value for _, value in every]
 
     def _run(self, what: str, act: Callable[[], Any]) -> None:
@@ -218,25 +307,41 @@ class Checkpointer:
             act()
         except dcp.CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise CheckpointError(f"{what} failed on rank {self._ranks[rank]}: {type(cause).__name__}: {_line(cause)}; {_AFTER[what == 'load']}") from error
+            raise CheckpointError(
+                f"{what} failed on rank {self._ranks[rank]}: {type(cause).__name__}: {_line(cause)}; "
+                f"{_AFTER[what == 'load']}"
+            ) from error
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{what}: {lost_rank(error) or _line(error)}; {_AFTER[what == 'load']}") from error
+            raise CheckpointError(
+                f"{what}: {lost_rank(error) or _line(error)}; {_AFTER[what == 'load']}"
+            ) from error
 
 
-# ---- tensors and bytes -----------------------------------------------------------------------------------------------
+# ---- tensors and bytes -------------------------------------------------------------------------------------
 
 
 def _fits(path: Path, saved: Mapping[str, TensorStorageMetadata], live: Mapping[str, Tensor]) -> None:
     """Every key, shape and dtype of the checkpoint against those here; all that is wrong in one line."""
-    few = lambda items: ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")  # noqa: E731
+    few = lambda items: ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
     missing, unexpected = [key for key in live if key not in saved], [key for key in saved if key not in live]
     both = [key for key in live if key in saved]
-    shapes = [f"{key} {tuple(saved[key].size)}, here {tuple(live[key].shape)}" for key in both if tuple(saved[key].size) != tuple(live[key].shape)]
-    dtypes = [f"{key} {saved[key].properties.dtype}, here {live[key].dtype}" for key in both if saved[key].properties.dtype != live[key].dtype]
+    shapes = [
+        f"{key} {tuple(saved[key].size)}, here {tuple(live[key].shape)}"
+        for key in both
+        if tuple(saved[key].size) != tuple(live[key].shape)
+    ]
+    dtypes = [
+        f"{key} {saved[key].properties.dtype}, here {live[key].dtype}"
+        for key in both
+        if saved[key].properties.dtype != live[key].dtype
+    ]
     wrong = {"it has no": missing, "it has also": unexpected, "other shapes": shapes, "other dtypes": dtypes}
     if any(wrong.values()):
         text = "; ".join(f"{what} {few(items)}" for what, items in wrong.items() if items)
-        raise CheckpointError(f"{path} is not of this model and optimizer: {text}. Resume with the model and the optimizer that it was saved with")
+        raise CheckpointError(
+            f"{path} is not of this model and optimizer: {text}. Resume with the model and the "
+            "optimizer that it was saved with"
+        )
 
 
 def _pieces(entry: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
@@ -251,18 +356,37 @@ def _pieces(entry: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
 
 def _host(entry: Tensor, fill: bool) -> PiecedTensor:
     """The same pieces in host memory of their own; `fill`: with their values."""
-    copy = (lambda t: t.detach().to("cpu", copy=True)) if fill else (lambda t: torch.empty(t.shape, dtype=t.dtype))
-    return PiecedTensor(entry.shape, [(offsets, copy(piece)) for offsets, piece in _pieces(entry)], None, (), entry.dtype, torch.device("cpu"))
+    copy = (
+        (lambda t: t.detach().to("cpu", copy=True))
+        if fill
+        else (lambda t: torch.empty(t.shape, dtype=t.dtype))
+    )
+    return PiecedTensor(
+        entry.shape,
+        [(offsets, copy(piece)) for offsets, piece in _pieces(entry)],
+        None,
+        (),
+        entry.dtype,
+        torch.device("cpu"),
+    )
 
 
 class _HostCopy(AsyncStager):
-    """What `dcp.async_save` writes while training goes on: each piece copied, not the storage that pieces share."""
+    """What `dcp.async_save` writes while training goes on: each piece copied, not the storage that pieces
+    share."""
 
     _synchronize_after_execute = False
 
     def stage(self, state_dict):
-        copied = {key: _host(entry, fill=True) if isinstance(entry, Tensor) else entry for key, entry in state_dict.items() if key != "model"}
-        return {"model": {name: _host(entry, fill=True) for name, entry in state_dict["model"].items()}, **copied}
+        copied = {
+            key: _host(entry, fill=True) if isinstance(entry, Tensor) else entry
+            for key, entry in state_dict.items()
+            if key != "model"
+        }
+        return {
+            "model": {name: _host(entry, fill=True) for name, entry in state_dict["model"].items()},
+            **copied,
+        }
 
     def close(self) -> None:
         pass
@@ -277,8 +401,11 @@ def _pack(small: Any) -> bytes:
 def _unpack(data: bytes, path: Path) -> dict[str, Any]:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
-    except Exception as error:  # noqa: BLE001  a pickle can raise anything
-        raise CheckpointError(f"{path}: what it says of the run cannot be read ({type(error).__name__}: {_line(error)}); load another one") from error
+    except Exception as error:  # a pickle can raise anything
+        raise CheckpointError(
+            f"{path}: what it says of the run cannot be read ({type(error).__name__}: {_line(error)}); "
+            "load another one"
+        ) from error
 
 
 def _line(error: BaseException) -> str:

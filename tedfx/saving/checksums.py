@@ -1,10 +1,14 @@
-"""A checksum for every file of a checkpoint, taken of what was handed to the disk and compared when it is read.
+"""A checksum for every file of a checkpoint, taken of what was handed to the disk and compared when it is
+read.
 
-    step-00000100/checksums.json   {"algorithm": "crc32", "saved": seconds, "files": {name: [bytes, checksum]}, "own": checksum of the rest}
+    step-00000100/checksums.json   {"algorithm": "crc32", "saved": seconds,
+                                    "files": {name: [bytes, checksum]}, "own": checksum of the rest}
 
-A rank's sums are made while its data is written, of the bytes in memory, so nothing is read twice and what the disk or the page cache does to them afterwards
-is seen. They travel to the first rank with what DCP gathers anyway. A load reads all files once more, each rank a share of them. CRC-32 finds every damage of
-32 bits or less in a row, and any other but for one in 2**32; it is no protection against intent, as a checkpoint itself (a pickle) has none.
+A rank's sums are made while its data is written, of the bytes in memory, so nothing is read twice and what
+the disk or the page cache does to them afterwards is seen. They travel to the first rank with what DCP
+gathers anyway. A load reads all files once more, each rank a share of them. CRC-32 finds every damage of 32
+bits or less in a row, and any other but for one in 2**32; it is no protection against intent, as a checkpoint
+itself (a pickle) has none.
 """
 
 from __future__ import annotations
@@ -83,7 +87,11 @@ class _Through:
 
 def write_checksums(path: Path, sums: Mapping[str, Sum]) -> None:
     """checksums.json of the checkpoint at `path`, on the disk when this returns."""
-    said = {"algorithm": ALGORITHM, "saved": time.time(), "files": {name: [each.bytes, f"{each.crc:08x}"] for name, each in sorted(sums.items())}}
+    said = {
+        "algorithm": ALGORITHM,
+        "saved": time.time(),
+        "files": {name: [each.bytes, f"{each.crc:08x}"] for name, each in sorted(sums.items())},
+    }
     with open(path / CHECKSUMS, "w") as file:
         json.dump({**said, "own": _own(said)}, file, indent=1)
         file.flush()
@@ -106,18 +114,23 @@ def read_checksums(path: Path) -> dict | None:
     if own != _own(said):
         raise ValueError(f"{CHECKSUMS} is not what was written")
     if said["algorithm"] != ALGORITHM:
-        raise ValueError(f"{CHECKSUMS} has sums of the kind {said['algorithm']}, this version knows {ALGORITHM}")
+        raise ValueError(
+            f"{CHECKSUMS} has sums of the kind {said['algorithm']}, this version knows {ALGORITHM}"
+        )
     return said
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """What is wrong with those files of the checkpoint at `path` that are number `share` of `shares`; nothing where it has no checksums."""
+    """What is wrong with those files of the checkpoint at `path` that are number `share` of `shares`; nothing
+    where it has no checksums."""
     try:
         said = read_checksums(path)
     except ValueError as error:
         return [str(error)]
     found = []
-    for name in _share({name: size for name, (size, _) in said["files"].items()}, share, shares) if said else ():
+    for name in (
+        _share({name: size for name, (size, _) in said["files"].items()}, share, shares) if said else ()
+    ):
         size, wanted = said["files"][name]
         have = (path / name).stat().st_size if (path / name).is_file() else None
         if have != size:

@@ -1,4 +1,5 @@
-"""Which checkpoint of a folder a run goes on from: the one that was asked for if it is whole; else a line that says what is, or with a warning the newest that is."""
+"""Which checkpoint of a folder a run goes on from: the one that was asked for if it is whole; else a line
+that says what is, or with a warning the newest that is."""
 
 from __future__ import annotations
 
@@ -16,15 +17,20 @@ from tedfx.saving.folder import CheckpointError, Damaged, Folder, check_finished
 
 
 class Choice:
-    """The ranks of one load, choosing. together(act): the list of what `act` gives on each rank. verify: files are compared with their checksums, each rank a share."""
+    """The ranks of one load, choosing. together(act): the list of what `act` gives on each rank. verify:
+    files are compared with their checksums, each rank a share."""
 
     def __init__(self, together: Callable[[Callable[[], Any]], list], rank: int, ranks: int, verify: bool):
         self._together, self._rank, self._ranks, self._verify = together, rank, ranks, verify
 
-    def choose(self, folder: Folder, given: str | os.PathLike, older: bool) -> tuple[Path, Metadata] | tuple[None, None]:
-        """The same on every rank: the checkpoint, examined, and what it says of itself; (None, None) where the folder has none yet.
+    def choose(
+        self, folder: Folder, given: str | os.PathLike, older: bool
+    ) -> tuple[Path, Metadata] | tuple[None, None]:
+        """The same on every rank: the checkpoint, examined, and what it says of itself; (None, None) where
+        the folder has none yet.
 
-        CheckpointError where it is damaged. Where only `latest` is, or with `older`, the newest whole one is taken and the first rank warns.
+        CheckpointError where it is damaged. Where only `latest` is, or with `older`, the newest whole one is
+        taken and the first rank warns.
         """
 
         def look() -> tuple[list[Path], str, str | None]:
@@ -32,7 +38,10 @@ class Choice:
 
         candidates, wrong, owner = self._together(lambda: look() if self._rank == 0 else None)[0]
         if owner:
-            self.warn(f"another run writes its checkpoints to {folder.path} ({owner}): this one can load them and cannot save there")
+            self.warn(
+                f"another run writes its checkpoints to {folder.path} ({owner}): this one can load them "
+                "and cannot save there"
+            )
         if not candidates:
             return None, None
         newest, *behind = candidates
@@ -43,10 +52,17 @@ class Choice:
             return newest, metadata
         whole = [(path, found) for path in behind for found, damaged in [self._examine(path)] if not damaged]
         if whole and (wrong or older):
-            self.warn(f"{wrong + ', and ' if wrong else ''}{newest} is damaged, {problem}: {whole[0][0]}, the newest whole checkpoint, is taken")
+            self.warn(
+                f"{wrong + ', and ' if wrong else ''}{newest} is damaged, {problem}: {whole[0][0]}, the "
+                "newest whole checkpoint, is taken"
+            )
             return whole[0]
         names = ", ".join(path.name for path, _ in whole)
-        rest = f"whole: {names}; load({str(whole[0][0])!r}), or load(older=True)" if whole else f"no older checkpoint in {newest.parent} is whole"
+        rest = (
+            f"whole: {names}; load({str(whole[0][0])!r}), or load(older=True)"
+            if whole
+            else f"no older checkpoint in {newest.parent} is whole"
+        )
         raise CheckpointError(f"{newest} is damaged, {problem}; {rest}")
 
     def _examine(self, path: Path) -> tuple[Metadata | None, str]:
@@ -62,8 +78,12 @@ class Choice:
             metadata = read_metadata(path)
             return []
 
-        problems = self._problems(files) or self._problems(said)  # nothing is unpickled that is known to be damaged
-        return metadata, "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        problems = self._problems(files) or self._problems(
+            said
+        )  # nothing is unpickled that is known to be damaged
+        return metadata, "; ".join(problems[:3]) + (
+            f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        )
 
     def _problems(self, look: Callable[[], list[str]]) -> list[str]:
         """What the ranks found, each problem once."""

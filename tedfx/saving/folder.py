@@ -1,14 +1,16 @@
-"""A folder of checkpoints: which of them is whole, which is the latest, and what is wrong with one that cannot be read.
+"""A folder of checkpoints: which of them is whole, which is the latest, and what is wrong with one that
+cannot be read.
 
-    folder/step-00000100/      one checkpoint, as torch.distributed.checkpoint writes it, and its checksums (`tedfx/saving/checksums.py`)
+    folder/step-00000100/      one checkpoint, as torch.distributed.checkpoint writes it, and checksums
     folder/step-00000200.tmp/  one that is being written, or whose writers were killed
     folder/latest              names of the whole ones, newest first, one a line
     folder/owner               the run that writes here (`tedfx/saving/owner.py`)
 
-A checkpoint is written under its temporary name. When every rank has written its part the first rank renames it, and
-then puts a new `latest` in the place of the old one. So at any moment `latest` names whole checkpoints only, whenever a
-process is killed; a name that `latest` holds is never written to again. Where `latest` itself is lost or damaged, the
-checkpoints that are there count, the last saved first, and the next save writes it anew.
+A checkpoint is written under its temporary name. When every rank has written its part the first rank renames
+it, and then puts a new `latest` in the place of the old one. So at any moment `latest` names whole
+checkpoints only, whenever a process is killed; a name that `latest` holds is never written to again. Where
+`latest` itself is lost or damaged, the checkpoints that are there count, the last saved first, and the next
+save writes it anew.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.futures import Future
 
+from tedfx.errors import TedfxError
 from tedfx.saving import owner as checkpoint_owner
 from tedfx.saving.checksums import Summing, Written, read_checksums, write_checksums
-from tedfx.errors import TedfxError
 
 LATEST, METADATA = "latest", ".metadata"
 AUTO = 'load("auto") takes the latest whole one'
@@ -50,7 +52,8 @@ class Folder:
         self._owner: checkpoint_owner.Owner | None = None
 
     def named(self) -> tuple[list[str], str]:
-        """Names of the whole checkpoints, newest first, and what is wrong with `latest`, "" where nothing is."""
+        """Names of the whole checkpoints, newest first, and what is wrong with `latest`, "" where nothing
+        is."""
         latest = self.path / LATEST
         try:
             words = latest.read_text(errors="replace").split()
@@ -61,10 +64,18 @@ class Folder:
         there = self._there()
         if words is None:
             return there, f"{latest} is not there" if there else ""
-        return there, f"{latest} is empty" if not words else f"{latest} names {words[0]}, which is not there" if _NAME.fullmatch(words[0]) else f"{latest} is damaged"
+        return (
+            there,
+            f"{latest} is empty"
+            if not words
+            else f"{latest} names {words[0]}, which is not there"
+            if _NAME.fullmatch(words[0])
+            else f"{latest} is damaged",
+        )
 
     def _there(self) -> list[str]:
-        """Names of the folders that look like checkpoints, the last saved first: by the time in their checksums (those without are older), then by step."""
+        """Names of the folders that look like checkpoints, the last saved first: by the time in their
+        checksums (those without are older), then by step."""
 
         def age(name: str) -> tuple:
             step, again = _NAME.fullmatch(name).groups()
@@ -74,28 +85,49 @@ class Folder:
                 said = None
             return said["saved"] if said else 0.0, int(step), int(again or 1)
 
-        return sorted((p.name for p in self.path.glob("step-*") if _NAME.fullmatch(p.name) and (p / METADATA).is_file()), key=age, reverse=True)
+        return sorted(
+            (
+                p.name
+                for p in self.path.glob("step-*")
+                if _NAME.fullmatch(p.name) and (p / METADATA).is_file()
+            ),
+            key=age,
+            reverse=True,
+        )
 
     def find(self, given: str | os.PathLike) -> tuple[list[Path], str]:
-        """The checkpoint that "auto" or a path (of a checkpoint, or of a folder of them) means, and behind it the older ones of the same folder; none where "auto"
-        finds none. And what is wrong with `latest`."""
+        """The checkpoint that "auto" or a path (of a checkpoint, or of a folder of them) means, and behind it
+        the older ones of the same folder; none where "auto" finds none. And what is wrong with `latest`."""
         place = self if given == "auto" else Folder(given, 1)
         names, wrong = place.named()
         if wrong and not names:
-            raise CheckpointError(f"{wrong}, and no whole checkpoint is in {place.path}: remove {LATEST} to start from the beginning, or give the path of a checkpoint")
+            raise CheckpointError(
+                f"{wrong}, and no whole checkpoint is in {place.path}: remove {LATEST} to start from "
+                "the beginning, or give the path of a checkpoint"
+            )
         if names or given == "auto":
             return [place.path / name for name in names], wrong
         parent, name = Folder(place.path.parent, 1), place.path.name
         beside = parent._there()
-        return [place.path, *(parent.path / each for each in beside[beside.index(name) + 1 if name in beside else 0 :] if each != name)], ""
+        return [
+            place.path,
+            *(
+                parent.path / each
+                for each in beside[beside.index(name) + 1 if name in beside else 0 :]
+                if each != name
+            ),
+        ], ""
 
     def claim(self) -> None:
-        """Make the folder, and make it this process's: CheckpointError while another run that lives writes to it."""
+        """Make the folder, and make it this process's: CheckpointError while another run that lives writes to
+        it."""
         self.path.mkdir(parents=True, exist_ok=True)
         found = checkpoint_owner.claim(self.path)
         if isinstance(found, str):
             raise CheckpointError(
-                f"another run writes its checkpoints to {self.path} ({found}): give this run a folder of its own, or end that one; if that process is gone, remove {self.path / checkpoint_owner.OWNER}"
+                f"another run writes its checkpoints to {self.path} ({found}): give this run a folder "
+                "of its own, or end that one; if that process is gone, remove "
+                f"{self.path / checkpoint_owner.OWNER}"
             )
         self._owner = found
 
@@ -141,7 +173,8 @@ def _sync(path: Path) -> None:
 
 
 class Writer(FileSystemWriter):
-    """Writes `name` under its temporary name; `finish`, which the first rank runs when all have written, names it. Sums of files go the way of DCP's results."""
+    """Writes `name` under its temporary name; `finish`, which the first rank runs when all have written,
+    names it. Sums of files go the way of DCP's results."""
 
     def __init__(self, folder: Folder, name: str):
         super().__init__(folder.temporary(name))
@@ -151,18 +184,30 @@ class Writer(FileSystemWriter):
     def write_data(self, plan, planner) -> Future:
         written = super().write_data(plan, planner).wait()
         with_sums: Future = Future()
-        with_sums.set_result([Written(each.index, each.size_in_bytes, each.storage_data, self.fs.sums[each.storage_data.relative_path]) for each in written])
+        with_sums.set_result(
+            [
+                Written(
+                    each.index,
+                    each.size_in_bytes,
+                    each.storage_data,
+                    self.fs.sums[each.storage_data.relative_path],
+                )
+                for each in written
+            ]
+        )
         return with_sums
 
     def finish(self, metadata, results) -> None:
         sums = {each.storage_data.relative_path: each.file for rank in results for each in rank}
         super().finish(metadata, results)
-        (said,) = (each for name, each in self.fs.sums.items() if name.startswith(METADATA))  # DCP writes it beside and renames it
+        (said,) = (
+            each for name, each in self.fs.sums.items() if name.startswith(METADATA)
+        )  # DCP writes it beside and renames it
         write_checksums(self.path, {**sums, METADATA: said})
         self._folder.end(self._name)
 
 
-# ---- is it whole? --------------------------------------------------------------------------------------------------
+# ---- is it whole? ------------------------------------------------------------------------------------------
 
 
 def check_finished(path: Path) -> None:
@@ -174,15 +219,20 @@ def check_finished(path: Path) -> None:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What the checkpoint at `path` says of itself; CheckpointError where it is none, Damaged where it is not whole or cannot be read."""
+    """What the checkpoint at `path` says of itself; CheckpointError where it is none, Damaged where it is not
+    whole or cannot be read."""
     check_finished(path)
     try:
         metadata = FileSystemReader(path).read_metadata()
         files: dict[str, int] = {}
         for place in metadata.storage_data.values():
             files[place.relative_path] = max(files.get(place.relative_path, 0), place.offset + place.length)
-        tensors = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    except Exception as error:  # noqa: BLE001  what unpickling garbage raises is anything
+        tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+    except Exception as error:  # what unpickling garbage raises is anything
         raise Damaged(f"its .metadata cannot be read ({type(error).__name__})") from error
     for name, size in files.items():
         have = (path / name).stat().st_size if (path / name).is_file() else None
@@ -192,7 +242,8 @@ def read_metadata(path: Path) -> Metadata:
         if not tiles(entry.size, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]):
             held = sum(prod(chunk.sizes) for chunk in entry.chunks)
             raise Damaged(
-                f"the {len(entry.chunks)} pieces of {key} ({held} elements) do not tile its shape {tuple(entry.size)}: ranks of one mesh did not write all of it, each once"
+                f"the {len(entry.chunks)} pieces of {key} ({held} elements) do not tile its shape "
+                f"{tuple(entry.size)}: ranks of one mesh did not write all of it, each once"
             )
     return metadata
 
@@ -200,8 +251,9 @@ def read_metadata(path: Path) -> Metadata:
 def tiles(shape, boxes) -> bool:
     """Whether boxes (offsets, sizes) cover every element of `shape` exactly once.
 
-    The indicator functions of the boxes sum to that of the whole exactly when their mixed differences do, and that of a
-    box is +-1 in each of its corners. So gaps, overlaps and pieces outside are found in one pass over the corners.
+    The indicator functions of the boxes sum to that of the whole exactly when their mixed differences do, and
+    that of a box is +-1 in each of its corners. So gaps, overlaps and pieces outside are found in one pass
+    over the corners.
     """
     corners: Counter = Counter()
     for sign, offsets, sizes in [(-1, [0] * len(shape), shape), *((1, *box) for box in boxes)]:

@@ -1,23 +1,27 @@
-"""The state of an optimizer over the parameters of a ParallelModule, under the user's names: the same on every mesh.
+"""The state of an optimizer over the parameters of a ParallelModule, under the user's names: the same on
+every mesh.
 
-A moment, or any other state in a parameter's shape, is a DTensor; the parameter's layout says which of the user's
-tensors it consists of, as it does for the parameter itself: `optimizer/{user's name}/{key}`. Numbers (`step`) and the
-hyperparameters of groups are small: they are kept by the user's names as well, and loaded where all agree that one
-parameter here holds (the experts of a stack).
+A moment, or any other state in a parameter's shape, is a DTensor; the parameter's layout says which of the
+user's tensors it consists of, as it does for the parameter itself: `optimizer/{user's name}/{key}`. Numbers
+(`step`) and the hyperparameters of groups are small: they are kept by the user's names as well, and loaded
+where all agree that one parameter here holds (the experts of a stack).
 
-`OptimizerState` serves any `torch.optim.Optimizer`, and an optimizer that shards its own state and says so itself:
+`OptimizerState` serves any `torch.optim.Optimizer`, and an optimizer that shards its own state and says so
+itself:
 
-    named_state() -> {layout name: {key: DTensor in the held shape, placed as it likes, or 0-dim tensor or number}}
+    named_state() -> {layout name: {key: DTensor in the held shape, placed as it likes, or 0-dim tensor or
+    number}}
     create_state()                                     allocates what is missing
     hyperparameters() -> [{"names": [layout names], "lr": .., ...}], load_hyperparameters(groups)
     scaler_state() -> dict, load_scaler_state(dict)    of its loss scaler
 
-and, where there are tensors that are a rank's own and have no place in a parameter's shape (errors of a compression):
+and, where there are tensors that are a rank's own and have no place in a parameter's shape (errors of a
+compression):
 
     phase_state() -> dict                              plain values; the first rank's is kept
     check_phase(dict)                                  CheckpointError where it does not fit
-    same_ranks(dict) -> bool                           whether tensors saved in this phase are of these ranks; else they are not read
-    rank_state(dict | None) -> {key: tensor}           this rank's; of a phase: tensors to read into, of equal shapes on all ranks
+    same_ranks(dict) -> bool                           whether these ranks saved it; else it is not read
+    rank_state(dict | None) -> {key: tensor}           this rank's; of a phase: tensors to read into
     load_phase(dict)                                   go on in it, with what was read
 """
 
@@ -45,8 +49,13 @@ class _TorchOptimizer:
     def __init__(self, pm, optimizer: torch.optim.Optimizer):
         self.optimizer, self.parameters = optimizer, {name: pm._parameter(name) for name in pm._placed}
         self._name = {parameter: name for name, parameter in self.parameters.items()}
-        if any(parameter not in self._name for group in optimizer.param_groups for parameter in group["params"]):
-            raise CheckpointError(f"{type(optimizer).__name__} holds a parameter that is not the module's: make it from pm.parameters()")
+        if any(
+            parameter not in self._name for group in optimizer.param_groups for parameter in group["params"]
+        ):
+            raise CheckpointError(
+                f"{type(optimizer).__name__} holds a parameter that is not the module's: make it from "
+                "pm.parameters()"
+            )
 
     def named_state(self) -> dict[str, dict[str, Any]]:
         found = {}
@@ -54,12 +63,18 @@ class _TorchOptimizer:
             for parameter in group["params"]:
                 name, state = self._name[parameter], self.optimizer.state.get(parameter, {})
                 for key, value in state.items():
-                    fits = value.shape == parameter.shape if isinstance(value, DTensor) else not isinstance(value, Tensor) or value.dim() == 0
+                    fits = (
+                        value.shape == parameter.shape
+                        if isinstance(value, DTensor)
+                        else not isinstance(value, Tensor) or value.dim() == 0
+                    )
                     if not fits or not isinstance(value, (Tensor, int, float, type(None))):
                         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
                         raise CheckpointError(
-                            f"{type(self.optimizer).__name__} keeps {key} of {name} as a {type(value).__name__}{shape}, neither a number nor in the "
-                            f"parameter's shape {tuple(parameter.shape)}: such a state has no meaning on another mesh and is not saved; use another optimizer"
+                            f"{type(self.optimizer).__name__} keeps {key} of {name} as a "
+                            f"{type(value).__name__}{shape}, neither a number nor in the "
+                            f"parameter's shape {tuple(parameter.shape)}: such a state has no meaning "
+                            "on another mesh and is not saved; use another optimizer"
                         )
                 found[name] = dict(state)
         return found
@@ -79,7 +94,10 @@ class _TorchOptimizer:
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         return [
-            {"names": [self._name[p] for p in group["params"]], **{k: v for k, v in group.items() if k not in _IMPLEMENTATION}}
+            {
+                "names": [self._name[p] for p in group["params"]],
+                **{k: v for k, v in group.items() if k not in _IMPLEMENTATION},
+            }
             for group in self.optimizer.param_groups
         ]
 
@@ -95,13 +113,20 @@ class _TorchOptimizer:
 
 
 class OptimizerState:
-    """Out: `tensors()`, `numbers()`, `groups()`. In: `targets(saved)`, then `check(small)`, then `load(small)`."""
+    """Out: `tensors()`, `numbers()`, `groups()`. In: `targets(saved)`, then `check(small)`, then
+    `load(small)`."""
 
     def __init__(self, pm, optimizer):
-        self.pm, self.optimizer, self.kind = pm, optimizer, getattr(optimizer, "kind", type(optimizer).__name__)
+        self.pm, self.optimizer, self.kind = (
+            pm,
+            optimizer,
+            getattr(optimizer, "kind", type(optimizer).__name__),
+        )
         self.own = hasattr(optimizer, "named_state")
         if not self.own and not isinstance(optimizer, torch.optim.Optimizer):
-            raise CheckpointError(f"{self.kind} is no torch.optim.Optimizer and has no named_state(): its state cannot be saved")
+            raise CheckpointError(
+                f"{self.kind} is no torch.optim.Optimizer and has no named_state(): its state cannot be saved"
+            )
         self.state = optimizer if self.own else _TorchOptimizer(pm, optimizer)
         self._targets: dict[str, dict[str, DTensor]] = {}
         self._phase: dict[str, Any] | None = None  # that of the checkpoint that is being loaded
@@ -111,7 +136,7 @@ class OptimizerState:
         layout = self.pm._placed[name].layout
         return layout.sources or (layout.name,)
 
-    # ---- out -----------------------------------------------------------------------------------------------------
+    # ---- out -----------------------------------------------------------------------------------------------
 
     def read(self) -> dict[str, dict[str, Any]]:
         if self.own:
@@ -119,47 +144,70 @@ class OptimizerState:
         return self.state.named_state()
 
     def tensors(self, state: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-        """{optimizer/{user's name}/{key}: DTensor or PiecedTensor in the user's shape}; shares storage with the state."""
+        """{optimizer/{user's name}/{key}: DTensor or PiecedTensor in the user's shape}; shares storage with
+        the state."""
         found = {}
         for name, values in state.items():
             for key, value in values.items():
                 if isinstance(value, DTensor):
                     entries = self.pm._placed[name].entries(value)
                     found.update((f"optimizer/{user}/{key}", entries[user]) for user in self._users(name))
-        if self.own and hasattr(self.state, "rank_state") and (self._phase is None or self.state.same_ranks(self._phase)):
-            found.update((RANK + key, self._row(value)) for key, value in self.state.rank_state(self._phase).items())
+        if (
+            self.own
+            and hasattr(self.state, "rank_state")
+            and (self._phase is None or self.state.same_ranks(self._phase))
+        ):
+            found.update(
+                (RANK + key, self._row(value)) for key, value in self.state.rank_state(self._phase).items()
+            )
         return found
 
     def _row(self, value: Tensor) -> PiecedTensor:
         mesh = self.pm.device_mesh
         offsets = (mesh.mesh.flatten().tolist().index(mesh.get_rank()),) + (0,) * value.dim()
-        return PiecedTensor((mesh.size(), *value.shape), [(offsets, value.unsqueeze(0))], mesh, tuple(mesh.mesh_dim_names), value.dtype, value.device)
+        return PiecedTensor(
+            (mesh.size(), *value.shape),
+            [(offsets, value.unsqueeze(0))],
+            mesh,
+            tuple(mesh.mesh_dim_names),
+            value.dtype,
+            value.device,
+        )
 
     def reads(self, key: str) -> bool:
-        """Whether a key of the checkpoint is read here: not what is another mesh's ranks' own. After `check`."""
+        """Whether a key of the checkpoint is read here: not what is another mesh's ranks' own. After
+        `check`."""
         return not key.startswith(RANK) or self._phase is None or self.state.same_ranks(self._phase)
 
     def small(self, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Numbers, groups and the scaler, in plain Python and CPU tensors, by the user's names."""
-        plain = lambda value: value.detach().cpu().clone() if isinstance(value, Tensor) else value  # noqa: E731
+        plain = lambda value: value.detach().cpu().clone() if isinstance(value, Tensor) else value
         numbers = {}
         for name, values in state.items():
             mine = {key: plain(value) for key, value in values.items() if not isinstance(value, DTensor)}
             numbers.update((user, mine) for user in self._users(name) if mine)
         groups = [
-            {**{key: plain(value) for key, value in group.items() if key != "names" and key not in _IMPLEMENTATION}, "names": [u for n in group["names"] for u in self._users(n)]}
+            {
+                **{
+                    key: plain(value)
+                    for key, value in group.items()
+                    if key != "names" and key not in _IMPLEMENTATION
+                },
+                "names": [u for n in group["names"] for u in self._users(n)],
+            }
             for group in self.state.hyperparameters()
         ]
         scaler = self.state.scaler_state() if hasattr(self.state, "scaler_state") else None
         phase = self.state.phase_state() if hasattr(self.state, "phase_state") else None
         return {"kind": self.kind, "numbers": numbers, "groups": groups, "scaler": scaler, "phase": phase}
 
-    # ---- in ------------------------------------------------------------------------------------------------------
+    # ---- in ------------------------------------------------------------------------------------------------
 
     def targets(self, saved: dict[str, torch.dtype]) -> dict[str, Tensor]:
         """Entries to read into. `saved`: dtypes of the checkpoint's `optimizer/...` keys.
 
-        Of torch's optimizers, new tensors: the state that the checkpoint describes, whether a step was made here or not.
+        Of torch's optimizers, new tensors: the state that the checkpoint describes, whether a step was made
+        here or not.
         """
         if self.own:
             return self.tensors(self.read())
@@ -170,26 +218,39 @@ class OptimizerState:
             if user in layout:
                 state = self._targets.setdefault(layout[user], {})
                 if key not in state:
-                    state[key] = torch.zeros_like(self.state.parameters[layout[user]], dtype=dtype, requires_grad=False)
+                    state[key] = torch.zeros_like(
+                        self.state.parameters[layout[user]], dtype=dtype, requires_grad=False
+                    )
         return self.tensors(self._targets)
 
     def check(self, small: dict[str, Any]) -> None:
-        """CheckpointError where the optimizer is of another kind, or its groups hold other parameters or other options."""
+        """CheckpointError where the optimizer is of another kind, or its groups hold other parameters or
+        other options."""
         if small["kind"] != self.kind:
-            raise CheckpointError(f"the checkpoint is of the optimizer {small['kind']}, this run has {self.kind}: resume with the same optimizer")
+            raise CheckpointError(
+                f"the checkpoint is of the optimizer {small['kind']}, this run has {self.kind}: resume "
+                "with the same optimizer"
+            )
         mine, theirs = self.small({})["groups"], small["groups"]
         if len(mine) != len(theirs):
-            raise CheckpointError(f"the optimizer has {len(mine)} parameter groups, the checkpoint's has {len(theirs)}: make the same groups, in the same order")
+            raise CheckpointError(
+                f"the optimizer has {len(mine)} parameter groups, the checkpoint's has {len(theirs)}: "
+                "make the same groups, in the same order"
+            )
         for index, (here, there) in enumerate(zip(mine, theirs)):
             other = sorted(set(here["names"]) ^ set(there["names"]))
             if other:
                 raise CheckpointError(
-                    f"parameter group {index} holds {len(here['names'])} parameters, the checkpoint's {len(there['names'])}; they differ in {other[0]}: "
+                    f"parameter group {index} holds {len(here['names'])} parameters, the checkpoint's "
+                    f"{len(there['names'])}; they differ in {other[0]}: "
                     "make the same groups, in the same order"
                 )
             options = sorted((here.keys() ^ there.keys()) - {"initial_lr"})
             if options:
-                raise CheckpointError(f"parameter group {index} and the checkpoint's do not have the same options: {', '.join(options)}; resume with the same optimizer")
+                raise CheckpointError(
+                    f"parameter group {index} and the checkpoint's do not have the same options: "
+                    f"{', '.join(options)}; resume with the same optimizer"
+                )
         for name in self.pm._placed:
             self._number(name, small["numbers"])
         if small.get("phase") is not None:
@@ -198,15 +259,23 @@ class OptimizerState:
 
     def _number(self, name: str, numbers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         first, *rest = [numbers.get(user, {}) for user in self._users(name)]
-        if any({k: _value(v) for k, v in each.items()} != {k: _value(v) for k, v in first.items()} for each in rest):
-            raise CheckpointError(f"the tensors stacked in {name} have optimizer states of different steps in the checkpoint, and one here: {self._users(name)[0]}, ..")
+        if any(
+            {k: _value(v) for k, v in each.items()} != {k: _value(v) for k, v in first.items()}
+            for each in rest
+        ):
+            raise CheckpointError(
+                f"the tensors stacked in {name} have optimizer states of different steps in the "
+                f"checkpoint, and one here: {self._users(name)[0]}, .."
+            )
         return first
 
     def load(self, small: dict[str, Any]) -> None:
         """After the tensors are filled: numbers, hyperparameters, scaler."""
         numbers = {name: self._number(name, small["numbers"]) for name in self.pm._placed}
         layouts = [group["names"] for group in self.state.hyperparameters()]
-        self.state.load_hyperparameters([{**group, "names": names} for group, names in zip(small["groups"], layouts)])
+        self.state.load_hyperparameters(
+            [{**group, "names": names} for group, names in zip(small["groups"], layouts)]
+        )
         if self.own:
             for name, values in self.state.named_state().items():
                 for key, value in numbers[name].items():

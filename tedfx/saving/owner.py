@@ -2,9 +2,10 @@
 
     folder/owner   a line that says who it is; locked by that process for as long as it lives
 
-The lock is the system's own (`fcntl.lockf`), so it goes with the process however that ends: a run that was killed and is resumed finds it free, a second run
-beside a living one does not, on this host or, where the file system has locks for all hosts (NFS, Lustre, GPFS), on another. No times are compared and nothing
-has to be kept fresh. A process may have any number of `Checkpointer`s in one folder.
+The lock is the system's own (`fcntl.lockf`), so it goes with the process however that ends: a run that was
+killed and is resumed finds it free, a second run beside a living one does not, on this host or, where the
+file system has locks for all hosts (NFS, Lustre, GPFS), on another. No times are compared and nothing has to
+be kept fresh. A process may have any number of `Checkpointer`s in one folder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _held: weakref.WeakValueDictionary[tuple[int, int, int], Owner] = weakref.WeakVa
 
 
 class Owner:
-    """A lock that this process holds, until it is dropped. A second one of the same file would drop it too: closing any descriptor of a file does."""
+    """A lock that this process holds, until it is dropped. A second one of the same file would drop it too:
+    closing any descriptor of a file does."""
 
     def __init__(self, descriptor: int):
         self._close = weakref.finalize(self, os.close, descriptor)
@@ -50,7 +52,12 @@ def claim(folder: Path) -> Owner | str:
             os.close(descriptor)
             continue
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}\n".encode(), 0)
+        os.pwrite(
+            descriptor,
+            f"process {os.getpid()} on {socket.gethostname()}, since "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}\n".encode(),
+            0,
+        )
         _held[key] = owner = Owner(descriptor)
         return owner
 
@@ -91,9 +98,16 @@ def _lock(descriptor: int, shared: bool) -> bool:
             return False
         if error.errno not in _NO_LOCKS:
             raise
-        warnings.warn(f"the file system of the checkpoints has no locks ({error.strerror}): two runs in one folder are not told apart", stacklevel=2)
+        warnings.warn(
+            f"the file system of the checkpoints has no locks ({error.strerror}): two runs in one "
+            "folder are not told apart",
+            stacklevel=2,
+        )
     return True
 
 
 def _read(descriptor: int) -> str:
-    return os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "a process that has not said its name yet"
+    return (
+        os.pread(descriptor, 300, 0).decode(errors="replace").strip()
+        or "a process that has not said its name yet"
+    )

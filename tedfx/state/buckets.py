@@ -13,7 +13,11 @@ from tedfx.ops.groups import group_among
 from tedfx.state.parameters import Placed
 
 BUCKET_BYTES = 25 * 2**20
-"""Gradients that travel together by default. On two H100 sizes from 25 to 512 MiB are within 5 % of each other (benchmarks/results/zero-2xH100.jsonl); larger ones make the gather after the update take more."""
+"""Gradients that travel together by default.
+
+On two H100 sizes from 25 to 512 MiB are within 5 % of each other (benchmarks/results/zero-2xH100.jsonl);
+larger ones make the gather after the update take more.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Bucket:
 
 @dataclass
 class Flight:
-    """A bucket under way. flat: what it becomes; have: whether this rank has a gradient, per name; rows: what a reduce-scatter reads; landed: it has gone where it belongs."""
+    """A bucket under way. flat: what it becomes; have: whether this rank has a gradient, per name; rows: what
+    a reduce-scatter reads; landed: it has gone where it belongs."""
 
     bucket: Bucket
     flat: Tensor
@@ -49,8 +54,11 @@ class Reduction:
     op: str = "all_reduce"
 
 
-def plan(summed: Iterable[tuple[str, torch.dtype]], placed: Mapping[str, Placed], bucket_bytes: int) -> list[Bucket]:
-    """Buckets of (name, dtype of its gradient), given in order of use: filled in the reverse; a bucket's place is that of its last member."""
+def plan(
+    summed: Iterable[tuple[str, torch.dtype]], placed: Mapping[str, Placed], bucket_bytes: int
+) -> list[Bucket]:
+    """Buckets of (name, dtype of its gradient), given in order of use: filled in the reverse; a bucket's
+    place is that of its last member."""
     filling: dict[tuple, list[str]] = {}
     filled: dict[tuple, int] = {}
     done: list[Bucket] = []
@@ -78,7 +86,8 @@ _GROUPS: dict[tuple, dist.ProcessGroup] = {}
 
 
 def new_group(mesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
-    """A group of this rank over `axes`, apart from the mesh's own; shared between modules. Collective over the mesh."""
+    """A group of this rank over `axes`, apart from the mesh's own; shared between modules. Collective over
+    the mesh."""
     picked = [mesh.mesh_dim_names.index(axis) for axis in axes]
     kept = [dim for dim in range(mesh.mesh.dim()) if dim not in picked]
     size = torch.Size(mesh.mesh.shape[dim] for dim in picked).numel()

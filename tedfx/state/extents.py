@@ -1,7 +1,8 @@
 """Which part of a parameter a rank holds: a box of its view, and where that lies in the user's tensors.
 
-A parameter has up to two extents on a rank. **whole** is what programs compute with: what is left when the axes that shard it are cut away, the same on all
-ranks over which it is replicated. **share** is this rank's part of that under ZeRO: one dim of it, cut over the axes that its gradient is summed over.
+A parameter has up to two extents on a rank. **whole** is what programs compute with: what is left when the
+axes that shard it are cut away, the same on all ranks over which it is replicated. **share** is this rank's
+part of that under ZeRO: one dim of it, cut over the axes that its gradient is summed over.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tedfx.state.pieces import PiecedTensor
 class Extent:
     """A box of the view.
 
-    view, groups   the parameter's global shape in factors, and which of its dims make up each dim of the user's shape.
+    view, groups   the parameter's global shape in factors, and which of its dims make up each dim of the
+                   user's shape.
     starts, lengths  this rank's interval of each view dim.
     plain          whether the DTensor has the user's shape; else the view's.
     placements     of that DTensor, an entry per mesh axis.
@@ -29,14 +31,20 @@ class Extent:
 
     def __init__(self, layout, mesh, view, groups, starts, lengths, plain: bool, placements, axes):
         self.layout, self.mesh, self.view, self.groups, self.plain = layout, mesh, view, groups, plain
-        self.starts, self.lengths, self.placements, self.axes = tuple(starts), tuple(lengths), tuple(placements), tuple(axes)
+        self.starts, self.lengths, self.placements, self.axes = (
+            tuple(starts),
+            tuple(lengths),
+            tuple(placements),
+            tuple(axes),
+        )
         self.shape = tuple(prod(lengths[d] for d in group) for group in groups)
         self.held = self.shape if plain else self.lengths
         self.numel = prod(lengths)
 
     @cached_property
     def chunks(self) -> dict[str, list[tuple[tuple[int, ...], tuple]]]:
-        """For each of the user's names, the boxes this rank has of it: (offsets in the user's tensor, where in a local tensor of `shape`).
+        """For each of the user's names, the boxes this rank has of it: (offsets in the user's tensor, where
+        in a local tensor of `shape`).
 
         A box is contiguous in each dim of the user's tensor; a fused dim gives one box per outer factor.
         """
@@ -46,7 +54,9 @@ class Extent:
         runs = [self._runs(group) for group in self.groups]
         local = [[slice(k * size, (k + 1) * size) for k in range(len(starts))] for starts, size in runs]
         first = 1 if layout.sources else 0
-        boxes = list(product(*[list(zip(starts, where)) for (starts, _), where in zip(runs[first:], local[first:])]))
+        boxes = list(
+            product(*[list(zip(starts, where)) for (starts, _), where in zip(runs[first:], local[first:])])
+        )
         offsets = [tuple(start for start, _ in box) for box in boxes]
         places = [tuple(where for _, where in box) for box in boxes]
         if not layout.sources:
@@ -63,7 +73,8 @@ class Extent:
         return {start + i: k * size + i for k, start in enumerate(starts) for i in range(size)}
 
     def _runs(self, group: tuple[int, ...]) -> tuple[list[int], int]:
-        """The contiguous intervals of one user's dim that this rank holds: their starts, and their common length."""
+        """The contiguous intervals of one user's dim that this rank holds: their starts, and their common
+        length."""
         view = self.view
         last = max((k for k, d in enumerate(group) if self.lengths[d] != view[d]), default=0)
         inner = prod(view[d] for d in group[last + 1 :])
@@ -88,7 +99,9 @@ class Extent:
             placements = tuple(Shard(p.dim - 1) if isinstance(p, Shard) else p for p in self.placements)
             shape = torch.Size(layout.shape[1:])
             return {
-                name: DTensor.from_local(local[i], self.mesh, placements, run_check=False, shape=shape, stride=strides(shape))
+                name: DTensor.from_local(
+                    local[i], self.mesh, placements, run_check=False, shape=shape, stride=strides(shape)
+                )
                 for i, names in enumerate(layout.groups)
                 for name in names
             }
@@ -96,10 +109,13 @@ class Extent:
             name: PiecedTensor(
                 layout.shape[1:] if layout.sources else layout.shape,
                 [(offsets, local[where]) for offsets, where in boxes],
-                self.mesh, self.axes, local.dtype, local.device,
+                self.mesh,
+                self.axes,
+                local.dtype,
+                local.device,
             )
             for name, boxes in self.chunks.items()
-        }  # fmt: skip
+        }
 
     def cut(self, name: str, full: Tensor, local: Tensor) -> None:
         """Copy this rank's part of the user's full tensor `name` into `local` (of `shape`)."""
@@ -118,22 +134,30 @@ def strides(shape) -> tuple[int, ...]:
 
 
 def intervals(size: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(start, length) of each rank's piece of a dim that DTensor shards over axes of these sizes, major first: pieces of the rounded-up quotient, the last ones shorter."""
+    """(start, length) of each rank's piece of a dim that DTensor shards over axes of these sizes, major
+    first: pieces of the rounded-up quotient, the last ones shorter."""
     pieces = [(0, size)]
     for n in sizes:
         step = lambda length: -(-length // n)  # noqa: B023, E731
-        pieces = [(start + min(i * step(length), length), max(min(step(length), length - i * step(length)), 0)) for start, length in pieces for i in range(n)]
+        pieces = [
+            (start + min(i * step(length), length), max(min(step(length), length - i * step(length)), 0))
+            for start, length in pieces
+            for i in range(n)
+        ]
     return pieces
 
 
 def share_dim(shape, view, groups, lengths, sharded: dict[int, int], ranks: int) -> tuple[int | None, bool]:
-    """Which view dim ZeRO cuts over `ranks`: (dim, whether a sharded dim has to be split for it), or (None, False).
+    """Which view dim ZeRO cuts over `ranks`: (dim, whether a sharded dim has to be split for it), or (None,
+    False).
 
-    shape     the user's; a tensor of one dim that is sharded already stays whole: it is small, and a second dim would make it look like a matrix.
+    shape     the user's; a tensor of one dim that is sharded already stays whole: it is small, and a second
+              dim would make it look like a matrix.
     sharded   view dim -> ranks over which it is cut already. `lengths` are those of a rank.
 
-    A dim that the ranks divide comes first, and one that the user's own shape can name before one that it cannot; then what is left of a sharded dim; then the longest dim,
-    in pieces that are not equal. What is shorter than the ranks stays whole.
+    A dim that the ranks divide comes first, and one that the user's own shape can name before one that it
+    cannot; then what is left of a sharded dim; then the longest dim, in pieces that are not equal. What is
+    shorter than the ranks stays whole.
     """
     if ranks == 1 or not shape or (len(shape) == 1 and sharded):
         return None, False

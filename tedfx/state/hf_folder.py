@@ -1,8 +1,9 @@
-"""A folder of safetensors as `from_pretrained` reads it: which of its tensors make which of the model's, and reading.
+"""A folder of safetensors as `from_pretrained` reads it: which of its tensors make which of the model's, and
+reading.
 
-`plan` looks at names, shapes and dtypes only and refuses, in one line, a folder that does not fit the model; nothing is
-changed before it has returned. `Folder.reading()` opens files for the time of one target, so that pages of a file that
-were looked at do not stay mapped.
+`plan` looks at names, shapes and dtypes only and refuses, in one line, a folder that does not fit the model;
+nothing is changed before it has returned. `Folder.reading()` opens files for the time of one target, so that
+pages of a file that were looked at do not stay mapped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def safe_open(file: str):
     try:
         import safetensors
     except ImportError:
-        raise ConfigError("reading safetensors needs the package of that name: pip install safetensors") from None
+        raise ConfigError(
+            "reading safetensors needs the package of that name: pip install safetensors"
+        ) from None
     try:
         return safetensors.safe_open(file, framework="pt", device="cpu")
     except FileNotFoundError:
@@ -46,7 +49,9 @@ class Folder:
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         if not os.path.isdir(self.path):
-            raise CheckpointError(f"{self.path}: no such folder (a local one is needed; nothing is downloaded)")
+            raise CheckpointError(
+                f"{self.path}: no such folder (a local one is needed; nothing is downloaded)"
+            )
         single, index = os.path.join(self.path, SINGLE), os.path.join(self.path, INDEX)
         self.config = self._config()
         if os.path.isfile(single):
@@ -54,7 +59,9 @@ class Folder:
         elif os.path.isfile(index):
             try:
                 with open(index, encoding="utf-8") as f:
-                    files = sorted({os.path.join(self.path, name) for name in json.load(f)["weight_map"].values()})
+                    files = sorted(
+                        {os.path.join(self.path, name) for name in json.load(f)["weight_map"].values()}
+                    )
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index} is no index of shards: {error!r}") from error
         else:
@@ -75,7 +82,8 @@ class Folder:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Read]:
-        """`read(name, box)`: a box of a tensor, or with None all of it. Files that it opened are closed at the end."""
+        """`read(name, box)`: a box of a tensor, or with None all of it. Files that it opened are closed at
+        the end."""
         with contextlib.ExitStack() as stack:
             opened: dict = {}
 
@@ -89,14 +97,21 @@ class Folder:
             opened.clear()
 
 
-def plan(model: nn.Module, folder: Folder, wanted: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]) -> tuple[dict[str, object], list | None]:
+def plan(
+    model: nn.Module, folder: Folder, wanted: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]
+) -> tuple[dict[str, object], list | None]:
     """({the model's name: node that makes it}, the conversions that were used).
 
-    wanted: the model's names -> tensor of their shape and dtype. groups: names of which one is enough (those of one tied
-    tensor). CheckpointError, in one line, where something is missing, too much, or of another shape.
+    wanted: the model's names -> tensor of their shape and dtype. groups: names of which one is enough (those
+    of one tied tensor). CheckpointError, in one line, where something is missing, too much, or of another
+    shape.
     """
     if "quantization_config" in folder.config:
-        raise CheckpointError(f"{folder.path}: the weights are quantized ({folder.config['quantization_config'].get('quant_method')}), which is not supported; dequantize them first")
+        raise CheckpointError(
+            f"{folder.path}: the weights are quantized "
+            f"({folder.config['quantization_config'].get('quant_method')}), which is not supported; "
+            "dequantize them first"
+        )
     nodes, unexpected, used, problems = {}, [], None, []
     if _transformers.is_pretrained(model):
         recipes, unexpected, used = _transformers.recipes(model, list(folder.files))
@@ -108,9 +123,15 @@ def plan(model: nn.Module, folder: Folder, wanted: Mapping[str, Tensor], groups:
             dtype = wanted[recipe.first].dtype if recipe.first in wanted else torch.float32
             sources = [name for names in recipe.sources.values() for name in names]
             try:
-                made = recipe.convert({name: torch.empty(folder.shapes[name], dtype=dtype, device="meta") for name in sources}, model)
-            except Exception as error:  # noqa: BLE001  whatever an operation raises on shapes that do not fit
-                problems.append(f"{recipe.first} cannot be made of {sources[0]} and {len(sources) - 1} more: {' '.join(str(error).split())[:200]}")
+                made = recipe.convert(
+                    {name: torch.empty(folder.shapes[name], dtype=dtype, device="meta") for name in sources},
+                    model,
+                )
+            except Exception as error:  # whatever an operation raises on shapes that do not fit
+                problems.append(
+                    f"{recipe.first} cannot be made of {sources[0]} and {len(sources) - 1} more: "
+                    f"{' '.join(str(error).split())[:200]}"
+                )
                 nodes[recipe.first] = None
                 continue
             nodes.update(from_recipe(recipe, folder.shapes, made, model))
@@ -119,12 +140,27 @@ def plan(model: nn.Module, folder: Folder, wanted: Mapping[str, Tensor], groups:
         unexpected = [name for name in folder.files if name not in wanted]
     unexpected += [name for name in nodes if name not in wanted]
     missing = [names[0] for names in groups if not any(name in nodes for name in names)]
-    shapes = [f"{n} {node.shape}, expected {tuple(wanted[n].shape)}" for n, node in nodes.items() if node is not None and n in wanted and node.shape != tuple(wanted[n].shape)]
-    problems += [f"missing: {_few(missing)}"] * bool(missing) + [f"not in the model: {_few(unexpected)}"] * bool(unexpected) + [f"wrong shape: {_few(shapes)}"] * bool(shapes)
+    shapes = [
+        f"{n} {node.shape}, expected {tuple(wanted[n].shape)}"
+        for n, node in nodes.items()
+        if node is not None and n in wanted and node.shape != tuple(wanted[n].shape)
+    ]
+    problems += (
+        [f"missing: {_few(missing)}"] * bool(missing)
+        + [f"not in the model: {_few(unexpected)}"] * bool(unexpected)
+        + [f"wrong shape: {_few(shapes)}"] * bool(shapes)
+    )
     if problems:
-        kind, mine = folder.config.get("model_type"), getattr(getattr(model, "config", None), "model_type", None)
-        hint = f" (its config.json says {kind}, the model is {mine})" if kind and mine and kind != mine else ""
-        raise CheckpointError(f"{folder.path} is not a checkpoint of this {type(model).__name__}{hint}: " + "; ".join(problems))
+        kind, mine = (
+            folder.config.get("model_type"),
+            getattr(getattr(model, "config", None), "model_type", None),
+        )
+        hint = (
+            f" (its config.json says {kind}, the model is {mine})" if kind and mine and kind != mine else ""
+        )
+        raise CheckpointError(
+            f"{folder.path} is not a checkpoint of this {type(model).__name__}{hint}: " + "; ".join(problems)
+        )
     return nodes, used
 
 

@@ -1,14 +1,15 @@
 """A model's own initialisation, run on a model without storage: one tensor of it exists in full at a time.
 
-The code that initialises is the model's, unchanged; it writes in place to parameters and buffers on the meta device.
-`OneAtATime` sees every operator below autograd. A view of a meta tensor stays a view of nothing. Anything else is run
-on real tensors on the CPU: the meta tensor (or view) stands for the same place in a full tensor that is made when it
-is first touched. When an operator touches another one, the full tensor is handed to `Slot.keep`, which takes this
-rank's share, and freed. A tensor that is touched again later is asked for again, with `Slot.fetch`.
+The code that initialises is the model's, unchanged; it writes in place to parameters and buffers on the meta
+device. `OneAtATime` sees every operator below autograd. A view of a meta tensor stays a view of nothing.
+Anything else is run on real tensors on the CPU: the meta tensor (or view) stands for the same place in a full
+tensor that is made when it is first touched. When an operator touches another one, the full tensor is handed
+to `Slot.keep`, which takes this rank's share, and freed. A tensor that is touched again later is asked for
+again, with `Slot.fetch`.
 
-The operators are those that a single device would run, in the same order, on tensors of the same strides, so the
-random numbers and the values are the same bit by bit. The model's code is told that its tensors are on the CPU
-(`OnCpu`): `torch.nn.init.orthogonal_`, for one, does nothing to a meta tensor.
+The operators are those that a single device would run, in the same order, on tensors of the same strides, so
+the random numbers and the values are the same bit by bit. The model's code is told that its tensors are on
+the CPU (`OnCpu`): `torch.nn.init.orthogonal_`, for one, does nothing to a meta tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,19 @@ from tedfx._torch import TorchDispatchMode, pytree
 from tedfx.errors import ConfigError
 
 # In-place operators after which nothing is left of what was there before.
-_OVERWRITING = {"normal_", "uniform_", "fill_", "zero_", "copy_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+_OVERWRITING = {
+    "normal_",
+    "uniform_",
+    "fill_",
+    "zero_",
+    "copy_",
+    "random_",
+    "bernoulli_",
+    "exponential_",
+    "log_normal_",
+    "cauchy_",
+    "geometric_",
+}
 _WORDS = 2**31 - 1
 
 
@@ -34,8 +47,8 @@ _WORDS = 2**31 - 1
 class Slot:
     """One tensor on the meta device, and what becomes of its value.
 
-    keep: takes the full value, on the CPU; None: the value is thrown away. fetch: the kept value again, in full.
-    muted: writes are dropped, and its value is nowhere. whole: every element was given a value.
+    keep: takes the full value, on the CPU; None: the value is thrown away. fetch: the kept value again, in
+    full. muted: writes are dropped, and its value is nowhere. whole: every element was given a value.
     """
 
     name: str
@@ -59,13 +72,18 @@ class OneAtATime(TorchDispatchMode):
         for slot in slots:
             other = self._slots.setdefault(_key(slot.meta), slot)
             if other is not slot:
-                raise ConfigError(f"{other.name} and {slot.name} are different tensors of one storage: cannot initialise them one at a time")
+                raise ConfigError(
+                    f"{other.name} and {slot.name} are different tensors of one storage: cannot "
+                    "initialise them one at a time"
+                )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if isinstance(kwargs.get("device"), torch.device) and kwargs["device"].type == "meta":
             kwargs["device"] = torch.device("cpu")
-        touched = list(dict.fromkeys(s for x in pytree.tree_leaves((args, kwargs)) if (s := self._slot(x)) is not None))
+        touched = list(
+            dict.fromkeys(s for x in pytree.tree_leaves((args, kwargs)) if (s := self._slot(x)) is not None)
+        )
         if not touched or _torch.is_view(func):
             return func(*args, **kwargs)
         written = [x for x in _torch.written(func, args, kwargs) if isinstance(x, Tensor)]
@@ -74,7 +92,9 @@ class OneAtATime(TorchDispatchMode):
 
         for slot in [s for s in self._live if s not in touched]:
             self.let_go(slot)
-        whole = _torch.op_name(func) in _OVERWRITING and len(touched) == 1 and _covers(args[0], touched[0].meta)
+        whole = (
+            _torch.op_name(func) in _OVERWRITING and len(touched) == 1 and _covers(args[0], touched[0].meta)
+        )
         for slot in touched:
             if slot.full is None:
                 self._bring(slot, whole)
@@ -84,7 +104,9 @@ class OneAtATime(TorchDispatchMode):
             slot = self._slot(x)
             if slot is None:
                 return x
-            there = torch.empty(0, dtype=x.dtype).set_(slot.full.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+            there = torch.empty(0, dtype=x.dtype).set_(
+                slot.full.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+            )
             given[id(there)] = x
             return there
 
@@ -105,7 +127,10 @@ class OneAtATime(TorchDispatchMode):
         if all((slot := self._slot(x)) is not None and slot.muted for x in written):
             return written[0] if len(written) == 1 else tuple(written)
         names = [s.name for x in pytree.tree_leaves((args, kwargs)) if (s := self._slot(x)) is not None]
-        raise ConfigError(f"{' and '.join(dict.fromkeys(names))} are initialised together, but only some are to be: call init_weights() first")
+        raise ConfigError(
+            f"{' and '.join(dict.fromkeys(names))} are initialised together, but only some are to be: "
+            "call init_weights() first"
+        )
 
     def _bring(self, slot: Slot, overwritten: bool) -> None:
         if slot.kept and not overwritten and slot.fetch is not None:
@@ -127,7 +152,9 @@ class OneAtATime(TorchDispatchMode):
         if slot.keep is None or slot.muted:
             return
         if not slot.whole and full.is_floating_point():
-            slot.whole = not full.numel() or not bool(full.to(torch.float32).isnan().any() if full.element_size() == 1 else full.min().isnan())
+            slot.whole = not full.numel() or not bool(
+                full.to(torch.float32).isnan().any() if full.element_size() == 1 else full.min().isnan()
+            )
         slot.keep(full)
         slot.kept = True
         self.checksum = (self.checksum * 31 + _sum(full)) % _WORDS
@@ -140,7 +167,11 @@ class OneAtATime(TorchDispatchMode):
 class OnCpu(TorchFunctionMode):
     """Under it, tensors on the meta device say that they are on the CPU."""
 
-    _ANSWERS = {Tensor.is_meta.__get__: lambda meta: False, Tensor.is_cpu.__get__: lambda cpu: True, Tensor.device.__get__: lambda device: torch.device("cpu")}
+    _ANSWERS = {
+        Tensor.is_meta.__get__: lambda meta: False,
+        Tensor.is_cpu.__get__: lambda cpu: True,
+        Tensor.device.__get__: lambda device: torch.device("cpu"),
+    }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -152,23 +183,33 @@ def _key(x: Tensor) -> int:
 
 
 def _covers(x, meta: Tensor) -> bool:
-    return isinstance(x, Tensor) and x.dtype == meta.dtype and x.numel() == meta.numel() and (x.stride() == meta.stride() or (x.is_contiguous() and meta.is_contiguous()))
+    return (
+        isinstance(x, Tensor)
+        and x.dtype == meta.dtype
+        and x.numel() == meta.numel()
+        and (x.stride() == meta.stride() or (x.is_contiguous() and meta.is_contiguous()))
+    )
 
 
 def _sum(full: Tensor) -> int:
     flat = full.contiguous().reshape(-1)
     words = flat.view(torch.int32 if flat.numel() * flat.element_size() % 4 == 0 else torch.uint8)
-    return sum(int(part.sum(dtype=torch.int64)) for part in words.split(2**20)) % _WORDS  # in parts: torch sums a converted copy
+    return (
+        sum(int(part.sum(dtype=torch.int64)) for part in words.split(2**20)) % _WORDS
+    )  # in parts: torch sums a converted copy
 
 
-# ---- the run -------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
-def initialise(model: nn.Module, slots: list[Slot], seed: int, init: Callable[[nn.Module], None] | None = None) -> int:
-    """Run `init` (applied as `model.apply` does), or the model's own initialisation; a checksum of the values.
+def initialise(
+    model: nn.Module, slots: list[Slot], seed: int, init: Callable[[nn.Module], None] | None = None
+) -> int:
+    """Run `init` (applied as `model.apply` does), or the model's own initialisation; a checksum of the
+    values.
 
-    `slots`: one per tensor of the model on the meta device, tied ones once. The model is left as it was; values go to
-    `Slot.keep`. What is not given a value in full is left with `kept and whole` false.
+    `slots`: one per tensor of the model on the meta device, tied ones once. The model is left as it was;
+    values go to `Slot.keep`. What is not given a value in full is left with `kept and whole` false.
     """
     with _as_it_was(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         by_id = {id(slot.meta): slot for slot in slots}
@@ -186,15 +227,24 @@ def initialise(model: nn.Module, slots: list[Slot], seed: int, init: Callable[[n
             slot, now = by_id[id(value)], table.get(key)
             if now is value:
                 continue
-            if not isinstance(now, Tensor) or now.is_meta or now.shape != value.shape or now.dtype != value.dtype:
-                raise ConfigError(f"{slot.name} was replaced by something else while it was initialised; write to it in place")
+            if (
+                not isinstance(now, Tensor)
+                or now.is_meta
+                or now.shape != value.shape
+                or now.dtype != value.dtype
+            ):
+                raise ConfigError(
+                    f"{slot.name} was replaced by something else while it was initialised; write to it "
+                    "in place"
+                )
             slot.whole = True
             mode.receive(slot, now.detach())
     return mode.checksum
 
 
 def own_initialisation(model: nn.Module) -> None:
-    """A Hugging Face model's own `initialize_weights`; of other modules `reset_parameters`, in the order of `model.modules()`."""
+    """A Hugging Face model's own `initialize_weights`; of other modules `reset_parameters`, in the order of
+    `model.modules()`."""
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> None:
@@ -214,9 +264,11 @@ def own_initialisation(model: nn.Module) -> None:
 
 
 def _untied(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A Hugging Face model initialises its tied weights each by itself and ties them last: the sources' values count.
+    """A Hugging Face model initialises its tied weights each by itself and ties them last: the sources'
+    values count.
 
-    Puts tensors of their own in the place of those that are tied to others (until the model is put back as it was).
+    Puts tensors of their own in the place of those that are tied to others (until the model is put back as it
+    was).
     """
     for prefix, module in list(model.named_modules()):
         if not _transformers.is_pretrained(module):
@@ -225,21 +277,36 @@ def _untied(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             owner, _, last = target.rpartition(".")
             table = module.get_submodule(owner)._parameters
             if table.get(last) is not None and table[last] is module.get_parameter(source):
-                table[last] = nn.Parameter(torch.empty_like(table[last], device="meta"), table[last].requires_grad)
+                table[last] = nn.Parameter(
+                    torch.empty_like(table[last], device="meta"), table[last].requires_grad
+                )
                 yield f"{prefix}.{target}".lstrip("."), table[last]
 
 
 def _tensors(model: nn.Module) -> list[tuple[dict, str, Tensor]]:
-    return [(table, key, value) for m in model.modules() for table in (m._parameters, m._buffers) for key, value in table.items() if value is not None]
+    return [
+        (table, key, value)
+        for m in model.modules()
+        for table in (m._parameters, m._buffers)
+        for key, value in table.items()
+        if value is not None
+    ]
 
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    saved = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    saved = [
+        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
+        for module in model.modules()
+    ]
     try:
         yield
     finally:
         for module, attributes, parameters, buffers in saved:
-            for table, values in ((vars(module), attributes), (module._parameters, parameters), (module._buffers, buffers)):
+            for table, values in (
+                (vars(module), attributes),
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+            ):
                 table.clear()
                 table.update(values)

@@ -9,15 +9,16 @@ from types import MappingProxyType
 from torch import fx, nn
 
 from tedfx.placement.factors import leaves
-from tedfx.state.parameters import ParameterLayout, Placed
 from tedfx.placement.types import R, Shard
+from tedfx.state.parameters import ParameterLayout, Placed
 
 
 def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[ParameterLayout]:
     """One layout per parameter of the model, in the model's order; stacks of experts once.
 
-    A dim is viewed as (outer, rest) where a factor that tensor axes may shard is not its first, on every mesh alike, so that a checkpoint's names do
-    not depend on the mesh. Parameters that the graph does not use are replicated.
+    A dim is viewed as (outer, rest) where a factor that tensor axes may shard is not its first, on every mesh
+    alike, so that a checkpoint's names do not depend on the mesh. Parameters that the graph does not use are
+    replicated.
     """
     trace = compilation.trace
     stacked = getattr(trace, "stacked", {})
@@ -32,7 +33,15 @@ def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[Paramete
     for name, parameter in model.named_parameters():
         placeholder = stack_of.get(name) or placeholder_of.get(name)
         if placeholder is None:
-            out.append(ParameterLayout(name, tuple(parameter.shape), reduce_axes=batch, requires_grad=parameter.requires_grad, aliases=tuple(aliases.get(name, ()))))
+            out.append(
+                ParameterLayout(
+                    name,
+                    tuple(parameter.shape),
+                    reduce_axes=batch,
+                    requires_grad=parameter.requires_grad,
+                    aliases=tuple(aliases.get(name, ())),
+                )
+            )
             continue
         if placeholder in done:
             continue
@@ -42,14 +51,29 @@ def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[Paramete
     return out
 
 
-def layout_of(compilation, node: fx.Node, name: str, requires_grad: bool, aliases: Mapping[str, Sequence[str]] = MappingProxyType({})) -> ParameterLayout:
-    """The layout of the parameter (or stack) that a placeholder stands for; `name` is what the user calls it, `aliases` what else each tied tensor is called."""
+def layout_of(
+    compilation,
+    node: fx.Node,
+    name: str,
+    requires_grad: bool,
+    aliases: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> ParameterLayout:
+    """The layout of the parameter (or stack) that a placeholder stands for; `name` is what the user calls it,
+    `aliases` what else each tied tensor is called."""
     sources = tuple(getattr(compilation.trace, "stacked", {}).get(node.name, ()))
     shardable = {f.root() for f in compilation.shardable}
     view, where = [], {}
     for d, dim in enumerate(node.meta["dims"]):
         parts = leaves(dim)
-        cut = next((k for k, f in enumerate(parts) if f in shardable or any(isinstance(p, Shard) and p.factor.root() is f for p in node.meta["type"].values())), 0)
+        cut = next(
+            (
+                k
+                for k, f in enumerate(parts)
+                if f in shardable
+                or any(isinstance(p, Shard) and p.factor.root() is f for p in node.meta["type"].values())
+            ),
+            0,
+        )
         outer, rest = prod(f.size for f in parts[:cut]), prod(f.size for f in parts[cut:])
         if cut and outer > 1:
             view.append(outer)
@@ -85,10 +109,15 @@ class _AnyRank:
 def placed_on_first(compilation, node: fx.Node, stage: int) -> Placed:
     """Where the parameter of a placeholder lies on the mesh's first rank. Needs no process group."""
     name = compilation.trace.parameters.get(node.name, node.name)
-    return Placed(layout_of(compilation, node, name, node.name in compilation.trainable), _AnyRank(compilation.roles.mesh), stage)
+    return Placed(
+        layout_of(compilation, node, name, node.name in compilation.trainable),
+        _AnyRank(compilation.roles.mesh),
+        stage,
+    )
 
 
 def stack_name(sources: Sequence[str]) -> str:
-    """``experts.0.w1.weight, experts.1.w1.weight, ..`` -> ``experts.*.w1.weight`` with ``*`` written ``stacked``."""
+    """``experts.0.w1.weight, experts.1.w1.weight, ..`` -> ``experts.*.w1.weight`` with ``*`` written
+    ``stacked``."""
     first, last = sources[0].split("."), sources[-1].split(".")
     return ".".join(a if a == b else "stacked" for a, b in zip(first, last))

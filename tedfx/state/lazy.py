@@ -1,9 +1,10 @@
 """Tensors of a checkpoint that are read box by box: what a rank does not hold is not read.
 
-A node has a shape and `fill(box, out, read)`: write its part `box` (a slice with start and stop per dim) into `out`, in
-out's dtype and on its device. `read(name, box)` is the file's own slicing. Nodes are put together as the conversions of
-transformers put tensors together (experts stacked, gate and up concatenated, a fused projection cut, a transpose); an
-operation that is none of these is the library's own, run on one whole target (`Whole`).
+A node has a shape and `fill(box, out, read)`: write its part `box` (a slice with start and stop per dim) into
+`out`, in out's dtype and on its device. `read(name, box)` is the file's own slicing. Nodes are put together
+as the conversions of transformers put tensors together (experts stacked, gate and up concatenated, a fused
+projection cut, a transpose); an operation that is none of these is the library's own, run on one whole target
+(`Whole`).
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Swap:
 
 @dataclass
 class Whole:
-    """One target of a conversion that only the library knows: its sources are read whole, in the target's dtype."""
+    """One target of a conversion that only the library knows: its sources are read whole, in the target's
+    dtype."""
 
     recipe: _transformers.Recipe
     name: str
@@ -117,12 +119,17 @@ class Whole:
     dtype: object
 
     def fill(self, box: Box, out: Tensor, read: Read) -> None:
-        sources = {name: read(name, None).to(self.dtype) for names in self.recipe.sources.values() for name in names}
+        sources = {
+            name: read(name, None).to(self.dtype) for names in self.recipe.sources.values() for name in names
+        }
         out.copy_(self.recipe.convert(sources, self.model)[self.name][box])
 
 
-def from_recipe(recipe: _transformers.Recipe, shapes: dict[str, tuple[int, ...]], made: dict[str, Tensor], model) -> dict[str, object]:
-    """{target: node}. `made`: what the library makes of the sources, as meta tensors in the targets' dtypes."""
+def from_recipe(
+    recipe: _transformers.Recipe, shapes: dict[str, tuple[int, ...]], made: dict[str, Tensor], model
+) -> dict[str, object]:
+    """{target: node}. `made`: what the library makes of the sources, as meta tensors in the targets'
+    dtypes."""
     plain = _moved(recipe, shapes, len(made), model)
     if plain is not None and [node.shape for node in plain] == [tuple(t.shape) for t in made.values()]:
         return dict(zip(made, plain))
@@ -130,11 +137,16 @@ def from_recipe(recipe: _transformers.Recipe, shapes: dict[str, tuple[int, ...]]
 
 
 def _moved(recipe, shapes, targets: int, model) -> list | None:
-    """The nodes of the targets in order, where every step is a movement of blocks as it is understood here."""
+    """The nodes of the targets in order, where every step is a movement of blocks as it is understood
+    here."""
     steps = _transformers.steps(recipe, model)
     if steps is None:
         return None
-    nodes = [[Source(name, shapes[name]) for name in recipe.sources[p]] for p in recipe.converter.source_patterns if p in recipe.sources]
+    nodes = [
+        [Source(name, shapes[name]) for name in recipe.sources[p]]
+        for p in recipe.converter.source_patterns
+        if p in recipe.sources
+    ]
     for kind, how in steps:
         single = nodes[0][0] if len(nodes) == 1 and len(nodes[0]) == 1 else None
         if kind == "stack" and all(len({n.shape for n in group}) == 1 for group in nodes):

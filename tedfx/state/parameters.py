@@ -1,14 +1,14 @@
 """Parameters as DTensors: how one of the user's tensors lies on the mesh, and how a rank gets its piece.
 
-Three shapes describe a parameter. `shape` is the user's (for stacked experts, all of one kind along a new dim 0).
-`view` refines its dims into factors, so that whatever a mesh axis shards is a dim of its own: a fused gate|up
-`(E, 2F, H)` sharded on F is viewed as `(E, 2, F, H)`. `held` is the shape of the DTensor that the optimizer sees: the
-user's own where plain `Shard` placements in it can say the layout, which is whenever inside each dim only the major
-factor is sharded; else the view. On a rank, `local` is the held piece with view dims merged back: what the programs
-take, and the same storage.
+Three shapes describe a parameter. `shape` is the user's (for stacked experts, all of one kind along a new dim
+0). `view` refines its dims into factors, so that whatever a mesh axis shards is a dim of its own: a fused
+gate|up `(E, 2F, H)` sharded on F is viewed as `(E, 2, F, H)`. `held` is the shape of the DTensor that the
+optimizer sees: the user's own where plain `Shard` placements in it can say the layout, which is whenever
+inside each dim only the major factor is sharded; else the view. On a rank, `local` is the held piece with
+view dims merged back: what the programs take, and the same storage.
 
-Every rank receives each full tensor of rank 0 once, keeps its slice and lets go of the rest: a load never holds more
-than one full tensor beside the model's own share.
+Every rank receives each full tensor of rank 0 once, keeps its slice and lets go of the rest: a load never
+holds more than one full tensor beside the model's own share.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from tedfx import _torch
-from tedfx.ops.cuts import Cut
 from tedfx.errors import ConfigError
+from tedfx.ops.cuts import Cut
 from tedfx.state.extents import Extent, intervals, share_dim, strides
 
 
@@ -31,14 +31,13 @@ from tedfx.state.extents import Extent, intervals, share_dim, strides
 class ParameterLayout:
     """What the compiler decides about one parameter. It is the same on every rank.
 
-    name: the user's name (the first of a tied tensor's), or a new name for a stack.
-    shape: the user's global shape; of a stack, `(len(sources), *shape of one)`.
-    view: the global shape in factors; the product of consecutive dims gives `shape`.
-    shards: mesh axis -> view dim, pairs or a mapping. Axes on one dim stand in mesh order, major first.
-    reduce_axes: axes on which the parameter is R: its gradient is summed over them, once.
-    sources: the user's names stacked along dim 0, in order; empty for a tensor that is not a stack.
-    aliases: further names of the same tied tensor.
-    stack_aliases: of a stack, those of each source; empty where no source has any. A mixture used in two places has them.
+    name: the user's name (the first of a tied tensor's), or a new name for a stack. shape: the user's global
+    shape; of a stack, `(len(sources), *shape of one)`. view: the global shape in factors; the product of
+    consecutive dims gives `shape`. shards: mesh axis -> view dim, pairs or a mapping. Axes on one dim stand
+    in mesh order, major first. reduce_axes: axes on which the parameter is R: its gradient is summed over
+    them, once. sources: the user's names stacked along dim 0, in order; empty for a tensor that is not a
+    stack. aliases: further names of the same tied tensor. stack_aliases: of a stack, those of each source;
+    empty where no source has any. A mixture used in two places has them.
     """
 
     name: str
@@ -59,8 +58,16 @@ class ParameterLayout:
         put(self, "shards", tuple((axis, int(dim)) for axis, dim in shards))
         for field in ("reduce_axes", "sources", "aliases", "stack_aliases"):
             put(self, field, tuple(getattr(self, field)))
-        if self.sources and (self.aliases or len(self.stack_aliases) not in (0, len(self.sources)) or self.view[:1] != self.shape[:1] or self.shape[0] != len(self.sources)):
-            raise ConfigError(f"parameter {self.name}: a stack of {len(self.sources)} needs dim 0 of that size, whole in its view")
+        if self.sources and (
+            self.aliases
+            or len(self.stack_aliases) not in (0, len(self.sources))
+            or self.view[:1] != self.shape[:1]
+            or self.shape[0] != len(self.sources)
+        ):
+            raise ConfigError(
+                f"parameter {self.name}: a stack of {len(self.sources)} needs dim 0 of that size, whole "
+                "in its view"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,17 +76,21 @@ class ParameterLayout:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The user's names of each tensor that this parameter holds, the first of which stands for all: one tensor, or the sources of a stack in order."""
+        """The user's names of each tensor that this parameter holds, the first of which stands for all: one
+        tensor, or the sources of a stack in order."""
         if not self.sources:
             return ((self.name, *self.aliases),)
-        return tuple((name, *more) for name, more in zip(self.sources, self.stack_aliases or ((),) * len(self.sources)))
+        return tuple(
+            (name, *more) for name, more in zip(self.sources, self.stack_aliases or ((),) * len(self.sources))
+        )
 
 
 class Placed:
     """A layout on a mesh: shapes and intervals on this rank. `mesh` is a DeviceMesh with named axes.
 
     cut: how `whole` is cut into the ranks' shares (`tedfx.ops.cuts.Cut`), None where the share is the whole.
-    stage: of ZeRO (arXiv 1910.02054). From 1 on an optimizer owns this rank's `share` of a parameter, and gradients are summed into it; at 3 the parameter itself is the share.
+    stage: of ZeRO (arXiv 1910.02054). From 1 on an optimizer owns this rank's `share` of a parameter, and
+    gradients are summed into it; at 3 the parameter itself is the share.
     """
 
     def __init__(self, layout: ParameterLayout, mesh, stage: int = 0):
@@ -94,12 +105,15 @@ class Placed:
         for axis, dim in shards:
             cut[dim] = cut.get(dim, 1) * size[axis]
 
-        # Step 1: the view, one dim finer where ZeRO needs it: (ranks, rest) of a sharded dim, of which it cuts the rest.
+        # Step 1: the view, one dim finer where ZeRO needs it: (ranks, rest) of a sharded dim, of which it
+        # cuts the rest.
         view, share = list(layout.view), None
         groups = _merge(layout, view)
         if stage:
             lengths = [n // cut.get(d, 1) for d, n in enumerate(view)]
-            share, split = share_dim(layout.shape, view, groups, lengths, cut, prod(size[a] for a in self.reduce_axes))
+            share, split = share_dim(
+                layout.shape, view, groups, lengths, cut, prod(size[a] for a in self.reduce_axes)
+            )
             if split:
                 view[share : share + 1] = [cut[share], view[share] // cut[share]]
                 shards = [(axis, dim + (dim > share)) for axis, dim in shards]
@@ -110,19 +124,29 @@ class Placed:
         starts, lengths = [0] * len(view), list(view)
         for axis, dim in shards:
             if lengths[dim] % size[axis]:
-                raise ConfigError(f"parameter {layout.name}: dim {dim} of {layout.view} does not divide over {axis}={size[axis]}")
+                raise ConfigError(
+                    f"parameter {layout.name}: dim {dim} of {layout.view} does not divide over "
+                    f"{axis}={size[axis]}"
+                )
             lengths[dim] //= size[axis]
             starts[dim] += coordinate[axis] * lengths[dim]
 
         # Step 3: the shape that plain placements can describe.
         held_dim = {dim: (g, k) for g, group in enumerate(groups) for k, dim in enumerate(group)}
         major = {g: next((d for d in group if view[d] > 1), None) for g, group in enumerate(groups)}
-        self.plain = all(major[held_dim[dim][0]] == dim for dim in [dim for _, dim in shards] + [share] * (share is not None))
+        self.plain = all(
+            major[held_dim[dim][0]] == dim
+            for dim in [dim for _, dim in shards] + [share] * (share is not None)
+        )
         self.held = layout.shape if self.plain else self.view
         where = {axis: held_dim[dim][0] if self.plain else dim for axis, dim in shards}
         placements = tuple(Shard(where[axis]) if axis in where else Replicate() for axis in names)
-        self.whole = Extent(layout, mesh, self.view, groups, starts, lengths, self.plain, placements, self.shard_axes)
-        self.unsynced = tuple(Partial() if axis in self.reduce_axes else placement for axis, placement in zip(names, placements))
+        self.whole = Extent(
+            layout, mesh, self.view, groups, starts, lengths, self.plain, placements, self.shard_axes
+        )
+        self.unsynced = tuple(
+            Partial() if axis in self.reduce_axes else placement for axis, placement in zip(names, placements)
+        )
 
         # Step 4: this rank's share.
         self.share, self.share_dim, self.cut = self.whole, None, None
@@ -132,11 +156,29 @@ class Placed:
             self.index = _flat_index([coordinate[axis] for axis in self.reduce_axes], over)
             inner = self.whole.held[held_dim[share][0]] // lengths[share] if self.plain else 1
             self.share_dim = held_dim[share][0] if self.plain else share
-            self.cut = Cut(self.whole.shape, self.whole.held, self.share_dim, tuple(length * inner for _, length in pieces))
+            self.cut = Cut(
+                self.whole.shape,
+                self.whole.held,
+                self.share_dim,
+                tuple(length * inner for _, length in pieces),
+            )
             starts, lengths = list(starts), list(lengths)
             starts[share], lengths[share] = starts[share] + pieces[self.index][0], pieces[self.index][1]
-            placements = tuple(Shard(self.share_dim) if axis in self.reduce_axes else placement for axis, placement in zip(names, placements))
-            self.share = Extent(layout, mesh, self.view, groups, starts, lengths, self.plain, placements, (*self.shard_axes, *self.reduce_axes))
+            placements = tuple(
+                Shard(self.share_dim) if axis in self.reduce_axes else placement
+                for axis, placement in zip(names, placements)
+            )
+            self.share = Extent(
+                layout,
+                mesh,
+                self.view,
+                groups,
+                starts,
+                lengths,
+                self.plain,
+                placements,
+                (*self.shard_axes, *self.reduce_axes),
+            )
         self.kept = self.share if stage == 3 else self.whole
         self.placements = self.kept.placements
         self.local_shape, self.local_held = self.whole.shape, self.whole.held
@@ -148,30 +190,41 @@ class Placed:
                 raise ConfigError(f"parameter {layout.name}: axis {axis!r} is not on the mesh {names}")
         for axis, dim in layout.shards:
             if axis in layout.reduce_axes:
-                raise ConfigError(f"parameter {layout.name}: axis {axis!r} both shards it and reduces its gradient")
+                raise ConfigError(
+                    f"parameter {layout.name}: axis {axis!r} both shards it and reduces its gradient"
+                )
             if not 0 <= dim < len(layout.view):
                 raise ConfigError(f"parameter {layout.name}: view {layout.view} has no dim {dim}")
         for dim in {dim for _, dim in layout.shards}:
             order = [names.index(axis) for axis, d in layout.shards if d == dim and size[axis] > 1]
             if order != sorted(order) or len(order) != len(set(order)):
-                raise ConfigError(f"parameter {layout.name}: the axes that shard dim {dim} must stand in mesh order {names}")
+                raise ConfigError(
+                    f"parameter {layout.name}: the axes that shard dim {dim} must stand in mesh order {names}"
+                )
 
-    # ---- tensors -------------------------------------------------------------------------------------------------
+    # ---- tensors -------------------------------------------------------------------------------------------
 
     def dtensor(self, local: Tensor, placements=None) -> DTensor:
-        """`local` (any shape of this rank's piece) as the held DTensor; `placements`: the parameter's, `whole`'s, `share`'s or `unsynced`."""
+        """`local` (any shape of this rank's piece) as the held DTensor; `placements`: the parameter's,
+        `whole`'s, `share`'s or `unsynced`."""
         placements = placements or self.placements
         local = local.view(self.extent(placements).held)
         key = (placements, local.dtype, local.device)
         if key not in self._specs:  # from_local costs some 100 us, and a step makes a DTensor per gradient
             shape = torch.Size(self.held)
-            first = DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=strides(shape))
+            first = DTensor.from_local(
+                local, self.mesh, placements, run_check=False, shape=shape, stride=strides(shape)
+            )
             self._specs[key] = _torch.spec_of(first)
         return _torch.dtensor_of(local, self._specs[key])
 
     def extent(self, placements) -> Extent:
         """What a DTensor with these placements holds on this rank."""
-        return self.share if self.share_dim is not None and tuple(placements) == self.share.placements else self.whole
+        return (
+            self.share
+            if self.share_dim is not None and tuple(placements) == self.share.placements
+            else self.whole
+        )
 
     def share_of(self, local: Tensor) -> Tensor:
         """The part of a whole local tensor that is this rank's share; a view."""
@@ -180,15 +233,17 @@ class Placed:
         return self.cut.share_of(local, self.index)
 
     def entries(self, held: DTensor) -> dict[str, Tensor]:
-        """The user's tensors that `held` (the parameter, its gradient, a moment of the optimizer) consists of.
+        """The user's tensors that `held` (the parameter, its gradient, a moment of the optimizer) consists
+        of.
 
-        Each is a DTensor in the user's own shape where plain placements can say so, else a `PiecedTensor`. All share
-        storage with `held`. Names, shapes and chunk boundaries mean the same on every mesh.
+        Each is a DTensor in the user's own shape where plain placements can say so, else a `PiecedTensor`.
+        All share storage with `held`. Names, shapes and chunk boundaries mean the same on every mesh.
         """
         return self.extent(held.placements).entries(held)
 
     def gather(self, held: DTensor) -> dict[str, Tensor]:
-        """{user's name: full tensor} on every rank. A collective; pending sums of an unsynced gradient are done."""
+        """{user's name: full tensor} on every rank. A collective; pending sums of an unsynced gradient are
+        done."""
         full = held.detach().full_tensor().reshape(self.layout.shape)
         if self.layout.sources:
             pieces = [full[index].clone() for index in range(len(self.layout.sources))]
@@ -218,13 +273,16 @@ def _flat_index(coordinates, sizes) -> int:
 
 
 def materialize(placed: Placed, broadcast: Callable[[str], Tensor]) -> nn.Parameter:
-    """This rank's parameter. `broadcast(name)` is a collective that returns rank 0's full tensor on every rank."""
+    """This rank's parameter. `broadcast(name)` is a collective that returns rank 0's full tensor on every
+    rank."""
     layout, local = placed.layout, None
     for name in layout.sources or (layout.name,):
         full = broadcast(name)
         want = layout.shape[1:] if layout.sources else layout.shape
         if tuple(full.shape) != want:
-            raise ConfigError(f"parameter {name} has shape {tuple(full.shape)}, the layout of {layout.name} expects {want}")
+            raise ConfigError(
+                f"parameter {name} has shape {tuple(full.shape)}, the layout of {layout.name} expects {want}"
+            )
         if local is None:
             local = torch.empty(placed.kept.shape, dtype=full.dtype, device=full.device)
         placed.kept.cut(name, full, local)

@@ -1,12 +1,13 @@
 """A user's tensor of which a rank holds boxes that no plain `Shard` placement can describe.
 
-Two layouts need it: a fused dim split on its inner factor (gate|up over `tp`: a rank has rows of the gate and the same
-rows of the up half, apart), and one expert of a stack that is sharded by expert (a rank has all of it, a slice, or
-nothing). `torch.distributed.checkpoint` asks any tensor for its chunks through three methods; with them a checkpoint
-holds the user's names and shapes whatever the mesh was, and loads on any other mesh, or on a single device.
+Two layouts need it: a fused dim split on its inner factor (gate|up over `tp`: a rank has rows of the gate and
+the same rows of the up half, apart), and one expert of a stack that is sharded by expert (a rank has all of
+it, a slice, or nothing). `torch.distributed.checkpoint` asks any tensor for its chunks through three methods;
+with them a checkpoint holds the user's names and shapes whatever the mesh was, and loads on any other mesh,
+or on a single device.
 
-The pieces share storage with the parameter, so a checkpoint is written from it and read into it without a copy. It is
-a tensor in name, shape and dtype only: `full_tensor()` is what computes with it.
+The pieces share storage with the parameter, so a checkpoint is written from it and read into it without a
+copy. It is a tensor in name, shape and dtype only: `full_tensor()` is what computes with it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,21 @@ from tedfx import _torch
 _aten = torch.ops.aten
 # What checkpointing does to a tensor, piece by piece.
 _PIECEWISE = {
-    _aten.detach.default, _aten.clone.default, _aten._to_copy.default, _aten.empty_like.default, _aten.zeros_like.default,
-    _aten.copy_.default, _aten.alias.default, _aten.zero_.default, _aten.is_pinned.default,
-}  # fmt: skip
+    _aten.detach.default,
+    _aten.clone.default,
+    _aten._to_copy.default,
+    _aten.empty_like.default,
+    _aten.zeros_like.default,
+    _aten.copy_.default,
+    _aten.alias.default,
+    _aten.zero_.default,
+    _aten.is_pinned.default,
+}
 
 
 class _Place:
-    """Mesh and axes. One object, shared by copies: a mesh stands for process groups and is not copied with a tensor."""
+    """Mesh and axes. One object, shared by copies: a mesh stands for process groups and is not copied with a
+    tensor."""
 
     def __init__(self, mesh, shard_axes):
         self.mesh, self.shard_axes = mesh, tuple(shard_axes)
@@ -40,7 +49,8 @@ class _Place:
 
 
 class PiecedTensor(Tensor):
-    """`pieces`: (offsets, tensor) boxes of a tensor of `shape` that this rank holds; none is a rank without a share.
+    """`pieces`: (offsets, tensor) boxes of a tensor of `shape` that this rank holds; none is a rank without a
+    share.
 
     Over the axes in `shard_axes` the ranks of `mesh` hold different boxes, over the others the same.
     """
@@ -48,7 +58,9 @@ class PiecedTensor(Tensor):
     @staticmethod
     def __new__(cls, shape, pieces, mesh, shard_axes, dtype, device):
         self = _torch.make_wrapper(cls, torch.Size(shape), dtype=dtype, device=device)
-        self.pieces: list[tuple[tuple[int, ...], Tensor]] = [(tuple(offsets), piece) for offsets, piece in pieces]
+        self.pieces: list[tuple[tuple[int, ...], Tensor]] = [
+            (tuple(offsets), piece) for offsets, piece in pieces
+        ]
         self.place = _Place(mesh, shard_axes)
         return self
 
@@ -80,7 +92,9 @@ class PiecedTensor(Tensor):
             piece.copy_(source[box])
 
     def _boxes(self) -> list[tuple[slice, ...]]:
-        return [tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape)) for offsets, piece in self.pieces]
+        return [
+            tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape)) for offsets, piece in self.pieces
+        ]
 
     def _with(self, pieces: Sequence[Tensor], dtype, device) -> "PiecedTensor":
         offsets = [o for o, _ in self.pieces]
@@ -89,9 +103,18 @@ class PiecedTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is _aten.new_empty.default:  # asynchronous checkpointing: an empty shell, its attributes are copied after
+        if (
+            func is _aten.new_empty.default
+        ):  # asynchronous checkpointing: an empty shell, its attributes are copied after
             self, size = args[:2]
-            return PiecedTensor(size, [], self.mesh, self.shard_axes, kwargs.get("dtype") or self.dtype, kwargs.get("device") or self.device)
+            return PiecedTensor(
+                size,
+                [],
+                self.mesh,
+                self.shard_axes,
+                kwargs.get("dtype") or self.dtype,
+                kwargs.get("device") or self.device,
+            )
         if func not in _PIECEWISE:
             raise NotImplementedError(f"{func} on a tensor held in pieces; use .full_tensor()")
         self = args[0]
@@ -101,7 +124,12 @@ class PiecedTensor(Tensor):
         results = []
         for index in range(len(self.pieces)):
             pick = lambda x: x.pieces[index][1]  # noqa: B023, E731
-            results.append(func(*_torch.pytree.tree_map_only(PiecedTensor, pick, args), **_torch.pytree.tree_map_only(PiecedTensor, pick, kwargs)))
+            results.append(
+                func(
+                    *_torch.pytree.tree_map_only(PiecedTensor, pick, args),
+                    **_torch.pytree.tree_map_only(PiecedTensor, pick, kwargs),
+                )
+            )
         if func is _aten.is_pinned.default:
             return all(results)
         if func is _aten.zero_.default:
@@ -112,9 +140,12 @@ class PiecedTensor(Tensor):
 
     def __repr__(self, *, tensor_contents=None) -> str:
         boxes = [tuple(f"{b.start}:{b.stop}" for b in box) for box in self._boxes()]
-        return f"PiecedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, axes={self.shard_axes}, here={boxes})"
+        return (
+            f"PiecedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, axes={self.shard_axes}, "
+            f"here={boxes})"
+        )
 
-    # ---- what torch.distributed.checkpoint asks --------------------------------------------------------------------
+    # ---- what torch.distributed.checkpoint asks ------------------------------------------------------------
 
     def _chunk(self, offsets, piece) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=piece.shape)

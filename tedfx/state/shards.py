@@ -1,11 +1,13 @@
-"""Writing safetensors in pieces: the header first, then each tensor at its place, in any order, one in memory at a time.
+"""Writing safetensors in pieces: the header first, then each tensor at its place, in any order, one in memory
+at a time.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes with the length of a JSON header, little-endian, the
-header {name: {dtype, shape, data_offsets}}, the data without gaps. A file of the library is written in one call from
-all of its tensors; this one needs none to be there but the one that is written.
+The format (https://huggingface.co/docs/safetensors): eight bytes with the length of a JSON header,
+little-endian, the header {name: {dtype, shape, data_offsets}}, the data without gaps. A file of the library
+is written in one call from all of its tensors; this one needs none to be there but the one that is written.
 
-`Writer` fills a folder beside the wanted one and renames it at the end, so that a folder of that name is complete. One that is there is replaced only when
-asked, and then what is no weights in it (a tokenizer, a README) stays.
+`Writer` fills a folder beside the wanted one and renames it at the end, so that a folder of that name is
+complete. One that is there is replaced only when asked, and then what is no weights in it (a tokenizer, a
+README) stays.
 """
 
 from __future__ import annotations
@@ -22,15 +24,35 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tedfx.state.hf_folder import INDEX, SINGLE
 from tedfx.errors import ConfigError
+from tedfx.state.hf_folder import INDEX, SINGLE
 
 _NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.complex64: "C64",
-}  # fmt: skip
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 
 
 def size_in_bytes(size: int | str) -> int:
@@ -42,23 +64,39 @@ def size_in_bytes(size: int | str) -> int:
 
 
 # What a save writes, and what other ways to save the same weights do: it goes when a folder is replaced.
-_OURS = re.compile(r"config\.json|generation_config\.json|.*\.safetensors|.*\.safetensors\.index\.json|pytorch_model.*\.(bin|index\.json)")
+_OURS = re.compile(
+    r"config\.json|generation_config\.json|.*\.safetensors|.*\.safetensors\.index\.json|pytorch_model.*\.(bin|index\.json)"
+)
 
 
 def check_target(path: str, overwrite: bool) -> None:
-    """ConfigError where a folder of weights may not be written to `path`: it is there and not empty, unless `overwrite` and it holds weights."""
+    """ConfigError where a folder of weights may not be written to `path`: it is there and not empty, unless
+    `overwrite` and it holds weights."""
     if not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)):
         return
     if not overwrite:
-        raise ConfigError(f"{path} exists and is not an empty folder: give a new one, or overwrite=True to replace its weights when the new ones are complete")
+        raise ConfigError(
+            f"{path} exists and is not an empty folder: give a new one, or overwrite=True to replace "
+            "its weights when the new ones are complete"
+        )
     if not any(os.path.isfile(os.path.join(path, name)) for name in (SINGLE, INDEX)):
-        raise ConfigError(f"{path} is not a folder of weights, it holds neither {SINGLE} nor {INDEX}: overwrite=True replaces only those; give a new folder")
+        raise ConfigError(
+            f"{path} is not a folder of weights, it holds neither {SINGLE} nor {INDEX}: overwrite=True "
+            "replaces only those; give a new folder"
+        )
 
 
 class Writer:
-    """`tensors`: {name: tensor of its shape and dtype (no values needed)}, in the order in which they fill the shards. See `check_target` for `overwrite`."""
+    """`tensors`: {name: tensor of its shape and dtype (no values needed)}, in the order in which they fill
+    the shards. See `check_target` for `overwrite`."""
 
-    def __init__(self, path: str | os.PathLike, tensors: Mapping[str, Tensor], max_shard_size: int | str, overwrite: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        tensors: Mapping[str, Tensor],
+        max_shard_size: int | str,
+        overwrite: bool = False,
+    ):
         self.path = os.path.realpath(os.fspath(path))
         check_target(self.path, overwrite)
         limit, shards, room = size_in_bytes(max_shard_size), [], 0
@@ -71,16 +109,25 @@ class Writer:
             shards[-1].append(name)
             room -= tensor.nbytes
         shards = shards or [[]]
-        files = [SINGLE] if len(shards) == 1 else [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+        files = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+        )
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        self.folder = tempfile.mkdtemp(prefix=os.path.basename(self.path) + ".unfinished-", dir=os.path.dirname(self.path))
+        self.folder = tempfile.mkdtemp(
+            prefix=os.path.basename(self.path) + ".unfinished-", dir=os.path.dirname(self.path)
+        )
         self._tensors, self._files, self._place, self._left = tensors, {}, {}, set(tensors)
         try:
             for file, names in zip(files, shards):
                 self._begin(file, names)
             if len(files) > 1:
                 index = {
-                    "metadata": {"total_parameters": sum(t.numel() for t in tensors.values()), "total_size": sum(t.nbytes for t in tensors.values())},
+                    "metadata": {
+                        "total_parameters": sum(t.numel() for t in tensors.values()),
+                        "total_size": sum(t.nbytes for t in tensors.values()),
+                    },
                     "weight_map": {name: file for file, names in zip(files, shards) for name in names},
                 }
                 with open(os.path.join(self.folder, INDEX), "w", encoding="utf-8") as f:
@@ -91,9 +138,15 @@ class Writer:
 
     def _begin(self, file: str, names: list[str]) -> None:
         header, offset, places = {"__metadata__": {"format": "pt"}}, 0, {}
-        for name in sorted(names, key=lambda n: -self._tensors[n].element_size()):  # large elements first: all are aligned
+        for name in sorted(
+            names, key=lambda n: -self._tensors[n].element_size()
+        ):  # large elements first: all are aligned
             tensor = self._tensors[name]
-            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+            header[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.nbytes],
+            }
             places[name], offset = offset, offset + tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -105,7 +158,9 @@ class Writer:
     def write(self, name: str, tensor: Tensor) -> None:
         planned, data = self._tensors[name], tensor.detach().to("cpu").contiguous()
         if data.shape != planned.shape or data.dtype != planned.dtype or name not in self._left:
-            raise ConfigError(f"{name}: {tuple(data.shape)} {data.dtype} is not what was planned, or was written before")
+            raise ConfigError(
+                f"{name}: {tuple(data.shape)} {data.dtype} is not what was planned, or was written before"
+            )
         handle, at = self._place[name]
         handle.seek(at)
         if data.nbytes:
@@ -126,7 +181,8 @@ class Writer:
         self._name()
 
     def _name(self) -> None:
-        """Give the folder its name: at any moment there is the old one or the new one, but for the moment between two renames, in which the old one has another name."""
+        """Give the folder its name: at any moment there is the old one or the new one, but for the moment
+        between two renames, in which the old one has another name."""
         if not os.path.isdir(self.path) or not os.listdir(self.path):
             os.rename(self.folder, self.path)  # over an empty folder too
             return
@@ -134,7 +190,9 @@ class Writer:
             if not _OURS.fullmatch(name):
                 copy = shutil.copytree if os.path.isdir(os.path.join(self.path, name)) else shutil.copy2
                 copy(os.path.join(self.path, name), os.path.join(self.folder, name))
-        old = tempfile.mkdtemp(prefix=os.path.basename(self.path) + ".replaced-", dir=os.path.dirname(self.path))
+        old = tempfile.mkdtemp(
+            prefix=os.path.basename(self.path) + ".replaced-", dir=os.path.dirname(self.path)
+        )
         os.rename(self.path, old)
         try:
             os.rename(self.folder, self.path)

@@ -38,8 +38,8 @@ from tedfx._torch import (
     written,
 )
 from tedfx.errors import TedfxError, TraceError, line_of_definition, model_frames, user_line
-from tedfx.placement.factors import as_size
 from tedfx.ops.function import Kept, kept_of
+from tedfx.placement.factors import as_size
 
 __all__ = ["Body", "bodies_of"]
 
@@ -189,7 +189,7 @@ def _apart(values: list) -> list:
 
 def _given(values: list) -> list:
     """As above, with the traced numbers and one symbol per size."""
-    number = lambda s: 1 if as_size(s) == 1 else ((as_size(s),), _number(s))  # noqa: E731
+    number = lambda s: 1 if as_size(s) == 1 else ((as_size(s),), _number(s))
     return [[number(s) for s in v.shape] if isinstance(v, Tensor) else None for v in values]
 
 
@@ -308,7 +308,8 @@ class _Watch(TorchDispatchMode):
             for each in pytree.tree_leaves(x):
                 if isinstance(each, Tensor) and _memory(each) in self.given:
                     self.refuse(
-                        f"writes into {'an argument' if self.part == 'forward' else 'a tensor that it was given'} "
+                        "writes into "
+                        f"{'an argument' if self.part == 'forward' else 'a tensor that it was given'} "
                         f"({func})",
                         "make a new tensor instead",
                     )

@@ -1,11 +1,14 @@
-"""Whether a call fits what was traced: its sizes, and the integers that it looks up. What a rank can see alone, before anything runs.
+"""Whether a call fits what was traced: its sizes, and the integers that it looks up. What a rank can see
+alone, before anything runs.
 
-Sizes: a dim that the trace left free may be anything within its bounds, equal symbols have equal sizes, every other dim is as traced. The batch of a call is a rank's part
-of the global one; bounds and conditions are about the global batch. Sizes that were found to fit are remembered, so a call costs a look-up.
+Sizes: a dim that the trace left free may be anything within its bounds, equal symbols have equal sizes, every
+other dim is as traced. The batch of a call is a rank's part of the global one; bounds and conditions are
+about the global batch. Sizes that were found to fit are remembered, so a call costs a look-up.
 
-Values: an integer input that reaches an embedding or a cross-entropy through views only has that table's size as its range. The smallest and the largest are compared, which
-two small kernels find; on a device they are read with the checksums (`tedfx/ranks/checks.py`), at no copy of their own. Positions that follow from the sizes alone are looked at
-once per size.
+Values: an integer input that reaches an embedding or a cross-entropy through views only has that table's size
+as its range. The smallest and the largest are compared, which two small kernels find; on a device they are
+read with the checksums (`tedfx/ranks/checks.py`), at no copy of their own. Positions that follow from the
+sizes alone are looked at once per size.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from tedfx.ranks.checks import checksums
 from tedfx.errors import CallError, user_line
 from tedfx.graph.signature import Path, show
+from tedfx.ranks.checks import checksums
 
 __all__ = ["CallRules", "Range", "SizeCheck"]
 
@@ -29,10 +32,47 @@ REMEDY = "pass inputs of these sizes as example_inputs of parallelize"
 
 # Operators whose result has only values of their operand, and constants that a pad writes.
 _VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "slice", "select", "narrow", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "expand_as", "contiguous", "clone",
-    "alias", "detach", "lift_fresh", "lift_fresh_copy", "pad", "constant_pad_nd", "to", "_to_copy", "type_as", "split", "split_with_sizes", "chunk", "unbind", "repeat", "roll", "flip",
-    "movedim", "_unsafe_view", "view_as", "reshape_as", "split_with_sizes_copy", "broadcast_to", "index_select", "sym_size",
-}  # fmt: skip
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "slice",
+    "select",
+    "narrow",
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "expand_as",
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "pad",
+    "constant_pad_nd",
+    "to",
+    "_to_copy",
+    "type_as",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unbind",
+    "repeat",
+    "roll",
+    "flip",
+    "movedim",
+    "_unsafe_view",
+    "view_as",
+    "reshape_as",
+    "split_with_sizes_copy",
+    "broadcast_to",
+    "index_select",
+    "sym_size",
+}
 
 
 def _expression(size: Any) -> sympy.Basic:
@@ -40,20 +80,33 @@ def _expression(size: Any) -> sympy.Basic:
 
 
 class SizeCheck:
-    """`check(tensors by path)` raises CallError for sizes that the trace does not hold for. ranks: how many have a part of the global batch each."""
+    """`check(tensors by path)` raises CallError for sizes that the trace does not hold for. ranks: how many
+    have a part of the global batch each."""
 
     def __init__(self, trace, ranks: int = 1):
         placeholders = {n.name: n for n in trace.graph_module.graph.find_nodes(op="placeholder")}
-        self.inputs = {path: [_expression(s) for s in placeholders[name].meta["val"].shape] for name, path in trace.inputs.items()}
+        self.inputs = {
+            path: [_expression(s) for s in placeholders[name].meta["val"].shape]
+            for name, path in trace.inputs.items()
+        }
         self.bounds, self.conditions, self.ranks = trace.bounds, trace.conditions, ranks
-        self.batch, self.names = trace.sizes.get("batch"), {symbol: name for name, symbol in trace.sizes.items()}
-        self.rows = trace.extents.get("batch")  # the batch itself: its symbol, or 2*s where only even ones will do
+        self.batch, self.names = (
+            trace.sizes.get("batch"),
+            {symbol: name for name, symbol in trace.sizes.items()},
+        )
+        self.rows = trace.extents.get(
+            "batch"
+        )  # the batch itself: its symbol, or 2*s where only even ones will do
         self._fine: set[tuple] = set()
 
     @property
     def batch_inputs(self) -> frozenset[Path]:
         """The inputs whose dim 0 is the batch; others are the same on every rank."""
-        return frozenset(path for path, dims in self.inputs.items() if dims and self.rows is not None and dims[0] == self.rows)
+        return frozenset(
+            path
+            for path, dims in self.inputs.items()
+            if dims and self.rows is not None and dims[0] == self.rows
+        )
 
     def __call__(self, given: Mapping[Path, Tensor]) -> None:
         shapes = tuple(given[path].shape for path in self.inputs)
@@ -62,7 +115,9 @@ class SizeCheck:
             self._fine.add(shapes)
 
     def _check(self, given: Mapping[Path, Tensor]) -> None:
-        found: dict[sympy.Symbol, tuple[int, str]] = {}  # symbol -> (its value over all ranks, where it was found)
+        found: dict[
+            sympy.Symbol, tuple[int, str]
+        ] = {}  # symbol -> (its value over all ranks, where it was found)
         for path, dims in self.inputs.items():
             shape = given[path].shape
             if len(dims) != len(shape):
@@ -114,7 +169,8 @@ class SizeCheck:
 
 @dataclass
 class Range:
-    """An integer input is at least `low` and at most `high`, or `ignored`, where `index` (a node of `graph`) looks it up.
+    """An integer input is at least `low` and at most `high`, or `ignored`, where `index` (a node of `graph`)
+    looks it up.
 
     graph: from the inputs at `keys` to what is looked up. path: the input, None where the sizes alone decide.
     """
@@ -131,7 +187,9 @@ class Range:
     def extremes(self, given: Mapping[Path, Tensor]) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value of the input, ignored ones apart; on its device."""
         values = given[self.path].detach()
-        return (values if self.ignored is None else torch.where(values == self.ignored, self.low, values)).aminmax()
+        return (
+            values if self.ignored is None else torch.where(values == self.ignored, self.low, values)
+        ).aminmax()
 
     def check(self, given: Mapping[Path, Tensor]) -> None:
         """CallError where a value that is looked up is out of range. Reads the values: a copy to the host."""
@@ -143,23 +201,36 @@ class Range:
             return
         value = int(looked_up[bad][0])
         if self.path is None:
-            raise CallError(f"the sizes of this call reach place {value} of {self.what}, whose places are {self.low} to {self.high} | at {self.where} | shorter inputs, or a larger table")
+            raise CallError(
+                f"the sizes of this call reach place {value} of {self.what}, whose places are "
+                f"{self.low} to {self.high} | at {self.where} | shorter inputs, or a larger table"
+            )
         at = (given[self.path].detach().cpu() == value).nonzero()
         place = f"[{', '.join(map(str, at[0].tolist()))}]" if len(at) else ""
-        fine = f"{self.low} to {self.high}" + ("" if self.ignored is None else f", or {self.ignored} (ignored)")
-        raise CallError(f"{show(self.path)}{place} is {value}, out of range of {self.what}: {fine} | at {self.where} | correct the data, or the model's size")
+        fine = f"{self.low} to {self.high}" + (
+            "" if self.ignored is None else f", or {self.ignored} (ignored)"
+        )
+        raise CallError(
+            f"{show(self.path)}{place} is {value}, out of range of {self.what}: {fine} | at "
+            f"{self.where} | correct the data, or the model's size"
+        )
 
 
 class CallRules:
-    """What a call must satisfy by itself. Made from the trace before passes change its graph. ranks: how many have a part of the batch each.
+    """What a call must satisfy by itself. Made from the trace before passes change its graph. ranks: how many
+    have a part of the batch each.
 
-    batch_inputs: paths of the inputs that are cut over the batch; shared_inputs: of the others with dims, where there are several parts.
+    batch_inputs: paths of the inputs that are cut over the batch; shared_inputs: of the others with dims,
+    where there are several parts.
     """
 
     def __init__(self, trace, ranks: int = 1):
         self._sizes = SizeCheck(trace, ranks)
         self.batch_inputs = self._sizes.batch_inputs
-        self.shared_inputs = frozenset(path for path, dims in self._sizes.inputs.items() if dims and ranks > 1) - self.batch_inputs
+        self.shared_inputs = (
+            frozenset(path for path, dims in self._sizes.inputs.items() if dims and ranks > 1)
+            - self.batch_inputs
+        )
         ranges = _ranges(trace)
         self._values = [r for r in ranges if r.path is not None]
         self._positions = [r for r in ranges if r.path is None]
@@ -174,11 +245,19 @@ class CallRules:
         """CallError for sizes that the trace does not hold for."""
         self._sizes(given)
 
-    def check_values(self, calls: Sequence[Mapping[Path, Tensor]], tensors: Mapping[str, Tensor], shared: Collection[str], alone: bool) -> tuple[int, int] | None:
-        """CallError where a call of these looks up what is not there; else the checksums of all `tensors`, None where they were not read.
+    def check_values(
+        self,
+        calls: Sequence[Mapping[Path, Tensor]],
+        tensors: Mapping[str, Tensor],
+        shared: Collection[str],
+        alone: bool,
+    ) -> tuple[int, int] | None:
+        """CallError where a call of these looks up what is not there; else the checksums of all `tensors`,
+        None where they were not read.
 
-        Smallest and largest values are read together with the checksums, in one copy to the host. A rank without others (alone) needs no checksums: there they are read
-        on the CPU only, where that costs nothing.
+        Smallest and largest values are read together with the checksums, in one copy to the host. A rank
+        without others (alone) needs no checksums: there they are read on the CPU only, where that costs
+        nothing.
         """
         for given in calls:
             self._check_positions(given)
@@ -220,7 +299,9 @@ def _ranges(trace) -> list[Range]:
     return list(found.values())
 
 
-def _add(found: dict, trace, node: fx.Node, index: fx.Node, size: int, ignored: int | None, what: str) -> None:
+def _add(
+    found: dict, trace, node: fx.Node, index: fx.Node, size: int, ignored: int | None, what: str
+) -> None:
     """The range of `index` at `node`, where it follows from one input by views, or from sizes."""
     before, stack = set(), [index]
     while stack:
@@ -234,7 +315,11 @@ def _add(found: dict, trace, node: fx.Node, index: fx.Node, size: int, ignored: 
         return
     sizes_of = {n for n in ancestors if _name(n) == "sym_size"}
     data = [n for n in leaves if any(u in before and u not in sizes_of for u in n.users) or n is index]
-    computed = [n for n in ancestors if n.op == "call_function" and isinstance(n.meta.get("val"), (Tensor, list, tuple))]
+    computed = [
+        n
+        for n in ancestors
+        if n.op == "call_function" and isinstance(n.meta.get("val"), (Tensor, list, tuple))
+    ]
     batch = trace.sizes.get("batch")
     if len(data) == 1 and all(_name(n) in _VIEWS or _name(n) == "getitem" for n in computed):
         path = trace.inputs[data[0].name]
@@ -244,20 +329,43 @@ def _add(found: dict, trace, node: fx.Node, index: fx.Node, size: int, ignored: 
         return
     key = (path, size, ignored, None if path is not None else node)
     if key not in found:
-        found[key] = Range(path, 0, size - 1, ignored, what, user_line(node), [trace.inputs[n.name] for n in leaves], _extracted(ancestors, index))
+        found[key] = Range(
+            path,
+            0,
+            size - 1,
+            ignored,
+            what,
+            user_line(node),
+            [trace.inputs[n.name] for n in leaves],
+            _extracted(ancestors, index),
+        )
 
 
-_RANDOM = {aten.randint.default, aten.randint.low, aten.randperm.default, aten.rand.default, aten.randn.default}
+_RANDOM = {
+    aten.randint.default,
+    aten.randint.low,
+    aten.randperm.default,
+    aten.rand.default,
+    aten.randn.default,
+}
 
 
 def _name(node: fx.Node) -> str:
     target = node.target
-    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
+    return (
+        target._schema.name.split("::")[1]
+        if isinstance(target, torch._ops.OpOverload)
+        else getattr(target, "__name__", "")
+    )
 
 
 def _mentions(node: fx.Node, batch: sympy.Symbol | None) -> bool:
     value = node.meta.get("val")
-    return batch is not None and isinstance(value, Tensor) and any(isinstance(s, torch.SymInt) and batch in s.node.expr.free_symbols for s in value.shape)
+    return (
+        batch is not None
+        and isinstance(value, Tensor)
+        and any(isinstance(s, torch.SymInt) and batch in s.node.expr.free_symbols for s in value.shape)
+    )
 
 
 def _extracted(ancestors: list[fx.Node], index: fx.Node) -> fx.GraphModule:

@@ -1,23 +1,27 @@
 """torch.autocast in a graph: what it does to every node, written out as casts.
 
-Autocast acts below what torch.export records: a graph traced under it has `linear(x, w)` of float32 operands, whose value is bfloat16. Here every such node
-gets its casts as nodes of their own, so that types, gradients and passes see plain casts, and the graph runs with autocast off.
+Autocast acts below what torch.export records: a graph traced under it has `linear(x, w)` of float32 operands,
+whose value is bfloat16. Here every such node gets its casts as nodes of their own, so that types, gradients
+and passes see plain casts, and the graph runs with autocast off.
 
-What autocast does to an operator is not written down but observed, on fake operands like those of the node, their sizes made numbers (`_observe`):
+What autocast does to an operator is not written down but observed, on fake operands like those of the node,
+their sizes made numbers (`_observe`):
 
-1. The operator runs under autocast, and what it dispatches to is noted: casts of its own operands first, then the rest.
+1. The operator runs under autocast, and what it dispatches to is noted: casts of its own operands first, then
+   the rest.
 2. It runs without. If the rest and the dtypes of the results are the same, autocast leaves it alone.
-3. Else the first of these that gives the same rest and results without autocast is what autocast does: the casts of operands that were seen; a `dtype` given
-   to the operator (sums, softmax); every float operand cast to autocast's dtype, for composites whose parts are cast inside (einsum).
+3. Else the first of these that gives the same rest and results without autocast is what autocast does: the
+   casts of operands that were seen; a `dtype` given to the operator (sums, softmax); every float operand cast
+   to autocast's dtype, for composites whose parts are cast inside (einsum).
 4. If none does, the node is refused with its line.
 
-A weight is cast once per graph and dtype, as autocast's own cache does for one region; other values, and a weight's views inside a composite, are cast at each use,
-as in eager mode, so that gradients are summed in the same dtype.
+A weight is cast once per graph and dtype, as autocast's own cache does for one region; other values, and a
+weight's views inside a composite, are cast at each use, as in eager mode, so that gradients are summed in the
+same dtype.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedfx._torch import TorchDispatchMode, hint, is_view, pytree, scratch_mode
 from tedfx.errors import TraceError, user_line
-from tedfx.ops.autocast import Autocast
 from tedfx.graph.emit import emit
+from tedfx.ops.autocast import Autocast, region
 
 aten = torch.ops.aten
 REGION = "autocast"  # node.meta: the regions around a node, innermost first
@@ -37,18 +41,26 @@ REGION = "autocast"  # node.meta: the regions around a node, innermost first
 
 def mark(node: fx.Node, device_type: str, dtype: torch.dtype, enabled: bool) -> None:
     """`node` came out of a region; called for the innermost first."""
-    node.meta[REGION] = (*node.meta.get(REGION, ()), (device_type, Autocast(device_type, dtype) if enabled else None))
+    node.meta[REGION] = (
+        *node.meta.get(REGION, ()),
+        (device_type, Autocast(device_type, dtype) if enabled else None),
+    )
 
 
 def explicit_casts(graph: fx.Graph, device_type: str, around: Autocast | None) -> frozenset[torch.dtype]:
-    """Write out what autocast does to the nodes of `graph`, in the regions that are marked and in `around` elsewhere; the dtypes of the regions that changed something."""
+    """Write out what autocast does to the nodes of `graph`, in the regions that are marked and in `around`
+    elsewhere; the dtypes of the regions that changed something."""
     weights: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     known: dict[tuple, Change] = {}
     lowered = set()
     for node in list(graph.nodes):
         regions = node.meta.pop(REGION, ())
         setting = next((setting for kind, setting in regions if kind == device_type), around)
-        if setting is None or not isinstance(node.target, torch._ops.OpOverload) or not any(_is_float(v) for v in _values(node)):
+        if (
+            setting is None
+            or not isinstance(node.target, torch._ops.OpOverload)
+            or not any(_is_float(v) for v in _values(node))
+        ):
             continue
         key = (setting, node.target, *(_kind(v) for v in _values(node)))
         if key not in known:
@@ -60,14 +72,18 @@ def explicit_casts(graph: fx.Graph, device_type: str, around: Autocast | None) -
 
 @dataclass(frozen=True)
 class Change:
-    """What autocast does to a node: `casts`, {position among the leaves of its arguments: dtype}, and the `dtype` that it is given. whole: the operands themselves are cast."""
+    """What autocast does to a node: `casts`, {position among the leaves of its arguments: dtype}, and the
+    `dtype` that it is given. whole: the operands themselves are cast."""
 
     casts: tuple[tuple[int, torch.dtype], ...] = ()
     dtype: torch.dtype | None = None
     whole: bool = True
 
     def leaves(self, leaves: list, cast) -> list:
-        return [cast(leaf, dict(self.casts)[i]) if i in dict(self.casts) else leaf for i, leaf in enumerate(leaves)]
+        return [
+            cast(leaf, dict(self.casts)[i]) if i in dict(self.casts) else leaf
+            for i, leaf in enumerate(leaves)
+        ]
 
     def keywords(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return dict(kwargs) if self.dtype is None else {**kwargs, "dtype": self.dtype}
@@ -94,7 +110,10 @@ class Change:
 
 def _values(node: fx.Node) -> list[Any]:
     """The leaves of a node's arguments, nodes as their fake values."""
-    return [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in pytree.tree_leaves((node.args, node.kwargs))]
+    return [
+        leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
+        for leaf in pytree.tree_leaves((node.args, node.kwargs))
+    ]
 
 
 def _is_float(value: Any) -> bool:
@@ -103,23 +122,44 @@ def _is_float(value: Any) -> bool:
 
 def _kind(value: Any) -> Any:
     """What of an operand decides how autocast treats the operator."""
-    return value.dtype if isinstance(value, torch.Tensor) else value if isinstance(value, (torch.dtype, str, bool, type(None))) else type(value).__name__
+    return (
+        value.dtype
+        if isinstance(value, torch.Tensor)
+        else value
+        if isinstance(value, (torch.dtype, str, bool, type(None)))
+        else type(value).__name__
+    )
 
 
-# ---- observing ---------------------------------------------------------------------------------------------------------
+# ---- observing ---------------------------------------------------------------------------------------------
 
 
 def _observe(node: fx.Node, setting: Autocast) -> Change:
     seen = _run(node, Change(), setting)
     casts = tuple((i, dtype) for i, dtype in sorted(seen.casts.items()))
-    lowered = tuple((i, setting.dtype) for i, value in enumerate(_values(node)) if _is_float(value) and value.dtype not in (setting.dtype, torch.float64))
-    takes_dtype = any(a.name == "dtype" for a in node.target._schema.arguments) and node.kwargs.get("dtype") is None
-    for change in (Change(), Change(casts), *([Change(dtype=seen.out[0])] if takes_dtype else []), Change(lowered, whole=False)):
+    lowered = tuple(
+        (i, setting.dtype)
+        for i, value in enumerate(_values(node))
+        if _is_float(value) and value.dtype not in (setting.dtype, torch.float64)
+    )
+    takes_dtype = (
+        any(a.name == "dtype" for a in node.target._schema.arguments) and node.kwargs.get("dtype") is None
+    )
+    for change in (
+        Change(),
+        Change(casts),
+        *([Change(dtype=seen.out[0])] if takes_dtype else []),
+        Change(lowered, whole=False),
+    ):
         if (again := _attempt(node, change)) is not None and (again.rest, again.out) == (seen.rest, seen.out):
             if change.casts and node.target._schema.is_mutable:
                 break  # a cast of what it writes to would take the write
             return change
-    raise TraceError(f"{node.target} under {setting}: what it does to the operator is no cast of its operands | at {user_line(node)} | take it out of the region (torch.autocast(.., enabled=False)), or cast its operands")
+    raise TraceError(
+        f"{node.target} under {setting}: what it does to the operator is no cast of its operands | at "
+        f"{user_line(node)} | take it out of the region (torch.autocast(.., enabled=False)), or cast "
+        "its operands"
+    )
 
 
 def _attempt(node: fx.Node, change: Change) -> "_Seen | None":
@@ -132,10 +172,17 @@ def _attempt(node: fx.Node, change: Change) -> "_Seen | None":
 def _run(node: fx.Node, change: Change, setting: Autocast | None) -> "_Seen":
     """What `node` dispatches to, on fake operands like its own after `change`, with or without autocast."""
     spec = pytree.tree_flatten((node.args, node.kwargs))[1]
-    device_type = setting.device_type if setting is not None else next(v.device.type for v in _values(node) if _is_float(v))
+    device_type = (
+        setting.device_type
+        if setting is not None
+        else next(v.device.type for v in _values(node) if _is_float(v))
+    )
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), scratch_mode():
         same: dict[int, Any] = {}  # an operand that stands twice is one object here too
-        given = [same.setdefault(id(value), _concrete(value)) if isinstance(value, Tensor) else _concrete(value) for value in _values(node)]
+        given = [
+            same.setdefault(id(value), _concrete(value)) if isinstance(value, Tensor) else _concrete(value)
+            for value in _values(node)
+        ]
         args, kwargs = pytree.tree_unflatten(change.leaves(given, lambda x, dtype: x.to(dtype)), spec)
         seen = _Seen(given)
         with region(setting, device_type), seen:
@@ -145,9 +192,15 @@ def _run(node: fx.Node, change: Change, setting: Autocast | None) -> "_Seen":
 
 
 def _concrete(value: Any) -> Any:
-    """An operand with numbers for its sizes: composites ask for those, and no answer about a symbol must stay with the graph."""
+    """An operand with numbers for its sizes: composites ask for those, and no answer about a symbol must stay
+    with the graph."""
     if isinstance(value, Tensor):
-        return torch.empty_strided([_number(n) for n in value.shape], [_number(n) for n in value.stride()], dtype=value.dtype, device=value.device)
+        return torch.empty_strided(
+            [_number(n) for n in value.shape],
+            [_number(n) for n in value.stride()],
+            dtype=value.dtype,
+            device=value.device,
+        )
     if isinstance(value, torch.SymInt):
         return _number(value)
     return True if isinstance(value, torch.SymBool) else 1.0 if isinstance(value, torch.SymFloat) else value
@@ -162,7 +215,8 @@ def _number(size: int | torch.SymInt) -> int:
 
 
 class _Seen(TorchDispatchMode):
-    """`casts`: operands that are cast before anything else happens, by position. `rest`: the operators on tensors, views and casts apart, with the dtypes of what they take and give."""
+    """`casts`: operands that are cast before anything else happens, by position. `rest`: the operators on
+    tensors, views and casts apart, with the dtypes of what they take and give."""
 
     def __init__(self, operands: list):
         super().__init__()
@@ -176,7 +230,10 @@ class _Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given, made = ([x.dtype for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in ((args, kwargs), out))
+        given, made = (
+            [x.dtype for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+            for tree in ((args, kwargs), out)
+        )
         if func is aten._to_copy.default:
             if not self.rest:
                 self.casts.update(dict.fromkeys(self._positions.get(id(args[0]), ()), out.dtype))
@@ -185,4 +242,4 @@ class _Seen(TorchDispatchMode):
         return out
 
 
-__all__ = ["Autocast", "explicit_casts", "mark", "region"]
+__all__ = ["explicit_casts", "mark"]

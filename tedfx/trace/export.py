@@ -1,17 +1,21 @@
 """From a module to one global graph.
 
-`trace` exports the unmodified model (`torch.export`, non-strict, composite operators kept whole) with two size symbols, batch
-and sequence, and returns a plain `fx.GraphModule` whose placeholders are parameters, buffers, constants and tensor inputs, in
-that order. No mesh is in sight, and nothing is allocated: while the model is traced its parameters are fake, on the device
-that will run it.
+`trace` exports the unmodified model (`torch.export`, non-strict, composite operators kept whole) with two
+size symbols, batch and sequence, and returns a plain `fx.GraphModule` whose placeholders are parameters,
+buffers, constants and tensor inputs, in that order. No mesh is in sight, and nothing is allocated: while the
+model is traced its parameters are fake, on the device that will run it.
 
 Steps:
-1. Bind the example inputs to the names of `forward`, give every tensor its own object and the two sizes their Dims.
-2. Swap parameters and buffers for fakes, let the frontends prepare the model, export, and put everything back.
+1. Bind the example inputs to the names of `forward`, give every tensor its own object and the two sizes their
+   Dims.
+2. Swap parameters and buffers for fakes, let the frontends prepare the model, export, and put everything
+   back.
 3. A size that the model fixes or bounds is exported again so, and written down in `Trace.static`.
-4. Flatten: inline no-grad and autocast regions, drop assertions and dead code, keep one placeholder per tied weight, write out what autocast casts.
+4. Flatten: inline no-grad and autocast regions, drop assertions and dead code, keep one placeholder per tied
+   weight, write out what autocast casts.
 
-Terms: a *path* is where an input sits in the call, ("input_ids",) or ("images", 0); FQN is a name in `model.state_dict()`.
+Terms: a *path* is where an input sits in the call, ("input_ids",) or ("images", 0); FQN is a name in
+`model.state_dict()`.
 """
 
 from __future__ import annotations
@@ -34,17 +38,17 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedfx._torch import FakeTensorMode, export_hooks, frames_of_nodes, pytree, quiet_export
-from tedfx.ops.autocast import Autocast, region
-from tedfx.trace.casts import explicit_casts
-from tedfx.trace.call_check import SizeCheck
-from tedfx.placement.derived import symbol_of
 from tedfx.errors import TraceError, line_below, model_frames, user_line
+from tedfx.graph.emit import emit, evaluate
+from tedfx.ops.autocast import Autocast, region
+from tedfx.placement.derived import symbol_of
+from tedfx.trace.call_check import SizeCheck
+from tedfx.trace.casts import explicit_casts
 from tedfx.trace.functions import keep_calls, kept_calls
 from tedfx.trace.hooks import refuse_hooks
 from tedfx.trace.input_sizes import as_given, plan_sizes, settle
 from tedfx.trace.observed import Observation
 from tedfx.trace.own_error import own_error
-from tedfx.graph.emit import emit, evaluate
 from tedfx.trace.regions import NoGradInsideAutocast, inline_regions
 from tedfx.trace.side_gradients import refuse_side_gradients
 
@@ -71,21 +75,26 @@ class Trace:
                       `mutated_buffers`, then the flattened outputs of the model.
     parameters        placeholder -> FQN; a tied weight is one placeholder.
     tied              FQN -> the FQN that stands for it.
-    stacked           placeholder -> FQNs of the parameters that it stacks along a new dim 0 (filled by `capture_loops`).
+    stacked           placeholder -> FQNs of the parameters that it stacks along a new dim 0 (filled by
+                      `capture_loops`).
     buffers           placeholder -> FQN.
     constants         placeholder -> tensor that the model's code made while it was traced.
     inputs            placeholder -> path in the call, in the order of the placeholders.
     in_spec, out_spec pytree specs of ((args), {kwargs}) and of the model's outputs.
     mutated_buffers   FQNs of buffers that the model changes (filled by the `functionalize` pass).
     sizes             "batch" and "sequence" -> size symbol, those that the model leaves free.
-    extents           "batch" and "sequence" -> the size itself: its symbol, or 2*s where the model only accepts even ones (`tedfx/placement/derived.py`).
+    extents           "batch" and "sequence" -> the size itself: its symbol, or 2*s where the model only
+                      accepts even ones (`tedfx/placement/derived.py`).
     conditions        what the sizes of a call must satisfy besides, as expressions in the size symbols.
     static            one line for every size that the model fixes or bounds.
     values            path -> value of inputs that are not tensors; a call must pass the same.
-    autocast          the autocast region around the call that was traced; its casts are in the graph, as are those of regions inside the model.
+    autocast          the autocast region around the call that was traced; its casts are in the graph, as are
+                      those of regions inside the model.
     lowered           the dtypes of the autocast regions that changed something.
-    observed          what of the model's Python the graph depends on, and the values that were traced: see `tedfx/trace/reads.py`.
-    checked           model -> what the capture check found of this trace after which passes, so that it is made once (`tedfx.checking.forward`).
+    observed          what of the model's Python the graph depends on, and the values that were traced: see
+                      `tedfx/trace/reads.py`.
+    checked           model -> what the capture check found of this trace after which passes, so that it is
+                      made once (`tedfx.checking.forward`).
     """
 
     graph_module: fx.GraphModule
@@ -112,21 +121,28 @@ class Trace:
     lowered: frozenset[torch.dtype] = frozenset()
     extents: dict[str, sympy.Expr] = dataclasses.field(default_factory=dict)
     observed: dict[tuple, Any] = dataclasses.field(default_factory=dict)
-    checked: weakref.WeakKeyDictionary = dataclasses.field(default_factory=weakref.WeakKeyDictionary, repr=False, compare=False)
+    checked: weakref.WeakKeyDictionary = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
+    )
     limits: dict[tuple, int] = dataclasses.field(default_factory=dict)
 
     @property
     def frozen(self) -> set[str]:
         """Names of the parameters that took no gradient when this was traced, single ones."""
         nodes = {n.name: n for n in self.graph_module.graph.find_nodes(op="placeholder")}
-        return {name for p, name in self.parameters.items() if p in nodes and not nodes[p].meta["val"].requires_grad}
+        return {
+            name
+            for p, name in self.parameters.items()
+            if p in nodes and not nodes[p].meta["val"].requires_grad
+        }
 
     @property
     def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
         return self.sizes
 
     def flatten(self, args: tuple = (), kwargs: dict[str, Any] | None = None) -> list[torch.Tensor]:
-        """The tensors of a call, in the order of the input placeholders; a call unlike the traced one is refused."""
+        """The tensors of a call, in the order of the input placeholders; a call unlike the traced one is
+        refused."""
         given = dict(leaves_with_path(_bind(self.signature, args, kwargs or {})))
         given = {path: value for path, value in given.items() if value is not None}
         for path, value in self.values.items():
@@ -146,32 +162,44 @@ class Trace:
 
     def state(self, model: nn.Module) -> list[torch.Tensor]:
         """The model's tensors for the leading placeholders: parameters, buffers, constants."""
-        return self.state_of(dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))))
+        return self.state_of(
+            dict(
+                itertools.chain(
+                    model.named_parameters(remove_duplicate=False),
+                    model.named_buffers(remove_duplicate=False),
+                )
+            )
+        )
 
     def state_of(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """`state` of parameters and buffers by their names."""
         return [
-            self.constants[name] if name in self.constants
-            else torch.stack([tensors[fqn] for fqn in self.stacked[name]]) if name in self.stacked
+            self.constants[name]
+            if name in self.constants
+            else torch.stack([tensors[fqn] for fqn in self.stacked[name]])
+            if name in self.stacked
             else tensors[self.parameters.get(name) or self.buffers[name]]
             for name in (n.name for n in self.graph_module.graph.find_nodes(op="placeholder"))
             if name not in self.inputs
         ]
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on one device with the model's own tensors. Buffers that it mutates are left alone."""
+        """Run the graph on one device with the model's own tensors. Buffers that it mutates are left
+        alone."""
         return self.unflatten(self.graph_module(*self.state(model), *self.flatten(args, kwargs)))
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------------------
+# --- inputs -------------------------------------------------------------------------------------------------
 
 
 def infer_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Example inputs of a model that reads token ids: `input_ids`, and `labels` where `forward` accepts them."""
+    """Example inputs of a model that reads token ids: `input_ids`, and `labels` where `forward` accepts
+    them."""
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters:
         raise TraceError(
-            f"{type(model).__name__}.forward({', '.join(parameters)}) takes no input_ids, so its inputs cannot be "
+            f"{type(model).__name__}.forward({', '.join(parameters)}) takes no input_ids, so its inputs "
+            "cannot be "
             "guessed: pass example inputs, as in trace(model, kwargs={'x': torch.randn(6, 10, 64)})"
         )
     ids = torch.zeros(6, 10, dtype=torch.int64)
@@ -190,7 +218,9 @@ def _bind(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> 
         if kind is inspect.Parameter.VAR_KEYWORD:
             call.update(value)
         elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            raise TraceError(f"argument '{name}' of forward has no keyword: wrap the model in one whose inputs have names")
+            raise TraceError(
+                f"argument '{name}' of forward has no keyword: wrap the model in one whose inputs have names"
+            )
         else:
             call[name] = value
     return call
@@ -198,14 +228,17 @@ def _bind(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> 
 
 def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
     leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    return [(tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path), x) for path, x in leaves]
+    return [
+        (tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path), x)
+        for path, x in leaves
+    ]
 
 
 def _show(path: tuple) -> str:
     return str(path[0]) + "".join(f"[{p!r}]" for p in path[1:])
 
 
-# --- the model while it is traced ------------------------------------------------------------------------------------------
+# --- the model while it is traced ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -239,7 +272,9 @@ def _fake_state(model: nn.Module, mode: FakeTensorMode, device: torch.device) ->
 def _tied(model: nn.Module) -> dict[str, str]:
     """FQN -> the first FQN of the same tensor."""
     first: dict[int, str] = {}
-    named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
     return {name: first.setdefault(id(t), name) for name, t in named if first.setdefault(id(t), name) != name}
 
 
@@ -252,11 +287,13 @@ def trace(
     frontends: Sequence[Any] | None = None,
     reading: frozenset[int] | None = None,
 ) -> Trace:
-    """Trace `model` as it stands (its training flag, its dtypes, the autocast region around this call) into one graph. See the module's docstring.
+    """Trace `model` as it stands (its training flag, its dtypes, the autocast region around this call) into
+    one graph. See the module's docstring.
 
-    Only shapes and dtypes of the example inputs matter; without any, `infer_inputs` makes them. `device` is where the graph
-    will run, by default the device of the parameters; a model on the meta device needs none to exist. `reading`: which dims are the batch, see
-    `tedfx/trace/input_sizes.py`; found where it is not given.
+    Only shapes and dtypes of the example inputs matter; without any, `infer_inputs` makes them. `device` is
+    where the graph will run, by default the device of the parameters; a model on the meta device needs none
+    to exist. `reading`: which dims are the batch, see `tedfx/trace/input_sizes.py`; found where it is not
+    given.
     """
     if frontends is None:
         from tedfx.frontends import default_frontends
@@ -277,7 +314,9 @@ def trace(
     call = _bind(signature, tuple(args), dict(kwargs or {}))
     if reading is None:
         again = functools.partial(trace, model, args, kwargs, device=device, frontends=frontends)
-        return settle(call, [_show(path) for path, _ in leaves_with_path(call)], lambda reading: again(reading=reading))
+        return settle(
+            call, [_show(path) for path, _ in leaves_with_path(call)], lambda reading: again(reading=reading)
+        )
     static: list[str] = []
     notes: list[str] = []
     taken = {size for t in model.parameters() for size in t.shape}
@@ -296,7 +335,11 @@ def trace(
             return torch.empty(shape, dtype=x.dtype, device=device).requires_grad_(x.requires_grad)
 
     def shapes(x: Any, dims: dict[int, str] | None, free: dict[str, Any]) -> Any:
-        return {d: free[n] for d, n in dims.items() if n in free} or None if isinstance(x, torch.Tensor) else None
+        return (
+            {d: free[n] for d, n in dims.items() if n in free} or None
+            if isinstance(x, torch.Tensor)
+            else None
+        )
 
     leaves, spec = pytree.tree_flatten(call)
     free: dict[str, Any] = {name: torch.export.Dim(name) for name in sizes}
@@ -313,9 +356,11 @@ def trace(
         line = functools.partial(line_below, __file__)
         stack.enter_context(refuse_side_gradients(line))
         stack.enter_context(kept_calls(device.type, line))
-        # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA would fix the length to their alignment.
+        # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA
+        # would fix the length to their alignment.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Where opt_einsum is installed, torch asks it for the order of a product of three operands; it takes sizes as numbers, which would fix them.
+        # Where opt_einsum is installed, torch asks it for the order of a product of three operands; it takes
+        # sizes as numbers, which would fix them.
         stack.enter_context(torch.backends.opt_einsum.flags(enabled=False))
         stack.enter_context(frames_of_nodes(lambda frames: model_frames(frames, __file__)))
         stack.enter_context(observation.watching())
@@ -327,7 +372,14 @@ def trace(
 
             def export():
                 with quiet_export(), export_hooks():
-                    return torch.export.export(model, (), examples, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred)  # noqa: B023
+                    return torch.export.export(
+                        model,
+                        (),
+                        examples,
+                        dynamic_shapes=dynamic,
+                        strict=False,
+                        prefer_deferred_runtime_asserts_over_guards=deferred,
+                    )
 
             try:
                 exported = export()
@@ -340,8 +392,14 @@ def trace(
                 if attempt == 6:
                     failure = error
                     break
-                if not deferred and "Constraints violated" in str(error) and "Suggested fixes:" not in str(error):
-                    deferred = True  # a condition that export cannot solve for a size: let it stand in the graph, see `_conditions`
+                if (
+                    not deferred
+                    and "Constraints violated" in str(error)
+                    and "Suggested fixes:" not in str(error)
+                ):
+                    # a condition that export cannot solve for a size: let it stand in the graph, see
+                    # `_conditions`
+                    deferred = True
                     continue
                 if not fixes and traced != as_given(sizes):
                     traced = as_given(sizes)  # our sizes do not suit the model: the given ones
@@ -357,7 +415,9 @@ def trace(
                         free[name] = fix
 
     if failure is not None:
-        own = own_error(model, call, used, around, lambda fakes: _fake_state(model, fakes, torch.device("cpu")))
+        own = own_error(
+            model, call, used, around, lambda fakes: _fake_state(model, fakes, torch.device("cpu"))
+        )
         raise (own or _trace_error(failure)) from failure
     flat = _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured, around)
     return dataclasses.replace(flat, observed=observation.observed())
@@ -365,7 +425,8 @@ def trace(
 
 @contextlib.contextmanager
 def _named_forward(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """`forward` with exactly these parameters, where some of them go through its `**kwargs`: export does not match the dynamic shapes of those."""
+    """`forward` with exactly these parameters, where some of them go through its `**kwargs`: export does not
+    match the dynamic shapes of those."""
     forward, own = model.forward, "forward" in vars(model)
     if set(names) <= set(inspect.signature(forward).parameters):
         yield
@@ -374,7 +435,9 @@ def _named_forward(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     def named(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    named.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+    named.__signature__ = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
     model.forward = named
     try:
         yield
@@ -386,7 +449,8 @@ def _named_forward(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 def _suggested(message: str, free: dict[str, Any]) -> dict[str, Any]:
-    """What to do about a violated constraint on our Dims: an int (fixed) or another Dim (bounded, divisible)."""
+    """What to do about a violated constraint on our Dims: an int (fixed) or another Dim (bounded,
+    divisible)."""
     lines = []
     for line in message.partition("Suggested fixes:")[2].strip("\n").splitlines():
         if not re.match(r"\s+\w+ = ", line):
@@ -396,7 +460,8 @@ def _suggested(message: str, free: dict[str, Any]) -> dict[str, Any]:
         shapes = {name: {0: dim} for name, dim in free.items()}
         refined = refine_dynamic_shapes_from_suggested_fixes("Suggested fixes:\n" + "\n".join(lines), shapes)
         return {n: refined[n][0] for n in free if repr(refined[n][0]) != repr(free[n])}
-    # A test on a small size (`s - 1 != 1`) comes without a suggestion: ask for more than such tests look at, then fix the size.
+    # A test on a small size (`s - 1 != 1`) comes without a suggestion: ask for more than such tests look at,
+    # then fix the size.
     violated = re.search(r"Constraints violated \(([^)]*)\)", message)
     names = [n for n in (violated.group(1).split(", ") if violated else []) if n in free]
     return {n: torch.export.Dim(n, min=4) if getattr(free[n], "min", 0) in (0, None) else 0 for n in names}
@@ -408,8 +473,10 @@ def _trace_error(error: Exception) -> TraceError:
     where = user_line(error)
     if "data-dependent" in text or type(error).__name__ == "GuardOnDataDependentSymNode":
         return TraceError(
-            f"cannot trace: the model's Python asks for a value that is only known when it runs | at {where} | make the computation independent of tensor "
-            f"values there (torch.where in place of an if), or of the number of matching elements ({type(error).__name__}: {cause})"
+            "cannot trace: the model's Python asks for a value that is only known when it runs | at "
+            f"{where} | make the computation independent of tensor "
+            "values there (torch.where in place of an if), or of the number of matching elements "
+            f"({type(error).__name__}: {cause})"
         )
     if "Constraints violated" in text:
         fix = "pass example inputs with sizes that this line accepts"
@@ -418,11 +485,12 @@ def _trace_error(error: Exception) -> TraceError:
     return TraceError(f"cannot trace: {type(error).__name__}: {cause} | at {where} | {fix}")
 
 
-# --- the exported program, made flat ----------------------------------------------------------------------------------------
+# --- the exported program, made flat ------------------------------------------------------------------------
 
 
 def _renamed(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A placeholder whose name a copy of the graph would keep: `input`, `id` and other names of Python's own get a number there."""
+    """A placeholder whose name a copy of the graph would keep: `input`, `id` and other names of Python's own
+    get a number there."""
     kept = fx.Graph().placeholder(node.name).name
     if kept == node.name:
         return node
@@ -434,12 +502,26 @@ def _renamed(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return made
 
 
-def _flat(exported, model, signature, call, leaf_roles, free, static, notes, device, captured, around: Autocast | None) -> Trace:
+def _flat(
+    exported,
+    model,
+    signature,
+    call,
+    leaf_roles,
+    free,
+    static,
+    notes,
+    device,
+    captured,
+    around: Autocast | None,
+) -> Trace:
     graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
     graph = graph_module.graph
     inline_regions(graph_module)
     lowered = keep_calls(graph)
-    conditions = _conditions(graph, {s for n in graph.find_nodes(op="placeholder") for s in _free_symbols(n.meta.get("val"))})
+    conditions = _conditions(
+        graph, {s for n in graph.find_nodes(op="placeholder") for s in _free_symbols(n.meta.get("val"))}
+    )
     static.extend(f"the model only accepts sizes with {c}" for c in conditions)
     _count_into_fixed_bins(graph)
     for node in list(graph.nodes):
@@ -468,10 +550,15 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
             constants[name] = exported.constants[spec.target]
         else:
             where = user_line(next(iter(node.users), node))
-            raise TraceError(f"input {name} is a {spec.kind.name.lower()} (a torch.Generator is one) | at {where} | only tensors can enter the graph: draw without a generator of your own")
+            raise TraceError(
+                f"input {name} is a {spec.kind.name.lower()} (a torch.Generator is one) | at {where} | "
+                "only tensors can enter the graph: draw without a generator of your own"
+            )
     for spec in exported.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
-            raise TraceError(f"output {spec.arg.name} is a {spec.kind.name.lower()}, which tedfx does not expect")
+            raise TraceError(
+                f"output {spec.arg.name} is a {spec.kind.name.lower()}, which tedfx does not expect"
+            )
 
     lowered |= explicit_casts(graph, device.type, around)
     inputs, values = {}, {}
@@ -504,7 +591,10 @@ def _flat(exported, model, signature, call, leaf_roles, free, static, notes, dev
     for name, symbol in symbols.items():
         dim = free.get(name)
         low, high = getattr(dim, "min", None), getattr(dim, "max", None)
-        bounds[symbol] = (low if isinstance(low, int) and low > 2 else 1, high if isinstance(high, int) and high < 2**62 else None)
+        bounds[symbol] = (
+            low if isinstance(low, int) and low > 2 else 1,
+            high if isinstance(high, int) and high < 2**62 else None,
+        )
 
     return Trace(
         graph_module=graph_module,
@@ -537,7 +627,8 @@ def _free_symbols(val: Any) -> set[sympy.Symbol]:
 
 
 def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
-    """What the graph asserts of the sizes of its inputs, less what holds of all of a sample (`min(8 s, 16 s) == 8 s`)."""
+    """What the graph asserts of the sizes of its inputs, less what holds of all of a sample (`min(8 s, 16 s)
+    == 8 s`)."""
     found: dict[sympy.Basic, None] = {}
     for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
         val = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
@@ -552,11 +643,15 @@ def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
 
 def _bins(node: fx.Node) -> tuple[Any, int]:
     """(weights, minlength) of a bincount."""
-    return tuple(node.args[i] if len(node.args) > i else node.kwargs.get(name, default) for i, name, default in ((1, "weights", None), (2, "minlength", 0)))
+    return tuple(
+        node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
+        for i, name, default in ((1, "weights", None), (2, "minlength", 0))
+    )
 
 
 def _count_into_fixed_bins(graph: fx.Graph) -> None:
-    """bincount(ids, minlength=E) has a size that is data. Where the graph asserts it to be E, it is a histogram of E bins."""
+    """bincount(ids, minlength=E) has a size that is data. Where the graph asserts it to be E, it is a
+    histogram of E bins."""
     asserted = {}
     for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
         val = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None

@@ -25,11 +25,11 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointFunction
 
 from tedfx._torch import every_apply, no_torch_function, pytree, recording
-from tedfx.ops.autocast import Autocast
-from tedfx.trace.bodies import bodies_of
 from tedfx.errors import TedfxError, TraceError, line_of_definition, user_line
-from tedfx.ops.function import SIZE, TENSOR, Kept, operator_of
 from tedfx.graph.emit import emit
+from tedfx.ops.autocast import Autocast
+from tedfx.ops.function import SIZE, TENSOR, Kept, operator_of
+from tedfx.trace.bodies import bodies_of
 
 __all__ = ["keep_calls", "kept_calls"]
 

@@ -1,10 +1,12 @@
 """What a model holds beside parameters and buffers: a snapshot, what differs from it later, and the way back.
 
-Held are the attributes of its modules, what those hold in turn (containers, plain objects such as configs), attributes of the modules' classes, and what the
-code of those classes names outside of itself: globals, cells of closures, defaults of arguments (see `tedfx/trace/named.py`).
+Held are the attributes of its modules, what those hold in turn (containers, plain objects such as configs),
+attributes of the modules' classes, and what the code of those classes names outside of itself: globals, cells
+of closures, defaults of arguments (see `tedfx/trace/named.py`).
 
-A snapshot keeps a shallow copy of every mutable thing that it meets, each once, so that cycles end and a change is found where it was made. Tensors are compared by
-identity and version, numbers and strings by value, all else by identity. At most `LIMIT` things are kept, nearest first.
+A snapshot keeps a shallow copy of every mutable thing that it meets, each once, so that cycles end and a
+change is found where it was made. Tensors are compared by identity and version, numbers and strings by value,
+all else by identity. At most `LIMIT` things are kept, nearest first.
 """
 
 from __future__ import annotations
@@ -28,8 +30,33 @@ from tedfx.trace.named import MISSING, Named, named_outside
 LIMIT = 300_000
 SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, range)
 # Their contents are their own affair: nothing that a forward computes with.
-_OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, torch.Generator, random.Random, enum.Enum, torch.optim.Optimizer)
-_FOREIGN = ("torch.", "logging", "threading", "_thread", "concurrent.", "multiprocessing.", "queue", "io", "_io", "weakref", "functools", "_abc", "re", "typing")
+_OPAQUE = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    torch.Generator,
+    random.Random,
+    enum.Enum,
+    torch.optim.Optimizer,
+)
+_FOREIGN = (
+    "torch.",
+    "logging",
+    "threading",
+    "_thread",
+    "concurrent.",
+    "multiprocessing.",
+    "queue",
+    "io",
+    "_io",
+    "weakref",
+    "functools",
+    "_abc",
+    "re",
+    "typing",
+)
 
 
 def is_scalar(value: Any) -> bool:
@@ -38,10 +65,17 @@ def is_scalar(value: Any) -> bool:
 
 def is_plain(value: Any) -> bool:
     """Whether an object is of a class that somebody wrote to hold attributes, such as a config."""
-    if isinstance(value, (nn.Module, torch.Tensor, *_OPAQUE, *SCALARS, list, dict, tuple, set, frozenset, collections.deque)):
+    if isinstance(
+        value,
+        (nn.Module, torch.Tensor, *_OPAQUE, *SCALARS, list, dict, tuple, set, frozenset, collections.deque),
+    ):
         return False
     place = type(value).__module__ or ""
-    return isinstance(getattr(value, "__dict__", None), dict) and place != "torch" and not place.startswith(_FOREIGN)
+    return (
+        isinstance(getattr(value, "__dict__", None), dict)
+        and place != "torch"
+        and not place.startswith(_FOREIGN)
+    )
 
 
 def same(a: Any, b: Any, depth: int = 6) -> bool:
@@ -77,7 +111,8 @@ class _Cell:
 
 @dataclass(frozen=True)
 class Change:
-    """`path`: what differs; `old`, `new`: its values, MISSING where it was or is not there. `table`: the attributes of a module, of which it is `key`."""
+    """`path`: what differs; `old`, `new`: its values, MISSING where it was or is not there. `table`: the
+    attributes of a module, of which it is `key`."""
 
     path: str
     key: Any
@@ -105,7 +140,7 @@ class Snapshot:
                 break
             self._visit(*todo.popleft(), todo)
 
-    # ---- taking it -----------------------------------------------------------------------------------------------
+    # ---- taking it -----------------------------------------------------------------------------------------
 
     def _module(self, name: str, module: nn.Module, todo) -> None:
         table = vars(module)
@@ -113,7 +148,7 @@ class Snapshot:
             return
         self._seen[id(table)] = table
         path = f"{name}." if name else ""
-        own = lambda: {k: v for k, v in table.items() if k == "training" or k not in _torch.MODULE_ATTRIBUTES}  # noqa: E731
+        own = lambda: {k: v for k, v in table.items() if k == "training" or k not in _torch.MODULE_ATTRIBUTES}
 
         def write(saved: dict) -> None:
             for key in [k for k in own() if k not in saved]:
@@ -136,11 +171,24 @@ class Snapshot:
         cell = None
         if isinstance(value, torch.Tensor):
             if type(value) is torch.Tensor and not value.is_inference():
-                cell = _Cell(path, _torch.version_of(value), lambda: _torch.version_of(value), lambda saved: None, lambda key: path)
+                cell = _Cell(
+                    path,
+                    _torch.version_of(value),
+                    lambda: _torch.version_of(value),
+                    lambda saved: None,
+                    lambda key: path,
+                )
         elif isinstance(value, dict):
-            cell = _Cell(path, _items(value), lambda: _items(value), lambda saved: _set_items(value, saved), lambda key: f"{path}[{key!r}]")
+            cell = _Cell(
+                path,
+                _items(value),
+                lambda: _items(value),
+                lambda saved: _set_items(value, saved),
+                lambda key: f"{path}[{key!r}]",
+            )
             entries = ((f"{path}[{key!r}]", v) for key, v in cell.saved.items())
         elif isinstance(value, (list, collections.deque)):
+
             def put(saved: list) -> None:
                 value.clear()
                 value.extend(saved)
@@ -148,6 +196,7 @@ class Snapshot:
             cell = _Cell(path, list(value), lambda: list(value), put, lambda key: path)
             entries = ((f"{path}[{i}]", v) for i, v in enumerate(value))
         elif isinstance(value, set):
+
             def put(saved: set) -> None:
                 value.clear()
                 value.update(saved)
@@ -157,23 +206,44 @@ class Snapshot:
             entries = ((f"{path}[{i}]", v) for i, v in enumerate(value))
         elif type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
             if value.nbytes <= 2**24:
-                cell = _Cell(path, value.copy(), lambda: value, lambda saved: value.__setitem__(..., saved), lambda key: path)
+                cell = _Cell(
+                    path,
+                    value.copy(),
+                    lambda: value,
+                    lambda saved: value.__setitem__(..., saved),
+                    lambda key: path,
+                )
         elif isinstance(value, itertools.count):
-            cell = _Cell(path, repr(value), lambda: repr(value), lambda saved, fresh=eval(repr(value), {"count": itertools.count}): self._replace(value, fresh), lambda key: path)
+            cell = _Cell(
+                path,
+                repr(value),
+                lambda: repr(value),
+                lambda saved, fresh=eval(repr(value), {"count": itertools.count}): self._replace(
+                    value, fresh
+                ),
+                lambda key: path,
+            )
         elif isinstance(value, types.GeneratorType):
-            at = lambda: repr((value.gi_frame and value.gi_frame.f_lasti, inspect.getgeneratorlocals(value)))  # noqa: E731
+            at = lambda: repr((value.gi_frame and value.gi_frame.f_lasti, inspect.getgeneratorlocals(value)))
             cell = _Cell(path, at(), at, lambda saved: None, lambda key: path)
         elif is_plain(value):
             table = vars(value)
 
-            cell = _Cell(path, dict(table), lambda: table, lambda saved: _set_items(table, saved), lambda key: f"{path}.{key}", table)
+            cell = _Cell(
+                path,
+                dict(table),
+                lambda: table,
+                lambda saved: _set_items(table, saved),
+                lambda key: f"{path}.{key}",
+                table,
+            )
             entries = ((f"{path}.{key}", v) for key, v in table.items())
         self._seen[id(value)] = value  # kept, so that its id stays its own
         if cell is not None:
             self._cells.append(cell)
         todo.extend(entry for entry in entries if not is_scalar(entry[1]))
 
-    # ---- later ---------------------------------------------------------------------------------------------------
+    # ---- later ---------------------------------------------------------------------------------------------
 
     def changes(self) -> list[Change]:
         """What differs now, in the order in which things were met."""
@@ -184,17 +254,27 @@ class Snapshot:
                 for key in dict.fromkeys((*cell.saved, *now)):
                     old, new = cell.saved.get(key, MISSING), now.get(key, MISSING)
                     if not same(old, new):
-                        found.append(Change(cell.shown(key), key, old, new, id(cell.owner), _putter(cell, key, new)))
+                        found.append(
+                            Change(cell.shown(key), key, old, new, id(cell.owner), _putter(cell, key, new))
+                        )
             elif isinstance(cell.saved, (list, set)):
                 if not same(cell.saved, now if isinstance(now, (list, set)) else None):
                     new = type(cell.saved)(now)
-                    found.append(Change(cell.path, None, cell.saved, new, 0, lambda cell=cell, new=new: cell.write(new)))
+                    found.append(
+                        Change(
+                            cell.path, None, cell.saved, new, 0, lambda cell=cell, new=new: cell.write(new)
+                        )
+                    )
             elif isinstance(cell.saved, (int, str)):
                 if cell.saved != now:
-                    found.append(Change(cell.path, None, MISSING, object(), 0))  # a tensor that was written to, an iterator that moved: no way back
+                    found.append(
+                        Change(cell.path, None, MISSING, object(), 0)
+                    )  # a tensor that was written to, an iterator that moved: no way back
             elif not (cell.saved == now).all():
                 new = now.copy()
-                found.append(Change(cell.path, None, cell.saved, new, 0, lambda cell=cell, new=new: cell.write(new)))
+                found.append(
+                    Change(cell.path, None, cell.saved, new, 0, lambda cell=cell, new=new: cell.write(new))
+                )
         return found
 
     def restore(self) -> None:
@@ -208,10 +288,14 @@ class Snapshot:
             elif isinstance(cell.saved, str):
                 differs = cell.saved != now
             else:
-                differs = isinstance(cell.saved, set) and cell.saved != now or hasattr(cell.saved, "nbytes") and not (cell.saved == now).all()
+                differs = (
+                    isinstance(cell.saved, set)
+                    and cell.saved != now
+                    or hasattr(cell.saved, "nbytes")
+                    and not (cell.saved == now).all()
+                )
             if differs:
                 cell.write(cell.saved)
-
 
     def _replace(self, old: Any, new: Any) -> None:
         """Another object in the place of one that cannot go back."""

@@ -1,8 +1,10 @@
 """Which dims of a call's inputs are the batch and the sequence.
 
-Read off the example alone: one input sets both sizes (`reference`), the others share them by position and size. `position_ids[S]`, a mask `[S,S]` or `[1,S]` have no batch
-dim: they are the same on every rank. Where the example leaves it open (its batch and its sequence are equal, or a size of the model coincides with the batch), the model
-decides: a wrong reading does not trace, or fixes a size that should be free. Where two readings trace alike, the example is refused.
+Read off the example alone: one input sets both sizes (`reference`), the others share them by position and
+size. `position_ids[S]`, a mask `[S,S]` or `[1,S]` have no batch dim: they are the same on every rank. Where
+the example leaves it open (its batch and its sequence are equal, or a size of the model coincides with the
+batch), the model decides: a wrong reading does not trace, or fixes a size that should be free. Where two
+readings trace alike, the example is refused.
 """
 
 from __future__ import annotations
@@ -26,17 +28,24 @@ def _leaves(call: Mapping[str, Any]) -> list[Any]:
 
 
 def reference(call: Mapping[str, Any]) -> Tensor:
-    """The input whose first two dims are batch and sequence: the first with two dims or more, else the first with one.
+    """The input whose first two dims are batch and sequence: the first with two dims or more, else the first
+    with one.
 
-    A mask or positions may come first: what is square, or has one row, is passed over where a later input shares its sequence and has another number of rows.
+    A mask or positions may come first: what is square, or has one row, is passed over where a later input
+    shares its sequence and has another number of rows.
     """
     tensors = [x for x in _leaves(call) if isinstance(x, Tensor)]
     if not tensors:
-        raise TraceError("no input is a tensor: pass example inputs, as in trace(model, kwargs={'x': torch.randn(6, 10, 64)})")
+        raise TraceError(
+            "no input is a tensor: pass example inputs, as in trace(model, kwargs={'x': torch.randn(6, "
+            "10, 64)})"
+        )
     wide = [x for x in tensors if x.dim() > 1]
     for x in wide:
         rows, length = x.shape[:2]
-        if rows not in (1, length) or not any(y.shape[1] == length and y.shape[0] not in (1, rows) for y in wide):
+        if rows not in (1, length) or not any(
+            y.shape[1] == length and y.shape[0] not in (1, rows) for y in wide
+        ):
             return x
     return next((x for x in (*wide, *tensors) if x.dim()), tensors[0])
 
@@ -44,10 +53,12 @@ def reference(call: Mapping[str, Any]) -> Tensor:
 def plan_sizes(
     call: Mapping[str, Any], taken: set[int] = frozenset(), reading: frozenset[int] = frozenset()
 ) -> tuple[dict[str, tuple[int, int]], list[Roles | None], list[str]]:
-    """The free sizes, {"batch": (given, traced), ...}; per leaf of the call its roles, None where it is no tensor; and a line per size that the example fixes.
+    """The free sizes, {"batch": (given, traced), ...}; per leaf of the call its roles, None where it is no
+    tensor; and a line per size that the example fixes.
 
-    taken: sizes of parameters. The given sizes are kept unless they coincide with each other or with one of these; then the smallest free multiples are used, which keeps
-    divisibility. reading: leaves (by number) that `settle` reads as having no batch dim although their size is that of the batch.
+    taken: sizes of parameters. The given sizes are kept unless they coincide with each other or with one of
+    these; then the smallest free multiples are used, which keeps divisibility. reading: leaves (by number)
+    that `settle` reads as having no batch dim although their size is that of the batch.
     """
     lead = reference(call)
     given, lines = dict(zip(("batch", "sequence"), lead.shape)), []
@@ -57,17 +68,22 @@ def plan_sizes(
     sizes: dict[str, tuple[int, int]] = {}
     for name, size in given.items():
         used = set(taken) | {t for _, t in sizes.values()}
-        sizes[name] = (size, next(size * k for k in itertools.count(1) if size * k not in used and size * k > 1))
+        sizes[name] = (
+            size,
+            next(size * k for k in itertools.count(1) if size * k not in used and size * k > 1),
+        )
 
     def roles(number: int, x: Any) -> Roles | None:
         if not isinstance(x, Tensor):
             return None
         found: Roles = {}
         batch, sequence = given.get("batch"), given.get("sequence")
-        along = lambda d: x.dim() > d and sequence is not None and x.shape[d] == sequence  # noqa: E731
+        along = lambda d: x.dim() > d and sequence is not None and x.shape[d] == sequence
         if x.dim() and x.shape[0] == batch and number not in reading:
             found[0] = "batch"
-        elif along(0) and (x.dim() == 1 or (x.dim() == 2 and along(1))):  # positions; a mask of (queries, keys)
+        elif along(0) and (
+            x.dim() == 1 or (x.dim() == 2 and along(1))
+        ):  # positions; a mask of (queries, keys)
             found[0] = "sequence"
         if along(1):
             found[1] = "sequence"
@@ -79,7 +95,8 @@ def plan_sizes(
 
 
 def as_given(sizes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """The given sizes to trace with; two that are equal would be taken for one, so the batch is then twice as large."""
+    """The given sizes to trace with; two that are equal would be taken for one, so the batch is then twice as
+    large."""
     given = {name: size for name, (size, _) in sizes.items()}
     if len(set(given.values())) < len(given):
         given["batch"] *= 2
@@ -87,15 +104,17 @@ def as_given(sizes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
 
 
 def is_batch(call: Mapping[str, Any]) -> list[bool]:
-    """Per leaf of the call, as `pytree.tree_leaves` has them, whether its dim 0 is the batch, by the sizes alone."""
+    """Per leaf of the call, as `pytree.tree_leaves` has them, whether its dim 0 is the batch, by the sizes
+    alone."""
     return [roles is not None and roles.get(0) == "batch" for roles in plan_sizes(call)[1]]
 
 
 def settle(call: Mapping[str, Any], names: Sequence[str], trace: Callable[[frozenset[int]], Any]) -> Any:
-    """`trace(reading)` in the one reading of the example that the model allows: the one that leaves most sizes free.
+    """`trace(reading)` in the one reading of the example that the model allows: the one that leaves most
+    sizes free.
 
-    names: of the leaves, for the message. The natural reading (what has the batch's size goes with the batch) counts unless it fixes a size; a 1-D input is read both ways
-    where batch and sequence are equal.
+    names: of the leaves, for the message. The natural reading (what has the batch's size goes with the batch)
+    counts unless it fixes a size; a 1-D input is read both ways where batch and sequence are equal.
     """
     lead, leaves = reference(call), _leaves(call)
     planned = plan_sizes(call)[0]
@@ -114,7 +133,11 @@ def settle(call: Mapping[str, Any], names: Sequence[str], trace: Callable[[froze
             raise failed
         return natural
     found = [] if natural is None else [(frozenset(), natural)]
-    several = [frozenset({i}) for i in rows] if whole else [frozenset(s) for n in (1, 2, 3) for s in itertools.combinations(open_[:3], n)]
+    several = (
+        [frozenset({i}) for i in rows]
+        if whole
+        else [frozenset(s) for n in (1, 2, 3) for s in itertools.combinations(open_[:3], n)]
+    )
     for reading in several:
         try:
             found.append((reading, trace(reading)))
@@ -129,22 +152,30 @@ def settle(call: Mapping[str, Any], names: Sequence[str], trace: Callable[[froze
             return best[0][1]
         which = ", ".join(dict.fromkeys(names[i] for reading, _ in best for i in reading))
         raise TraceError(
-            f"the example's batch and sequence are both {batch}, so whether {which} goes with the batch cannot be told: pass example_inputs in which the two sizes differ"
+            f"the example's batch and sequence are both {batch}, so whether {which} goes with the batch "
+            "cannot be told: pass example_inputs in which the two sizes differ"
         )
     return best[0][1]
 
 
 def with_room(call: Mapping[str, Any], trace: Callable[[dict[str, Any]], Any]) -> Any:
-    """`trace` of the example with a batch of at least 2: a size of 1 would be taken for a constant. A 1-D input of one element is a row's, unless the model needs it to be one."""
+    """`trace` of the example with a batch of at least 2: a size of 1 would be taken for a constant. A 1-D
+    input of one element is a row's, unless the model needs it to be one."""
     lead = reference(call)
     if not lead.dim() or lead.shape[0] != 1:
         return trace(dict(call))
 
     def grown(least: int) -> dict[str, Any]:
-        grow = lambda x: x.expand(2, *x.shape[1:]).clone() if isinstance(x, Tensor) and x.dim() >= least and x.shape[0] == 1 else x  # noqa: E731
+        grow = lambda x: (
+            x.expand(2, *x.shape[1:]).clone()
+            if isinstance(x, Tensor) and x.dim() >= least and x.shape[0] == 1
+            else x
+        )
         return pytree.tree_map(grow, dict(call))
 
-    if lead.dim() == 1 or not any(isinstance(x, Tensor) and x.dim() == 1 and x.shape[0] == 1 for x in _leaves(call)):
+    if lead.dim() == 1 or not any(
+        isinstance(x, Tensor) and x.dim() == 1 and x.shape[0] == 1 for x in _leaves(call)
+    ):
         return trace(grown(1))
     try:
         natural, failed = trace(grown(1)), None

@@ -1,7 +1,9 @@
-"""What the code of a model's classes names outside of itself: globals of its files, attributes of its classes, cells of closures, defaults of arguments.
+"""What the code of a model's classes names outside of itself: globals of its files, attributes of its
+classes, cells of closures, defaults of arguments.
 
-Found by the names in the code objects of the classes' functions, of the functions that modules hold (hooks among them), and of the functions and classes that those name in
-turn, as far as they are the user's own: code of torch, of Python and of an installed package other than the model's own file is not followed.
+Found by the names in the code objects of the classes' functions, of the functions that modules hold (hooks
+among them), and of the functions and classes that those name in turn, as far as they are the user's own: code
+of torch, of Python and of an installed package other than the model's own file is not followed.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from torch import nn
 
 from tedfx.errors import is_installed, is_machinery
 
-
 MISSING = type("MISSING", (), {"__repr__": lambda self: "nothing"})()
 
 
 @dataclass(frozen=True)
 class Named:
-    """Such things that lie together. `read()` gives {what it is called: its value}, MISSING for what is not there; `write` sets them so; `get` is for one; `where` is the table that has it and its key, if there is such a table."""
+    """Such things that lie together. `read()` gives {what it is called: its value}, MISSING for what is not
+    there; `write` sets them so; `get` is for one; `where` is the table that has it and its key, if there is
+    such a table."""
 
     read: Callable[[], dict[str, Any]]
     write: Callable[[dict[str, Any]], None]
@@ -49,7 +52,8 @@ def named_outside(model: nn.Module) -> list[Named]:
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[tuple[str, str | None], ...]:
-    """(global name, attribute of it that is read or written next, or None) of a code object and those inside of it."""
+    """(global name, attribute of it that is read or written next, or None) of a code object and those inside
+    of it."""
     found: dict[tuple[str, str | None], None] = {}
     instructions = list(dis.get_instructions(code))
     for this, after in zip(instructions, [*instructions[1:], None]):
@@ -65,9 +69,18 @@ def _names(code: types.CodeType) -> tuple[tuple[str, str | None], ...]:
 
 def _is_data(value: Any) -> bool:
     """Whether a name stands for a value, not for code."""
-    return not isinstance(value, (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, staticmethod, classmethod, property)) and not (
-        hasattr(type(value), "__get__") or callable(value) and not isinstance(value, nn.Module)
-    )
+    return not isinstance(
+        value,
+        (
+            type,
+            types.ModuleType,
+            types.FunctionType,
+            types.BuiltinFunctionType,
+            staticmethod,
+            classmethod,
+            property,
+        ),
+    ) and not (hasattr(type(value), "__get__") or callable(value) and not isinstance(value, nn.Module))
 
 
 class _Walk:
@@ -133,18 +146,40 @@ class _Walk:
                 self._functions.append(value)
             elif name != "__class__" and _is_data(value):
                 label = f"{name} of {function.__qualname__}"
-                self._add(("cell", id(cell)), label, lambda c=cell: c.cell_contents, lambda v, c=cell: setattr(c, "cell_contents", v))
+                self._add(
+                    ("cell", id(cell)),
+                    label,
+                    lambda c=cell: c.cell_contents,
+                    lambda v, c=cell: setattr(c, "cell_contents", v),
+                )
         arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
         defaults = function.__defaults__ or ()
-        for name, value in [*zip(arguments[len(arguments) - len(defaults) :], defaults), *(function.__kwdefaults__ or {}).items()]:
+        for name, value in [
+            *zip(arguments[len(arguments) - len(defaults) :], defaults),
+            *(function.__kwdefaults__ or {}).items(),
+        ]:
             if isinstance(value, (list, dict, set)):
-                self._add(("default", id(value)), f"{name} of {function.__qualname__}", lambda v=value: v, lambda v: None)
+                self._add(
+                    ("default", id(value)),
+                    f"{name} of {function.__qualname__}",
+                    lambda v=value: v,
+                    lambda v: None,
+                )
         for key in [k for k in vars(function) if k != "__wrapped__" and _is_data(vars(function)[k])]:
-            self._add(("function", id(function), key), f"{function.__qualname__}.{key}", lambda f=function, k=key: vars(f).get(k, MISSING), lambda v, f=function, k=key: setattr(f, k, v))
+            self._add(
+                ("function", id(function), key),
+                f"{function.__qualname__}.{key}",
+                lambda f=function, k=key: vars(f).get(k, MISSING),
+                lambda v, f=function, k=key: setattr(f, k, v),
+            )
         for name, attribute in _names(function.__code__):
             if attribute is None:
                 self._global(function.__globals__, name)
-            elif isinstance(module := function.__globals__.get(name), types.ModuleType) and (file := getattr(module, "__file__", None)) and self._own(file):
+            elif (
+                isinstance(module := function.__globals__.get(name), types.ModuleType)
+                and (file := getattr(module, "__file__", None))
+                and self._own(file)
+            ):
                 self._global(vars(module), attribute)
 
     def _global(self, table: dict, name: str) -> None:
@@ -163,17 +198,41 @@ class _Walk:
                 else:
                     table[name] = v
 
-            self._add(("global", id(table), name), f"{name} of {table.get('__name__', '')}", lambda: table.get(name, MISSING), write, (table, name))
+            self._add(
+                ("global", id(table), name),
+                f"{name} of {table.get('__name__', '')}",
+                lambda: table.get(name, MISSING),
+                write,
+                (table, name),
+            )
 
-    def _add(self, key: tuple, label: str, get: Callable[[], Any], put: Callable[[Any], None], where: tuple | None = None) -> None:
-        self.found.setdefault(key, Named(lambda: {label: get()}, lambda saved: put(saved[label]), lambda _: get(), lambda _: where))
+    def _add(
+        self,
+        key: tuple,
+        label: str,
+        get: Callable[[], Any],
+        put: Callable[[Any], None],
+        where: tuple | None = None,
+    ) -> None:
+        self.found.setdefault(
+            key,
+            Named(lambda: {label: get()}, lambda saved: put(saved[label]), lambda _: get(), lambda _: where),
+        )
 
 
 def _attributes_of(cls: type) -> Named:
-    """The data among the attributes of a class. Export calls modules through stand-ins whose classes inherit from it: what is set on those counts as its own."""
+    """The data among the attributes of a class. Export calls modules through stand-ins whose classes inherit
+    from it: what is set on those counts as its own."""
 
     def tables() -> list[type]:
-        return [cls, *(sub for sub in cls.__subclasses__() if len(sub.__bases__) == 2 and sub.__bases__[0].__module__.startswith("torch."))]
+        return [
+            cls,
+            *(
+                sub
+                for sub in cls.__subclasses__()
+                if len(sub.__bases__) == 2 and sub.__bases__[0].__module__.startswith("torch.")
+            ),
+        ]
 
     def read() -> dict[str, Any]:
         return {
@@ -194,7 +253,12 @@ def _attributes_of(cls: type) -> Named:
             if vars(cls).get(key, MISSING) is not value:
                 setattr(cls, key, value)
 
-    return Named(read, write, lambda label: vars(cls).get(label.rpartition(".")[2], MISSING), lambda label: (vars(cls), label.rpartition(".")[2]))
+    return Named(
+        read,
+        write,
+        lambda label: vars(cls).get(label.rpartition(".")[2], MISSING),
+        lambda label: (vars(cls), label.rpartition(".")[2]),
+    )
 
 
 __all__ = ["MISSING", "Named", "named_outside"]

@@ -1,12 +1,18 @@
-"""What a traced forward does beside its operators: buffers that it assigns, attributes that it changes, generators that it moves.
+"""What a traced forward does beside its operators: buffers that it assigns, attributes that it changes,
+generators that it moves.
 
-torch.export records operators on tensors. Of a call of the model it drops whatever Python does on the side; the next call, or the next step, would then be another one on a
-single device than in the graph. So while the model is traced its call is watched:
+torch.export records operators on tensors. Of a call of the model it drops whatever Python does on the side;
+the next call, or the next step, would then be another one on a single device than in the graph. So while the
+model is traced its call is watched:
 
-1. **Buffers.** A new tensor in the place of a buffer (`self.bias = self.bias + ..`) becomes a write to the buffer at the end of the call, so that the graph has it.
-2. **Attributes, globals, closures** (`tedfx/trace/held.py`) are compared with what they were and put back. What differs must be
-   - a value that the call set before it read it, and read again: it is passed from one part of the model to another, and no call sees another's; or
-   - a memory of what does not change (a cached property): traced once more from there, the call gives the same graph and changes nothing. Then all calls after it do.
+1. **Buffers.** A new tensor in the place of a buffer (`self.bias = self.bias + ..`) becomes a write to the
+   buffer at the end of the call, so that the graph has it.
+2. **Attributes, globals, closures** (`tedfx/trace/held.py`) are compared with what they were and put back.
+   What differs must be
+   - a value that the call set before it read it, and read again: it is passed from one part of the model to
+     another, and no call sees another's; or
+   - a memory of what does not change (a cached property): traced once more from there, the call gives the
+     same graph and changes nothing. Then all calls after it do.
    Anything else is refused by its name.
 3. **Generators** (`tedfx/trace/draws.py`) that moved are put back and refused, with the line that drew.
 
@@ -23,8 +29,8 @@ import torch
 from torch import nn
 
 from tedfx._torch import MODULE_ATTRIBUTES, around_call, pytree
-from tedfx.trace.draws import Draws
 from tedfx.errors import TraceError
+from tedfx.trace.draws import Draws
 from tedfx.trace.held import MISSING, Change, Snapshot, is_scalar
 from tedfx.trace.reads import Place, Reads, observed
 
@@ -65,7 +71,8 @@ class Observation:
                 draws.restore()
                 tables.restore()
                 raise TraceError(
-                    f"forward draws from {moved} | at {draws.line(call)} | a graph has the draw of its trace in every call: draw with a torch operator on a tensor (torch.rand, "
+                    f"forward draws from {moved} | at {draws.line(call)} | a graph has the draw of its "
+                    "trace in every call: draw with a torch operator on a tensor (torch.rand, "
                     "dropout), or draw outside and pass it as an argument"
                 )
             tables.write()
@@ -76,14 +83,20 @@ class Observation:
             draws.restore()
 
     def settle(self, graph: Callable[[], str]) -> None:
-        """Refuse what the last call changed, unless it is of no consequence. `graph` traces the call again and gives its text."""
+        """Refuse what the last call changed, unless it is of no consequence. `graph` traces the call again
+        and gives its text."""
         changes = [change for change in self.changes if not self._passed(change)]
         if not changes:
             return
         for change in changes:
-            if change.table and isinstance(change.key, str) and self.reads.stash(change.table, change.key) is False:
+            if (
+                change.table
+                and isinstance(change.key, str)
+                and self.reads.stash(change.table, change.key) is False
+            ):
                 raise TraceError(
-                    f"forward leaves a value in {change.path} that it does not read itself | attribute {change.path} | what reads it outside would see an old one: return it from forward"
+                    f"forward leaves a value in {change.path} that it does not read itself | attribute "
+                    f"{change.path} | what reads it outside would see an old one: return it from forward"
                 )
         for change in changes:
             if _bound_to_the_trace(change.new) or change.old is MISSING and type(change.new) is object:
@@ -101,7 +114,11 @@ class Observation:
 
     def _passed(self, change: Change) -> bool:
         """Whether it is set before it is read, in every call, and read in that call."""
-        return bool(change.table) and isinstance(change.key, str) and self.reads.stash(change.table, change.key) is True
+        return (
+            bool(change.table)
+            and isinstance(change.key, str)
+            and self.reads.stash(change.table, change.key) is True
+        )
 
     def observed(self) -> dict[Place, Any]:
         """What the calls read, and its values; to be asked when the model is as the user has it."""
@@ -110,12 +127,17 @@ class Observation:
 
 def _bound_to_the_trace(value: Any) -> bool:
     """Whether a value is a tensor or a size of the trace, or has one."""
-    return any(isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in pytree.tree_leaves(value) if not is_scalar(leaf))
+    return any(
+        isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+        for leaf in pytree.tree_leaves(value)
+        if not is_scalar(leaf)
+    )
 
 
 def _state(change: Change) -> TraceError:
     return TraceError(
-        f"forward changes {change.path}, which the next call would see and a graph does not | attribute {change.path} | make it a buffer that is updated in place (register_buffer, "
+        f"forward changes {change.path}, which the next call would see and a graph does not | attribute "
+        f"{change.path} | make it a buffer that is updated in place (register_buffer, "
         "self.step.add_(1)), or pass it as an argument"
     )
 
@@ -124,10 +146,19 @@ class _Tables:
     """Parameters, buffers and submodules as they were, and what the call put in their place."""
 
     def __init__(self, model: nn.Module):
-        self._modules = [(name, m, dict(m._parameters), dict(m._buffers), dict(m._modules)) for name, m in model.named_modules()]
-        # Hooks that a first call installs (transformers' capture of outputs): with the flag that says so put back, they would be installed twice.
+        self._modules = [
+            (name, m, dict(m._parameters), dict(m._buffers), dict(m._modules))
+            for name, m in model.named_modules()
+        ]
+        # Hooks that a first call installs (transformers' capture of outputs): with the flag that says so put
+        # back, they would be installed twice.
         hooks = MODULE_ATTRIBUTES - {"_parameters", "_buffers", "_modules"}
-        self._hooks = [(table, dict(table)) for m in model.modules() for key in hooks if isinstance(table := vars(m).get(key), dict)]
+        self._hooks = [
+            (table, dict(table))
+            for m in model.modules()
+            for key in hooks
+            if isinstance(table := vars(m).get(key), dict)
+        ]
         self._assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def check(self) -> None:
@@ -135,29 +166,45 @@ class _Tables:
         self._assigned = []
         for name, module, parameters, buffers, modules in self._modules:
             at = lambda key: f"{name}.{key}" if name else key  # noqa: B023, E731
-            for kind, old, now in (("parameter", parameters, module._parameters), ("submodule", modules, module._modules), ("buffer", buffers, module._buffers)):
+            for kind, old, now in (
+                ("parameter", parameters, module._parameters),
+                ("submodule", modules, module._modules),
+                ("buffer", buffers, module._buffers),
+            ):
                 for key in dict.fromkeys((*old, *now)):
                     if old.get(key) is now.get(key):
                         continue
                     path = at(key)
                     if kind == "submodule" or key not in old or key not in now or kind == "parameter":
                         what = "registers" if key not in old else "removes" if key not in now else "replaces"
-                        raise TraceError(f"forward {what} the {kind} {path} | {kind} {path} | do it before parallelize; values of parameters and buffers change in place")
+                        raise TraceError(
+                            f"forward {what} the {kind} {path} | {kind} {path} | do it before "
+                            "parallelize; values of parameters and buffers change in place"
+                        )
                     self._new_value(path, old[key], now[key])
 
     def _new_value(self, path: str, old: torch.Tensor | None, new: torch.Tensor | None) -> None:
         if old is None or new is None:
-            raise TraceError(f"forward {'sets' if old is None else 'drops'} the buffer {path}, which is {'None' if old is None else 'a tensor'} before | buffer {path} | give it a tensor in __init__ and write to it")
+            raise TraceError(
+                f"forward {'sets' if old is None else 'drops'} the buffer {path}, which is "
+                f"{'None' if old is None else 'a tensor'} before | buffer {path} | give it a tensor in "
+                "__init__ and write to it"
+            )
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise TraceError(
-                f"forward assigns {_kind(new)} to the buffer {path}, which is {_kind(old)} | buffer {path} | a buffer keeps its shape and dtype from step to step: assign the same"
+                f"forward assigns {_kind(new)} to the buffer {path}, which is {_kind(old)} | buffer "
+                f"{path} | a buffer keeps its shape and dtype from step to step: assign the same"
             )
         if new.requires_grad:
-            raise TraceError(f"forward assigns a value that has a gradient to the buffer {path} | buffer {path} | the next backward would run through this one: detach() it, or assign under no_grad")
+            raise TraceError(
+                f"forward assigns a value that has a gradient to the buffer {path} | buffer {path} | "
+                "the next backward would run through this one: detach() it, or assign under no_grad"
+            )
         self._assigned.append((old, new))
 
     def write(self) -> None:
-        """Assigned values, as writes to the buffers. Each is read before one is written: they may be each other's."""
+        """Assigned values, as writes to the buffers. Each is read before one is written: they may be each
+        other's."""
         values = [(old, new.clone()) for old, new in self._assigned]
         for old, new in values:
             old.copy_(new)
@@ -174,7 +221,11 @@ class _Tables:
     def restore(self) -> None:
         self.put_hooks([saved for _, saved in self._hooks])
         for _, module, parameters, buffers, modules in self._modules:
-            for table, saved in ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules)):
+            for table, saved in (
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+                (module._modules, modules),
+            ):
                 if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):
                     table.clear()
                     table.update(saved)
@@ -186,7 +237,8 @@ def _kind(x: torch.Tensor) -> str:
 
 @contextlib.contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """What runs under it leaves the model as it was: attributes, tables, generators that it holds. Values of tensors that are written in place are not kept."""
+    """What runs under it leaves the model as it was: attributes, tables, generators that it holds. Values of
+    tensors that are written in place are not kept."""
     before, tables = Snapshot(model), _Tables(model)
     try:
         yield

@@ -1,7 +1,8 @@
-"""Tensors of a model that share memory without being one object: a step on one changes the other on a single device, and a copy of each would not know.
+"""Tensors of a model that share memory without being one object: a step on one changes the other on a single
+device, and a copy of each would not know.
 
-A tied weight is one object under several names, and stays tied. What is refused are two parameters, or a parameter and
-a buffer, in the same memory, and buffers of which forward writes one.
+A tied weight is one object under several names, and stays tied. What is refused are two parameters, or a
+parameter and a buffer, in the same memory, and buffers of which forward writes one.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ __all__ = ["refuse_overlaps"]
 
 
 def refuse_overlaps(model: nn.Module, written: Collection[str] = ()) -> None:
-    """ConfigError where two tensors share memory and one of them is a parameter, or among the buffers `written`."""
+    """ConfigError where two tensors share memory and one of them is a parameter, or among the buffers
+    `written`."""
     changing = {id(p) for p in model.parameters()}
     changing |= {id(b) for n, b in model.named_buffers(remove_duplicate=False) if n in written}
     for one, other, name, beside in _overlapping(model):
         if id(one) in changing or id(other) in changing:
             raise ConfigError(
-                f"{name} and {beside} share memory but are two tensors, so that a write to one would change the other on a "
+                f"{name} and {beside} share memory but are two tensors, so that a write to one would "
+                "change the other on a "
                 f"single device only | {name} | make it one tensor under both names, or clone one of them"
             )
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tedfx._torch import FakeTensorMode, pytree
+from tedfx.errors import TraceError, user_line
 from tedfx.ops.autocast import Autocast, region
 from tedfx.trace.restored import on_gpu, untouched
-from tedfx.errors import TraceError, user_line
 
 __all__ = ["own_error"]
 
@@ -45,12 +45,12 @@ def own_error(
             (mode.from_tensor(x) if meta else x.detach().to(device, copy=True))
             if isinstance(x, torch.Tensor)
             else x
-        )  # noqa: E731
+        )
         given = pytree.tree_map(place, dict(call))
         try:
             with mode or contextlib.nullcontext():
                 model(**given)
-        except Exception as error:  # noqa: BLE001  whatever the model raises
+        except Exception as error:  # whatever the model raises
             if meta and type(error).__module__.startswith(
                 "torch."
             ):  # what a tensor without values cannot answer
@@ -58,6 +58,8 @@ def own_error(
             text = " ".join(str(error).split())[:300]
             without = ", on tensors without values" if meta else ""
             return TraceError(
-                f"the model itself fails on this input{without}: {type(error).__name__}: {text} | at {user_line(error)} | make model(**inputs) run on one device first (its config, or the example inputs)"
+                f"the model itself fails on this input{without}: {type(error).__name__}: {text} | at "
+                f"{user_line(error)} | make model(**inputs) run on one device first (its config, or the "
+                "example inputs)"
             )
     return None

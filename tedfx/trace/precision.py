@@ -1,10 +1,12 @@
 """`precision=`: the floating-point parameters of a model in another dtype, the user's model left as it is.
 
-Buffers keep their dtype (tables of positions are float32 for a reason), and so do the parameters that a Hugging Face model keeps in float32 in that
-dtype. What the model's code casts by itself, a norm or a router in float32, it still does: no node is added.
+Buffers keep their dtype (tables of positions are float32 for a reason), and so do the parameters that a
+Hugging Face model keeps in float32 in that dtype. What the model's code casts by itself, a norm or a router
+in float32, it still does: no node is added.
 
-A model is traced and checked in its cast form: `cast_parameters` puts cast tensors in the place of the parameters and takes them out again. For a trace
-they have no values; the capture check has values, for as long as it runs. What a rank holds is cast tensor by tensor.
+A model is traced and checked in its cast form: `cast_parameters` puts cast tensors in the place of the
+parameters and takes them out again. For a trace they have no values; the capture check has values, for as
+long as it runs. What a rank holds is cast tensor by tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def check_precision(precision: str | None) -> torch.dtype | None:
     """The dtype that `precision` names; None for None."""
     if precision is not None and (not isinstance(precision, str) or precision not in PRECISIONS):
-        raise ConfigError(f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS))}, or None for the model's own dtypes")
+        raise ConfigError(
+            f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS))}, or None for the "
+            "model's own dtypes"
+        )
     return None if precision is None else PRECISIONS[precision]
 
 
@@ -45,14 +50,21 @@ def parameter_dtypes(model: nn.Module, precision: str | None) -> dict[str, torch
 def check_complex(dtypes: Mapping[str, torch.dtype], zero: int, gradient_dtype: torch.dtype | None) -> None:
     """ConfigError where an option would take a complex parameter for a real one."""
     name = next((name for name, dtype in dtypes.items() if dtype.is_complex), None)
-    option = f"zero={zero}" if zero else f"gradient_dtype={gradient_dtype}" if gradient_dtype is not None else ""
+    option = (
+        f"zero={zero}" if zero else f"gradient_dtype={gradient_dtype}" if gradient_dtype is not None else ""
+    )
     if name is not None and option:
-        raise ConfigError(f"parameter {name} is {dtypes[name]}, which {option} does not take: leave {option.split('=')[0]} out, or hold it as a real parameter of shape (.., 2) and use torch.view_as_complex(..)")
+        raise ConfigError(
+            f"parameter {name} is {dtypes[name]}, which {option} does not take: leave "
+            f"{option.split('=')[0]} out, or hold it as a real parameter of shape (.., 2) and use "
+            "torch.view_as_complex(..)"
+        )
 
 
 @contextlib.contextmanager
 def cast_parameters(model: nn.Module, dtypes: Mapping[str, torch.dtype], values: bool) -> Iterator[None]:
-    """Under it the model's parameters have these dtypes; without `values` those that change are on the meta device. A tied tensor stays tied."""
+    """Under it the model's parameters have these dtypes; without `values` those that change are on the meta
+    device. A tied tensor stays tied."""
     made: dict[int, nn.Parameter] = {}
     saved: list[tuple[dict, str, nn.Parameter]] = []
     try:
@@ -60,7 +72,11 @@ def cast_parameters(model: nn.Module, dtypes: Mapping[str, torch.dtype], values:
             if parameter.dtype == dtypes[name]:
                 continue
             if id(parameter) not in made:
-                cast = parameter.detach().to(dtypes[name]) if values else torch.empty_like(parameter, dtype=dtypes[name], device="meta")
+                cast = (
+                    parameter.detach().to(dtypes[name])
+                    if values
+                    else torch.empty_like(parameter, dtype=dtypes[name], device="meta")
+                )
                 made[id(parameter)] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
             owner, _, last = name.rpartition(".")
             table = model.get_submodule(owner)._parameters
@@ -73,11 +89,19 @@ def cast_parameters(model: nn.Module, dtypes: Mapping[str, torch.dtype], values:
 
 
 def cast_model(model: nn.Module, precision: str | None) -> nn.Module:
-    """The model itself with its parameters cast for good, in place: the single device that `precision=` is compared with."""
+    """The model itself with its parameters cast for good, in place: the single device that `precision=` is
+    compared with."""
     dtypes = parameter_dtypes(model, precision)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return model
 
 
-__all__ = ["PRECISIONS", "cast_model", "cast_parameters", "check_complex", "check_precision", "parameter_dtypes"]
+__all__ = [
+    "PRECISIONS",
+    "cast_model",
+    "cast_parameters",
+    "check_complex",
+    "check_precision",
+    "parameter_dtypes",
+]

@@ -1,9 +1,11 @@
 """Which attributes a model's forward reads while it is traced, and what they hold.
 
-While `recording` is open, modules (and the plain objects that they hold, configs for one) report each attribute that is read or written. What was read before it was
-written is what the traced graph depends on: `observed` says where it is, by names that hold for any instance of the model, and its value now.
+While `recording` is open, modules (and the plain objects that they hold, configs for one) report each
+attribute that is read or written. What was read before it was written is what the traced graph depends on:
+`observed` says where it is, by names that hold for any instance of the model, and its value now.
 
-A value is compared as in `tedfx/trace/held.py`; containers by content; what is compared by identity is kept as it is.
+A value is compared as in `tedfx/trace/held.py`; containers by content; what is compared by identity is kept
+as it is.
 """
 
 from __future__ import annotations
@@ -72,13 +74,23 @@ class Reads:
         set_attribute = nn.Module.__setattr__
 
         def write(this, name, value):
-            if self.active and name != "__dict__":  # a stand-in of torch.fx for a shared module takes its attributes over
+            if (
+                self.active and name != "__dict__"
+            ):  # a stand-in of torch.fx for a shared module takes its attributes over
                 table = this.__dict__
                 key = (id(table), name)
                 self.written.setdefault(key, key not in self.read)
                 self.owners.setdefault(id(table), (table, this))
-                if name in table.get("_buffers", ()) and isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-                    table["_buffers"][name] = value  # not by way of export's own hook, which knows buffers of the outermost module alone and writes them one after another
+                if (
+                    name in table.get("_buffers", ())
+                    and isinstance(value, torch.Tensor)
+                    and not isinstance(value, nn.Parameter)
+                ):
+                    table["_buffers"][name] = (
+                        # not by way of export's own hook, which knows buffers of the outermost module alone
+                        # and writes them one after another
+                        value
+                    )
                     return
             set_attribute(this, name, value)
 
@@ -101,11 +113,14 @@ class Reads:
         return (key in self.used) if self.written.get(key, False) else None
 
 
-# ---- what they hold ------------------------------------------------------------------------------------------------
+# ---- what they hold ----------------------------------------------------------------------------------------
+
 
 def _file(table: Any) -> str:
     """The file of the module whose globals, or of a class whose attributes, a table is."""
-    return table.get("__file__") or getattr(sys.modules.get(table.get("__module__", "")), "__file__", None) or ""
+    return (
+        table.get("__file__") or getattr(sys.modules.get(table.get("__module__", "")), "__file__", None) or ""
+    )
 
 
 CODE = "<code>"
@@ -113,13 +128,17 @@ Place = tuple[str, ...]  # the module's name, then attributes; or CODE and a lab
 
 
 def observed(model: nn.Module, reads: Reads, steady: set[tuple[int, str]]) -> dict[Place, Any]:
-    """{place: frozen value} of what was read. `steady`: attributes that forward itself sets to what they then stay."""
+    """{place: frozen value} of what was read. `steady`: attributes that forward itself sets to what they then
+    stay."""
     roots = {id(vars(module)): (name,) for name, module in reversed(list(model.named_modules()))}
     by_owner = collections.defaultdict(list)
     for table, name in reads.read:
         by_owner[table].append(name)
     found: dict[Place, Any] = {}
-    todo, seen = sorted((roots[t], t) for t in by_owner if t in roots), set()  # the shortest name of what several modules hold
+    todo, seen = (
+        sorted((roots[t], t) for t in by_owner if t in roots),
+        set(),
+    )  # the shortest name of what several modules hold
     while todo:
         place, table = todo.pop(0)
         if table in seen:
@@ -127,7 +146,11 @@ def observed(model: nn.Module, reads: Reads, steady: set[tuple[int, str]]) -> di
         seen.add(table)
         attributes, owner = reads.owners[table]
         for name in by_owner[table]:
-            value = owner.training == model.training if name == "training" and isinstance(owner, nn.Module) else look(attributes, owner, name)
+            value = (
+                owner.training == model.training
+                if name == "training" and isinstance(owner, nn.Module)
+                else look(attributes, owner, name)
+            )
             if (table, name) in steady or value is _NOT_DATA:
                 continue
             found[*place, name] = freeze(value)
@@ -136,13 +159,16 @@ def observed(model: nn.Module, reads: Reads, steady: set[tuple[int, str]]) -> di
     for named in named_outside(model):
         for label, value in named.read().items():
             where = named.where(label)
-            if is_data(value) and (is_scalar(value) or value is MISSING or where is None or not is_installed(_file(where[0]))):
+            if is_data(value) and (
+                is_scalar(value) or value is MISSING or where is None or not is_installed(_file(where[0]))
+            ):
                 found[CODE, label] = freeze(value)
     return found
 
 
 def is_data(value: Any) -> bool:
-    """Whether something named outside of the modules is compared: what is read of objects there, nobody records."""
+    """Whether something named outside of the modules is compared: what is read of objects there, nobody
+    records."""
     return is_scalar(value) or value is MISSING or isinstance(value, (list, tuple, dict, set))
 
 
@@ -150,7 +176,8 @@ _NOT_DATA = type("NotData", (), {})()
 
 
 def look(attributes: dict, owner: Any, name: str) -> Any:
-    """The value of an attribute as far as it is one to compare; `_NOT_DATA` for parameters, buffers, methods and what torch keeps."""
+    """The value of an attribute as far as it is one to compare; `_NOT_DATA` for parameters, buffers, methods
+    and what torch keeps."""
     if name in attributes:
         if isinstance(owner, nn.Module) and name in _torch.MODULE_ATTRIBUTES:
             return tuple(attributes[name].values()) if name == "_modules" else _NOT_DATA
@@ -167,13 +194,16 @@ def look(attributes: dict, owner: Any, name: str) -> Any:
             value = vars(cls)[name]
             return value if is_data(value) else _NOT_DATA
     if not isinstance(owner, nn.Module) and type(owner).__getattribute__ is not object.__getattribute__:
-        value = getattr(owner, name, MISSING)  # a name that the class translates, as configs of transformers do
+        value = getattr(
+            owner, name, MISSING
+        )  # a name that the class translates, as configs of transformers do
         return value if is_data(value) else _NOT_DATA
     return MISSING
 
 
 def freeze(value: Any, depth: int = 8) -> Any:
-    """What to compare a value by, also with that of another instance of the model: modules, functions and other objects by their kind alone."""
+    """What to compare a value by, also with that of another instance of the model: modules, functions and
+    other objects by their kind alone."""
     if is_scalar(value) or value is MISSING:
         return value
     if isinstance(value, torch.Tensor):
@@ -204,7 +234,13 @@ class Held:
 
     def __eq__(self, other: Any) -> bool:
         a, b = self.tensor, other.tensor if isinstance(other, Held) else None
-        return a is b or b is not None and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and not a.is_meta and bool(torch.equal(a, b))
+        return (
+            a is b
+            or b is not None
+            and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+            and not a.is_meta
+            and bool(torch.equal(a, b))
+        )
 
     def __repr__(self) -> str:
         return f"{str(self.tensor.dtype).removeprefix('torch.')}{list(self.tensor.shape)}"

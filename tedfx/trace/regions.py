@@ -11,10 +11,10 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from tedfx._torch import set_grad_enabled_function
-from tedfx.trace.casts import mark
 from tedfx.dtypes import has_gradient
 from tedfx.errors import TraceError, line_below, user_line
 from tedfx.graph.emit import emit, evaluate
+from tedfx.trace.casts import mark
 
 aten = torch.ops.aten
 
@@ -22,14 +22,17 @@ aten = torch.ops.aten
 def inline_regions(graph_module: fx.GraphModule) -> None:
     """Inline no-grad and autocast regions.
 
-    A value computed in a no-grad region is detached where it leaves the region (or enters a region inside it that has
-    gradients on), so gradients stay exact. An operator that returned its own operand (a cast to the dtype at hand) made no value:
-    it stands for the operand, gradient and all, as it does in eager mode; torch.export names the operand by it from there on.
-    What is written in such a region into a value from outside is detached before, so that no name of that memory has a gradient
-    from it. Nodes of an autocast region are marked with it, for `tedfx.trace.casts.explicit_casts`.
+    A value computed in a no-grad region is detached where it leaves the region (or enters a region inside it
+    that has gradients on), so gradients stay exact. An operator that returned its own operand (a cast to the
+    dtype at hand) made no value: it stands for the operand, gradient and all, as it does in eager mode;
+    torch.export names the operand by it from there on. What is written in such a region into a value from
+    outside is detached before, so that no name of that memory has a gradient from it. Nodes of an autocast
+    region are marked with it, for `tedfx.trace.casts.explicit_casts`.
     """
     hop = torch.ops.higher_order
-    for node in graph_module.graph.nodes:  # torch.export's split into regions forgets that a value without users is one of its operands
+    for node in (
+        graph_module.graph.nodes
+    ):  # torch.export's split into regions forgets that a value without users is one of its operands
         for operand in node.all_input_nodes:
             operand.users.setdefault(node)
     for node in list(graph_module.graph.nodes):
@@ -40,9 +43,14 @@ def inline_regions(graph_module: fx.GraphModule) -> None:
             _inline(graph_module, node, body, operands, enabled)
         elif node.target is hop.wrap_with_autocast:
             device_type, dtype, enabled, _, body, *operands = node.args
-            _inline(graph_module, node, body, operands, True, lambda new: mark(new, device_type, dtype, enabled))  # noqa: B023
+            _inline(
+                graph_module, node, body, operands, True, lambda new: mark(new, device_type, dtype, enabled)
+            )
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise TraceError(f"{node.target} is a region of code that tedfx cannot look into | at {user_line(node)} | write it as plain code")
+            raise TraceError(
+                f"{node.target} is a region of code that tedfx cannot look into | at {user_line(node)} "
+                "| write it as plain code"
+            )
     graph_module.graph.eliminate_dead_code()
 
 
@@ -51,7 +59,14 @@ def _first_line(graph_module: fx.GraphModule, body: fx.Node) -> str:
     return next((user_line(n) for n in nodes if n.op == "call_function"), "an unknown line")
 
 
-def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands: list[Any], gradient: bool, note: Callable[[fx.Node], None] = lambda node: None) -> None:
+def _inline(
+    graph_module: fx.GraphModule,
+    call: fx.Node,
+    body: fx.Node,
+    operands: list[Any],
+    gradient: bool,
+    note: Callable[[fx.Node], None] = lambda node: None,
+) -> None:
     region = graph_module.get_submodule(body.target)
     inline_regions(region)
     if not gradient:
@@ -68,7 +83,10 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
                 outputs = fx.map_arg(node.args[0], lambda n: values[n])
             else:
                 if node.op == "get_attr":
-                    raise TraceError(f"a constant inside a no-grad region | at {_first_line(graph_module, body)} | make it a buffer")
+                    raise TraceError(
+                        f"a constant inside a no-grad region | at {_first_line(graph_module, body)} | "
+                        "make it a buffer"
+                    )
                 new = graph.node_copy(node, lambda n: values[n])
                 note(new)
                 if not gradient and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
@@ -81,7 +99,9 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
                     graph.erase_node(new)
                     values[node] = itself
                     continue
-                if _aliases(new):  # its fake value anew, so that it shares storage with its operand as the real one would
+                if _aliases(
+                    new
+                ):  # its fake value anew, so that it shares storage with its operand as the real one would
                     new.meta["val"] = evaluate(graph, new.target, new.args, new.kwargs)
                 values[node] = new
                 if not write or new.args[0] in own:
@@ -98,23 +118,40 @@ def _inline(graph_module: fx.GraphModule, call: fx.Node, body: fx.Node, operands
     graph.erase_node(call)
 
 
-# Operators whose schema says nothing of an alias, and which give back their operand where nothing is to be done.
-# Others are not tried on fakes: a product of them would tie sizes to each other (torch 2.11).
+# Operators whose schema says nothing of an alias, and which give back their operand where nothing is to be
+# done. Others are not tried on fakes: a product of them would tie sizes to each other (torch 2.11).
 _MAY_RETURN_OPERAND = {
     getattr(aten, name).default
-    for name in ("type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "sum_to_size", "pad",
-                 "atleast_1d", "atleast_2d", "atleast_3d")
-}  # fmt: skip
+    for name in (
+        "type_as",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "sum_to_size",
+        "pad",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+    )
+}
 
 
 def _returned_operand(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """The operand that the operator gave back as it was, the same object and not a view of it; None where it made a value."""
+    """The operand that the operator gave back as it was, the same object and not a view of it; None where it
+    made a value."""
     val = node.meta.get("val")
     if node.target is operator.getitem or not isinstance(val, torch.Tensor):
         return None
     if not (_aliases(node) or node.target in _MAY_RETURN_OPERAND):
         return None
-    alike = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dtype == val.dtype and n.meta["val"].dim() == val.dim()]
+    alike = [
+        n
+        for n in node.all_input_nodes
+        if isinstance(n.meta.get("val"), torch.Tensor)
+        and n.meta["val"].dtype == val.dtype
+        and n.meta["val"].dim() == val.dim()
+    ]
     made = evaluate(graph, node.target, node.args, node.kwargs) if alike else None
     return next((n for n in alike if n.meta["val"] is made), None)
 
@@ -128,7 +165,9 @@ def _detach_written(graph: fx.Graph, node: fx.Node) -> None:
     """What an in-place operator of a no-grad region writes, without its gradient."""
     first, *rest = node.args
     with graph.inserting_before(node):
-        rest, node.kwargs = fx.map_arg((tuple(rest), node.kwargs), lambda n: _detached(graph, n) if _carries_gradient(n) else n)
+        rest, node.kwargs = fx.map_arg(
+            (tuple(rest), node.kwargs), lambda n: _detached(graph, n) if _carries_gradient(n) else n
+        )
     node.args = (first, *rest)
 
 
@@ -140,7 +179,8 @@ def _aliases(node: fx.Node) -> bool:
 
 
 def _check_no_grad_writes(region: fx.GraphModule, operands: list[Any]) -> None:
-    """A no-grad write into a value that carries gradients changes the value and not its gradient: no graph says that."""
+    """A no-grad write into a value that carries gradients changes the value and not its gradient: no graph
+    says that."""
     storages = {}
     for placeholder, operand in zip(region.graph.find_nodes(op="placeholder"), operands):
         val = placeholder.meta.get("val")
@@ -152,7 +192,8 @@ def _check_no_grad_writes(region: fx.GraphModule, operands: list[Any]) -> None:
             val = node.args[0].meta.get("val")
             if isinstance(val, torch.Tensor) and val.untyped_storage()._cdata in storages:
                 raise TraceError(
-                    f"{node.target} under no_grad changes a value that carries gradients | at {user_line(node)} | make a new tensor"
+                    f"{node.target} under no_grad changes a value that carries gradients | at "
+                    f"{user_line(node)} | make a new tensor"
                 )
 
 
@@ -180,9 +221,11 @@ def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 class NoGradInsideAutocast(TorchFunctionMode):
-    """While a model is traced: refuses to turn gradients off or on inside an autocast region of the model, which torch.export (2.11, 2.13) drops without a word.
+    """While a model is traced: refuses to turn gradients off or on inside an autocast region of the model,
+    which torch.export (2.11, 2.13) drops without a word.
 
-    It splits the graph at both, in this order, and puts the region's entry in front of the switch, which it then does not find. `above`: the file whose frames the model's are below.
+    It splits the graph at both, in this order, and puts the region's entry in front of the switch, which it
+    then does not find. `above`: the file whose frames the model's are below.
     """
 
     def __init__(self, above: str):
@@ -190,8 +233,15 @@ class NoGradInsideAutocast(TorchFunctionMode):
         self._above, self._outside = above, _nesting()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is set_grad_enabled_function and _nesting() > self._outside and args[0] != torch.is_grad_enabled():
-            raise TraceError(f"no_grad (or enable_grad) inside an autocast region, which torch.export would lose | at {line_below(self._above)} | put the autocast region inside it, or detach()")
+        if (
+            function is set_grad_enabled_function
+            and _nesting() > self._outside
+            and args[0] != torch.is_grad_enabled()
+        ):
+            raise TraceError(
+                "no_grad (or enable_grad) inside an autocast region, which torch.export would lose | "
+                f"at {line_below(self._above)} | put the autocast region inside it, or detach()"
+            )
         return function(*args, **(kwargs or {}))
 
 

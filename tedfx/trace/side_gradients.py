@@ -3,9 +3,9 @@ only, so all of it would be lost: it is refused at its line while the model is t
 
 | refused | seen as |
 |---|---|
-| hooks on tensors (`register_hook`, `retain_grad`, `register_multi_grad_hook`, `register_post_accumulate_grad_hook`) and on `grad_fn` | calls of these, reads of `grad_fn`, in the model's code |
-| gradients inside of forward (`torch.autograd.grad`, `backward()`, `torch.func.grad`, `vjp`, `jvp`) | the calls; the levels that torch.func opens |
-| `torch.autograd.graph.saved_tensors_hooks` | entering one, unless torch's own code packs (`checkpoint`, `save_on_cpu`): that gives back what it was given |
+| hooks on tensors (`register_hook`, `retain_grad` and their kind) and on `grad_fn` | calls of these, reads |
+| gradients in forward (`torch.autograd.grad`, `backward()`, `torch.func.grad`) | calls; torch.func's levels |
+| `torch.autograd.graph.saved_tensors_hooks` | entering one, unless torch's own code packs |
 | `x.data = y` | the write |
 
 `x.data` read is `x.detach()`, and becomes that: what is then written through it is judged by

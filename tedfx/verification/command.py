@@ -26,35 +26,126 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="a Hugging Face model type, made tiny, or package.module:factory, a function that returns a module, or (module, global batch)")
-    parser.add_argument("--all-models", action="store_true", help=f"instead of one model: {', '.join(VERIFIED)}")
-    parser.add_argument("--mesh", required=True, metavar="AXES", help="axis sizes, major first: dp=2,ep=2,tp=2; one local process per rank")
-    parser.add_argument("--roles", nargs="+", action="extend", default=[], metavar="ROLE=AXES", help="axes of a role, e.g. expert=tp or expert=ep,tp; what is not named keeps its default")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides", metavar="KEY=VALUE", help="override the tiny config (or the factory's arguments), e.g. hidden_size=64")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the model as it is made (default float64, or float32 with --precision)")
-    parser.add_argument("--precision", metavar="P", help="parallelize(precision=P): bf16, fp16 or fp32; the single device's parameters are cast alike")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="AdamW steps with clipping, each with another batch and learning rate (default 5)")
-    parser.add_argument("--batch", type=int, metavar="N", help="rows of the global batch, which the batch ranks share (default 8, or 2 per batch rank); of explain: those of one rank")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a Hugging Face model type, made tiny, or package.module:factory, a function that returns a "
+        "module, or (module, global batch)",
+    )
+    parser.add_argument(
+        "--all-models", action="store_true", help=f"instead of one model: {', '.join(VERIFIED)}"
+    )
+    parser.add_argument(
+        "--mesh",
+        required=True,
+        metavar="AXES",
+        help="axis sizes, major first: dp=2,ep=2,tp=2; one local process per rank",
+    )
+    parser.add_argument(
+        "--roles",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ROLE=AXES",
+        help="axes of a role, e.g. expert=tp or expert=ep,tp; what is not named keeps its default",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override the tiny config (or the factory's arguments), e.g. hidden_size=64",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="of the model as it is made (default float64, or float32 with --precision)",
+    )
+    parser.add_argument(
+        "--precision",
+        metavar="P",
+        help="parallelize(precision=P): bf16, fp16 or fp32; the single device's parameters are cast alike",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=5,
+        metavar="N",
+        help="AdamW steps with clipping, each with another batch and learning rate (default 5)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="rows of the global batch, which the batch ranks share (default 8, or 2 per batch rank); of "
+        "explain: those of one rank",
+    )
     parser.add_argument("--sequence", type=int, default=12, metavar="N", help="tokens per row (default 12)")
     parser.add_argument("--compile", action="store_true", help="run the ranks' graphs through torch.compile")
-    parser.add_argument("--dedup", action=argparse.BooleanOptionalAction, help="send no row to experts twice because two ranks hold its token (default: yes)")
-    parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are any)")
-    parser.add_argument("--algebra", action=argparse.BooleanOptionalAction, help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order")
-    parser.add_argument("--checkpoint", metavar="POLICY", help="what backward computes again: none (default), comm, selective, full or budget=<bytes> for the rows of one rank")
-    parser.add_argument("--capacity", metavar="WHOSE", help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or local, those of each batch coordinate by itself")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU per rank")
-    parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl on cuda, else gloo, whose ranks may share a GPU")
+    parser.add_argument(
+        "--dedup",
+        action=argparse.BooleanOptionalAction,
+        help="send no row to experts twice because two ranks hold its token (default: yes)",
+    )
+    parser.add_argument(
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are "
+        "any)",
+    )
+    parser.add_argument(
+        "--algebra",
+        action=argparse.BooleanOptionalAction,
+        help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="POLICY",
+        help="what backward computes again: none (default), comm, selective, full or budget=<bytes> for the "
+        "rows of one rank",
+    )
+    parser.add_argument(
+        "--capacity",
+        metavar="WHOSE",
+        help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or "
+        "local, those of each batch coordinate by itself",
+    )
+    parser.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU per rank"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("gloo", "nccl"),
+        help="default: nccl on cuda, else gloo, whose ranks may share a GPU",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds after which a rank is given up (default 300)")
-    parser.add_argument("--traceback", action="store_true", help="where a rank fails, print its traceback as well")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="seconds after which a rank is given up (default 300)",
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="where a rank fails, print its traceback as well"
+    )
 
 
 def verify_main(argv: Sequence[str]) -> int:
     """`tedfx verify ...`: the exit status."""
     parser = argparse.ArgumentParser(
         prog="tedfx verify",
-        description="Train a model on a single device and on the local ranks of a mesh, and compare loss, gradient norm, gradients, parameters and replicas.",
+        description="Train a model on a single device and on the local ranks of a mesh, and compare loss, "
+        "gradient "
+        "norm, gradients, parameters and replicas.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,10 +154,11 @@ def verify_main(argv: Sequence[str]) -> int:
 
 
 def run(args) -> int:
-    """0 where everything is within its tolerance, 1 where it is not or a rank fails, 2 where it is refused."""
+    """0 where everything is within its tolerance, 1 where it is not or a rank fails, 2 where it is
+    refused."""
     from tedfx.cli import parse_overrides, parse_roles
-    from tedfx.verification.verify import verify
     from tedfx.verification.processes import RankFailure
+    from tedfx.verification.verify import verify
 
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -107,5 +199,8 @@ def run(args) -> int:
             status[name] = 1 if isinstance(error, RankFailure) else 2
     if len(names) > 1:
         failed = [name for name in names if status[name]]
-        print(f"{len(names) - len(failed)} of {len(names)} verified" + (f"; not: {', '.join(failed)}" if failed else ""))
+        print(
+            f"{len(names) - len(failed)} of {len(names)} verified"
+            + (f"; not: {', '.join(failed)}" if failed else "")
+        )
     return max(status.values())

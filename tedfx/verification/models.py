@@ -1,7 +1,8 @@
-"""Small models to verify with: any Hugging Face model type shrunk by its config's own fields, or a user's factory.
+"""Small models to verify with: any Hugging Face model type shrunk by its config's own fields, or a user's
+factory.
 
-`factory("mixtral")` and `factory("package.module:function")` give something picklable that makes the model; ranks on other
-processes make it anew, with the same seed and hence the same weights.
+`factory("mixtral")` and `factory("package.module:function")` give something picklable that makes the model;
+ranks on other processes make it anew, with the same seed and hence the same weights.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ VERIFIED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "gpt_os
 
 @dataclass(frozen=True)
 class ByType:
-    """A tiny model of a Hugging Face type, with random weights; constants (norms, biases) are perturbed to show mistakes."""
+    """A tiny model of a Hugging Face type, with random weights; constants (norms, biases) are perturbed to
+    show mistakes."""
 
     model_type: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -37,11 +39,12 @@ class ByType:
         config = self.config()
         try:
             model = AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # noqa: BLE001  whatever a model class says to a config
+        except Exception as error:  # whatever a model class says to a config
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
             missing = unset(_default_config(self.model_type))
             raise ConfigError(
-                f"{self.model_type}: its class does not build from its config made tiny ({said}): give the fields it misses with --set KEY=VALUE"
+                f"{self.model_type}: its class does not build from its config made tiny ({said}): give "
+                "the fields it misses with --set KEY=VALUE"
                 + (f" | its default has no value for {', '.join(missing)}" if missing else "")
             ) from error
         with torch.no_grad():
@@ -60,17 +63,28 @@ class ByType:
         for key in self.overrides:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
-                raise ConfigError(f"--set {key}: {type(default).__name__} has no such field" + (f"; did you mean {near[0]}?" if near else ""))
+                raise ConfigError(
+                    f"--set {key}: {type(default).__name__} has no such field"
+                    + (f"; did you mean {near[0]}?" if near else "")
+                )
         try:
-            given = {key: value for key, value in self.overrides.items() if key != part} | self.overrides.get(part, {})
+            given = {key: value for key, value in self.overrides.items() if key != part} | self.overrides.get(
+                part, {}
+            )
             return made(**_merge(small, given))
-        except Exception as error:  # noqa: BLE001  whatever a config class says to a value
-            raise ConfigError(f"{self.model_type} with {dict(self.overrides)}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # whatever a config class says to a value
+            raise ConfigError(
+                f"{self.model_type} with {dict(self.overrides)}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from None
 
 
 def _merge(small: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    nested = lambda key: isinstance(small.get(key), Mapping) and isinstance(overrides[key], Mapping)  # noqa: E731
-    return {**small, **{key: _merge(small[key], value) if nested(key) else value for key, value in overrides.items()}}
+    nested = lambda key: isinstance(small.get(key), Mapping) and isinstance(overrides[key], Mapping)
+    return {
+        **small,
+        **{key: _merge(small[key], value) if nested(key) else value for key, value in overrides.items()},
+    }
 
 
 def _default_config(model_type: str):
@@ -81,7 +95,11 @@ def _default_config(model_type: str):
     key = model_type.replace("-", "_").lower()
     if key not in CONFIG_MAPPING:
         near = difflib.get_close_matches(key, list(CONFIG_MAPPING), 3)
-        raise ConfigError(f"unknown model type {model_type!r}{': did you mean ' + ' or '.join(near) + '?' if near else ''}; for a model of your own pass package.module:factory")
+        raise ConfigError(
+            "unknown model type "
+            f"{model_type!r}{': did you mean ' + ' or '.join(near) + '?' if near else ''}; for a model "
+            "of your own pass package.module:factory"
+        )
     return CONFIG_MAPPING[key]()
 
 
@@ -108,4 +126,3 @@ class ByPath:
 def factory(text: str, overrides: Mapping[str, Any] | None = None) -> Callable[[], nn.Module]:
     """From what stands on the command line: a model type, or `package.module:function`."""
     return (ByPath if ":" in text else ByType)(text, dict(overrides or {}))
-

@@ -1,10 +1,13 @@
-"""Local processes for a verification: the single device and the ranks, each with a pipe home and never a hang.
+"""Local processes for a verification: the single device and the ranks, each with a pipe home and never a
+hang.
 
-`run` starts one process per job and returns the results in order, or raises `RankFailure` with one line that names the rank: the
-first to fail has the cause, those that fail after it because of it are not asked. Nobody is waited for longer than `timeout`.
+`run` starts one process per job and returns the results in order, or raises `RankFailure` with one line that
+names the rank: the first to fail has the cause, those that fail after it because of it are not asked. Nobody
+is waited for longer than `timeout`.
 
-Forked processes share what the parent made (a trace, a compiled graph) and cost nothing to start; they need a parent that
-never ran backward and whose other threads, if any, hold no locks. Spawned ones import everything anew; CUDA needs them.
+Forked processes share what the parent made (a trace, a compiled graph) and cost nothing to start; they need a
+parent that never ran backward and whose other threads, if any, hold no locks. Spawned ones import everything
+anew; CUDA needs them.
 """
 
 from __future__ import annotations
@@ -64,10 +67,15 @@ class Rank:
     timeout: float
 
 
-def jobs(function: Callable, arguments: tuple, world: int, device: str, backend: str, timeout: float) -> list[Job]:
+def jobs(
+    function: Callable, arguments: tuple, world: int, device: str, backend: str, timeout: float
+) -> list[Job]:
     """One job per rank of a new group: `function(rank, *arguments)`."""
     store = tempfile.mktemp(prefix="tedfx_verify_")
-    return [Job(f"rank {i}", in_group, (Rank(i, world, device, backend, store, timeout), function, arguments)) for i in range(world)]
+    return [
+        Job(f"rank {i}", in_group, (Rank(i, world, device, backend, store, timeout), function, arguments))
+        for i in range(world)
+    ]
 
 
 def in_group(rank: Rank, function: Callable, arguments: tuple):
@@ -93,7 +101,9 @@ def run(work: Sequence[Job], fork: bool, timeout: float) -> list[Any]:
     try:
         for index, job in enumerate(work):
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(theirs, job.function, job.arguments), daemon=True, name=job.name)
+            process = context.Process(
+                target=_serve, args=(theirs, job.function, job.arguments), daemon=True, name=job.name
+            )
             process.start()
             theirs.close()
             started[mine] = (index, process)
@@ -104,7 +114,9 @@ def run(work: Sequence[Job], fork: bool, timeout: float) -> list[Any]:
         for pipe, (_, process) in started.items():
             process.join()
             pipe.close()
-        for store in {job.arguments[0].store for job in work if job.arguments and isinstance(job.arguments[0], Rank)}:
+        for store in {
+            job.arguments[0].store for job in work if job.arguments and isinstance(job.arguments[0], Rank)
+        }:
             Path(store).unlink(missing_ok=True)  # ranks that are killed leave it
 
 
@@ -113,7 +125,10 @@ def _collect(work: Sequence[Job], started: dict, timeout: float) -> list[Any]:
     failed: list[tuple[int, Any]] = []
     deadline = time.monotonic() + timeout
     while len(results) + len(failed) < len(work):
-        ready = wait([p for p, (i, _) in started.items() if i not in results and i not in dict(failed)], max(0.0, deadline - time.monotonic()))
+        ready = wait(
+            [p for p, (i, _) in started.items() if i not in results and i not in dict(failed)],
+            max(0.0, deadline - time.monotonic()),
+        )
         for pipe in ready:
             index, process = started[pipe]
             try:
@@ -138,12 +153,23 @@ def _collect(work: Sequence[Job], started: dict, timeout: float) -> list[Any]:
 
 
 def _consequence(failure) -> int:
-    """0 for an error of its own, 1 for a rank that only noticed that another one was gone. Ties: the first to report."""
+    """0 for an error of its own, 1 for a rank that only noticed that another one was gone. Ties: the first to
+    report."""
     kind, line, _ = failure
-    words = ("connection closed", "connection reset", "a rank ended while", "did not come within", "broken pipe", "timed out")
+    words = (
+        "connection closed",
+        "connection reset",
+        "a rank ended while",
+        "did not come within",
+        "broken pipe",
+        "timed out",
+    )
     if kind == RankFailed.__name__:
         return 1
-    return int(kind in (None, RanksDisagree.__name__, "RuntimeError", "DistBackendError") and any(w in line.lower() for w in words))
+    return int(
+        kind in (None, RanksDisagree.__name__, "RuntimeError", "DistBackendError")
+        and any(w in line.lower() for w in words)
+    )
 
 
 def _death(code: int | None) -> str:
@@ -158,10 +184,12 @@ def _serve(pipe, function, arguments) -> None:
     try:
         answer = (True, function(*arguments))
         data = pickle.dumps(answer)
-    except BaseException as error:  # noqa: BLE001  told to the parent
+    except BaseException as error:  # told to the parent
         text = " ".join(str(error).split())
         line = text if isinstance(error, TedfxError) else f"{type(error).__name__}: {text[:300]}"
-        data = pickle.dumps((False, (type(error).__name__, line or type(error).__name__, traceback.format_exc())))
+        data = pickle.dumps(
+            (False, (type(error).__name__, line or type(error).__name__, traceback.format_exc()))
+        )
     pipe.send_bytes(data)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -170,7 +198,9 @@ def _serve(pipe, function, arguments) -> None:
 
 def can_fork() -> bool:
     """Whether autograd runs in a fork of this process: it does not once this process itself ran backward."""
-    if "fork" not in multiprocessing.get_all_start_methods() or (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if "fork" not in multiprocessing.get_all_start_methods() or (
+        torch.cuda.is_available() and torch.cuda.is_initialized()
+    ):
         return False
     try:
         return run([Job("a forked process", _backward)], fork=True, timeout=30.0) == [True]

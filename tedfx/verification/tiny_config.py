@@ -110,7 +110,7 @@ def _shrink_layers(
     small["per_layer_config"], wide["per_layer_config"] = {}, {}
     for at, i in enumerate(kept):
         if i in owned:
-            read = lambda n, own=owned[i]: own[n] if n in own else getattr(config, n, None)  # noqa: E731
+            read = lambda n, own=owned[i]: own[n] if n in own else getattr(config, n, None)
             sizes, wide["per_layer_config"][at] = _sizes(owned[i], read)
             small["per_layer_config"][at] = {**owned[i], **sizes}
 
@@ -174,7 +174,7 @@ def _refusal(config_class: type, small: Tree) -> str | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             AutoModelForCausalLM.from_config(config_class(**small))
-    except Exception as error:  # noqa: BLE001  whatever a class says to a value
+    except Exception as error:  # whatever a class says to a value
         return str(error)
     return None
 

@@ -1,4 +1,5 @@
-"""Mixtures with a capacity: loss and every gradient of the captured graph are the model's, tokens dropped and all; what is not proven is refused."""
+"""Mixtures with a capacity: loss and every gradient of the captured graph are the model's, tokens dropped and
+all; what is not proven is refused."""
 
 from dataclasses import replace
 from functools import partial
@@ -40,14 +41,22 @@ def capture(model):
     return traced, history[-1].result
 
 
-@pytest.mark.parametrize("name, config", [(name, {"expert": "normed"} if name == "modules" else {}) for name in LAYERS], ids=str)
+@pytest.mark.parametrize(
+    "name, config", [(name, {"expert": "normed"} if name == "modules" else {}) for name in LAYERS], ids=str
+)
 def test_every_way_to_write_it(name, config):
     model = Layer(name, **config).double()
     traced, result = capture(model)
     assert result.matches == 1 and find_uncaptured(traced.graph_module.graph) == []
     found = operators(traced)
-    assert found.count("tedfx.dispatch.default") == found.count("tedfx.combine.default") == 1 and found.count("aten.cumsum.default") in (1, 2)
-    widest = max(len(n.meta["val"].shape) for n in traced.graph_module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
+    assert found.count("tedfx.dispatch.default") == found.count("tedfx.combine.default") == 1 and found.count(
+        "aten.cumsum.default"
+    ) in (1, 2)
+    widest = max(
+        len(n.meta["val"].shape)
+        for n in traced.graph_module.graph.nodes
+        if isinstance(n.meta.get("val"), torch.Tensor)
+    )
     assert widest <= 4 and not any("bmm" in o or "one_hot" in o and "float" in o for o in found)
     for values in BIASES.values():
         routers(model, values)
@@ -60,7 +69,7 @@ def test_every_way_to_write_it(name, config):
     assert dropped > 0, "the test shall drop tokens"
 
 
-# --- a plain top-1 or top-2 layer whose parts can be spoiled ---------------------------------------------------------------------
+# --- a plain top-1 or top-2 layer whose parts can be spoiled ------------------------------------------------
 
 
 def place(mask):
@@ -88,7 +97,18 @@ def behind(place, first):
 
 
 class Mixture(nn.Module):
-    def __init__(self, top=1, place=place, keep=keep, slots=slots, experts=experts, put=put, behind=behind, choose=lambda combine: combine != 0, back=None):
+    def __init__(
+        self,
+        top=1,
+        place=place,
+        keep=keep,
+        slots=slots,
+        experts=experts,
+        put=put,
+        behind=behind,
+        choose=lambda combine: combine != 0,
+        back=None,
+    ):
         super().__init__()
         torch.manual_seed(0)
         self.router = nn.Linear(H, E)
@@ -107,7 +127,9 @@ class Mixture(nn.Module):
             at = place(mask) if not masks else behind(place(mask), masks[0])
             kept = mask * keep(at) if keep else mask
             masks.append(mask)
-            combine = combine + einsum("n,ne,nc->nec", gate, kept.to(gate.dtype), slots(at, kept).to(gate.dtype))
+            combine = combine + einsum(
+                "n,ne,nc->nec", gate, kept.to(gate.dtype), slots(at, kept).to(gate.dtype)
+            )
         rows = experts(self, put(choose(combine), x))
         y = back(combine, rows) if back else einsum("nec,ech->nh", combine, rows)
         return {"y": y, "loss": y.square().sum()}
@@ -138,15 +160,27 @@ def within(place):
     "parts",
     [
         {"place": one_based, "keep": within},
-        {"top": 2}, {"slots": by_comparison, "keep": None, "top": 2}, {"slots": by_scatter}, {"slots": clamped},
-        {"keep": lambda place: place <= C - 1, "choose": lambda combine: combine > 0}, {"place": one_based, "keep": lambda place: ~(place >= C)},
+        {"top": 2},
+        {"slots": by_comparison, "keep": None, "top": 2},
+        {"slots": by_scatter},
+        {"slots": clamped},
+        {"keep": lambda place: place <= C - 1, "choose": lambda combine: combine > 0},
+        {"place": one_based, "keep": lambda place: ~(place >= C)},
         {"place": lambda mask: mask.double().cumsum(0).long() - mask},
-        {"put": lambda mask, x: mask.to(x.dtype).flatten(1).t() @ x, "experts": lambda m, rows: experts(m, rows.view(E, C, H))},
-        {"experts": lambda m, rows: einsum("ecf,efh->ceh", F.gelu(einsum("ech,ehf->ecf", rows, m.up)), m.down), "back": partial(einsum, "nec,ceh->nh")},
+        {
+            "put": lambda mask, x: mask.to(x.dtype).flatten(1).t() @ x,
+            "experts": lambda m, rows: experts(m, rows.view(E, C, H)),
+        },
+        {
+            "experts": lambda m, rows: einsum(
+                "ecf,efh->ceh", F.gelu(einsum("ech,ehf->ecf", rows, m.up)), m.down
+            ),
+            "back": partial(einsum, "nec,ceh->nh"),
+        },
         {"experts": lambda m, rows: torch.stack([F.relu(x @ u) @ d for x, u, d in zip(rows, m.up, m.down)])},
         {"experts": lambda m, rows: F.layer_norm(experts(m, rows), (H,)) * 0.5},
     ],
-)  # fmt: skip
+)
 def test_other_words_for_it(parts):
     model = Mixture(**parts).double()
     traced, result = capture(model)
@@ -159,20 +193,43 @@ def test_other_words_for_it(parts):
 @pytest.mark.parametrize(
     "parts, why",
     [
-        ({"place": one_based, "keep": lambda place: place >= 0, "slots": lambda place, mask: F.one_hot((place * mask).sum(-1).clamp(max=C - 1), C)}, "beyond the capacity are not masked out"),
+        (
+            {
+                "place": one_based,
+                "keep": lambda place: place >= 0,
+                "slots": lambda place, mask: F.one_hot((place * mask).sum(-1).clamp(max=C - 1), C),
+            },
+            "beyond the capacity are not masked out",
+        ),
         ({"keep": None, "slots": clamped}, "beyond the capacity are not masked out"),
         ({"top": 2, "behind": lambda place, first: place}, "does not queue behind another"),
-        ({"top": 2, "behind": lambda place, first: place + first.sum(0) - 1}, "does not queue behind another"),
+        (
+            {"top": 2, "behind": lambda place, first: place + first.sum(0) - 1},
+            "does not queue behind another",
+        ),
         ({"choose": lambda combine: combine}, "not provably 0 or 1"),
         ({"experts": lambda m, rows: experts(m, rows).softmax(1)}, "along the rows"),
-        ({"experts": lambda m, rows: experts(m, rows) - experts(m, rows).mean(1, keepdim=True)}, "along the rows"),
+        (
+            {"experts": lambda m, rows: experts(m, rows) - experts(m, rows).mean(1, keepdim=True)},
+            "along the rows",
+        ),
         ({"experts": lambda m, rows: experts(m, rows) * torch.arange(C)[:, None]}, "differs between slots"),
         ({"experts": lambda m, rows: experts(m, rows.flip(0))}, "flip"),
-        ({"experts": lambda m, rows: torch.stack([F.relu(rows[e - 1] @ m.up[e]) @ m.down[e] for e in range(E)])}, "slots of another"),
+        (
+            {
+                "experts": lambda m, rows: torch.stack(
+                    [F.relu(rows[e - 1] @ m.up[e]) @ m.down[e] for e in range(E)]
+                )
+            },
+            "slots of another",
+        ),
         ({"back": lambda combine, rows: rows.sum((0, 1)) + combine.sum()}, "no sum over the slots"),
-        ({"back": lambda combine, rows: einsum("nec,ech->nch", combine, rows).sum(1)}, "over some of them only"),
+        (
+            {"back": lambda combine, rows: einsum("nec,ech->nch", combine, rows).sum(1)},
+            "over some of them only",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused_by_name(parts, why):
     with pytest.raises(CaptureError, match=why) as error:
         capture(Mixture(**parts))
@@ -196,8 +253,18 @@ def test_slots_filled_from_several_groups():
         capture(Groups())
 
 
-@pytest.mark.parametrize("place", [lambda mask: mask.to(torch.bfloat16).cumsum(0).long() - mask, lambda mask: mask.flip(0).cumsum(0) - 1, lambda mask: mask * 0], ids=["bfloat16", "flipped", "zero"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda mask: mask.to(torch.bfloat16).cumsum(0).long() - mask,
+        lambda mask: mask.flip(0).cumsum(0) - 1,
+        lambda mask: mask * 0,
+    ],
+    ids=["bfloat16", "flipped", "zero"],
+)
 def test_positions_that_say_nothing_are_not_captured(place):
     traced, result = capture(Mixture(place=place))
     assert result.matches == 0
-    assert {style for style, _ in find_uncaptured(traced.graph_module.graph)} == {"one-hot dispatch with capacity"}
+    assert {style for style, _ in find_uncaptured(traced.graph_module.graph)} == {
+        "one-hot dispatch with capacity"
+    }

@@ -43,10 +43,13 @@ class Blind:
 @pytest.fixture(autouse=True)
 def without_finders(monkeypatch):
     """What looks while a model is traced is off: the check is the net below it."""
-    nothing = lambda *args: contextlib.nullcontext()  # noqa: E731
+    nothing = lambda *args: contextlib.nullcontext()
     for name, stand_in in {
-        "Observation": Blind, "refuse_hooks": nothing, "refuse_side_gradients": nothing, "kept_calls": nothing,
-    }.items():  # fmt: skip
+        "Observation": Blind,
+        "refuse_hooks": nothing,
+        "refuse_side_gradients": nothing,
+        "kept_calls": nothing,
+    }.items():
         monkeypatch.setattr(f"tedfx.trace.export.{name}", stand_in)
 
 
@@ -162,7 +165,7 @@ class Odd(nn.Module):
 
 
 def test_where_float64_cannot_be_the_models_own_dtype_is_taken():
-    bits = lambda x: x * (x.view(torch.int32) >= 0)  # noqa: E731  relu by the sign bit
+    bits = lambda x: x * (x.view(torch.int32) >= 0)  # relu by the sign bit
     line = told(Net(Odd(bits)))
     assert (
         line.startswith("checked against the model in float32 (not in float64: it views a value's bits")

@@ -1,18 +1,19 @@
 """What routing values mean, on graphs drawn by hand.
 
-    scores [n, e] --topk--> ids [n, k] --eq e--> hit --where--> token, slot
-                       \\--> w [n, k] ----mul----> weighed --sum k--> gate
+scores [n, e] --topk--> ids [n, k] --eq e--> hit --where--> token, slot
+                   \\--> w [n, k] ----mul----> weighed --sum k--> gate
 """
 
 import operator
 
 import pytest
 import torch
+from torch import fx
+
 from tedfx.capture.chains import dependence
 from tedfx.capture.masks import facts
 from tedfx.capture.slot_facts import slot_facts
 from tedfx.capture.slots import Drop
-from torch import fx
 
 aten = torch.ops.aten
 N, K, E = 6, 2, 4
@@ -51,7 +52,12 @@ def fact(d, node):
 
 def test_ids(d):
     found = fact(d, d.ids)
-    assert (found.kind, found.dims, found.routing.experts, found.routing.unique) == ("ids", (("t0",), ("k",)), E, True)
+    assert (found.kind, found.dims, found.routing.experts, found.routing.unique) == (
+        "ids",
+        (("t0",), ("k",)),
+        E,
+        True,
+    )
     assert fact(d, d.w) is None
     flat = d(aten.view.default, d.ids, [N * K])
     assert fact(d, flat).dims == (("t0", "k"),)
@@ -83,7 +89,9 @@ def slot_fact(d, node):
 def test_places_that_know_who_was_chosen(d):
     mask, at = place(d)
     less = d(aten.sub.Tensor, at, 1)
-    assert [(slot_fact(d, n).first, slot_fact(d, n).outside) for n in (at, less, d(aten.clamp.default, less, 0))] == [(1, 0), (0, -1), (0, 0)]
+    assert [
+        (slot_fact(d, n).first, slot_fact(d, n).outside) for n in (at, less, d(aten.clamp.default, less, 0))
+    ] == [(1, 0), (0, -1), (0, 0)]
     assert slot_fact(d, d(aten.sub.Tensor, d(aten.cumsum.default, mask, 0), mask)).outside is None
     (term,) = slot_fact(d, d(aten.ge.Scalar, less, 0)).terms
     assert (term.hit, term.exact, term.guards, term.values) == (True, True, frozenset(), ())
@@ -91,8 +99,11 @@ def test_places_that_know_who_was_chosen(d):
     keep = d(aten.__and__.Tensor, d(aten.lt.Scalar, less, 2), d(aten.ge.Scalar, less, 0))
     (kept,) = slot_fact(d, keep).terms
     assert kept.hit and kept.exact and len(kept.guards) == 1
-    # a comparison that holds where nobody was chosen, or that not every place passes, says no more than its own bit
-    assert isinstance(slot_fact(d, d(aten.ge.Scalar, less, -1)), Drop) and isinstance(slot_fact(d, d(aten.ge.Scalar, at, 2)), Drop)
+    # a comparison that holds where nobody was chosen, or that not every place passes, says no more than its
+    # own bit
+    assert isinstance(slot_fact(d, d(aten.ge.Scalar, less, -1)), Drop) and isinstance(
+        slot_fact(d, d(aten.ge.Scalar, at, 2)), Drop
+    )
     # a place masked by a bit is 0 or less where the bit is 0: that bit stays a guard
     masked = d(aten.sub.Tensor, d(aten.mul.Tensor, at, d(aten.lt.Scalar, at, 3)), 1)
     (term,) = slot_fact(d, d(aten.ge.Scalar, masked, 0)).terms
@@ -101,7 +112,9 @@ def test_places_that_know_who_was_chosen(d):
 
 def test_slots_by_comparison(d):
     _, at = place(d)
-    slots = lambda node: slot_fact(d, d(aten.eq.Tensor, d(aten.unsqueeze.default, node, -1), d(aten.arange.default, 3)))
+    slots = lambda node: slot_fact(
+        d, d(aten.eq.Tensor, d(aten.unsqueeze.default, node, -1), d(aten.arange.default, 3))
+    )
     found = slots(d(aten.sub.Tensor, at, 1))
     assert found.dims == (("t0",), ("e",), ("c",)) and found.terms[0].hit and found.terms[0].slot.first == 0
     assert not slots(at).terms[0].hit  # 0 is a slot, and the place of whoever was not chosen
@@ -125,7 +138,10 @@ def test_masks(d):
     assert fact(d, d(aten.any.dim, hit, 0)) is None
     one_hot = d(aten.permute.default, d(aten.one_hot.default, d.ids, E), [2, 1, 0])
     assert fact(d, one_hot).dims == (("e",), ("k",), ("t0",))
-    assert (fact(d, d(aten.select.int, one_hot, 0, 2)).expert, fact(d, d(aten.select.int, one_hot, 1, 0))) == (2, None)
+    assert (
+        fact(d, d(aten.select.int, one_hot, 0, 2)).expert,
+        fact(d, d(aten.select.int, one_hot, 1, 0)),
+    ) == (2, None)
     assert fact(d, d(aten.one_hot.default, d.ids, E + 1)) is None
     outer = d(aten.eq.Tensor, d(aten.unsqueeze.default, d.ids, 2), d(aten.arange.default, E))
     assert fact(d, d(operator.getitem, d(aten.unbind.int, outer, 2), 1)).expert == 1
@@ -148,7 +164,11 @@ def test_gates(d):
     weighed = d(aten.mul.Tensor, d.w, hit)
     gate = d(aten.sum.dim_IntList, weighed, [-1], True)
     assert fact(d, weighed).kind == "weighed"
-    assert (fact(d, gate).kind, fact(d, gate).dims, fact(d, gate).weight) == ("gate", (("t0",), ()), (d.w, (("t0",), ("k",))))
+    assert (fact(d, gate).kind, fact(d, gate).dims, fact(d, gate).weight) == (
+        "gate",
+        (("t0",), ()),
+        (d.w, (("t0",), ("k",))),
+    )
     zeros = d(aten.zeros_like.default, d.scores)
     matrix = d(aten.scatter.src, zeros, 1, d.ids, d.w)
     assert fact(d, d(aten.slice.Tensor, matrix, 1, 2, 3)).expert == 2

@@ -53,13 +53,18 @@ def test_a_model_below_a_folder_named_tedfx_or_torch_keeps_its_lines(tmp_path):
     for name in ("tedfx", "torch"):
         model, file = mixture(tmp_path / name / "mine")
         t = trace(model, kwargs=X)
-        lines = {user_line(n) for n in t.graph_module.graph.nodes if n.op == "call_function" and n.meta.get("stack_trace")}
+        lines = {
+            user_line(n)
+            for n in t.graph_module.graph.nodes
+            if n.op == "call_function" and n.meta.get("stack_trace")
+        }
         assert any(line.startswith(f"{file}:") for line in lines), lines
         assert any(str(file) in note for note in t.notes), t.notes
 
 
 def test_the_callers_own_ifs_are_not_the_models(tmp_path):
-    # Export asks for sizes on nobody's behalf while this line runs: an `if` or a ternary about `t` below it must not be taken for an emptiness test.
+    # Export asks for sizes on nobody's behalf while this line runs: an `if` or a ternary about `t` below it
+    # must not be taken for an emptiness test.
     t = trace(mixture(tmp_path)[0], kwargs=X)
     if t is None or len(t.notes) % 7 == 6 and t.training:
         raise AssertionError
@@ -70,17 +75,25 @@ def test_the_callers_own_ifs_are_not_the_models(tmp_path):
 def test_a_loop_over_the_experts_that_were_hit_is_refused_with_its_line(tmp_path):
     file = tmp_path / "mixture.py"
     mixture(tmp_path)
-    source = file.read_text().replace("for e, expert in enumerate(self.experts):", "for e in ids.unique():").replace("expert(x[token])", "self.experts[0](x[token])")
+    source = (
+        file.read_text()
+        .replace("for e, expert in enumerate(self.experts):", "for e in ids.unique():")
+        .replace("expert(x[token])", "self.experts[0](x[token])")
+    )
     namespace = {}
     file.write_text(source)
     exec(compile(source, str(file), "exec"), namespace)
-    with pytest.raises(TraceError, match=r"rows whose number is data \| at .*mixture.py:\d+ \| loop over all the experts"):
+    with pytest.raises(
+        TraceError, match=r"rows whose number is data \| at .*mixture.py:\d+ \| loop over all the experts"
+    ):
         trace(namespace["Mixture"](), kwargs=X)
 
 
 def test_outputs_that_were_not_asked_for_are_not_compared():
     model = MODELS["mixtral"](num_hidden_layers=1)
     roles = Roles.resolve(MeshShape.of("ep=2"))
-    done = compile_trace(Compilation(trace(model), roles, set(), outputs=("loss",), model=model), TO_THE_CHECK)
+    done = compile_trace(
+        Compilation(trace(model), roles, set(), outputs=("loss",), model=model), TO_THE_CHECK
+    )
     assert "largest relative difference" in done.history[-1].result.notes[0]
     assert done.model is None

@@ -1,4 +1,5 @@
-"""`capacity="local"` on one device: the rewritten graph is the model run chunk by chunk, but for what is not about places; what cannot be rewritten is refused."""
+"""`capacity="local"` on one device: the rewritten graph is the model run chunk by chunk, but for what is not
+about places; what cannot be rewritten is refused."""
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_each_chunk_by_itself(name):
 
 
 class Shares(Mixture):
-    """The total of the first choices is both: what second choices queue behind, and an expert's share in the auxiliary loss. The capacity is printed too."""
+    """The total of the first choices is both: what second choices queue behind, and an expert's share in the
+    auxiliary loss. The capacity is printed too."""
 
     def forward(self, x, pieces=1):
         x, loss, total = x.reshape(-1, H), 0.0, 0
@@ -67,9 +69,17 @@ class Shares(Mixture):
             mask2 = F.one_hot(index2, E)
             first = mask1.sum(0)
             combine = 0
-            for gate, mask, place in ((gate1, mask1, mask1.cumsum(0) - mask1), (gate2, mask2, mask2.cumsum(0) - mask2 + first)):
+            for gate, mask, place in (
+                (gate1, mask1, mask1.cumsum(0) - mask1),
+                (gate2, mask2, mask2.cumsum(0) - mask2 + first),
+            ):
                 kept = mask * (place < capacity)
-                combine = combine + einsum("n,ne,nc->nec", gate, kept.to(gate.dtype), F.one_hot((place * kept).sum(-1), capacity).to(gate.dtype))
+                combine = combine + einsum(
+                    "n,ne,nc->nec",
+                    gate,
+                    kept.to(gate.dtype),
+                    F.one_hot((place * kept).sum(-1), capacity).to(gate.dtype),
+                )
             rows = experts(self, einsum("nec,nh->ech", combine.bool().to(x.dtype), part))
             loss = loss + einsum("nec,ech->nh", combine, rows).square().sum()
             total = total + first
@@ -101,8 +111,12 @@ class Read(Mixture):
         mask = F.one_hot(index, E)
         place = mask.cumsum(0) - mask
         kept = mask * (place < self.limit(x.shape[0]))
-        combine = einsum("n,ne,nc->nec", gate, kept.to(gate.dtype), F.one_hot((place * kept).sum(-1), 6).to(gate.dtype))
-        y = einsum("nec,ech->nh", combine, experts(self, einsum("nec,nh->ech", combine.bool().to(x.dtype), x)))
+        combine = einsum(
+            "n,ne,nc->nec", gate, kept.to(gate.dtype), F.one_hot((place * kept).sum(-1), 6).to(gate.dtype)
+        )
+        y = einsum(
+            "nec,ech->nh", combine, experts(self, einsum("nec,nh->ech", combine.bool().to(x.dtype), x))
+        )
         return {"loss": y.sum() + self.read(place)}
 
 
@@ -132,11 +146,16 @@ def test_a_capacity_that_is_a_constant_stays():
 def test_groups_of_a_dim_with_choices_before_tokens():
     x = torch.randint(0, 3, (2, 6, 5))
     chunks = x.view(2, 3, 2, 5)  # outer, groups, rest
-    by_hand = torch.stack([chunks[:, g].reshape(4, 5).cumsum(0).view(2, 2, 5) for g in range(3)], 1).reshape(12, 5)
+    by_hand = torch.stack([chunks[:, g].reshape(4, 5).cumsum(0).view(2, 2, 5) for g in range(3)], 1).reshape(
+        12, 5
+    )
     assert torch.equal(ops.group_cumsum(x.view(12, 5), 0, 3, 2), by_hand)
     totals = torch.stack([chunks[:, g].sum((0, 1)).expand(2, 2, 5) for g in range(3)], 1).reshape(12, 5)
     assert torch.equal(ops.group_total(x.view(12, 5), [0], 0, 3, 2), totals)
-    assert torch.equal(ops.group_total(x, [0, 1], 1, 3), chunks.sum((0, 2)).view(1, 3, 1, 5).expand(2, 3, 2, 5).reshape(2, 6, 5))
+    assert torch.equal(
+        ops.group_total(x, [0, 1], 1, 3),
+        chunks.sum((0, 2)).view(1, 3, 1, 5).expand(2, 3, 2, 5).reshape(2, 6, 5),
+    )
 
 
 def test_the_option():
@@ -150,7 +169,8 @@ def test_the_option():
 
 
 def test_what_verify_compares_with():
-    """`verify(capacity="local")`: the model's own graph in groups is the oracle that the parity tests make by hand; a model without a capacity is left as it is."""
+    """`verify(capacity="local")`: the model's own graph in groups is the oracle that the parity tests make by
+    hand; a model without a capacity is left as it is."""
     model = CAPACITY["capacity_gshard"](layers=1, heads=2).double()
     ids = torch.arange(6 * 8).view(6, 8) * 7 % 61
     batch = {"input_ids": ids, "labels": ids}

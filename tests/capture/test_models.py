@@ -1,4 +1,5 @@
-"""Captured loops compute what the model computes: loss and every gradient, in float64, for uneven routing and for experts without tokens."""
+"""Captured loops compute what the model computes: loss and every gradient, in float64, for uneven routing and
+for experts without tokens."""
 
 import warnings
 from dataclasses import replace
@@ -46,9 +47,16 @@ def check(model, traced, **inputs):
         out = function(**inputs)
         values = vars(out) if not isinstance(out, dict) else out
         grads = torch.autograd.grad(values["loss"], parameters, allow_unused=True)
-        runs.append({**values, **{n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, grads)}})
+        runs.append(
+            {
+                **values,
+                **{n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, grads)},
+            }
+        )
     for name, value in runs[0].items():
-        torch.testing.assert_close(runs[1][name], value, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            runs[1][name], value, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def tokens(rows=5, length=9):
@@ -62,10 +70,17 @@ def routers(model, values):
                 parameter.copy_(torch.tensor(values, dtype=torch.float64))
 
 
-BIASES = {"even": [0.0] * 4, "uneven": [1.0, -1.0, 0.5, 0.0], "one has none": [0.0, 0.0, -50.0, 0.0], "all to one": [50.0, 0.0, -50.0, -50.0]}
+BIASES = {
+    "even": [0.0] * 4,
+    "uneven": [1.0, -1.0, 0.5, 0.0],
+    "one has none": [0.0, 0.0, -50.0, 0.0],
+    "all to one": [50.0, 0.0, -50.0, -50.0],
+}
 
 
-@pytest.mark.parametrize("moe, expert", [*((moe, "gelu") for moe in MOES), ("index_add", "normed"), ("unflattened_mask", "normed")])
+@pytest.mark.parametrize(
+    "moe, expert", [*((moe, "gelu") for moe in MOES), ("index_add", "normed"), ("unflattened_mask", "normed")]
+)
 def test_every_way_to_write_it(moe, expert):
     model = Layer(moe, expert=expert).double()
     traced, result = capture(model)
@@ -95,7 +110,9 @@ def test_parameters_are_stacked_in_the_order_of_the_experts():
     traced, _ = capture(Layer("index_add"))
     nodes = {n.name: n for n in traced.graph_module.graph.find_nodes(op="placeholder")}
     assert sorted(traced.stacked) == [f"p_moe_experts_stacked_w{i}_weight" for i in (1, 2, 3)]
-    assert traced.stacked["p_moe_experts_stacked_w1_weight"] == [f"moe.experts.{e}.w1.weight" for e in range(4)]
+    assert traced.stacked["p_moe_experts_stacked_w1_weight"] == [
+        f"moe.experts.{e}.w1.weight" for e in range(4)
+    ]
     assert tuple(nodes["p_moe_experts_stacked_w1_weight"].meta["val"].shape) == (4, 48, 32)
     assert nodes["p_moe_experts_stacked_w1_weight"].meta["val"].requires_grad
     assert not any("experts" in fqn for fqn in traced.parameters.values())
@@ -114,9 +131,13 @@ def test_the_canonical_form_of_the_plain_loop():
     found = operators(traced)
     body = [o for o in found[found.index("tedfx.dispatch.default") :] if "getitem" not in o]
     assert body[:6] == [
-        "tedfx.dispatch.default", "tedfx.grouped_linear.default", "aten.silu.default", "tedfx.grouped_linear.default", "aten.mul.Tensor",
+        "tedfx.dispatch.default",
         "tedfx.grouped_linear.default",
-    ]  # fmt: skip
+        "aten.silu.default",
+        "tedfx.grouped_linear.default",
+        "aten.mul.Tensor",
+        "tedfx.grouped_linear.default",
+    ]
     assert body[6] == "tedfx.combine.default"
 
 
@@ -145,14 +166,21 @@ def test_layers_that_share_experts_share_the_stack():
     model.first.experts = model.second.experts = nn.ModuleList(Halved(32, 32) for _ in range(4))
     model = model.double()
     traced, result = capture(model)
-    assert result.matches == 2 and sorted(traced.stacked) == ["p_first_experts_stacked_bias", "p_first_experts_stacked_weight"]
+    assert result.matches == 2 and sorted(traced.stacked) == [
+        "p_first_experts_stacked_bias",
+        "p_first_experts_stacked_weight",
+    ]
     check(model, traced, x=tokens())
 
 
 def test_nodes_keep_the_models_lines():
     traced, _ = capture(Layer("index_add", expert="normed"))
     for operator in ("tanh", "chunk", "layer_norm", "rms_norm"):
-        node = next(n for n in traced.graph_module.graph.nodes if n.op == "call_function" and f"aten.{operator}." in str(n.target))
+        node = next(
+            n
+            for n in traced.graph_module.graph.nodes
+            if n.op == "call_function" and f"aten.{operator}." in str(n.target)
+        )
         assert "models_plain.py" in node.meta["stack_trace"]
 
 
@@ -162,7 +190,9 @@ def test_dropout_in_the_experts_is_drawn_once_for_all_rows():
 
 
 def test_the_answers_are_noted():
-    with pytest.warns(UserWarning, match="an expert that no token of the batch chose has a gradient of zero here"):
+    with pytest.warns(
+        UserWarning, match="an expert that no token of the batch chose has a gradient of zero here"
+    ):
         traced, _ = capture(Layer("index_add_test"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

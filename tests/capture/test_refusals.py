@@ -1,4 +1,5 @@
-"""What looks like a loop over experts and is not one is refused, in one line that names the cause and the model's line."""
+"""What looks like a loop over experts and is not one is refused, in one line that names the cause and the
+model's line."""
 
 import pytest
 import torch
@@ -215,7 +216,12 @@ def outside(m, x, probs, w, ids):
 def two_inputs(m, x, probs, w, ids):
     out = torch.zeros_like(x)
     for e, token, slot in loop(ids):
-        out.index_add_(0, token, (m.experts[e](x[token]) + probs.sum(-1, keepdim=True).expand(-1, 32)[token]) * w[token, slot, None])
+        out.index_add_(
+            0,
+            token,
+            (m.experts[e](x[token]) + probs.sum(-1, keepdim=True).expand(-1, 32)[token])
+            * w[token, slot, None],
+        )
     return out
 
 
@@ -310,13 +316,17 @@ def test_a_soft_mixture_is_left_alone():
 
 
 def test_frozen_in_part():
-    model = Block(lambda m, x, probs, w, ids: sum(m.experts[e](x) * (w * (ids == e)).sum(-1, keepdim=True) for e in range(E)))
+    model = Block(
+        lambda m, x, probs, w, ids: sum(
+            m.experts[e](x) * (w * (ids == e)).sum(-1, keepdim=True) for e in range(E)
+        )
+    )
     model.experts[2].weight.requires_grad_(False)
     with pytest.raises(CaptureError, match="differ in shape, dtype or requires_grad"):
         capture(model)
 
 
-# --- refused while tracing ----------------------------------------------------------------------------------------------------
+# --- refused while tracing ----------------------------------------------------------------------------------
 
 
 def hit_experts(m, x, probs, w, ids):

@@ -1,4 +1,5 @@
-"""`python -m tests.fuzz SEED`: one program, its source and its verdict. `--count 2000 --first 1000`: many, what failed and the counts."""
+"""`python -m tests.fuzz SEED`: one program, its source and its verdict. `--count 2000 --first 1000`: many,
+what failed and the counts."""
 
 from __future__ import annotations
 
@@ -34,10 +35,14 @@ def shrink(program: Program, mesh: str, outcome: str) -> Program:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("seed", nargs="*", type=int, help="programs to run and print")
-    parser.add_argument("--count", type=int, default=0, help="run so many programs, and print those that fail")
+    parser.add_argument(
+        "--count", type=int, default=0, help="run so many programs, and print those that fail"
+    )
     parser.add_argument("--first", type=int, default=0, help="seed of the first of them")
     parser.add_argument("--keep", help="numbers of the pieces that stay, such as 0,2; none: no piece")
-    parser.add_argument("--plain", action="store_true", help="the plainest loss in place of the program's own")
+    parser.add_argument(
+        "--plain", action="store_true", help="the plainest loss in place of the program's own"
+    )
     parser.add_argument("--mesh", choices=list(MESHES), help="instead of the seed's own mesh")
     parser.add_argument("--shrink", action="store_true", help="leave out what a failure does not need")
     parser.add_argument("--refused", action="store_true", help="print refusals too")
@@ -46,10 +51,17 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     keep = None if args.keep is None else [int(i) for i in args.keep.split(",") if i != "none"]
     runs = [(Program(seed, keep, not args.plain), None) for seed in args.seed]
-    runs = [(p, args.mesh or ("ep2" if p.expert else "dp2xtp2")) for p, _ in runs] or default_runs(range(args.first, args.first + args.count))
+    runs = [(p, args.mesh or ("ep2" if p.expert else "dp2xtp2")) for p, _ in runs] or default_runs(
+        range(args.first, args.first + args.count)
+    )
     if args.mesh:
         runs = [(p, args.mesh) for p, _ in runs]
-    start, counts, failed, kinds = time.perf_counter(), collections.Counter(), [], collections.defaultdict(collections.Counter)
+    start, counts, failed, kinds = (
+        time.perf_counter(),
+        collections.Counter(),
+        [],
+        collections.defaultdict(collections.Counter),
+    )
     for first in range(0, len(runs), 64):
         for (program, mesh), verdict in zip(runs[first : first + 64], verdicts(runs[first : first + 64])):
             counts[verdict.outcome] += 1
@@ -70,7 +82,10 @@ def main() -> int:
     if not args.seed:
         for kind, found in sorted(kinds.items(), key=lambda item: item[0]):
             print(f"{kind:28}", "  ".join(f"{outcome} {n}" for outcome, n in sorted(found.items())))
-    print(f"{len(runs)} runs in {time.perf_counter() - start:.0f} s: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common()))
+    print(
+        f"{len(runs)} runs in {time.perf_counter() - start:.0f} s: "
+        + ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())
+    )
     return 1 if failed else 0
 
 

@@ -1,8 +1,9 @@
 """A random small program: the source of a module, made from a seed.
 
-A program is a list of pieces between an embedding and a loss. Every piece takes `x` [batch, sequence, hidden] and leaves another
-`x` of that shape, has names and a random generator of its own, and so can be left out without touching the others: what fails can
-be made small by dropping pieces. `Program(seed)` chooses them; `Program(seed, keep=(1, 3))` keeps those two alone.
+A program is a list of pieces between an embedding and a loss. Every piece takes `x` [batch, sequence, hidden]
+and leaves another `x` of that shape, has names and a random generator of its own, and so can be left out
+without touching the others: what fails can be made small by dropping pieces. `Program(seed)` chooses them;
+`Program(seed, keep=(1, 3))` keeps those two alone.
 
     print(Program(7))          the source, as a person reads it
     Program(7).load()          the module of it: `make()`, `batch(step)`, `between(model, trained, step)`
@@ -58,7 +59,10 @@ def without() -> frozenset[str]:
     named = frozenset(filter(None, os.environ.get("TEDFX_FUZZ_WITHOUT", "").split(",")))
     known = {name for table in (PIECES, LOSSES) for p in table.values() for name in (p.name, p.group)}
     if unknown := named - known:
-        raise ValueError(f"TEDFX_FUZZ_WITHOUT={','.join(sorted(unknown))}: the kinds and groups are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"TEDFX_FUZZ_WITHOUT={','.join(sorted(unknown))}: the kinds and groups are "
+            f"{', '.join(sorted(known))}"
+        )
     return named
 
 
@@ -84,10 +88,14 @@ class Writer:
     init: list[str] = field(default_factory=list)
     forward: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)  # lines of make(), where the model is `model`
-    between: list[str] = field(default_factory=list)  # lines of between(model, trained, step): what a trainer does after a step
+    between: list[str] = field(
+        default_factory=list
+    )  # lines of between(model, trained, step): what a trainer does after a step
     losses: list[str] = field(default_factory=list)  # scalars added to the loss
     kept: list[str] = field(default_factory=list)  # attributes that stay although forward has no use for them
-    outputs: dict[str, str] = field(default_factory=dict)  # "rows_..": cut along the batch, "same_..": the same on all ranks
+    outputs: dict[str, str] = field(
+        default_factory=dict
+    )  # "rows_..": cut along the batch, "same_..": the same on all ranks
 
     def __getattr__(self, name):
         try:
@@ -105,19 +113,40 @@ class Writer:
         return self.rng.random() < p
 
     def module(self, word: str, text: str) -> str:
-        """An attribute of the model; how forward names it. What forward does not name in the end is dropped again."""
+        """An attribute of the model; how forward names it. What forward does not name in the end is dropped
+        again."""
         taken = {line.split(" = ")[0] for line in self.init}
-        name = next(f"self.{self.name(word)}{more}" for more in ("", *"abcdefgh") if f"self.{self.name(word)}{more}" not in taken)
+        name = next(
+            f"self.{self.name(word)}{more}"
+            for more in ("", *"abcdefgh")
+            if f"self.{self.name(word)}{more}" not in taken
+        )
         self.init.append(f"{name} = {text}")
         return name
 
     def used(self) -> list[str]:
         """The lines of __init__ that something refers to."""
-        rest = "\n".join([*self.forward, *self.made, *self.between, *self.losses, *self.outputs.values(), *(line.partition(" = ")[2] for line in self.init), *self.kept])
-        names = lambda line: line.split(" = ")[0]  # noqa: E731
-        return [line for line in self.init if not re.match(r"self\.\w+ = ", line) or re.search(re.escape(names(line)) + r"\b", rest)]
+        rest = "\n".join(
+            [
+                *self.forward,
+                *self.made,
+                *self.between,
+                *self.losses,
+                *self.outputs.values(),
+                *(line.partition(" = ")[2] for line in self.init),
+                *self.kept,
+            ]
+        )
+        names = lambda line: line.split(" = ")[0]
+        return [
+            line
+            for line in self.init
+            if not re.match(r"self\.\w+ = ", line) or re.search(re.escape(names(line)) + r"\b", rest)
+        ]
 
-    def linear(self, word: str, inside: int | None = None, out: int | None = None, bias: bool | None = None) -> str:
+    def linear(
+        self, word: str, inside: int | None = None, out: int | None = None, bias: bool | None = None
+    ) -> str:
         bias = self.chance(0.5) if bias is None else bias
         return self.module(word, f"nn.Linear({inside or self.hidden}, {out or self.hidden}, bias={bias})")
 
@@ -142,9 +171,16 @@ class Writer:
 
 
 class Program:
-    """The program of a seed. `keep`: numbers of the pieces that stay (all by default); `frame`: False for the plainest loss."""
+    """The program of a seed. `keep`: numbers of the pieces that stay (all by default); `frame`: False for the
+    plainest loss."""
 
-    def __init__(self, seed: int, keep: Sequence[int] | None = None, frame: bool = True, leave_out: Iterable[str] | None = None):
+    def __init__(
+        self,
+        seed: int,
+        keep: Sequence[int] | None = None,
+        frame: bool = True,
+        leave_out: Iterable[str] | None = None,
+    ):
         import tests.fuzz.grammar  # noqa: F401  it fills the tables
 
         self.seed, self.keep, self.frame = seed, None if keep is None else tuple(keep), frame
@@ -158,7 +194,9 @@ class Program:
             left = [p for p in PIECES.values() if not {p.name, p.group} & self.left_out]
             drawn[0] = left[seed // 4 % len(left)]
         if self.expert and not any(p.group == "mixtures" for p in drawn):
-            drawn[rng.randrange(len(drawn))] = self._draw(rng, {n: p for n, p in PIECES.items() if p.group == "mixtures"})
+            drawn[rng.randrange(len(drawn))] = self._draw(
+                rng, {n: p for n, p in PIECES.items() if p.group == "mixtures"}
+            )
         self.drawn = drawn
         self.loss = self._draw(rng, LOSSES) if frame else LOSSES["cross_entropy"]
         self.pieces = [(i, p) for i, p in enumerate(drawn) if keep is None or i in self.keep]
@@ -215,33 +253,57 @@ class Program:
             outputs.update(w.outputs)
         forward += [f"loss = loss + {text}" for text in losses]
         if outputs:
-            forward.append('return {"loss": loss, ' + ", ".join(f'"{k}": {v}' for k, v in outputs.items()) + "}")
+            forward.append(
+                'return {"loss": loss, ' + ", ".join(f'"{k}": {v}' for k, v in outputs.items()) + "}"
+            )
         else:
             forward.append("return loss")
-        indent = lambda lines, n: [" " * n + line if line else "" for line in lines]  # noqa: E731
+        indent = lambda lines, n: [" " * n + line if line else "" for line in lines]
         text = [
             f'"""{self.title}"""',
             *HEADER,
             *[line for lines in top for line in lines],
-            "", "", "class Model(nn.Module):", "    def __init__(self):", "        super().__init__()",
+            "",
+            "",
+            "class Model(nn.Module):",
+            "    def __init__(self):",
+            "        super().__init__()",
             f"        self.embed = nn.Embedding({s.vocabulary}, {s.hidden})",
             *indent(init, 8),
-            "", "    def forward(self, input_ids, labels, target):", "        x = self.embed(input_ids)",
+            "",
+            "    def forward(self, input_ids, labels, target):",
+            "        x = self.embed(input_ids)",
             *indent(forward, 8),
-            "", "", "def make():", f"    torch.manual_seed({self.seed})", "    model = Model().double()",
-            *indent(made, 4), "    return model.train()",
-            "", "", "def between(model, trained, step):", '    """What the trainer does after a step; `trained` is what it trains: on a single device the model itself."""', *indent(between, 4),
-            "", "", "def batch(step):", f"    g = torch.Generator().manual_seed(1000 + step)",
+            "",
+            "",
+            "def make():",
+            f"    torch.manual_seed({self.seed})",
+            "    model = Model().double()",
+            *indent(made, 4),
+            "    return model.train()",
+            "",
+            "",
+            "def between(model, trained, step):",
+            '    """What the trainer does after a step; `trained` is what it trains: on a single device '
+            'the model itself."""',
+            *indent(between, 4),
+            "",
+            "",
+            "def batch(step):",
+            "    g = torch.Generator().manual_seed(1000 + step)",
             f"    ids = torch.randint(0, {s.vocabulary}, ({s.batch}, {s.sequence}), generator=g)",
             f"    labels = torch.randint(0, {s.vocabulary}, ({s.batch}, {s.sequence}), generator=g)",
             f"    labels[torch.rand({s.batch}, {s.sequence}, generator=g) < 0.3] = -100",
-            f"    target = torch.randn({s.batch}, {s.sequence}, {s.hidden}, generator=g, dtype=torch.float64)",
-            '    return {"input_ids": ids, "labels": labels, "target": target}', "",
-        ]  # fmt: skip
+            f"    target = torch.randn({s.batch}, {s.sequence}, {s.hidden}, generator=g, "
+            "dtype=torch.float64)",
+            '    return {"input_ids": ids, "labels": labels, "target": target}',
+            "",
+        ]
         return "\n".join(text)
 
     def load(self):
-        """The source as an imported module: a file of its own, so that errors have lines and the library can read it."""
+        """The source as an imported module: a file of its own, so that errors have lines and the library can
+        read it."""
         folder = Path(tempfile.gettempdir()) / f"tedfx_fuzz_{os.getuid()}"
         folder.mkdir(exist_ok=True)
         kept = "" if self.keep is None else "_" + "_".join(map(str, self.keep))

@@ -2,14 +2,15 @@
 
 `verdicts(runs)` takes (program, mesh) pairs and says of each one what became of it:
 
-parity    losses, gradients and returned tensors of every step, and parameters and buffers after the last, agree to `TOLERANCE`
+parity    losses, gradients and returned tensors of every step, and parameters and buffers after the last,
+          agree to `TOLERANCE`
 refused   `parallelize` or a call raised a TedfxError of one line, on all ranks
 silent    something differs
 crash     any other exception, a hang, or ranks of which only some refuse
 invalid   the plain module itself fails: a mistake in the grammar
 
-Each program is traced, compiled and checked once, here. The ranks are forked from this process, a few programs at a time, and call
-`parallelize` with that compilation; so a program costs one trace.
+Each program is traced, compiled and checked once, here. The ranks are forked from this process, a few
+programs at a time, and call `parallelize` with that compilation; so a program costs one trace.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ import torch._dynamo.config
 from torch.distributed.device_mesh import init_device_mesh
 
 from tedfx import parallelize
-from tedfx.verification import processes as verify_ranks
 from tedfx.errors import TedfxError, TypeCheckError, user_line
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
+from tedfx.verification import processes as verify_ranks
 from tedfx.verification.run import digests, errors, prepare, split_batch, unequal_replicas
 from tests.fuzz.program import Program
 
-MESHES = {"dp2xtp2": (("dp", "tp"), (2, 2)), "ep2": (("ep",), (2,)), "ep2xtp2": (("ep", "tp"), (2, 2)), "dp2": (("dp",), (2,)), "tp2": (("tp",), (2,))}
+MESHES = {
+    "dp2xtp2": (("dp", "tp"), (2, 2)),
+    "ep2": (("ep",), (2,)),
+    "ep2xtp2": (("ep", "tp"), (2, 2)),
+    "dp2": (("dp",), (2,)),
+    "tp2": (("tp",), (2,)),
+}
 TOLERANCE = 1e-6
 RATES = (0.05, 0.02, 0.08, 0.01, 0.05)
 CHUNK = 32  # programs per set of forked ranks
@@ -66,22 +73,32 @@ def default_runs(seeds: Sequence[int]) -> list[Run]:
     runs = []
     for seed in seeds:
         program = Program(seed)
-        runs += [(program, mesh) for mesh in ("dp2xtp2", "ep2") if (mesh == "ep2") == program.expert or (program.mixture and seed % 20 < 2)]
+        runs += [
+            (program, mesh)
+            for mesh in ("dp2xtp2", "ep2")
+            if (mesh == "ep2") == program.expert or (program.mixture and seed % 20 < 2)
+        ]
     return runs
 
 
-# ---- one training run, on a single device or a rank -------------------------------------------------------------------
+# ---- one training run, on a single device or a rank --------------------------------------------------------
 
 
 def train(program: Program, module, model, trained, index: int = 0, count: int = 1) -> dict[str, Any]:
-    """Losses, gradients and returned tensors by step, of rows `index` of `count`; `trained` is the model itself or its parallel module."""
+    """Losses, gradients and returned tensors by step, of rows `index` of `count`; `trained` is the model
+    itself or its parallel module."""
     random.seed(program.seed)
     numpy.random.seed(program.seed)
     rng = random.Random(program.seed)
-    # An expert that is skipped for want of tokens has no gradient on one device and one of zeros on ranks, which AdamW tells apart.
+    # An expert that is skipped for want of tokens has no gradient on one device and one of zeros on ranks,
+    # which AdamW tells apart.
     steps, adam = rng.choice((3, 3, 4)), rng.random() < 0.5 and "continue" not in program.source
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1) if adam else torch.optim.SGD(parameters, lr=0.1)
+    optimizer = (
+        torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+        if adam
+        else torch.optim.SGD(parameters, lr=0.1)
+    )
     plain = trained is model
     found: dict[str, Any] = {"losses": [], "gradients": [], "outputs": []}
     for step in range(steps):
@@ -91,10 +108,18 @@ def train(program: Program, module, model, trained, index: int = 0, count: int =
         output = trained(**split_batch(module.batch(step), index, count))
         loss = output["loss"] if isinstance(output, dict) else output
         loss.backward()
-        gradients = {n: p.grad for n, p in trained.named_parameters(remove_duplicate=False) if p.grad is not None} if plain else trained.gather_gradients()
+        gradients = (
+            {n: p.grad for n, p in trained.named_parameters(remove_duplicate=False) if p.grad is not None}
+            if plain
+            else trained.gather_gradients()
+        )
         found["losses"].append(float(loss.detach()))
         found["gradients"].append({n: g.detach().clone() for n, g in gradients.items()})
-        found["outputs"].append({k: v.detach().clone() for k, v in output.items() if k != "loss"} if isinstance(output, dict) else {})
+        found["outputs"].append(
+            {k: v.detach().clone() for k, v in output.items() if k != "loss"}
+            if isinstance(output, dict)
+            else {}
+        )
         optimizer.step()
         module.between(model, trained, step)
     state = dict(trained.named_parameters(remove_duplicate=False)) if plain else trained.gather_parameters()
@@ -111,7 +136,13 @@ def _rank(rank, mesh: str, jobs: list, careful: bool) -> list[dict[str, Any]]:
     for program, module, compilation in jobs:
         try:
             model = module.make()
-            pm = parallelize(model, device_mesh, example_inputs=split_batch(module.batch(0), 0, _rows(mesh)), traces=[compilation], check_timeout=PATIENCE / 2)
+            pm = parallelize(
+                model,
+                device_mesh,
+                example_inputs=split_batch(module.batch(0), 0, _rows(mesh)),
+                traces=[compilation],
+                check_timeout=PATIENCE / 2,
+            )
             index, count = pm.batch_coordinate
             outcome = train(program, module, model, pm, index, count)
             outcome["digests"], outcome["batch"] = digests(pm), index
@@ -119,7 +150,7 @@ def _rank(rank, mesh: str, jobs: list, careful: bool) -> list[dict[str, Any]]:
                 outcome["gradients"] = outcome["parameters"] = None
         except TedfxError as error:
             outcome = {"refused": str(error)}
-        except Exception as error:  # noqa: BLE001  a crash is a verdict
+        except Exception as error:  # a crash is a verdict
             if careful:
                 raise
             outcome = {"crash": _line(error), "trace": traceback.format_exc()}
@@ -137,13 +168,16 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:300]} | at {user_line(error)}"
 
 
-# ---- many programs ----------------------------------------------------------------------------------------------------
+# ---- many programs -----------------------------------------------------------------------------------------
 
 
 def verdicts(runs: Sequence[Run], chunk: int = CHUNK) -> list[Verdict]:
-    """A verdict per run, in order. This process must be able to fork (`tedfx.verification.processes.can_fork`)."""
+    """A verdict per run, in order. This process must be able to fork
+    (`tedfx.verification.processes.can_fork`)."""
     torch.set_num_threads(1)
-    torch._dynamo.config.fake_tensor_cache_enabled = False  # programs have little in common: without it a trace takes a quarter less
+    torch._dynamo.config.fake_tensor_cache_enabled = (
+        False  # programs have little in common: without it a trace takes a quarter less
+    )
     made: dict[int, Verdict] = {}
     for mesh in dict.fromkeys(mesh for _, mesh in runs):
         mine = [i for i, (_, m) in enumerate(runs) if m == mesh]
@@ -155,7 +189,9 @@ def verdicts(runs: Sequence[Run], chunk: int = CHUNK) -> list[Verdict]:
 def _chunk(programs: list[tuple[int, Program]], mesh: str) -> dict[int, Verdict]:
     found, ready = {}, {}
     for i, program in programs:
-        found[i] = verdict = Verdict(program.title, program.seed, mesh, "", kinds=tuple(program.kinds), groups=tuple(program.groups))
+        found[i] = verdict = Verdict(
+            program.title, program.seed, mesh, "", kinds=tuple(program.kinds), groups=tuple(program.groups)
+        )
         start = time.perf_counter()
         prepared = _prepare(program, mesh, verdict)
         if prepared is not None:
@@ -179,31 +215,42 @@ def _prepare(program: Program, mesh: str, verdict: Verdict):
         reference = train(program, module, model, model)
         if not all(torch.isfinite(torch.tensor(reference["losses"]))):
             raise ValueError(f"losses {reference['losses']}")
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         verdict.outcome, verdict.line, verdict.trace = "invalid", _line(error), traceback.format_exc()
         return None
     try:
         model, example = module.make(), split_batch(module.batch(0), 0, _rows(mesh))
         roles = Roles.resolve(MeshShape.of(dict(zip(*MESHES[mesh]))))
-        compilation = prepare(model, trace(model, kwargs=example), roles, {"example_inputs": example}, check=True)
+        compilation = prepare(
+            model, trace(model, kwargs=example), roles, {"example_inputs": example}, check=True
+        )
     except TypeCheckError as error:  # of tedfx's own passes, no refusal
         verdict.outcome, verdict.line, verdict.trace = "crash", _line(error), traceback.format_exc()
         return None
     except TedfxError as error:
-        verdict.outcome, verdict.line = ("refused", str(error)) if "\n" not in str(error) else ("crash", f"a refusal of several lines: {error}")
+        verdict.outcome, verdict.line = (
+            ("refused", str(error))
+            if "\n" not in str(error)
+            else ("crash", f"a refusal of several lines: {error}")
+        )
         return None
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         verdict.outcome, verdict.line, verdict.trace = "crash", _line(error), traceback.format_exc()
         return None
     return module, reference, compilation
 
 
 def _on_ranks(mesh: str, jobs: list) -> list[list[dict]]:
-    """Per job the outcomes of its ranks. Where ranks get out of step, each job runs again on ranks of its own."""
+    """Per job the outcomes of its ranks. Where ranks get out of step, each job runs again on ranks of its
+    own."""
     world = int(numpy.prod(MESHES[mesh][1]))
     patience = PATIENCE + 2.0 * len(jobs)
     try:
-        results = verify_ranks.run(verify_ranks.jobs(_rank, (mesh, jobs, len(jobs) == 1), world, "cpu", "gloo", patience), True, patience)
+        results = verify_ranks.run(
+            verify_ranks.jobs(_rank, (mesh, jobs, len(jobs) == 1), world, "cpu", "gloo", patience),
+            True,
+            patience,
+        )
     except verify_ranks.RankFailure as failure:
         if len(jobs) == 1:
             return [[{"crash": str(failure), "trace": failure.trace}]]
@@ -211,7 +258,7 @@ def _on_ranks(mesh: str, jobs: list) -> list[list[dict]]:
     return [list(ranks) for ranks in zip(*results)]
 
 
-# ---- the verdict ------------------------------------------------------------------------------------------------------
+# ---- the verdict -------------------------------------------------------------------------------------------
 
 
 def judge(reference: dict, ranks: list[dict]) -> tuple[str, str, str]:
@@ -223,7 +270,11 @@ def judge(reference: dict, ranks: list[dict]) -> tuple[str, str, str]:
     if refused:
         if len(refused) < len(ranks):
             return "crash", f"{len(refused)} of {len(ranks)} ranks refuse: {refused[0]}", ""
-        return ("refused", refused[0], "") if "\n" not in refused[0] else ("crash", f"a refusal of several lines: {refused[0]}", "")
+        return (
+            ("refused", refused[0], "")
+            if "\n" not in refused[0]
+            else ("crash", f"a refusal of several lines: {refused[0]}", "")
+        )
     different = _differences(reference, ranks)
     return ("silent", "; ".join(different[:4]), "") if different else ("parity", "", "")
 
@@ -234,14 +285,34 @@ def _differences(reference: dict, ranks: list[dict]) -> list[str]:
         for rank, outcome in enumerate(ranks):
             error = abs(outcome["losses"][step] - loss) / max(abs(loss), 1e-3)
             if not error <= TOLERANCE:
-                found.append(f"step {step + 1}: loss {outcome['losses'][step]:.10g} on rank {rank}, {loss:.10g} on one device")
+                found.append(
+                    f"step {step + 1}: loss {outcome['losses'][step]:.10g} on rank {rank}, {loss:.10g} "
+                    "on one device"
+                )
                 break
-        found += [f"step {step + 1}: gradient of {name} off by {error:.1e}" for name, error in _worst(first["gradients"][step], reference["gradients"][step])]
-        found += [f"step {step + 1}: output {name} {words}" for name, words in _outputs(reference["outputs"][step], [(r["batch"], r["outputs"][step]) for r in ranks])]
-    found += [f"parameter {name} after the last step off by {error:.1e}" for name, error in _worst(first["parameters"], reference["parameters"])]
+        found += [
+            f"step {step + 1}: gradient of {name} off by {error:.1e}"
+            for name, error in _worst(first["gradients"][step], reference["gradients"][step])
+        ]
+        found += [
+            f"step {step + 1}: output {name} {words}"
+            for name, words in _outputs(
+                reference["outputs"][step], [(r["batch"], r["outputs"][step]) for r in ranks]
+            )
+        ]
+    found += [
+        f"parameter {name} after the last step off by {error:.1e}"
+        for name, error in _worst(first["parameters"], reference["parameters"])
+    ]
     for rank, outcome in enumerate(ranks):
-        found += [f"buffer {name} after the last step off by {error:.1e} on rank {rank}" for name, error in _worst(outcome["buffers"], reference["buffers"])]
-    found += [f"replicas of {name} differ" for name in unequal_replicas([SimpleNamespace(digests=r["digests"]) for r in ranks])]
+        found += [
+            f"buffer {name} after the last step off by {error:.1e} on rank {rank}"
+            for name, error in _worst(outcome["buffers"], reference["buffers"])
+        ]
+    found += [
+        f"replicas of {name} differ"
+        for name in unequal_replicas([SimpleNamespace(digests=r["digests"]) for r in ranks])
+    ]
     return found
 
 
@@ -261,7 +332,13 @@ def _outputs(expected: dict, ranks: list[tuple[int, dict]]) -> list[tuple[str, s
             candidates = [outputs[name] for _, outputs in ranks]
         for actual in candidates:
             if actual.shape != value.shape or actual.dtype != value.dtype:
-                found.append((name, f"is {actual.dtype}{list(actual.shape)}, {value.dtype}{list(value.shape)} on one device"))
+                found.append(
+                    (
+                        name,
+                        f"is {actual.dtype}{list(actual.shape)}, {value.dtype}{list(value.shape)} on "
+                        "one device",
+                    )
+                )
             elif not (error := errors({name: actual}, {name: value})[name]) <= TOLERANCE:
                 found.append((name, f"off by {error:.1e}"))
             else:

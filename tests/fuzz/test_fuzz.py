@@ -1,4 +1,5 @@
-"""300 random programs on dp2 x tp2 and ep2: each trains as on one device, or is refused with a line. `make fuzz` runs any number of others."""
+"""300 random programs on dp2 x tp2 and ep2: each trains as on one device, or is refused with a line. `make
+fuzz` runs any number of others."""
 
 import collections
 import copy
@@ -31,7 +32,10 @@ def _part(number: int) -> list:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_parity_or_refusal(part):
     found = _part(part)
-    print(f"seeds {part * COUNT // PARTS} to {(part + 1) * COUNT // PARTS - 1}:", dict(collections.Counter(v.outcome for v in found)))
+    print(
+        f"seeds {part * COUNT // PARTS} to {(part + 1) * COUNT // PARTS - 1}:",
+        dict(collections.Counter(v.outcome for v in found)),
+    )
     failed = [v for v in found if v.outcome in BAD]
     assert not failed, f"{len(failed)} of {len(found)} runs:\n" + "\n".join(map(str, failed))
 
@@ -44,7 +48,9 @@ def test_most_programs_reach_parity_and_every_kind_is_drawn():
     assert {v.mesh for v in parity} == {"dp2xtp2", "ep2"}
     reached = {kind for v in found if v.outcome in ("parity", "refused") for kind in v.kinds}
     left_out = without()
-    wanted = {p.name for table in (PIECES, LOSSES) for p in table.values() if not {p.name, p.group} & left_out}
+    wanted = {
+        p.name for table in (PIECES, LOSSES) for p in table.values() if not {p.name, p.group} & left_out
+    }
     assert not wanted - reached, f"never drawn, or never right: {', '.join(sorted(wanted - reached))}"
 
 
@@ -54,12 +60,22 @@ def test_a_program_is_its_seed():
 
 def _outcome(batch: int) -> dict:
     rows = torch.arange(8.0).view(4, 2)
-    one = {"losses": [1.0, 2.0], "gradients": [{"w": torch.ones(3)}] * 2, "outputs": [{"rows_y": rows, "same_b": torch.ones(2)}] * 2,
-           "parameters": {"w": torch.ones(3)}, "buffers": {"b": torch.ones(2)}}  # fmt: skip
+    one = {
+        "losses": [1.0, 2.0],
+        "gradients": [{"w": torch.ones(3)}] * 2,
+        "outputs": [{"rows_y": rows, "same_b": torch.ones(2)}] * 2,
+        "parameters": {"w": torch.ones(3)},
+        "buffers": {"b": torch.ones(2)},
+    }
     if batch < 0:
         return one
     outputs = {"rows_y": rows.chunk(2)[batch], "same_b": torch.ones(2)}
-    return {**copy.deepcopy(one), "outputs": [dict(outputs), dict(outputs)], "digests": {("w", ()): "a"}, "batch": batch}
+    return {
+        **copy.deepcopy(one),
+        "outputs": [dict(outputs), dict(outputs)],
+        "digests": {("w", ()): "a"},
+        "batch": batch,
+    }
 
 
 def _change(rank: dict, what: str) -> None:
@@ -79,7 +95,18 @@ def _change(rank: dict, what: str) -> None:
         rank["digests"]["w", ()] = "b"
 
 
-@pytest.mark.parametrize("what, rank", [("loss", 1), ("gradient", 0), ("parameter", 0), ("buffer", 1), ("rows", 1), ("output", 1), ("replica", 1)])
+@pytest.mark.parametrize(
+    "what, rank",
+    [
+        ("loss", 1),
+        ("gradient", 0),
+        ("parameter", 0),
+        ("buffer", 1),
+        ("rows", 1),
+        ("output", 1),
+        ("replica", 1),
+    ],
+)
 def test_every_kind_of_difference_is_silent(what, rank):
     ranks = [_outcome(0), _outcome(1)]
     assert judge(_outcome(-1), ranks)[0] == "parity"

@@ -17,7 +17,9 @@ class Mixture(nn.Module):
     def __init__(self, width=16, experts=4, k=2):
         super().__init__()
         self.k, self.gate = k, nn.Linear(width, experts, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width)) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width)) for _ in range(experts)
+        )
         self.register_buffer("bias", torch.zeros(experts))
         self.register_buffer("before", torch.ones(experts))
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
@@ -50,7 +52,12 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.head = nn.Embedding(32, width), nn.Linear(width, 32, bias=False)
-        self.mixture, self.config, self.scale, self.frozen = Mixture(width), Config(), 1.0, nn.Parameter(torch.ones(width), requires_grad=False)
+        self.mixture, self.config, self.scale, self.frozen = (
+            Mixture(width),
+            Config(),
+            1.0,
+            nn.Parameter(torch.ones(width), requires_grad=False),
+        )
 
     def forward(self, input_ids, labels):
         x = self.embed(input_ids) * self.scale * self.frozen
@@ -64,15 +71,18 @@ def data(step):
 
 
 def compare(shape, names, options, steps):
-    """`steps`: functions of the attributes' holder, one before each step. The largest difference of a loss, a parameter or a buffer."""
+    """`steps`: functions of the attributes' holder, one before each step. The largest difference of a loss, a
+    parameter or a buffer."""
     torch.set_num_threads(1)
     model = Model().double()
     single = copy.deepcopy(model)
     layered = options.pop("layered", False)
     pm = tedfx.parallelize(model, context(shape, names).device_mesh, example_inputs=data(0), **options)
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5) for m in (pm, single)]
+    optimizers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5) for m in (pm, single)
+    ]
     index, count = pm.batch_coordinate
-    cut = lambda batch: {k: v.chunk(count)[index] for k, v in batch.items()}  # noqa: E731
+    cut = lambda batch: {k: v.chunk(count)[index] for k, v in batch.items()}
     worst = 0.0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -90,7 +100,11 @@ def compare(shape, names, options, steps):
     full, wanted = pm.gather_parameters(buffers=True), single.state_dict()
     assert full.keys() == wanted.keys()
     worst = max(worst, *(float((full[n] - wanted[n]).abs().max()) for n in wanted))
-    return worst, [str(w.message) for w in caught if "changed after parallelize" in str(w.message)], len(pm.programs)
+    return (
+        worst,
+        [str(w.message) for w in caught if "changed after parallelize" in str(w.message)],
+        len(pm.programs),
+    )
 
 
 def nothing(model, pm):

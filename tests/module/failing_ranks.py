@@ -1,4 +1,5 @@
-"""One rank of a job fails alone, on whatever device is there: `torchrun --nproc-per-node 2 -m tests.module.failing_ranks HOW`.
+"""One rank of a job fails alone, on whatever device is there: `torchrun --nproc-per-node 2 -m
+tests.module.failing_ranks HOW`.
 
 For machines with two GPUs (NCCL); where there are none it runs on gloo. Each rank that is not told by
 signal prints its line and after how many seconds it had it. HOW: id, labels, size (rank 1's call is

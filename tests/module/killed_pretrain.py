@@ -1,4 +1,5 @@
-"""examples/pretrain.py, whose rank 1 gets the signal KILL_WITH (SIGKILL) at its KILL_AT-th step, once: `torchrun --max-restarts 1 .. -m tests.module.killed_pretrain ..`"""
+"""examples/pretrain.py, whose rank 1 gets the signal KILL_WITH (SIGKILL) at its KILL_AT-th step, once:
+`torchrun --max-restarts 1 .. -m tests.module.killed_pretrain ..`"""
 
 import importlib.util
 import os
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import tedfx
 
-spec = importlib.util.spec_from_file_location("pretrain", Path(__file__).parents[2] / "examples" / "pretrain.py")
+spec = importlib.util.spec_from_file_location(
+    "pretrain", Path(__file__).parents[2] / "examples" / "pretrain.py"
+)
 pretrain = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pretrain)
 corpus, windows, drawn = pretrain.read_corpus, pretrain.windows, []
@@ -16,7 +19,11 @@ corpus, windows, drawn = pretrain.read_corpus, pretrain.windows, []
 
 def killing_windows(text, starts, length, device):
     drawn.append(1)
-    if len(drawn) == int(os.environ["KILL_AT"]) and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if (
+        len(drawn) == int(os.environ["KILL_AT"])
+        and os.environ["RANK"] == "1"
+        and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    ):
         os.kill(os.getpid(), signal.Signals[os.environ.get("KILL_WITH", "SIGKILL")])
     return windows(text, starts, length, device)
 

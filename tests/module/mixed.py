@@ -1,4 +1,5 @@
-"""A tiny mixture with what mixed precision has to leave alone: a float32 buffer, a tied weight, a router in float32, autocast regions. And a dense model."""
+"""A tiny mixture with what mixed precision has to leave alone: a float32 buffer, a tied weight, a router in
+float32, autocast regions. And a dense model."""
 
 import contextlib
 
@@ -8,7 +9,8 @@ from torch import nn
 
 
 class Mixture(nn.Module):
-    """forward(input_ids[B, S], labels[B, S]) -> loss. regions: the experts in an autocast region, the router outside of it."""
+    """forward(input_ids[B, S], labels[B, S]) -> loss. regions: the experts in an autocast region, the router
+    outside of it."""
 
     def __init__(self, regions=False, vocabulary=32, width=16, hidden=24, experts=2):
         super().__init__()
@@ -16,7 +18,10 @@ class Mixture(nn.Module):
         self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embed.weight
         self.norm, self.router = nn.LayerNorm(width), nn.Linear(width, experts, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+            for _ in range(experts)
+        )
         self.register_buffer("table", torch.linspace(0.5, 1.5, width))
 
     def forward(self, input_ids, labels):
@@ -34,11 +39,16 @@ class Mixture(nn.Module):
 
 
 class Dense(nn.Module):
-    """Three uses of one activation, a weight used twice, a product without gradients: what autocast's cache and casts could get wrong."""
+    """Three uses of one activation, a weight used twice, a product without gradients: what autocast's cache
+    and casts could get wrong."""
 
     def __init__(self, width=16):
         super().__init__()
-        self.norm, self.a, self.b = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.norm, self.a, self.b = (
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.Linear(width, width, bias=False),
+        )
         self.register_buffer("table", torch.linspace(0.5, 1.5, width))
 
     def forward(self, x):
@@ -55,5 +65,9 @@ class Dense(nn.Module):
 
 
 def tokens(step, rows=4, length=8, vocabulary=32):
-    text = torch.randint(vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(step)).sort().values
+    text = (
+        torch.randint(vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(step))
+        .sort()
+        .values
+    )
     return {"input_ids": text[:, :-1], "labels": text[:, 1:]}

@@ -12,7 +12,14 @@ import tedfx
 from tests.module import changing
 from tests.pool import context
 
-CHANGES = (changing.nothing, changing.outside, changing.again, changing.through, changing.absent, changing.unread)
+CHANGES = (
+    changing.nothing,
+    changing.outside,
+    changing.again,
+    changing.through,
+    changing.absent,
+    changing.unread,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +32,8 @@ CHANGES = (changing.nothing, changing.outside, changing.again, changing.through,
     ids=["attributes", "frozen later", "layered"],
 )
 def test_as_on_a_single_device(ranks, names, options, steps, programs):
-    """With a mixture whose buffers are assigned, not written: losses, parameters and buffers after the last step."""
+    """With a mixture whose buffers are assigned, not written: losses, parameters and buffers after the last
+    step."""
     for worst, warned, count in ranks(4).run(changing.compare, (2, 2), names, options, steps):
         assert worst < 1e-13 and count == programs
         assert len(warned) == (programs > 1) and all("config.coef" in line for line in warned)
@@ -91,7 +99,11 @@ def fixed():
     pm.mixture.bias = torch.full((4,), 2.0, dtype=torch.float64)
     call().backward()
     handle.remove()
-    fine = [line(pm.to, "cpu"), line(torch.optim.SGD(pm.parameters(), lr=0.1).step), None if seen == [1] else "no hook"]
+    fine = [
+        line(pm.to, "cpu"),
+        line(torch.optim.SGD(pm.parameters(), lr=0.1).step),
+        None if seen == [1] else "no hook",
+    ]
     other = torch.optim.SGD(model.parameters(), lr=0.1)
     found["would train nothing"] = line(other.step)
     model(**changing.data(0)).backward()
@@ -127,7 +139,9 @@ def tensor_attribute():
 
 def test_a_tensor_attribute_stays(ranks):
     ((first, second),) = ranks(1).run(tensor_attribute)
-    assert first == second and first.startswith("table of the model, a tensor that is neither parameter nor buffer, changed after parallelize")
+    assert first == second and first.startswith(
+        "table of the model, a tensor that is neither parameter nor buffer, changed after parallelize"
+    )
 
 
 def prepared():
@@ -142,7 +156,9 @@ def prepared():
         "FSDP": sharded,
         "the model is compiled": torch.compile(changing.Model()),
         "module mixture is compiled": part,
-        "ParallelModule already": tedfx.parallelize(changing.Model(), _mesh(), example_inputs=changing.data(0)),
+        "ParallelModule already": tedfx.parallelize(
+            changing.Model(), _mesh(), example_inputs=changing.data(0)
+        ),
     }
     return {words: line(tedfx.parallelize, model, _mesh()) for words, model in models.items()}
 
@@ -167,7 +183,11 @@ def reused():
     scaled = changing.Model()
     scaled.scale = 3.0
     scaled = tedfx.parallelize(scaled, _mesh(), example_inputs=changing.data(0), traces=[done, traced])
-    return [done.trace.observed is traced.observed, *(pm._last_program().compilation is done for pm in (same, frozen, scaled)), scaled(**changing.data(0)).item() != first(**changing.data(0)).item()]
+    return [
+        done.trace.observed is traced.observed,
+        *(pm._last_program().compilation is done for pm in (same, frozen, scaled)),
+        scaled(**changing.data(0)).item() != first(**changing.data(0)).item(),
+    ]
 
 
 def test_a_trace_is_reused_where_it_holds(ranks):

@@ -1,4 +1,5 @@
-"""What becomes of a folder of checkpoints in which something is damaged, lost, cut off by a hard end, or written by two runs."""
+"""What becomes of a folder of checkpoints in which something is damaged, lost, cut off by a hard end, or
+written by two runs."""
 
 import os
 import random
@@ -37,7 +38,7 @@ def flip(file: Path, at: float) -> None:
     file.write_bytes(data)
 
 
-# ---- one checkpoint --------------------------------------------------------------------------------------------------
+# ---- one checkpoint ----------------------------------------------------------------------------------------
 
 
 def test_every_flip_in_every_file_is_found(run):
@@ -55,10 +56,15 @@ def test_every_flip_in_every_file_is_found(run):
     assert damage(path) == []
 
 
-@pytest.mark.parametrize("how, line", [
-    (lambda file: file.write_bytes(b""), " has 0 of "), (lambda file: os.truncate(file, 100), " has 100 of "), (lambda file: file.write_bytes(file.read_bytes() + b"x"), " bytes"),
-    (os.remove, " is not there"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, line",
+    [
+        (lambda file: file.write_bytes(b""), " has 0 of "),
+        (lambda file: os.truncate(file, 100), " has 100 of "),
+        (lambda file: file.write_bytes(file.read_bytes() + b"x"), " bytes"),
+        (os.remove, " is not there"),
+    ],
+)
 def test_files_of_other_lengths_are_found(run, how, line):
     path = run / "step-00000002"
     for name in (".metadata", "__0_0.distcp", "__3_0.distcp"):
@@ -83,11 +89,12 @@ def test_ranks_share_the_files(tmp_path):
         assert sorted(problem.split()[0] for each in found for problem in each) == [f"f{i}" for i in range(7)]
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 def loading(folder, path="auto", verify=True, **options):
-    """(name and step of what was loaded, or the line; what was warned of; what is held then), on this rank."""
+    """(name and step of what was loaded, or the line; what was warned of; what is held then), on this
+    rank."""
     pm, optimizer = make(seed=3)
     checkpoints = tedfx.Checkpointer(folder, pm, optimizer, verify=verify)
     before = held(pm, optimizer)
@@ -99,7 +106,11 @@ def loading(folder, path="auto", verify=True, **options):
         except CheckpointError as error:
             told = str(error)
             assert all((a == b).all() for a, b in zip(held(pm, optimizer), before))
-    return told, [str(each.message) for each in caught if "tedfx" in each.filename], [t.tolist() for t in held(pm, optimizer)]
+    return (
+        told,
+        [str(each.message) for each in caught if "tedfx" in each.filename],
+        [t.tolist() for t in held(pm, optimizer)],
+    )
 
 
 def on_four(ranks, *args, **options):
@@ -117,22 +128,33 @@ def test_a_damaged_newest_is_refused_and_older_ones_are_named(ranks, run):
     newest, before = run / "step-00000002", run / "step-00000001"
     flip(newest / "__2_0.distcp", 0.7)
     told, warned, _ = on_four(ranks, run)
-    assert told == f"{newest} is damaged, __2_0.distcp does not have the checksum with which it was written; whole: step-00000001; load({str(before)!r}), or load(older=True)"
+    assert (
+        told == f"{newest} is damaged, __2_0.distcp does not have the checksum with which it was written; "
+        f"whole: step-00000001; load({str(before)!r}), or load(older=True)"
+    )
     assert not warned and on_four(ranks, run, newest)[0] == told
     assert on_four(ranks, run, before)[0] == ("step-00000001", 1)
     told, (warned,), _ = on_four(ranks, run, older=True)
-    assert told == ("step-00000001", 1) and warned.endswith(f"{before}, the newest whole checkpoint, is taken")
+    assert told == ("step-00000001", 1) and warned.endswith(
+        f"{before}, the newest whole checkpoint, is taken"
+    )
     assert on_four(ranks, run, verify=False)[0] == ("step-00000002", 2)
     os.truncate(before / ".metadata", 0)
     assert on_four(ranks, run, older=True)[0].endswith(f"; no older checkpoint in {run} is whole")
 
 
 def test_without_checksums(ranks, run):
-    """Written before there were any: one warning, the same values. A lost file of checksums is not that: in test_checkpoint_resume."""
+    """Written before there were any: one warning, the same values. A lost file of checksums is not that: in
+    test_checkpoint_resume."""
     whole = on_four(ranks, run)
     ranks(4).run(save_as_before, run)
     told, (warned,), values = on_four(ranks, run)
-    assert told == ("step-00000003", 3) and warned == f"{run / 'step-00000003'} has no checksums, it was written before there were any: damage in its files may not be seen"
+    assert (
+        told == ("step-00000003", 3)
+        and warned
+        == f"{run / 'step-00000003'} has no checksums, it was written before there were any: damage in its "
+        "files may not be seen"
+    )
     assert values == whole[2]
     assert on_four(ranks, run, verify=False)[:2] == (("step-00000003", 3), [])
 
@@ -143,31 +165,49 @@ def save_as_before(folder):
     checkpoints = tedfx.Checkpointer(folder, pm, optimizer)
     checkpoints.load()
     small = checkpoints._small
-    checkpoints._small = lambda *args: {key: value for key, value in small(*args).items() if key != "checksums"}
+    checkpoints._small = lambda *args: {
+        key: value for key, value in small(*args).items() if key != "checksums"
+    }
     checkpoints.save(3)
     if checkpoints._first:
         os.remove(Path(folder) / "step-00000003" / CHECKSUMS)
 
 
-@pytest.mark.parametrize("content, line", [
-    (None, "latest is not there: "), ("", "latest is empty: "), ("\0\0\0\0", "latest is damaged: "), ("step-0000", "latest names step-0000, which is not there: "),
-    ("step-00000007\nstep-00000001\n", "latest names step-00000007, which is not there: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        (None, "latest is not there: "),
+        ("", "latest is empty: "),
+        ("\0\0\0\0", "latest is damaged: "),
+        ("step-0000", "latest names step-0000, which is not there: "),
+        ("step-00000007\nstep-00000001\n", "latest names step-00000007, which is not there: "),
+    ],
+)
 def test_a_latest_that_is_damaged(ranks, run, content, line):
     os.remove(run / "latest")
     if content is not None:
         (run / "latest").write_text(content)
     told, (warned,), _ = on_four(ranks, run)
-    assert told == ("step-00000002", 2) and warned == f"{run}/{line}{run / 'step-00000002'}, the newest whole checkpoint, is taken"
+    assert (
+        told == ("step-00000002", 2)
+        and warned == f"{run}/{line}{run / 'step-00000002'}, the newest whole checkpoint, is taken"
+    )
     assert on_four(ranks, run, run)[:2] == (told, [warned])
     if content == "":
         flip(run / "step-00000002" / "__0_0.distcp", 0.5)
         told, (warned,), _ = on_four(ranks, run)
-        assert told == ("step-00000001", 1) and warned.startswith(f"{run}/latest is empty, and {run / 'step-00000002'} is damaged, __0_0.distcp does not have")
+        assert told == ("step-00000001", 1) and warned.startswith(
+            f"{run}/latest is empty, and {run / 'step-00000002'} is damaged, __0_0.distcp does not have"
+        )
     for name in ("step-00000001", "step-00000002"):
         shutil.rmtree(run / name)
     told, warned, _ = on_four(ranks, run)
-    assert not warned and (told is None if content is None else f"no whole checkpoint is in {run}: remove latest to start from the beginning, or give the path of a checkpoint" in told)
+    assert not warned and (
+        told is None
+        if content is None
+        else f"no whole checkpoint is in {run}: remove latest to start from the beginning, or give the path "
+        "of a checkpoint" in told
+    )
 
 
 def test_a_save_writes_a_damaged_latest_anew(run):
@@ -180,10 +220,13 @@ def test_a_save_writes_a_damaged_latest_anew(run):
     folder.end("step-00000001")
     assert (run / "latest").read_text().split() == ["step-00000001-2", "step-00000002", "step-00000001"]
     os.remove(run / "latest")
-    assert folder.named() == (["step-00000001-2", "step-00000002", "step-00000001"], f"{run / 'latest'} is not there")
+    assert folder.named() == (
+        ["step-00000001-2", "step-00000002", "step-00000001"],
+        f"{run / 'latest'} is not there",
+    )
 
 
-# ---- hard ends and second runs ---------------------------------------------------------------------------------------
+# ---- hard ends and second runs -----------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -191,7 +234,8 @@ class Killed(BaseException):
 
 
 def test_killed_anywhere_in_naming(run, tmp_path, monkeypatch):
-    """A hard end before each call of `end` that touches the disk: a whole checkpoint is the latest, the old one or the new one, and the next save names the next."""
+    """A hard end before each call of `end` that touches the disk: a whole checkpoint is the latest, the old
+    one or the new one, and the next save names the next."""
     calls, last = [], 0
 
     def touching(real):
@@ -231,13 +275,18 @@ def test_killed_anywhere_in_naming(run, tmp_path, monkeypatch):
     assert points > 6  # that many calls, each of them the last one once
 
 
-HOLDER = "import sys; from pathlib import Path; from tedfx.checkpoint_folder import Folder; f = Folder(Path(sys.argv[1]), 2); f.claim(); print('mine', flush=True); sys.stdin.read()"
+HOLDER = (
+    "import sys; from pathlib import Path; from tedfx.checkpoint_folder import Folder; f = "
+    "Folder(Path(sys.argv[1]), 2); f.claim(); print('mine', flush=True); sys.stdin.read()"
+)
 
 
 @pytest.fixture
 def holder(run):
     """Another process that writes to the folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "mine\n"
     yield process
     process.kill()
@@ -249,7 +298,12 @@ def saving(folder, number, patience):
     pm, optimizer = make()
     checkpoints, told = tedfx.Checkpointer(folder, pm, optimizer), []
     step(pm, optimizer, 0)
-    for act in (checkpoints.claim, lambda: checkpoints.save(number), lambda: checkpoints.save(number + 1, asynchronous=True), checkpoints.wait):
+    for act in (
+        checkpoints.claim,
+        lambda: checkpoints.save(number),
+        lambda: checkpoints.save(number + 1, asynchronous=True),
+        checkpoints.wait,
+    ):
         try:
             act()
         except CheckpointError as error:
@@ -259,11 +313,18 @@ def saving(folder, number, patience):
 
 def test_two_runs_in_one_folder(ranks, run, holder):
     line = f"another run writes its checkpoints to {run} (process {holder.pid} on "
-    end = f"): give this run a folder of its own, or end that one; if that process is gone, remove {run / 'owner'} (rank 0, of 1 that failed)"
+    end = (
+        "): give this run a folder of its own, or end that one; if that process is gone, remove "
+        f"{run / 'owner'} (rank 0, of 1 that failed)"
+    )
     for told in ranks(4).run(saving, run, 5, 0.0):
         assert len(told) == 3 and len(set(told)) == 1 and told[0].startswith(line) and told[0].endswith(end)
     told, (warned,), _ = on_four(ranks, run)
-    assert told == ("step-00000002", 2) and warned.startswith(line) and warned.endswith("): this one can load them and cannot save there")
+    assert (
+        told == ("step-00000002", 2)
+        and warned.startswith(line)
+        and warned.endswith("): this one can load them and cannot save there")
+    )
     holder.kill()  # a hard end: what it held is free
     assert ranks(4).run(saving, run, 5, 5.0) == [[]] * 4
     assert on_four(ranks, run)[:2] == (("step-00000006", 6), [])
@@ -273,7 +334,9 @@ def test_a_folder_is_held_as_long_as_somebody_saves_there(tmp_path):
     first, second = Folder(tmp_path, 1), Folder(tmp_path, 1)
     first.claim()
     second.claim()  # the same process
-    taken = lambda: subprocess.run([sys.executable, "-c", OTHER, str(tmp_path)], capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    taken = lambda: subprocess.run(
+        [sys.executable, "-c", OTHER, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout.strip()
     del first
     assert f"process {os.getpid()} on " in taken()
     os.remove(tmp_path / "owner")  # by hand: whoever comes next has the folder
@@ -284,4 +347,8 @@ def test_a_folder_is_held_as_long_as_somebody_saves_there(tmp_path):
     assert taken() == "None"
 
 
-OTHER = "import sys; from pathlib import Path; import importlib.util as u; s = u.spec_from_file_location('owner', '%s'); m = u.module_from_spec(s); s.loader.exec_module(m); print(m.other(Path(sys.argv[1])))" % checkpoint_owner.__file__
+OTHER = (
+    "import sys; from pathlib import Path; import importlib.util as u; s = "
+    "u.spec_from_file_location('owner', '%s'); m = u.module_from_spec(s); s.loader.exec_module(m); "
+    "print(m.other(Path(sys.argv[1])))" % checkpoint_owner.__file__
+)

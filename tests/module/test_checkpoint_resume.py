@@ -1,4 +1,5 @@
-"""Checkpointer: a run that is saved and resumed, on its own mesh and on others; writers that are killed; what is refused."""
+"""Checkpointer: a run that is saved and resumed, on its own mesh and on others; writers that are killed; what
+is refused."""
 
 import json
 import os
@@ -26,12 +27,16 @@ from tests.pool import context
 
 ROOT = Path(__file__).parents[2]
 MESHES = {
-    "ep4": ((4,), ("ep",)), "ep2 tp2": ((2, 2), ("ep", "tp")), "dp2 tp2": ((2, 2), ("dp", "tp")), "tp2": ((2,), ("tp",)),
-}  # fmt: skip
+    "ep4": ((4,), ("ep",)),
+    "ep2 tp2": ((2, 2), ("ep", "tp")),
+    "dp2 tp2": ((2, 2), ("dp", "tp")),
+    "tp2": ((2,), ("tp",)),
+}
 
 
 class MoE(nn.Module):
-    """A looped mixture: gate and up fused and stacked, down one module per expert; a tied head, a dropout, a buffer that is saved."""
+    """A looped mixture: gate and up fused and stacked, down one module per expert; a tied head, a dropout, a
+    buffer that is saved."""
 
     def __init__(self, vocabulary=32, width=16, hidden=24, experts=4):
         super().__init__()
@@ -55,25 +60,33 @@ class MoE(nn.Module):
 
 
 def two_groups(parameters, **options):
-    return [{"params": parameters[1::2], "lr": torch.tensor(3e-3) if options else 3e-3}, {"params": parameters[::2]}]
+    return [
+        {"params": parameters[1::2], "lr": torch.tensor(3e-3) if options else 3e-3},
+        {"params": parameters[::2]},
+    ]
 
 
 OPTIMIZERS = {
     "adamw": lambda parameters, lr: torch.optim.AdamW(two_groups(parameters), lr=lr),
     "sgd": lambda parameters, lr: torch.optim.SGD(two_groups(parameters), lr=lr, momentum=0.9, dampening=0.5),
-    "tensor_lr": lambda parameters, lr: torch.optim.Adam(two_groups(parameters, tensor=True), lr=torch.tensor(lr), amsgrad=True, foreach=False),
+    "tensor_lr": lambda parameters, lr: torch.optim.Adam(
+        two_groups(parameters, tensor=True), lr=torch.tensor(lr), amsgrad=True, foreach=False
+    ),
 }
 
 
 def losses_of(mesh_name, folder, first, last, save_at, resume=None):
-    """Steps [first, last) of a run in which everything that a checkpoint holds matters. `resume`: what `load` is given."""
+    """Steps [first, last) of a run in which everything that a checkpoint holds matters. `resume`: what `load`
+    is given."""
     shape, names = MESHES[mesh_name]
     mesh = context(shape, names).device_mesh
     torch.manual_seed(5 if resume is None else 77 + dist.get_rank())  # a new process has another state
     pm = tedfx.parallelize(MoE(), mesh)
-    is_small = lambda name: "norm" in name or "router" in name  # noqa: E731
-    groups = [{"params": [p for n, p in pm.named_parameters() if not is_small(n)], "weight_decay": 0.1},
-              {"params": [p for n, p in pm.named_parameters() if is_small(n)], "lr": 3e-3}]  # fmt: skip
+    is_small = lambda name: "norm" in name or "router" in name
+    groups = [
+        {"params": [p for n, p in pm.named_parameters() if not is_small(n)], "weight_decay": 0.1},
+        {"params": [p for n, p in pm.named_parameters() if is_small(n)], "lr": 3e-3},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 4))
     draw = torch.Generator().manual_seed(3 if resume is None else 99)
@@ -110,7 +123,9 @@ def test_other_meshes_continue(ranks, tmp_path):
     assert torch.allclose(torch.tensor(parts), torch.tensor(whole), rtol=1e-5, atol=0), (parts, whole)
     plain = MoE()
     state = plain.state_dict()
-    dcp.load({"model": state}, checkpoint_id=tmp_path / "step-00000006", no_dist=True)  # the single device reads it as well
+    dcp.load(
+        {"model": state}, checkpoint_id=tmp_path / "step-00000006", no_dist=True
+    )  # the single device reads it as well
     plain.load_state_dict(state)
 
 
@@ -118,11 +133,14 @@ def held(pm, optimizer):
     """Every local number of a run, in order."""
     found = [p.to_local() for p in pm.parameters()] + list(pm.buffers())
     for p in pm.parameters():
-        found += [v.to_local() if hasattr(v, "to_local") else torch.as_tensor(v) for _, v in sorted(optimizer.state.get(p, {}).items())]
+        found += [
+            v.to_local() if hasattr(v, "to_local") else torch.as_tensor(v)
+            for _, v in sorted(optimizer.state.get(p, {}).items())
+        ]
     return [t.detach().clone() for t in found]
 
 
-# ---- a toy without a compiler: saves and folders ---------------------------------------------------------------------
+# ---- a toy without a compiler: saves and folders -----------------------------------------------------------
 
 
 def make(seed=0, mesh_name="dp2 tp2", optimizer=torch.optim.AdamW, model=None):
@@ -155,12 +173,19 @@ def bitwise(folder, name, asynchronous):
     assert tedfx.Checkpointer(folder, pm_2, optimizer_2, scheduler=schedule_2).load().step == 2
     assert step(pm_2, optimizer_2, 2) == loss and schedule.state_dict() == schedule_2.state_dict()
     ours, theirs = held(pm, optimizer), held(pm_2, optimizer_2)
-    assert len(ours) == len(theirs) > len(list(pm.parameters())) + 2 and all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    options = [[{k: v for k, v in group.items() if k != "params"} for group in each.param_groups] for each in (optimizer, optimizer_2)]
+    assert len(ours) == len(theirs) > len(list(pm.parameters())) + 2 and all(
+        torch.equal(a, b) for a, b in zip(ours, theirs)
+    )
+    options = [
+        [{k: v for k, v in group.items() if k != "params"} for group in each.param_groups]
+        for each in (optimizer, optimizer_2)
+    ]
     assert options[0] == options[1] and len(options[0]) == 2 and options[0][0]["lr"] != options[0][1]["lr"]
 
 
-@pytest.mark.parametrize("name,asynchronous", [("adamw", False), ("adamw", True), ("sgd", True), ("tensor_lr", False)])
+@pytest.mark.parametrize(
+    "name,asynchronous", [("adamw", False), ("adamw", True), ("sgd", True), ("tensor_lr", False)]
+)
 def test_same_mesh_is_bitwise(ranks, tmp_path, name, asynchronous):
     ranks(4).run(bitwise, tmp_path, name, asynchronous)
 
@@ -176,7 +201,11 @@ class Own:
         for name, placed in self.pm._placed.items():
             parameter = self.pm._parameter(name)
             if parameter.requires_grad and name not in self.states:
-                self.states[name] = {"exp_avg": torch.zeros_like(parameter, requires_grad=False), "step": torch.tensor(0.0), "count": 0}
+                self.states[name] = {
+                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                    "step": torch.tensor(0.0),
+                    "count": 0,
+                }
 
     def named_state(self):
         return self.states
@@ -202,7 +231,9 @@ def own_state(folder):
     own = Own(pm, list(pm.parameters()))
     own.create_state()
     for number, values in enumerate(own.states.values()):
-        values["exp_avg"].to_local().copy_(torch.randn(values["exp_avg"].to_local().shape, generator=torch.Generator().manual_seed(number)))
+        values["exp_avg"].to_local().copy_(
+            torch.randn(values["exp_avg"].to_local().shape, generator=torch.Generator().manual_seed(number))
+        )
         values["step"].fill_(3 + number)
         values["count"] = number
     own.inner.param_groups[0]["lr"], own.scale = 0.25, {"scale": 4.0}
@@ -214,7 +245,11 @@ def own_state(folder):
     assert other.told and other.scale == {"scale": 4.0} and other.inner.param_groups[0]["lr"] == 0.25
     for name, values in own.states.items():
         found = other.states[name]
-        assert torch.equal(found["exp_avg"].to_local(), values["exp_avg"].to_local()) and found["step"] == values["step"] and found["count"] == values["count"], name
+        assert (
+            torch.equal(found["exp_avg"].to_local(), values["exp_avg"].to_local())
+            and found["step"] == values["step"]
+            and found["count"] == values["count"]
+        ), name
 
 
 def test_an_optimizer_that_says_its_own_state(ranks, tmp_path):
@@ -240,7 +275,8 @@ def test_before_the_first_step(ranks, tmp_path):
 
 
 def overlapping(folder):
-    """An asynchronous save has the values of its moment; the next one joins it; `keep` are kept, and a step saved twice has two names."""
+    """An asynchronous save has the values of its moment; the next one joins it; `keep` are kept, and a step
+    saved twice has two names."""
     pm, optimizer = make()
     checkpoints = tedfx.Checkpointer(folder, pm, optimizer, keep=2)
     moments = {}
@@ -271,7 +307,12 @@ def replicas_once(folder):
     step(pm, optimizer, 0)
     tedfx.Checkpointer(folder, pm, optimizer).save(1)
     metadata = read_metadata(Path(folder) / "step-00000001")
-    return sum(torch.Size(c.sizes).numel() for k, e in metadata.state_dict_metadata.items() if hasattr(e, "chunks") for c in e.chunks), sorted(metadata.state_dict_metadata)
+    return sum(
+        torch.Size(c.sizes).numel()
+        for k, e in metadata.state_dict_metadata.items()
+        if hasattr(e, "chunks")
+        for c in e.chunks
+    ), sorted(metadata.state_dict_metadata)
 
 
 def test_every_number_is_written_once(ranks, tmp_path):
@@ -279,10 +320,15 @@ def test_every_number_is_written_once(ranks, tmp_path):
     model = toy.Mlp()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert written == sum(t.numel() for t in model.state_dict().values()) + 2 * trained
-    assert "optimizer/scales.1.weight/exp_avg" in keys and "optimizer/mlp.gate_up/exp_avg_sq" in keys and "tedfx" in keys and not any("*" in k for k in keys)
+    assert (
+        "optimizer/scales.1.weight/exp_avg" in keys
+        and "optimizer/mlp.gate_up/exp_avg_sq" in keys
+        and "tedfx" in keys
+        and not any("*" in k for k in keys)
+    )
 
 
-# ---- refused, with nothing changed -----------------------------------------------------------------------------------
+# ---- refused, with nothing changed -------------------------------------------------------------------------
 
 
 class Wider(toy.Mlp):
@@ -331,14 +377,19 @@ def spoil(path, how):
         elif how == "no moment":
             del entries["optimizer/scales.1.weight/exp_avg"]
         (path / ".metadata").write_bytes(pickle.dumps(metadata))
-        write_checksums(path, {file.name: sum_of(file) for file in path.iterdir() if file.name != "checksums.json"})  # written so, not damaged since
+        write_checksums(
+            path, {file.name: sum_of(file) for file in path.iterdir() if file.name != "checksums.json"}
+        )  # written so, not damaged since
 
 
 def refused(folder, how, path="auto"):
     """The line with which `load` ends; nothing may have changed."""
     kind = torch.optim.SGD if how == "optimizer" else torch.optim.AdamW
     pm, optimizer = make(seed=3, optimizer=kind, model=Wider() if how == "model" else None)
-    options = {"scheduler": {"scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)}, "extra": {"extra": {"draw": torch.Generator()}}}.get(how, {})
+    options = {
+        "scheduler": {"scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)},
+        "extra": {"extra": {"draw": torch.Generator()}},
+    }.get(how, {})
     step(pm, optimizer, 7)
     if how == "groups":
         optimizer.add_param_group({"params": [pm.frozen]})
@@ -359,13 +410,16 @@ LINES = {
     "torn metadata": "is damaged, .metadata has 100 of ",
     "short": "is damaged, __1_0.distcp has 100 of ",
     "gone": "is damaged, __2_0.distcp is not there; whole: step-00000001; load('",
-    "bit": "is damaged, __1_0.distcp does not have the checksum with which it was written; whole: step-00000001; load('",
+    "bit": "is damaged, __1_0.distcp does not have the checksum with which it was written; whole: "
+    "step-00000001; load('",
     "no checksums": "is damaged, checksums.json is not there; load another one",
     "lost piece": "pieces of model.mlp.gate_up (72 elements) do not tile its shape (16, 6): ",
     "twice": "pieces of optimizer/mlp.down/exp_avg (48 elements) do not tile its shape (6, 8): ",
     "plain": "was not written by a Checkpointer",
-    "dtype": "is not of this model and optimizer: other dtypes model.head torch.float32, here torch.float64. Resume with",
-    "no moment": "is not of this model and optimizer: it has no optimizer/scales.1.weight/exp_avg. Resume with",
+    "dtype": "is not of this model and optimizer: other dtypes model.head torch.float32, here torch.float64. "
+    "Resume with",
+    "no moment": "is not of this model and optimizer: it has no optimizer/scales.1.weight/exp_avg. "
+    "Resume with",
     "optimizer": "the checkpoint is of the optimizer AdamW, this run has SGD: resume with the same optimizer",
     "model": "is not of this model and optimizer: it has no model.more. Resume with",
     "scheduler": "was saved without a learning-rate scheduler",
@@ -417,7 +471,12 @@ def unsavable(folder):
     blocked = Path(folder) / "file"
     if rank == 0:
         blocked.write_text("not a folder")
-    for at, given, number in ((folder, optimizer, 1), (folder, other, 1), (blocked / "x", adamw, 1), (folder, adamw, rank // 2)):
+    for at, given, number in (
+        (folder, optimizer, 1),
+        (folder, other, 1),
+        (blocked / "x", adamw, 1),
+        (folder, adamw, rank // 2),
+    ):
         with pytest.raises(tedfx.CheckpointError) as error:
             tedfx.Checkpointer(at, pm_2 if given is adamw else pm, given).save(number)
         lines.append(str(error.value))
@@ -428,19 +487,33 @@ def unsavable(folder):
 
 def test_refuses_to_save(ranks, tmp_path):
     state, foreign, place, steps = ranks(4).run(unsavable, tmp_path)[0]
-    assert "Rows keeps row of " in state and "of shape (3,), neither a number nor in the parameter's shape" in state
+    assert (
+        "Rows keeps row of " in state
+        and "of shape (3,), neither a number nor in the parameter's shape" in state
+    )
     assert "AdamW holds a parameter that is not the module's" in foreign
     assert place.startswith("NotADirectoryError") and place.endswith("(rank 0, of 1 that failed)")
     assert steps == "ranks save different steps: rank 0 step 0, rank 1 step 0, rank 2 step 1, rank 3 step 1"
     assert not (tmp_path / "latest").exists()
 
 
-@pytest.mark.parametrize("shape,boxes,fine", [
-    ((4, 6), [((0, 0), (4, 6))], True), ((4, 6), [((0, 0), (4, 2)), ((0, 2), (1, 4)), ((1, 2), (3, 4))], True),
-    ((4, 6), [((0, 0), (4, 2))], False), ((4, 6), [((0, 0), (4, 6)), ((0, 0), (1, 1))], False), ((4, 6), [((0, 0), (2, 6)), ((1, 0), (2, 6))], False),
-    ((4, 6), [((0, 0), (2, 6)), ((3, 0), (2, 6))], False), ((4, 6), [((0, 0), (4, 6)), ((2, 0), (0, 6))], True), ((), [((), ())], True), ((), [], False),
-    ((), [((), ()), ((), ())], False), ((0, 3), [], True), ((4,), [((0, 0), (4, 1))], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape,boxes,fine",
+    [
+        ((4, 6), [((0, 0), (4, 6))], True),
+        ((4, 6), [((0, 0), (4, 2)), ((0, 2), (1, 4)), ((1, 2), (3, 4))], True),
+        ((4, 6), [((0, 0), (4, 2))], False),
+        ((4, 6), [((0, 0), (4, 6)), ((0, 0), (1, 1))], False),
+        ((4, 6), [((0, 0), (2, 6)), ((1, 0), (2, 6))], False),
+        ((4, 6), [((0, 0), (2, 6)), ((3, 0), (2, 6))], False),
+        ((4, 6), [((0, 0), (4, 6)), ((2, 0), (0, 6))], True),
+        ((), [((), ())], True),
+        ((), [], False),
+        ((), [((), ()), ((), ())], False),
+        ((0, 3), [], True),
+        ((4,), [((0, 0), (4, 1))], False),
+    ],
+)
 def test_tiles(shape, boxes, fine):
     assert tiles(shape, boxes) is fine
 
@@ -457,20 +530,42 @@ def test_killed_between_rename_and_name(tmp_path):
     assert [path.name for path in folder.find("auto")[0]] == ["step-00000002", "step-00000001"]
     folder.begin("step-00000003")
     folder.end("step-00000003")
-    assert sorted(os.listdir(tmp_path)) == ["latest", "owner", "step-00000002", "step-00000003"] and not os.listdir(tmp_path / "step-00000003")
+    assert sorted(os.listdir(tmp_path)) == [
+        "latest",
+        "owner",
+        "step-00000002",
+        "step-00000003",
+    ] and not os.listdir(tmp_path / "step-00000003")
 
 
-# ---- killed ----------------------------------------------------------------------------------------------------------
+# ---- killed ------------------------------------------------------------------------------------------------
 
 
 def torchrun(*args, ranks_count, restarts=0, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **environment}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks_count), "--max-restarts", str(restarts), *args]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo",
+        **environment,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks_count),
+        "--max-restarts",
+        str(restarts),
+        *args,
+    ]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def killed_while_saving(folder):
-    """What each rank of the job below runs: step 1 is saved; while step 2 is written, rank 1 dies in the middle of its file."""
+    """What each rank of the job below runs: step 1 is saved; while step 2 is written, rank 1 dies in the
+    middle of its file."""
     from torch.distributed.device_mesh import init_device_mesh
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the other rank: let it say what it saw
@@ -513,8 +608,12 @@ def after_the_kill(folder):
 def test_killed_while_saving(ranks, tmp_path):
     result = torchrun("-m", "tests.module.test_checkpoint_resume", str(tmp_path), ranks_count=2)
     assert result.returncode != 0
-    assert sorted(os.listdir(tmp_path)) == ["latest", "owner", "step-00000001", "step-00000002.tmp"], result.stderr[-2000:]
-    assert "LINE save of step 2: a rank ended, or did not come in time" in result.stdout, result.stdout + result.stderr[-2000:]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "owner", "step-00000001", "step-00000002.tmp"], (
+        result.stderr[-2000:]
+    )
+    assert "LINE save of step 2: a rank ended, or did not come in time" in result.stdout, (
+        result.stdout + result.stderr[-2000:]
+    )
     loss, names = ranks(2).run(after_the_kill, tmp_path)[0]
     assert names == ["latest", "owner", "step-00000001", "step-00000002"]
     expected = toy.Mlp()
@@ -528,31 +627,76 @@ def test_killed_while_saving(ranks, tmp_path):
 
 
 TINY = (
-    "--mesh", "ep=2", "--batch-size", "4", "--sequence-length", "16", "--eval-sequences", "4", "--warmup", "2", "--set", "hidden_size=32", "head_dim=8",
-    "intermediate_size=48", "num_hidden_layers=1", "num_local_experts=4",
-)  # fmt: skip
+    "--mesh",
+    "ep=2",
+    "--batch-size",
+    "4",
+    "--sequence-length",
+    "16",
+    "--eval-sequences",
+    "4",
+    "--warmup",
+    "2",
+    "--set",
+    "hidden_size=32",
+    "head_dim=8",
+    "intermediate_size=48",
+    "num_hidden_layers=1",
+    "num_local_experts=4",
+)
 
 
 def test_pretrain_restarts(tmp_path):
-    """A rank is killed at step 12 of 14: torchrun starts all again, they go on from step 10, and the losses are those of an undisturbed run."""
+    """A rank is killed at step 12 of 14: torchrun starts all again, they go on from step 10, and the losses
+    are those of an undisturbed run."""
     logs = {}
-    for name, at, more in (("whole", "0", ("--no-check",)), ("killed", "12", ("--save-every", "5", "--resume", "auto"))):
-        result = torchrun("-m", "tests.module.killed_pretrain", *TINY, "--steps", "14", "--out", str(tmp_path / name), *more, ranks_count=2, restarts=1, KILL_AT=at)
+    for name, at, more in (
+        ("whole", "0", ("--no-check",)),
+        ("killed", "12", ("--save-every", "5", "--resume", "auto")),
+    ):
+        result = torchrun(
+            "-m",
+            "tests.module.killed_pretrain",
+            *TINY,
+            "--steps",
+            "14",
+            "--out",
+            str(tmp_path / name),
+            *more,
+            ranks_count=2,
+            restarts=1,
+            KILL_AT=at,
+        )
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
         logs[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        assert ("resumed from" in result.stdout) == (name == "killed") and (name == "whole" or "step-00000010, step 10" in result.stdout)
-    losses = {name: {fields["step"]: fields["loss"] for fields in log if "loss" in fields} for name, log in logs.items()}
+        assert ("resumed from" in result.stdout) == (name == "killed") and (
+            name == "whole" or "step-00000010, step 10" in result.stdout
+        )
+    losses = {
+        name: {fields["step"]: fields["loss"] for fields in log if "loss" in fields}
+        for name, log in logs.items()
+    }
     assert list(losses["killed"]) == list(losses["whole"]) == list(range(1, 15))
-    assert all(abs(losses["killed"][step] / loss - 1) < 1e-5 for step, loss in losses["whole"].items()), losses
-    assert (tmp_path / "killed" / "checkpoints" / "latest").read_text().split() == ["step-00000014", "step-00000010"]
+    assert all(abs(losses["killed"][step] / loss - 1) < 1e-5 for step, loss in losses["whole"].items()), (
+        losses
+    )
+    assert (tmp_path / "killed" / "checkpoints" / "latest").read_text().split() == [
+        "step-00000014",
+        "step-00000010",
+    ]
 
 
 def test_pretrain_stops_on_sigterm(tmp_path):
     """One rank is told to stop in step 3: all stop after it, with a checkpoint, one line and exit code 0."""
     options = (*TINY, "--steps", "50", "--out", str(tmp_path), "--no-check", "--save-every", "20")
-    result = torchrun("-m", "tests.module.killed_pretrain", *options, ranks_count=2, KILL_AT="3", KILL_WITH="SIGTERM")
+    result = torchrun(
+        "-m", "tests.module.killed_pretrain", *options, ranks_count=2, KILL_AT="3", KILL_WITH="SIGTERM"
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    line = f"SIGTERM: stopped after step 3 of 50; saved to {tmp_path / 'checkpoints'}: --resume auto goes on from there"
+    line = (
+        f"SIGTERM: stopped after step 3 of 50; saved to {tmp_path / 'checkpoints'}: --resume auto goes "
+        "on from there"
+    )
     assert result.stdout.splitlines().count(line) == 1, result.stdout
     assert (tmp_path / "checkpoints" / "latest").read_text().split() == ["step-00000003"]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tedfx.ranks.checks import CallCheck, Meeting, RanksDisagree, checksums
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.ranks.checks import CallCheck, Meeting, RanksDisagree, checksums
 from tests.module import toy
 from tests.pool import context
 
@@ -43,18 +43,24 @@ def test_disagreements(ranks):
     assert every == [every[0]] * 4
     lines = every[0]
     assert all("\n" not in line for line in lines.values())
-    assert "ranks 0, 1, 2: forward(labels: float64[2], x: float64[2]) train with labels float64[4, 6]" in lines["shapes"]
+    assert (
+        "ranks 0, 1, 2: forward(labels: float64[2], x: float64[2]) train with labels float64[4, 6]"
+        in lines["shapes"]
+    )
     assert "rank 3: forward" in lines["shapes"] and "x float64[2, 6]" in lines["shapes"]
     assert "rank 1: forward(x: float64[2]) train" in lines["signature"]
     assert "ranks 0, 1: " in lines["mode"] and " eval" in lines["mode"] and " train" in lines["mode"]
     for word in ("data", "rows"):
-        assert lines[word].startswith("ranks 2, 3 have the same batch coordinate but were given different data")
+        assert lines[word].startswith(
+            "ranks 2, 3 have the same batch coordinate but were given different data"
+        )
         assert "batch_coordinate" in lines[word]
     assert "ranks 0, 1: labels=1.5; ranks 2, 3: labels=2.5" in lines["scalar"]
 
 
 def unchecked():
-    """check_inputs=False: nothing is compared; shapes may differ between ranks of a program that allows it."""
+    """check_inputs=False: nothing is compared; shapes may differ between ranks of a program that allows
+    it."""
     pm = toy.parallel(context((2,), ("dp",)).device_mesh, check_inputs=False)
     x, _ = toy.shard(pm, *toy.data(0))
     return pm(x[: 1 + dist.get_rank()])["y"].shape[0]
@@ -132,10 +138,21 @@ def bad_calls():
 def test_bad_calls(ranks):
     lines = ranks(2).run(bad_calls)[0]
     assert all("\n" not in line for line in lines)
-    for line, word in zip(lines, [
-        "no argument 'use_cache'", "takes 2 positional arguments", "'x' twice", "was given a object", "x is on meta",
-        "call the module once", "gather_parameters", "keep_vars", "gather_parameters", "gather_parameters",
-    ]):  # fmt: skip
+    for line, word in zip(
+        lines,
+        [
+            "no argument 'use_cache'",
+            "takes 2 positional arguments",
+            "'x' twice",
+            "was given a object",
+            "x is on meta",
+            "call the module once",
+            "gather_parameters",
+            "keep_vars",
+            "gather_parameters",
+            "gather_parameters",
+        ],
+    ):
         assert word in line, line
 
 
@@ -160,7 +177,8 @@ def test_checksums():
 
 
 def signatures():
-    """A program per signature; parameters are shared; seeds advance in training only and are equal on all ranks."""
+    """A program per signature; parameters are shared; seeds advance in training only and are equal on all
+    ranks."""
     log = []
     pm = toy.parallel(context((2,), ("dp",)).device_mesh, log=log, number_inputs=["labels"])
     x, labels = toy.shard(pm, *toy.data(0))
@@ -168,7 +186,11 @@ def signatures():
         pm(x, labels), pm(x), pm(x[:1], labels[:1])
     pm.eval()
     pm(x)
-    assert log == ["forward(labels: float64[2], x: float64[2]) train", "forward(x: float64[2]) train", "forward(x: float64[2]) eval"]
+    assert log == [
+        "forward(labels: float64[2], x: float64[2]) train",
+        "forward(x: float64[2]) train",
+        "forward(x: float64[2]) eval",
+    ]
     seeds = (pm.rng_state, pm._seed())
     pm.rng_state = (5, 7)
     assert pm.rng_state == (5, 7)

@@ -1,4 +1,5 @@
-"""Programs under torch.compile: the same gradients, two graphs for all sizes, leaves that follow the optimizer."""
+"""Programs under torch.compile: the same gradients, two graphs for all sizes, leaves that follow the
+optimizer."""
 
 import torch
 

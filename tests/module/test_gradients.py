@@ -76,9 +76,12 @@ def accumulate(order):
             assert parameter.grad is None or isinstance(parameter.grad, DTensor)
 
 
-@pytest.mark.parametrize("order", ["SSS", "nnS", "nSnS", "Snn", "SnS", "nzS", "SzS", "n0S", "S0S", "Sn0nS", "S0", "nn", "nnSznnS"])
+@pytest.mark.parametrize(
+    "order", ["SSS", "nnS", "nSnS", "Snn", "SnS", "nzS", "SzS", "n0S", "S0S", "Sn0nS", "S0", "nn", "nnSznnS"]
+)
 def test_accumulation(ranks, order):
-    """Whatever was synchronised when, `.grad` is the gradient since zero_grad(), each backward reduced once."""
+    """Whatever was synchronised when, `.grad` is the gradient since zero_grad(), each backward reduced
+    once."""
     ranks(4).run(accumulate, order)
 
 
@@ -121,7 +124,8 @@ def test_backward_twice(ranks):
 
 
 def asked():
-    """Gradients of parameters that autograd.grad is asked for; those of an input, and backward, are as ever."""
+    """Gradients of parameters that autograd.grad is asked for; those of an input, and backward, are as
+    ever."""
     pm = toy.parallel(context((2,), ("dp",)).device_mesh)
     x, labels = toy.shard(pm, *toy.data(0))
     (gradient,) = torch.autograd.grad(pm(x.requires_grad_(), labels)["loss"], x)
@@ -157,14 +161,21 @@ def buckets(size):
 def test_buckets(ranks):
     every = ranks(4).run(buckets, 1)
     assert every == [every[0]] * 4
-    assert [names for _, names, _ in every[0]] == [("head",), ("scales.*.weight",), ("mlp.bias",), ("mlp.down",), ("mlp.gate_up",)]
+    assert [names for _, names, _ in every[0]] == [
+        ("head",),
+        ("scales.*.weight",),
+        ("mlp.bias",),
+        ("mlp.down",),
+        ("mlp.gate_up",),
+    ]
     assert all(axes == ("dp",) and overlapped for axes, _, overlapped in every[0])
     assert len(ranks(4).run(buckets, 25 * 2**20)[0]) == 1
     assert [len(names) for _, names, _ in ranks(4).run(buckets, 8 * F * H)[0]] == [4, 1]
 
 
 def some_unused():
-    """A loss on one rank's outputs only, and a parameter (`head`) that one of the two programs does not know."""
+    """A loss on one rank's outputs only, and a parameter (`head`) that one of the two programs does not
+    know."""
     rank = dist.get_rank()
     pm = toy.parallel(context((2,), ("dp",)).device_mesh, bucket_bytes=1)
     model = toy.Mlp()
@@ -195,7 +206,7 @@ def some_unused():
         boundary.begin(names)
         first, second, head = boundary.leaves(names)
         boundary.synced = not unsynced
-        ((first.sum() if rank == 0 else second.sum() * 3)).backward()
+        (first.sum() if rank == 0 else second.sum() * 3).backward()
         boundary.synced = True
         if unsynced:  # rank 0 has an unsynced gradient where rank 1 has None, and the reverse
             (head.sum() * (rank + 1)).backward()
@@ -206,7 +217,7 @@ def some_unused():
         assert (boundary.parameter("mlp.down").grad.to_local() == 3).all()
         # and on top of what is there, one of them unsynced on one rank only
         boundary.synced = not unsynced
-        ((first.sum() if rank == 0 else second.sum())).backward()
+        (first.sum() if rank == 0 else second.sum()).backward()
         if unsynced:
             boundary.synced = True
             (head.sum() * (rank + 1)).backward()
@@ -329,7 +340,11 @@ def test_groups_of_experts_and_others(ranks):
 def converted():
     pm = toy.parallel(context((2,), ("dp",)).device_mesh)
     x, labels = toy.shard(pm, *toy.data(0))
-    with pytest.raises(TedfxError, match="stays in its dtype and on its device, it cannot become torch.float32 .* convert the model before"):
+    with pytest.raises(
+        TedfxError,
+        match="stays in its dtype and on its device, it cannot become torch.float32 .* convert the model "
+        "before",
+    ):
         pm.float()
     pm.double()
     pm(x, labels)["loss"].backward()
@@ -341,7 +356,12 @@ def test_parameters_keep_their_dtype(ranks):
 
 def summed_wide(stage):
     """bfloat16 parameters, gradients summed and kept in float32: two micro-batches, one sum."""
-    pm = toy.parallel(context((2, 2), ("dp", "tp")).device_mesh, toy.Mlp(0).to(torch.bfloat16), zero=stage, gradient_dtype=torch.float32)
+    pm = toy.parallel(
+        context((2, 2), ("dp", "tp")).device_mesh,
+        toy.Mlp(0).to(torch.bfloat16),
+        zero=stage,
+        gradient_dtype=torch.float32,
+    )
     (x, labels), grads = (t.to(torch.bfloat16) for t in toy.shard(pm, *toy.data(0, rows=8))), {}
     with pm.no_sync():
         pm(x[:2], labels[:2])["loss"].backward()
@@ -349,8 +369,13 @@ def summed_wide(stage):
         grads[name] = None if p.grad is None else p.grad.to_local().clone()
         assert p.grad is None or p.grad.dtype == p.grad.to_local().dtype == torch.float32
     pm(x[2:], labels[2:])["loss"].backward()
-    assert all(p.dtype == torch.bfloat16 and (p.grad is None or p.grad.dtype == torch.float32) for p in pm.parameters())
-    assert sum(r.bytes for r in pm.reductions) == 4 * sum(pm._placed[n].whole.numel for n, g in grads.items() if g is not None)
+    assert all(
+        p.dtype == torch.bfloat16 and (p.grad is None or p.grad.dtype == torch.float32)
+        for p in pm.parameters()
+    )
+    assert sum(r.bytes for r in pm.reductions) == 4 * sum(
+        pm._placed[n].whole.numel for n, g in grads.items() if g is not None
+    )
     expected = {n: g.float() for n, g in named_grads_of_halves(toy.data(0, rows=8)).items()}
     found = pm.gather_gradients()
     assert all((found[n] - g).norm() < 0.02 * g.norm() for n, g in expected.items())

@@ -1,4 +1,5 @@
-"""Models made on the meta device: their own initialisation, folders of weights in and out, bit by bit the single device's."""
+"""Models made on the meta device: their own initialisation, folders of weights in and out, bit by bit the
+single device's."""
 
 import itertools
 import os
@@ -20,21 +21,59 @@ from tests.pool import context
 
 MESHES = {"ep2 tp2": ((2, 2), ("ep", "tp")), "tp2": ((2,), ("tp",))}
 HF = {
-    "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig, dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)),
-    "tied": (tf.MixtralForCausalLM, tf.MixtralConfig, dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True, pad_token_id=3)),
-    "deepseek_v3": (
-        tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config,
+    "mixtral": (
+        tf.MixtralForCausalLM,
+        tf.MixtralConfig,
+        dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
+    ),
+    "tied": (
+        tf.MixtralForCausalLM,
+        tf.MixtralConfig,
         dict(
-            intermediate_size=48, moe_intermediate_size=24, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, n_group=4,
-            topk_group=2, first_k_dense_replace=1, q_lora_rank=20, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10,
+            intermediate_size=48,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=True,
+            pad_token_id=3,
+        ),
+    ),
+    "deepseek_v3": (
+        tf.DeepseekV3ForCausalLM,
+        tf.DeepseekV3Config,
+        dict(
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_key_value_heads=4,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            q_lora_rank=20,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=12,
+            v_head_dim=10,
         ),
     ),
     "gpt_oss": (
-        tf.GptOssForCausalLM, tf.GptOssConfig,
-        dict(intermediate_size=24, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6, output_router_logits=True),
+        tf.GptOssForCausalLM,
+        tf.GptOssConfig,
+        dict(
+            intermediate_size=24,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=6,
+            output_router_logits=True,
+        ),
     ),
-}  # fmt: skip
-CASES = [*(("ep2 tp2", name) for name in ("mixtral", "deepseek_v3", "gpt_oss", "plain")), *(("tp2", name) for name in ("mixtral", "tied", "gpt_oss", "plain_tied"))]
+}
+CASES = [
+    *(("ep2 tp2", name) for name in ("mixtral", "deepseek_v3", "gpt_oss", "plain")),
+    *(("tp2", name) for name in ("mixtral", "tied", "gpt_oss", "plain_tied")),
+]
 
 
 def library(name):
@@ -91,7 +130,9 @@ def same(pm, model):
     found, expected = pm.gather_parameters(buffers=True), model.state_dict()
     assert sorted(found) == sorted(expected)
     for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key].view(torch.uint8), value.view(torch.uint8)), key
+        assert found[key].dtype == value.dtype and torch.equal(
+            found[key].view(torch.uint8), value.view(torch.uint8)
+        ), key
     for key, value in model.named_buffers():
         assert torch.equal(pm.get_buffer(key), value), key
 
@@ -109,7 +150,7 @@ def batch(pm, vocabulary=64):
     return dict(input_ids=ids.chunk(count)[index], labels=ids.chunk(count)[index])
 
 
-# ---- initialisation ------------------------------------------------------------------------------------------------
+# ---- initialisation ----------------------------------------------------------------------------------------
 
 
 def initialised(name, mesh):
@@ -207,24 +248,31 @@ def hand_made(mesh):
     line = refused(tedfx.ConfigError, pm.init_weights)
     assert "nothing gives a value to" in line and "init=" in line, line
     assert "no values" in refused(NoWeights, pm, **batch(pm))
-    assert "nothing gives a value to inner.blocks.0" in (line := refused(tedfx.ConfigError, pm.init_weights, half_way)), line
+    assert "nothing gives a value to inner.blocks.0" in (
+        line := refused(tedfx.ConfigError, pm.init_weights, half_way)
+    ), line
     assert "was replaced" in refused(tedfx.ConfigError, pm.init_weights, partial(by_hand, half=True))
     refused(NoWeights, pm.state_dict)
-    assert "different values" in refused(tedfx.ConfigError, pm.init_weights, lambda m: (by_hand(m), unequal(m))) and not pm.has_weights
+    assert (
+        "different values" in refused(tedfx.ConfigError, pm.init_weights, lambda m: (by_hand(m), unequal(m)))
+        and not pm.has_weights
+    )
     pm.init_weights(by_hand, seed=9)
     expected = Stubborn()
     torch.manual_seed(9)
     with torch.no_grad():
         expected.apply(by_hand)
     same(pm, expected)
-    assert all(t.is_meta for t in (*model.parameters(), *model.buffers())) and model.inner.embed.weight.shape == (64, 32)
+    assert all(
+        t.is_meta for t in (*model.parameters(), *model.buffers())
+    ) and model.inner.embed.weight.shape == (64, 32)
 
 
 def test_own_function(ranks):
     ranks(2).run(hand_made, "tp2")
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------------------
 
 
 def loaded(name, mesh, folder, out):
@@ -234,32 +282,50 @@ def loaded(name, mesh, folder, out):
         expected = HF[name][0].from_pretrained(folder, dtype=torch.float32)
     else:
         expected = make(name)
-        expected.load_state_dict({k: v for f in sorted(os.listdir(folder)) if f.endswith("safetensors") for k, v in load_file(f"{folder}/{f}").items()})
+        expected.load_state_dict(
+            {
+                k: v
+                for f in sorted(os.listdir(folder))
+                if f.endswith("safetensors")
+                for k, v in load_file(f"{folder}/{f}").items()
+            }
+        )
     same(pm, expected)
     pm(**batch(pm)).loss.backward()
     pm.save_pretrained(out, max_shard_size="20KB")
-    assert sorted(os.listdir(os.path.dirname(out))).count(os.path.basename(out)) == 1 and not [f for f in os.listdir(os.path.dirname(out)) if "unfinished" in f]
+    assert sorted(os.listdir(os.path.dirname(out))).count(os.path.basename(out)) == 1 and not [
+        f for f in os.listdir(os.path.dirname(out)) if "unfinished" in f
+    ]
     assert "not an empty folder" in str(refused(tedfx.TedfxError, pm.save_pretrained, out))
 
 
 def replaced(folder, other):
-    """A folder of other weights, in more shards, beside a tokenizer; a failure in the last rename leaves it as it was."""
+    """A folder of other weights, in more shards, beside a tokenizer; a failure in the last rename leaves it
+    as it was."""
     pm = on_meta("plain", "tp2", single("plain"))
     before = load_all(folder)
     from tedfx.state import shards
 
     rename = os.rename
-    shards.os.rename = lambda a, b: (_ for _ in ()).throw(OSError("disk full")) if "unfinished" in a else rename(a, b)
+    shards.os.rename = lambda a, b: (
+        (_ for _ in ()).throw(OSError("disk full")) if "unfinished" in a else rename(a, b)
+    )
     try:
         assert "disk full" in refused(Exception, pm.save_pretrained, folder, overwrite=True)
     finally:
         shards.os.rename = rename
     assert all(torch.equal(value, before[name]) for name, value in load_all(folder).items())
-    assert "is not a folder of weights, it holds neither model.safetensors nor" in refused(tedfx.TedfxError, pm.save_pretrained, other, overwrite=True)
+    assert "is not a folder of weights, it holds neither model.safetensors nor" in refused(
+        tedfx.TedfxError, pm.save_pretrained, other, overwrite=True
+    )
     assert "not an empty folder" in refused(tedfx.TedfxError, pm.save_pretrained, folder, dry_run=True)
     pm.save_pretrained(folder, overwrite=True, dry_run=True)
     pm.save_pretrained(f"{folder}-new", dry_run=True)
-    assert not [name for name in os.listdir(os.path.dirname(folder)) if name.startswith(f"{os.path.basename(folder)}-new")]
+    assert not [
+        name
+        for name in os.listdir(os.path.dirname(folder))
+        if name.startswith(f"{os.path.basename(folder)}-new")
+    ]
     assert all(torch.equal(value, before[name]) for name, value in load_all(folder).items())
     dist.barrier()
     pm.save_pretrained(folder, overwrite=True)
@@ -274,7 +340,9 @@ def test_overwrite(ranks, tmp_path):
     other.mkdir()
     (other / "README").write_text("mine")
     ranks(2).run(replaced, str(folder), str(other))
-    assert sorted(os.listdir(folder)) == ["model.safetensors", "sub", "tokenizer.json"] and os.listdir(folder / "sub") == ["file"]
+    assert sorted(os.listdir(folder)) == ["model.safetensors", "sub", "tokenizer.json"] and os.listdir(
+        folder / "sub"
+    ) == ["file"]
     assert os.listdir(folder.parent) == ["out"] and os.listdir(other) == ["README"]
     state = single("plain").state_dict()
     assert all(torch.equal(value, state[name]) for name, value in load_all(folder).items())
@@ -293,7 +361,9 @@ def test_folders(ranks, tmp_path, name, mesh):
         assert sorted(load_all(folder)) == sorted(load_all(out))  # the library's own names
         back, info = HF[name][0].from_pretrained(out, output_loading_info=True)
         assert not any(info.values()), info
-        configs = [dict(HF[name][0].from_pretrained(f).config.to_dict(), _name_or_path="") for f in (out, folder)]
+        configs = [
+            dict(HF[name][0].from_pretrained(f).config.to_dict(), _name_or_path="") for f in (out, folder)
+        ]
         assert configs[0] == configs[1]
         assert os.path.exists(f"{out}/generation_config.json")
     else:
@@ -304,7 +374,12 @@ def test_folders(ranks, tmp_path, name, mesh):
 
 
 def load_all(folder):
-    return {k: v for f in sorted(os.listdir(folder)) if f.endswith("safetensors") for k, v in load_file(f"{folder}/{f}").items()}
+    return {
+        k: v
+        for f in sorted(os.listdir(folder))
+        if f.endswith("safetensors")
+        for k, v in load_file(f"{folder}/{f}").items()
+    }
 
 
 def write_plain(name, folder):
@@ -323,7 +398,9 @@ def cast(folder, out):
     other.load_state_dict(state["model"])
     same(other, tf.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32))
     third = on_meta("mixtral", "tp2")
-    assert third.load_state_dict({"lm_head.weight": pm.gather_parameters()["lm_head.weight"]}, strict=False).missing_keys
+    assert third.load_state_dict(
+        {"lm_head.weight": pm.gather_parameters()["lm_head.weight"]}, strict=False
+    ).missing_keys
     refused(NoWeights, third.state_dict)
     third.load_state_dict(pm.gather_parameters(buffers=True))
     third(**batch(third)).loss.backward()
@@ -336,14 +413,20 @@ def test_other_dtype_and_other_ways(ranks, tmp_path):
 
 def wrong(folders):
     pm = on_meta("mixtral", "tp2")
-    lines = {what: refused(tedfx.TedfxError, pm.load_pretrained, folder) for what, folder in folders.items() if what != "good"}
+    lines = {
+        what: refused(tedfx.TedfxError, pm.load_pretrained, folder)
+        for what, folder in folders.items()
+        if what != "good"
+    }
     assert not pm.has_weights
     pm.load_pretrained(folders["good"])
     before = pm.gather_parameters()
     for folder in folders.values():
         if folder != folders["good"]:
             refused(tedfx.TedfxError, pm.load_pretrained, folder)
-    assert pm.has_weights and all(torch.equal(value, before[key]) for key, value in pm.gather_parameters().items())
+    assert pm.has_weights and all(
+        torch.equal(value, before[key]) for key, value in pm.gather_parameters().items()
+    )
     return lines
 
 
@@ -373,12 +456,22 @@ def test_refusals(ranks, tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:5000])
     (tmp_path / "shard").mkdir()
-    (tmp_path / "shard" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    (tmp_path / "shard" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
     wanted = {
-        "good": "", "missing": "missing: model.norm.weight", "expert": "model.layers.0.mlp.experts.gate_up_proj", "extra": "not in the model: model.layers.7.thing",
-        "shape": "model.norm.weight (31,), expected (32,)", "quantized": "mxfp4", "other": "says gpt_oss, the model is mixtral", "empty": "holds neither",
-        "torn": "cannot be read", "shard": "no such file", "nowhere": "no such folder",
-    }  # fmt: skip
+        "good": "",
+        "missing": "missing: model.norm.weight",
+        "expert": "model.layers.0.mlp.experts.gate_up_proj",
+        "extra": "not in the model: model.layers.7.thing",
+        "shape": "model.norm.weight (31,), expected (32,)",
+        "quantized": "mxfp4",
+        "other": "says gpt_oss, the model is mixtral",
+        "empty": "holds neither",
+        "torn": "cannot be read",
+        "shard": "no such file",
+        "nowhere": "no such folder",
+    }
     for lines in ranks(2).run(wrong, {name: str(tmp_path / name) for name in wanted}):
         for what, line in lines.items():
             assert wanted[what] in line, (what, line)
@@ -407,7 +500,11 @@ def torn(folder, other):
     from tedfx.state.shards import Writer
 
     write = Writer.write
-    Writer.write = lambda self, name, tensor: (_ for _ in ()).throw(OSError("disk full")) if "layers.0.mlp" in name or "experts" in name else write(self, name, tensor)
+    Writer.write = lambda self, name, tensor: (
+        (_ for _ in ()).throw(OSError("disk full"))
+        if "layers.0.mlp" in name or "experts" in name
+        else write(self, name, tensor)
+    )
     try:
         assert "disk full" in refused(Exception, pm.save_pretrained, other)
     finally:
@@ -425,7 +522,9 @@ def mixed():
     mesh = context(*MESHES["tp2"]).device_mesh
     model = make("plain")
     model.embed.to("meta")
-    assert "embed.weight is on the meta device and" in refused(tedfx.ConfigError, tedfx.parallelize, model, mesh)
+    assert "embed.weight is on the meta device and" in refused(
+        tedfx.ConfigError, tedfx.parallelize, model, mesh
+    )
     pm = on_meta("plain_tied", "tp2", single("plain_tied"))
     assert "had weights" in refused(tedfx.ConfigError, pm.init_weights)
 
@@ -442,8 +541,12 @@ def test_boxes_of_converted_tensors():
     sources = {name: Source(name, (3, 4)) for name in files}
     halves = [Stack(0, [sources[f"{kind}{e}"] for e in range(3)]) for kind in "gu"]
     whole = torch.cat([torch.stack([files[f"{kind}{e}"] for e in range(3)]) for kind in "gu"], 1)
-    read = lambda name, box: files[name][box]  # noqa: E731
-    cases = [(Cat(1, halves), whole), (Swap(1, 2, Cat(1, halves)), whole.transpose(1, 2)), (Cut(1, 2, 3, Cat(1, halves)), whole[:, 2:5])]
+    read = lambda name, box: files[name][box]
+    cases = [
+        (Cat(1, halves), whole),
+        (Swap(1, 2, Cat(1, halves)), whole.transpose(1, 2)),
+        (Cut(1, 2, 3, Cat(1, halves)), whole[:, 2:5]),
+    ]
     cases.append((Cut(2, 1, 4, Swap(1, 2, Cat(1, halves))), whole.transpose(1, 2)[:, :, 1:5]))
     for node, expected in cases:
         assert node.shape == tuple(expected.shape)

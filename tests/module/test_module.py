@@ -7,7 +7,14 @@ import torch.distributed as dist
 from tests.module import toy
 from tests.pool import context
 
-MESHES = [((2,), ("dp",)), ((2,), ("tp",)), ((2, 2), ("dp", "tp")), ((2, 2), ("tp", "dp")), ((2, 1), ("dp", "tp")), ((1,), ("dp",))]
+MESHES = [
+    ((2,), ("dp",)),
+    ((2,), ("tp",)),
+    ((2, 2), ("dp", "tp")),
+    ((2, 2), ("tp", "dp")),
+    ((2, 1), ("dp", "tp")),
+    ((1,), ("dp",)),
+]
 
 
 def reference(steps=1, seed=0, fused=None, max_norm=0.5):
@@ -55,7 +62,11 @@ def train(shape, names, options):
     assert len(log) == 1 and pm.get_buffer("calls").tolist() == [3.0, 3.0]
     assert type(out) is dict and out["y"].shape[0] == x.shape[0]
     local = {n: p.to_local() for n, p in pm.named_parameters()}
-    return {n: p for n, p in local.items() if all(q.is_replicate() for q in dict(pm.named_parameters())[n].placements)}
+    return {
+        n: p
+        for n, p in local.items()
+        if all(q.is_replicate() for q in dict(pm.named_parameters())[n].placements)
+    }
 
 
 @pytest.mark.parametrize("shape,names", MESHES)

@@ -20,7 +20,10 @@ PIECES = {
     "one object": (lambda memory, one: one, None),
     "apart": (lambda memory, one: nn.Parameter(memory[8:]), None),
     "copy": (lambda memory, one: nn.Parameter(one.detach().clone()), None),
-    "buffers that nothing writes": (lambda memory, one: nn.Buffer(memory[4:]), lambda memory: nn.Buffer(memory[:8])),
+    "buffers that nothing writes": (
+        lambda memory, one: nn.Buffer(memory[4:]),
+        lambda memory: nn.Buffer(memory[:8]),
+    ),
 }
 OVERLAPS = {
     "another parameter": (lambda memory, one: nn.Parameter(one.detach()), None, ()),
@@ -28,9 +31,11 @@ OVERLAPS = {
     "transposed": (lambda memory, one: nn.Parameter(memory[:6].view(2, 3).t()), None, ()),
     "a buffer": (lambda memory, one: nn.Buffer(one.detach()[:2]), None, ()),
     "a buffer that is written": (
-        lambda memory, one: nn.Buffer(memory[4:]), lambda memory: nn.Buffer(memory[:8]), ("two",),
+        lambda memory, one: nn.Buffer(memory[4:]),
+        lambda memory: nn.Buffer(memory[:8]),
+        ("two",),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PIECES)

@@ -1,4 +1,5 @@
-"""Mixed precision on ranks: `precision=`, autocast around calls and in the model, float16 with a dynamic loss scale."""
+"""Mixed precision on ranks: `precision=`, autocast around calls and in the model, float16 with a dynamic loss
+scale."""
 
 import copy
 
@@ -7,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 import tedfx
-from tedfx.saving.folder import CheckpointError
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim import LossScale, ShardedOptimizer
+from tedfx.saving.folder import CheckpointError
 from tedfx.trace.precision import cast_model, check_precision, parameter_dtypes
 from tests.module.mixed import Dense, Mixture, tokens
 from tests.pool import context
@@ -32,7 +33,10 @@ def gradients(model):
 
 def worst(found, expected):
     """The largest relative difference of a tensor."""
-    return max(float((found[name].double() - e.double()).norm() / e.double().norm().clamp_min(1.0)) for name, e in expected.items())
+    return max(
+        float((found[name].double() - e.double()).norm() / e.double().norm().clamp_min(1.0))
+        for name, e in expected.items()
+    )
 
 
 def share(pm, batch):
@@ -40,27 +44,41 @@ def share(pm, batch):
     return {name: x.chunk(count)[index] for name, x in batch.items()}
 
 
-# ---- precision= --------------------------------------------------------------------------------------------------------
+# ---- precision= --------------------------------------------------------------------------------------------
 
 
 def one_rank(precision):
-    """On a mesh of one rank: bit by bit the model with cast parameters; the user's model is untouched, buffers keep their dtype."""
+    """On a mesh of one rank: bit by bit the model with cast parameters; the user's model is untouched,
+    buffers keep their dtype."""
     model, x = made(Dense), torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(1))
-    before = {name: (t, t.clone()) for name, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items()}
+    before = {
+        name: (t, t.clone())
+        for name, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items()
+    }
     pm = tedfx.parallelize(model, mesh((1,), ("dp",)), example_inputs={"x": x}, precision=precision)
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert all(after[name] is t and torch.equal(t, value) and t.dtype == torch.float32 for name, (t, value) in before.items())
+    assert all(
+        after[name] is t and torch.equal(t, value) and t.dtype == torch.float32
+        for name, (t, value) in before.items()
+    )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert all(p.dtype == dtype for p in pm.parameters()) and pm.table.dtype == torch.float32
-    assert all(value.dtype == (torch.float32 if name == "table" else dtype) for name, value in pm.state_dict().items())
+    assert all(
+        value.dtype == (torch.float32 if name == "table" else dtype)
+        for name, value in pm.state_dict().items()
+    )
     single = cast_model(copy.deepcopy(model), precision)
     found, expected = pm(x), single(x)
     found.backward()
     expected.backward()
     assert torch.equal(found, expected)
     got = pm.gather_gradients()
-    assert all(torch.equal(got[name], grad) and grad.dtype == dtype for name, grad in gradients(single).items())
-    (note,) = [note for record in pm.history if record.name == "check_capture" for note in record.result.notes]
+    assert all(
+        torch.equal(got[name], grad) and grad.dtype == dtype for name, grad in gradients(single).items()
+    )
+    (note,) = [
+        note for record in pm.history if record.name == "check_capture" for note in record.result.notes
+    ]
     assert note.startswith("checked against the model")
 
 
@@ -70,7 +88,8 @@ def test_parameters_are_cast(ranks, precision):
 
 
 def without_weights():
-    """On the meta device: what the initialisation gives in the model's own dtype, cast; tied weights stay tied; ranks that differ in precision are told."""
+    """On the meta device: what the initialisation gives in the model's own dtype, cast; tied weights stay
+    tied; ranks that differ in precision are told."""
     torch.manual_seed(7)
     real = Mixture()
     with torch.device("meta"):
@@ -108,18 +127,30 @@ def test_a_precision_that_does_not_exist():
 
 def test_what_a_library_model_keeps_in_float32():
     transformers = pytest.importorskip("transformers")
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=16, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1))
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=16,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
     model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = {"norm"}, {"mlp.gate.weight"}
-    kept = lambda precision: {n for n, dtype in parameter_dtypes(model, precision).items() if dtype == torch.float32}  # noqa: E731
+    kept = lambda precision: {
+        n for n, dtype in parameter_dtypes(model, precision).items() if dtype == torch.float32
+    }
     assert kept("bf16") == {"model.layers.0.mlp.gate.weight"}
     assert kept("fp16") == {n for n, _ in model.named_parameters() if "norm" in n} | kept("bf16")
 
 
-# ---- autocast ------------------------------------------------------------------------------------------------------------
+# ---- autocast ----------------------------------------------------------------------------------------------
 
 
 def around_one_rank():
-    """On a mesh of one rank: bit by bit eager autocast; each region is a signature of its own, and the plain call stays plain."""
+    """On a mesh of one rank: bit by bit eager autocast; each region is a signature of its own, and the plain
+    call stays plain."""
     model, x = made(Dense), torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(1))
     pm = tedfx.parallelize(model, mesh((1,), ("dp",)), example_inputs={"x": x})
     for dtype in (torch.bfloat16, None):
@@ -131,7 +162,9 @@ def around_one_rank():
         found.backward()
         expected.backward()
         got = pm.gather_gradients()
-        assert torch.equal(found, expected) and all(torch.equal(got[name], grad) for name, grad in gradients(model).items())
+        assert torch.equal(found, expected) and all(
+            torch.equal(got[name], grad) for name, grad in gradients(model).items()
+        )
     assert [str(s.autocast) for s in pm.programs] == ["None", "autocast bfloat16"]
     assert all(name in str(list(pm.programs)[1]) for name in ("x: float32[3]", "autocast bfloat16"))
 
@@ -141,7 +174,8 @@ def test_autocast_around_a_call(ranks):
 
 
 def regions(shape, names):
-    """Regions in the model and around it: much nearer to one device under the same autocast than that is to float32, on every parameter together."""
+    """Regions in the model and around it: much nearer to one device under the same autocast than that is to
+    float32, on every parameter together."""
     found, losses = {}, {}
     for kind in ("inside", "around", "float32"):
         model = made(Mixture, kind == "inside")
@@ -152,15 +186,32 @@ def regions(shape, names):
             loss.backward()
             found[kind, module is pm] = pm.gather_gradients() if module is pm else gradients(model)
             losses[kind, module is pm] = float(loss.detach())
-        dtypes = {n.meta["val"].dtype for n in pm.graph.graph.nodes if "linear" in n.name and n.target is not torch.ops.aten.linear.default and isinstance(n.meta.get("val"), torch.Tensor)}
+        dtypes = {
+            n.meta["val"].dtype
+            for n in pm.graph.graph.nodes
+            if "linear" in n.name
+            and n.target is not torch.ops.aten.linear.default
+            and isinstance(n.meta.get("val"), torch.Tensor)
+        }
         assert dtypes == {torch.float32 if kind == "float32" else torch.bfloat16}, (kind, dtypes)
-    total = lambda a, b: float(torch.cat([(a[n] - b[n]).flatten() for n in b]).norm() / torch.cat([b[n].flatten() for n in b]).norm())  # noqa: E731
+    total = lambda a, b: float(
+        torch.cat([(a[n] - b[n]).flatten() for n in b]).norm() / torch.cat([b[n].flatten() for n in b]).norm()
+    )
     assert total(found["float32", True], found["float32", False]) < 1e-6
     for kind in ("inside", "around"):
-        near, far = total(found[kind, True], found[kind, False]), total(found[kind, False], found["float32", False])
+        near, far = (
+            total(found[kind, True], found[kind, False]),
+            total(found[kind, False], found["float32", False]),
+        )
         assert near < 4e-3 and near < 0.7 * far, (kind, near, far)
         assert abs(losses[kind, True] / losses[kind, False] - 1) < 1e-3, losses
-    return {kind: (total(found[kind, True], found[kind, False]), total(found[kind, False], found["float32", False])) for kind in ("inside", "around")}
+    return {
+        kind: (
+            total(found[kind, True], found[kind, False]),
+            total(found[kind, False], found["float32", False]),
+        )
+        for kind in ("inside", "around")
+    }
 
 
 @pytest.mark.parametrize("axis", ["tp"])
@@ -168,13 +219,14 @@ def test_autocast_on_two_ranks(ranks, axis):
     ranks(2).run(regions, (2,), (axis,))
 
 
-# ---- float16 ---------------------------------------------------------------------------------------------------------------
+# ---- float16 -----------------------------------------------------------------------------------------------
 
 SCALE, STEPS, BAD = 2.0**12, 6, (1, 3)
 
 
 def by_hand():
-    """One device: float16 parameters, float32 masters, a scaled loss, clipping at 1, AdamW, the steps in BAD left out. (parameters at the start, at the end)"""
+    """One device: float16 parameters, float32 masters, a scaled loss, clipping at 1, AdamW, the steps in BAD
+    left out. (parameters at the start, at the end)"""
     model, scale = cast_model(made(Mixture), "fp16"), SCALE
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     masters = {name: torch.nn.Parameter(p.float()) for name, p in start.items()}
@@ -199,7 +251,13 @@ def saved(pm, optimizer, shape, names, zero, folder):
     """A checkpoint has the loss scale; a run of another precision is refused, in one line."""
     tedfx.Checkpointer(folder, pm, optimizer).save(STEPS)
     for precision in ("fp16", "bf16"):
-        other = tedfx.parallelize(made(Mixture), mesh(shape, names), precision=precision, zero=zero, traces=list(p.compilation for p in pm.programs.values()))
+        other = tedfx.parallelize(
+            made(Mixture),
+            mesh(shape, names),
+            precision=precision,
+            zero=zero,
+            traces=list(p.compilation for p in pm.programs.values()),
+        )
         again = ShardedOptimizer(other, torch.optim.AdamW, lr=0.02, max_norm=1.0, loss_scale="dynamic")
         if precision == "bf16":
             with pytest.raises(CheckpointError, match="other dtypes") as error:
@@ -207,13 +265,20 @@ def saved(pm, optimizer, shape, names, zero, folder):
             assert "\n" not in str(error.value)
         else:
             assert tedfx.Checkpointer(folder, other, again).load().step == STEPS
-            assert (again.loss_scale, again.skipped) == (optimizer.loss_scale, optimizer.skipped) == (SCALE / 4, 2)
+            assert (
+                (again.loss_scale, again.skipped)
+                == (optimizer.loss_scale, optimizer.skipped)
+                == (SCALE / 4, 2)
+            )
 
 
 def overflow(shape, names, zero, folder):
-    """A loss that overflows on one rank alone: nobody steps, all halve the scale; the rest is the single device's run."""
+    """A loss that overflows on one rank alone: nobody steps, all halve the scale; the rest is the single
+    device's run."""
     pm = tedfx.parallelize(made(Mixture), mesh(shape, names), precision="fp16", zero=zero)
-    optimizer = ShardedOptimizer(pm, torch.optim.AdamW, lr=0.02, max_norm=1.0, loss_scale=LossScale(init_scale=SCALE))
+    optimizer = ShardedOptimizer(
+        pm, torch.optim.AdamW, lr=0.02, max_norm=1.0, loss_scale=LossScale(init_scale=SCALE)
+    )
     history = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -227,7 +292,14 @@ def overflow(shape, names, zero, folder):
         history.append((optimizer.loss_scale, optimizer.skipped))
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, history)
-    assert everyone[0] == everyone[1] and history == [(SCALE, 0), (SCALE / 2, 1), (SCALE / 2, 1), (SCALE / 4, 2), (SCALE / 4, 2), (SCALE / 4, 2)]
+    assert everyone[0] == everyone[1] and history == [
+        (SCALE, 0),
+        (SCALE / 2, 1),
+        (SCALE / 2, 1),
+        (SCALE / 4, 2),
+        (SCALE / 4, 2),
+        (SCALE / 4, 2),
+    ]
     saved(pm, optimizer, shape, names, zero, folder)
     start, end = by_hand()
     moved, apart = worst(end, start), worst(pm.gather_parameters(), end)

@@ -11,21 +11,28 @@ from torch.distributed.tensor import DTensor
 
 from tedfx.errors import ConfigError
 from tedfx.runtime.module import ParallelModule
+from tedfx.runtime.state_dict import StateError
 from tedfx.state.parameters import ParameterLayout, Placed
 from tedfx.state.pieces import PiecedTensor
-from tedfx.runtime.state_dict import StateError
 from tests.module import toy
 from tests.pool import context
 
 E, F, H = 4, 6, 3
 MESHES = {
-    "dp2 tp2": ((2, 2), ("dp", "tp")), "ep2 tp2": ((2, 2), ("ep", "tp")), "dp2 ep2": ((2, 2), ("dp", "ep")),
-    "tp2": ((2,), ("tp",)), "ep2": ((2,), ("ep",)), "dp2": ((2,), ("dp",)), "tp4": ((4,), ("tp",)), "ep4": ((4,), ("ep",)),
-}  # fmt: skip
+    "dp2 tp2": ((2, 2), ("dp", "tp")),
+    "ep2 tp2": ((2, 2), ("ep", "tp")),
+    "dp2 ep2": ((2, 2), ("dp", "ep")),
+    "tp2": ((2,), ("tp",)),
+    "ep2": ((2,), ("ep",)),
+    "dp2": ((2,), ("dp",)),
+    "tp4": ((4,), ("tp",)),
+    "ep4": ((4,), ("ep",)),
+}
 
 
 class Moe(nn.Module):
-    """Names and shapes of a mixture: fused stacked experts, looped experts, a tied table, a router, buffers."""
+    """Names and shapes of a mixture: fused stacked experts, looped experts, a tied table, a router,
+    buffers."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -49,17 +56,36 @@ def layouts(names):
     ep, tp = [("ep", 0)] * ("ep" in names), "tp" in names
     return [
         ParameterLayout("embed", (8, H), None, [("tp", 0)] * tp, dp, aliases=("head",)),
-        ParameterLayout("layers.gate_up", (E, 2 * F, H), (E, 2, F, H), ep + [("tp", 2)] * (tp and names != ("tp",)), expert),
-        ParameterLayout("layers.interleaved", (E, H, 2 * F), (E, H, F, 2), ep + [("tp", 2)] * (tp and names != ("tp",)), expert),
+        ParameterLayout(
+            "layers.gate_up",
+            (E, 2 * F, H),
+            (E, 2, F, H),
+            ep + [("tp", 2)] * (tp and names != ("tp",)),
+            expert,
+        ),
+        ParameterLayout(
+            "layers.interleaved",
+            (E, H, 2 * F),
+            (E, H, F, 2),
+            ep + [("tp", 2)] * (tp and names != ("tp",)),
+            expert,
+        ),
         *(
-            ParameterLayout(f"layers.experts.stacked.{n}", (E, F, H)[: 3 - (n == "bias")], None, ep, expert, True,
-                            tuple(f"layers.experts.{i}.{n}" for i in range(E)))
+            ParameterLayout(
+                f"layers.experts.stacked.{n}",
+                (E, F, H)[: 3 - (n == "bias")],
+                None,
+                ep,
+                expert,
+                True,
+                tuple(f"layers.experts.{i}.{n}" for i in range(E)),
+            )
             for n in ("weight", "bias")
         ),
         ParameterLayout("layers.router", (E, H), None, (), dp, requires_grad=False),
         ParameterLayout("scalar", (), None, (), dp),
         ParameterLayout("device.weight", (2, 2), None, (), dp),
-    ]  # fmt: skip
+    ]
 
 
 def make(mesh_name, seed=0, **options) -> ParallelModule:
@@ -70,8 +96,15 @@ def make(mesh_name, seed=0, **options) -> ParallelModule:
     source = state.__getitem__ if dist.get_rank() == 0 else None  # the others have no tensors at all
     batch = tuple(a for a in names if a in ("dp", "ep"))
     return ParallelModule(
-        layouts(names), source, dict(model.named_buffers()), mesh, None, batch, non_persistent=["table"], **options
-    )  # fmt: skip
+        layouts(names),
+        source,
+        dict(model.named_buffers()),
+        mesh,
+        None,
+        batch,
+        non_persistent=["table"],
+        **options,
+    )
 
 
 def same(found, expected):
@@ -89,12 +122,18 @@ def round_trip(mesh_name):
     state = pm.state_dict()
     same(state, expected)
     kinds = {name: type(entry).__name__ for name, entry in state.items()}
-    assert all(isinstance(entry, (DTensor, PiecedTensor)) for name, entry in state.items() if name != "layers.correction")
+    assert all(
+        isinstance(entry, (DTensor, PiecedTensor))
+        for name, entry in state.items()
+        if name != "layers.correction"
+    )
     assert all(entry.shape == expected[name].shape for name, entry in state.items())
     assert all(isinstance(p, DTensor) for p in pm.parameters())
     assert not dict(pm.named_parameters())["layers.router"].requires_grad
     assert dict(pm.named_parameters(remove_duplicate=False))["head"] is dict(pm.named_parameters())["embed"]
-    assert not any(p.to_local().data_ptr() == q.data_ptr() for p in pm.parameters() for q in model.parameters())
+    assert not any(
+        p.to_local().data_ptr() == q.data_ptr() for p in pm.parameters() for q in model.parameters()
+    )
 
     # the state dict of another module, and the plain one of the user's model
     other = make(mesh_name, seed=3)
@@ -106,11 +145,17 @@ def round_trip(mesh_name):
     del plain["head"]  # one name of a tied tensor is enough
     other.load_state_dict(plain)
     # what torch.save does on each rank
-    again = pickle.loads(pickle.dumps({n: e for n, e in pm.state_dict().items() if isinstance(e, PiecedTensor)}))
+    again = pickle.loads(
+        pickle.dumps({n: e for n, e in pm.state_dict().items() if isinstance(e, PiecedTensor)})
+    )
     for name, entry in again.items():
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(entry.pieces, state[name].pieces))
     # a copy elsewhere, as asynchronous checkpointing makes it
-    assert all(torch.equal(e.detach().clone().full_tensor().cpu(), expected[n]) for n, e in state.items() if isinstance(e, PiecedTensor))
+    assert all(
+        torch.equal(e.detach().clone().full_tensor().cpu(), expected[n])
+        for n, e in state.items()
+        if isinstance(e, PiecedTensor)
+    )
     return kinds
 
 
@@ -139,11 +184,20 @@ def load(mesh_name, path):
     same(pm.gather_parameters(buffers=True), Moe().state_dict())
 
 
-@pytest.mark.parametrize("saved,loaded", [
-    ("dp2 tp2", "tp2"), ("dp2 tp2", "ep2"), ("dp2 tp2", "ep2 tp2"), ("ep2 tp2", "dp2"), ("ep2", "ep2 tp2"), ("ep4", "dp2 tp2"), ("dp2 ep2", "tp4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "saved,loaded",
+    [
+        ("dp2 tp2", "tp2"),
+        ("dp2 tp2", "ep2"),
+        ("dp2 tp2", "ep2 tp2"),
+        ("ep2 tp2", "dp2"),
+        ("ep2", "ep2 tp2"),
+        ("ep4", "dp2 tp2"),
+        ("dp2 ep2", "tp4"),
+    ],
+)
 def test_checkpoint_changes_mesh(ranks, tmp_path, saved, loaded):
-    size = lambda name: torch.Size(MESHES[name][0]).numel()  # noqa: E731
+    size = lambda name: torch.Size(MESHES[name][0]).numel()
     ranks(size(saved)).run(save, saved, str(tmp_path))
     ranks(size(loaded)).run(load, loaded, str(tmp_path))
 
@@ -178,7 +232,9 @@ def refuses():
         lines.append(str(error.value))
     same(pm.gather_parameters(buffers=True), before)  # nothing was copied
     result = pm.load_state_dict(missing, strict=False)
-    assert result.missing_keys == ["layers.experts.2.bias", "layers.correction"] and result.unexpected_keys == []
+    assert (
+        result.missing_keys == ["layers.experts.2.bias", "layers.correction"] and result.unexpected_keys == []
+    )
     with pytest.raises(StateError):
         pm.load_state_dict(shape, strict=False)
     return lines
@@ -187,7 +243,9 @@ def refuses():
 def test_load_is_strict(ranks):
     missing, unexpected, shape = ranks(4).run(refuses)[0]
     assert missing == "the state dict does not fit: missing: layers.experts.2.bias, layers.correction"
-    assert unexpected == "the state dict does not fit: unexpected: extra.weight, layers.experts.stacked.weight"
+    assert (
+        unexpected == "the state dict does not fit: unexpected: extra.weight, layers.experts.stacked.weight"
+    )
     assert shape == "the state dict does not fit: wrong shape: layers.gate_up (4, 6, 3), expected (4, 12, 3)"
 
 
@@ -196,11 +254,14 @@ def other_ranks_values():
     rank = dist.get_rank()
     mesh = context((2,), ("dp",)).device_mesh
     layout = [ParameterLayout("w", (2, 3), None, (), ("dp",))]
-    make_one = lambda value: ParallelModule(layout, lambda n: value, {}, mesh, None, ("dp",))  # noqa: E731
+    make_one = lambda value: ParallelModule(layout, lambda n: value, {}, mesh, None, ("dp",))
     pm = make_one(torch.full((2, 3), float(rank), dtype=torch.bfloat16 if rank == 0 else torch.float64))
     assert pm.w.dtype == torch.bfloat16 and float(pm.w.to_local().sum()) == 0
     lines = []
-    for value in (torch.zeros(2, 3, device="meta") if rank == 0 else None, torch.zeros(3, 2) if rank == 0 else None):
+    for value in (
+        torch.zeros(2, 3, device="meta") if rank == 0 else None,
+        torch.zeros(3, 2) if rank == 0 else None,
+    ):
         with pytest.raises(ConfigError) as error:
             make_one(value)
         lines.append(str(error.value))
@@ -217,40 +278,54 @@ class FakeMesh:
     """What Placed asks of a mesh, at any coordinate of any mesh."""
 
     def __init__(self, coordinate, **sizes):
-        self.mesh_dim_names, self.mesh, self._coordinate = tuple(sizes), torch.empty(*sizes.values()), list(coordinate)
+        self.mesh_dim_names, self.mesh, self._coordinate = (
+            tuple(sizes),
+            torch.empty(*sizes.values()),
+            list(coordinate),
+        )
 
     def get_coordinate(self):
         return self._coordinate
 
 
-@pytest.mark.parametrize("layout,message", [
-    (ParameterLayout("w", (6, 4), (6, 4), {"tp": 1}, ("dp",)), "does not divide over tp=3"),
-    (ParameterLayout("w", (6, 4), (3, 8), {}, ()), "does not refine shape"),
-    (ParameterLayout("w", (6, 4), (6, 4, 2), {}, ()), "does not refine shape"),
-    (ParameterLayout("w", (6, 4), None, {"xx": 0}, ()), "axis 'xx' is not on the mesh"),
-    (ParameterLayout("w", (6, 4), None, {"tp": 0}, ("tp",)), "both shards it and reduces"),
-    (ParameterLayout("w", (6, 4), None, {"tp": 2}, ()), "has no dim 2"),
-    (ParameterLayout("w", (6, 4), None, [("tp", 0), ("dp", 0)], ()), "must stand in mesh order"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout,message",
+    [
+        (ParameterLayout("w", (6, 4), (6, 4), {"tp": 1}, ("dp",)), "does not divide over tp=3"),
+        (ParameterLayout("w", (6, 4), (3, 8), {}, ()), "does not refine shape"),
+        (ParameterLayout("w", (6, 4), (6, 4, 2), {}, ()), "does not refine shape"),
+        (ParameterLayout("w", (6, 4), None, {"xx": 0}, ()), "axis 'xx' is not on the mesh"),
+        (ParameterLayout("w", (6, 4), None, {"tp": 0}, ("tp",)), "both shards it and reduces"),
+        (ParameterLayout("w", (6, 4), None, {"tp": 2}, ()), "has no dim 2"),
+        (ParameterLayout("w", (6, 4), None, [("tp", 0), ("dp", 0)], ()), "must stand in mesh order"),
+    ],
+)
 def test_wrong_layouts(layout, message):
     with pytest.raises(ConfigError, match=message):
         Placed(layout, FakeMesh((0, 0), dp=2, tp=3))
 
 
-@pytest.mark.parametrize("layout", [
-    ParameterLayout("w", (12, 5), (12, 5), {"dp": 0, "tp": 0}),
-    ParameterLayout("w", (24, 5), (2, 12, 5), {"dp": 1, "tp": 1}),
-    ParameterLayout("w", (24, 5), (2, 2, 6, 5), {"dp": 1, "tp": 2}),
-    ParameterLayout("w", (2, 24, 12), (2, 4, 2, 3, 3, 4), {"dp": 2, "tp": 4}),
-    ParameterLayout("w", (1, 6, 1), (1, 1, 3, 2, 1), {"tp": 2}),
-    ParameterLayout("w", (4, 6, 2), (4, 2, 3, 2), {"dp": 0, "tp": 2}, sources=("a", "b", "c", "d")),
-    ParameterLayout("w", (2, 3), (2, 3), {}),
-    ParameterLayout("w", (), (), {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParameterLayout("w", (12, 5), (12, 5), {"dp": 0, "tp": 0}),
+        ParameterLayout("w", (24, 5), (2, 12, 5), {"dp": 1, "tp": 1}),
+        ParameterLayout("w", (24, 5), (2, 2, 6, 5), {"dp": 1, "tp": 2}),
+        ParameterLayout("w", (2, 24, 12), (2, 4, 2, 3, 3, 4), {"dp": 2, "tp": 4}),
+        ParameterLayout("w", (1, 6, 1), (1, 1, 3, 2, 1), {"tp": 2}),
+        ParameterLayout("w", (4, 6, 2), (4, 2, 3, 2), {"dp": 0, "tp": 2}, sources=("a", "b", "c", "d")),
+        ParameterLayout("w", (2, 3), (2, 3), {}),
+        ParameterLayout("w", (), (), {}),
+    ],
+)
 def test_pieces_tile_the_tensor(layout):
-    """Over all coordinates the boxes cover each element as often as the tensor is replicated, and hold the right values."""
+    """Over all coordinates the boxes cover each element as often as the tensor is replicated, and hold the
+    right values."""
     one = layout.shape[1:] if layout.sources else layout.shape
-    full = {name: torch.arange(torch.Size(one).numel()).reshape(one) + 1000 * i for i, name in enumerate(layout.names)}
+    full = {
+        name: torch.arange(torch.Size(one).numel()).reshape(one) + 1000 * i
+        for i, name in enumerate(layout.names)
+    }
     seen = {name: torch.zeros(one, dtype=torch.int64) for name in full}
     whole = torch.stack(list(full.values())) if layout.sources else full["w"]
     for dp in range(2):
@@ -276,5 +351,7 @@ def names_of_toy():
 
 def test_names(ranks):
     parameters, state = ranks(4).run(names_of_toy)[0]
-    assert set(parameters) == {n for n, _ in toy.Mlp().named_parameters() if not n.startswith("scales")} | {"scales.*.weight"}
+    assert set(parameters) == {n for n, _ in toy.Mlp().named_parameters() if not n.startswith("scales")} | {
+        "scales.*.weight"
+    }
     assert set(state) == set(toy.Mlp().state_dict())

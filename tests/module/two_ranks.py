@@ -1,4 +1,5 @@
-"""The tests of this folder that two ranks can run, on whatever device is there: `torchrun --nproc-per-node 2 -m tests.module.two_ranks`.
+"""The tests of this folder that two ranks can run, on whatever device is there: `torchrun --nproc-per-node 2
+-m tests.module.two_ranks`.
 
 For machines with two GPUs (NCCL); where there are none it runs on gloo. Prints a line per test.
 """
@@ -11,7 +12,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.module import test_checkpoint_resume, test_checks, test_compile, test_gradients, test_module, test_state
+from tests.module import (
+    test_checkpoint_resume,
+    test_checks,
+    test_compile,
+    test_gradients,
+    test_module,
+    test_state,
+)
 
 _MESHES = {}
 
@@ -32,21 +40,49 @@ def main():
         dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     else:
         dist.init_process_group("gloo")
-    for module in (test_checkpoint_resume, test_checks, test_compile, test_gradients, test_module, test_state):
+    for module in (
+        test_checkpoint_resume,
+        test_checks,
+        test_compile,
+        test_gradients,
+        test_module,
+        test_state,
+    ):
         module.context = _context
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder, src=0)
     meshes = [((2,), ("dp",)), ((2,), ("tp",)), ((1, 2), ("dp", "tp")), ((2, 1), ("dp", "tp"))]
-    jobs = [(test_module.train, *mesh, options) for mesh in meshes for options in ({}, {"fused": True}, {"foreach": False})]
+    jobs = [
+        (test_module.train, *mesh, options)
+        for mesh in meshes
+        for options in ({}, {"fused": True}, {"foreach": False})
+    ]
     jobs += [(test_gradients.accumulate, order) for order in ("SSS", "nnS", "Snn", "Sn0nS", "nnSznnS")]
     jobs += [(f,) for f in (test_gradients.micro_batches, test_gradients.twice, test_gradients.some_unused)]
-    jobs += [(f,) for f in (test_gradients.broken, test_gradients.pointers, test_gradients.converted, test_checks.signatures)]
+    jobs += [
+        (f,)
+        for f in (
+            test_gradients.broken,
+            test_gradients.pointers,
+            test_gradients.converted,
+            test_checks.signatures,
+        )
+    ]
     jobs += [(test_gradients.buckets, size) for size in (1, 384, 2**20)]
     jobs += [(test_state.round_trip, name) for name in ("dp2", "tp2", "ep2")]
     for number, (saved, loaded) in enumerate([("tp2", "ep2"), ("ep2", "dp2"), ("ep2", "tp2")]):
-        jobs += [(test_state.save, saved, f"{folder[0]}/{number}"), (test_state.load, loaded, f"{folder[0]}/{number}")]
-    jobs += [(test_checkpoint_resume.bitwise, f"{folder[0]}/{name}", name, True) for name in test_checkpoint_resume.OPTIMIZERS]
-    jobs += [(test_checkpoint_resume.bitwise, f"{folder[0]}/sync", "adamw", False), (test_checkpoint_resume.own_state, f"{folder[0]}/own")]
+        jobs += [
+            (test_state.save, saved, f"{folder[0]}/{number}"),
+            (test_state.load, loaded, f"{folder[0]}/{number}"),
+        ]
+    jobs += [
+        (test_checkpoint_resume.bitwise, f"{folder[0]}/{name}", name, True)
+        for name in test_checkpoint_resume.OPTIMIZERS
+    ]
+    jobs += [
+        (test_checkpoint_resume.bitwise, f"{folder[0]}/sync", "adamw", False),
+        (test_checkpoint_resume.own_state, f"{folder[0]}/own"),
+    ]
     jobs += [(test_compile.compiled, True)]
     for function, *args in jobs:
         start = time.monotonic()
@@ -54,7 +90,11 @@ def main():
         if rank == 0:
             print(f"ok {function.__name__}{tuple(args)} {time.monotonic() - start:.2f} s", flush=True)
     if rank == 0:
-        print(f"{len(jobs)} passed on {'nccl' if torch.cuda.is_available() else 'gloo'}, torch {torch.__version__}", flush=True)
+        print(
+            f"{len(jobs)} passed on {'nccl' if torch.cuda.is_available() else 'gloo'}, torch "
+            f"{torch.__version__}",
+            flush=True,
+        )
     dist.destroy_process_group()
 
 

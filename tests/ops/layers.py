@@ -11,8 +11,9 @@ E, K, H, F = 8, 2, 6, 10
 
 @dataclass(frozen=True)
 class Roles:
-    """What each axis does to the layer. Experts split over `expert`, major first; tokens differ over `tokens`, are
-    replicated over the rest. An axis of `expert` is either in `exchange` (rows travel) or in `owned` (rows stay)."""
+    """What each axis does to the layer. Experts split over `expert`, major first; tokens differ over
+    `tokens`, are replicated over the rest. An axis of `expert` is either in `exchange` (rows travel) or in
+    `owned` (rows stay)."""
 
     expert: tuple[str, ...]
     tokens: tuple[str, ...] = ()
@@ -22,7 +23,8 @@ class Roles:
 
 
 def whole(x, ids, weights, up, bias, down):
-    """The layer on one device: x[N,H], ids[N,K], weights[N,K], up[E,F,H], bias[E,F], down[E,F,H] transposed."""
+    """The layer on one device: x[N,H], ids[N,K], weights[N,K], up[E,F,H], bias[E,F], down[E,F,H]
+    transposed."""
     rows, counts, order = moe.dispatch(x, ids, up.shape[0])
     return moe.combine(_body(rows, counts, up, bias, down), order, weights)
 

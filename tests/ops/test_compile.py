@@ -1,8 +1,8 @@
 """The ops inside one compiled graph: no breaks, the numbers of eager, and new row counts do not recompile.
 
-aot_eager traces everything that inductor would be given. Inductor itself (a minute of C++ compilation) and four ranks
-that trace at once run when TEDFX_SLOW is set; not so the hash of the random draws under inductor, whose integer
-arithmetic must wrap there as well.
+aot_eager traces everything that inductor would be given. Inductor itself (a minute of C++ compilation) and
+four ranks that trace at once run when TEDFX_SLOW is set; not so the hash of the random draws under inductor,
+whose integer arithmetic must wrap there as well.
 """
 
 import os
@@ -18,7 +18,11 @@ SLOW = pytest.mark.skipif(not os.environ.get("TEDFX_SLOW"), reason="set TEDFX_SL
 LAYOUTS = {
     "exchange": ((2,), ("ep",), Roles(("ep",), tokens=("ep",), exchange=("ep",))),
     "owned": ((2,), ("tp",), Roles(("tp",), owned=("tp",))),
-    "folded": ((1, 2), ("ep", "tp"), Roles(("ep", "tp"), tokens=("ep",), exchange=("ep", "tp"), lanes=("tp",))),
+    "folded": (
+        (1, 2),
+        ("ep", "tp"),
+        Roles(("ep", "tp"), tokens=("ep",), exchange=("ep", "tp"), lanes=("tp",)),
+    ),
     # "tp major" on a mesh that has ep first: the group's ranks and the coordinates disagree
     "reordered": ((2, 2), ("ep", "tp"), Roles(("tp", "ep"), ("ep",), exchange=("tp", "ep"), lanes=("tp",))),
 }
@@ -86,7 +90,9 @@ def _everything(x, ids, table, seed):
     h = convert.all_gather(h, ("b",), 1, 2, to="I")
     h = convert.shard(convert.sum_gradient(h, ("b", "a")), ("b", "a"), 1)
     h = convert.reduce_scatter(convert.partial(convert.all_gather(h, ("b", "a"), 1), ("a",)), ("a",), 1)
-    return vocab.vocab_parallel_cross_entropy(convert.sum_gradient(h @ table.mT[: h.shape[1]], ("b",)), ids, ("b", "a"))
+    return vocab.vocab_parallel_cross_entropy(
+        convert.sum_gradient(h @ table.mT[: h.shape[1]], ("b",)), ids, ("b", "a")
+    )
 
 
 def _everything_on_rank(shape):

@@ -1,9 +1,9 @@
 """Every conversion, forward and backward, against its meaning.
 
-A global tensor is laid out on the ranks as a type: R and I are copies, S are pieces, P are random summands. After a
-conversion the ranks' outputs, put together as the output type, must be the global tensor again. The output's
-cotangent is laid out as the cotangent type (R <-> P, I <-> I, S <-> S), and the inputs' gradients, put together as the
-source's cotangent type, must be the global cotangent. That is the whole specification.
+A global tensor is laid out on the ranks as a type: R and I are copies, S are pieces, P are random summands.
+After a conversion the ranks' outputs, put together as the output type, must be the global tensor again. The
+output's cotangent is laid out as the cotangent type (R <-> P, I <-> I, S <-> S), and the inputs' gradients,
+put together as the source's cotangent type, must be the global cotangent. That is the whole specification.
 """
 
 import pytest
@@ -18,9 +18,21 @@ COTANGENT = {"R": "P", "P": "R", "I": "I", "S": "S"}
 CONVERSIONS = {
     "all_reduce": ("P", "I", lambda x, axes, dim, outer, whole: convert.all_reduce(x, axes)),
     "sum_gradient": ("I", "R", lambda x, axes, dim, outer, whole: convert.sum_gradient(x, axes)),
-    "all_gather_R": ("S", "R", lambda x, axes, dim, outer, whole: convert.all_gather(x, axes, dim, outer, to="R", whole=whole)),
-    "all_gather_I": ("S", "I", lambda x, axes, dim, outer, whole: convert.all_gather(x, axes, dim, outer, to="I", whole=whole)),
-    "reduce_scatter": ("P", "S", lambda x, axes, dim, outer, whole: convert.reduce_scatter(x, axes, dim, outer)),
+    "all_gather_R": (
+        "S",
+        "R",
+        lambda x, axes, dim, outer, whole: convert.all_gather(x, axes, dim, outer, to="R", whole=whole),
+    ),
+    "all_gather_I": (
+        "S",
+        "I",
+        lambda x, axes, dim, outer, whole: convert.all_gather(x, axes, dim, outer, to="I", whole=whole),
+    ),
+    "reduce_scatter": (
+        "P",
+        "S",
+        lambda x, axes, dim, outer, whole: convert.reduce_scatter(x, axes, dim, outer),
+    ),
     "shard_R": ("R", "S", lambda x, axes, dim, outer, whole: convert.shard(x, axes, dim, outer, source="R")),
     "shard_I": ("I", "S", lambda x, axes, dim, outer, whole: convert.shard(x, axes, dim, outer, source="I")),
     "partial_R": ("R", "P", lambda x, axes, dim, outer, whole: convert.partial(x, axes, source="R")),

@@ -1,4 +1,5 @@
-"""The single-device operators on a GPU: the grouped matmul against the loop, its edges, and bitwise repetition."""
+"""The single-device operators on a GPU: the grouped matmul against the loop, its edges, and bitwise
+repetition."""
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ from tests.ops.layers import plain, whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-COUNTS = {"even": [16, 16, 16, 16], "empty experts": [0, 41, 0, 3], "one expert": [0, 0, 64, 0], "odd": [1, 2, 3, 5]}
+COUNTS = {
+    "even": [16, 16, 16, 16],
+    "empty experts": [0, 41, 0, 3],
+    "one expert": [0, 0, 64, 0],
+    "odd": [1, 2, 3, 5],
+}
 
 
 def _near(got, exact):
@@ -22,7 +28,9 @@ def _near(got, exact):
 def test_grouped_linear_and_its_gradients(counts, transposed, width):
     counts = torch.tensor(COUNTS[counts], device="cuda")
     rows = torch.randn(int(counts.sum()), width, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(4, *((width, 24) if transposed else (24, width)), device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(
+        4, *((width, 24) if transposed else (24, width)), device="cuda", dtype=torch.bfloat16
+    )
     cotangent = torch.randn(rows.shape[0], 24, device="cuda", dtype=torch.bfloat16)
     results = []
     for dtype in (torch.bfloat16, torch.float64):
@@ -52,7 +60,9 @@ def test_layer_is_right_and_bitwise_repeatable(dtype):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
     doubles = [t.detach().double().requires_grad_() for t in (x, *rest)]
     exact = plain(doubles[0], ids, *doubles[1:])
-    for got, want in zip(runs[0], [exact, *torch.autograd.grad(exact, doubles, cotangent.double())], strict=True):
+    for got, want in zip(
+        runs[0], [exact, *torch.autograd.grad(exact, doubles, cotangent.double())], strict=True
+    ):
         _near(got, want)
 
 
@@ -73,7 +83,9 @@ def test_draws_and_cross_entropy_agree_with_the_cpu():
     assert torch.equal(random.uniform(factors, seed.cuda(), 7).cpu(), random.uniform(factors, seed, 7))
     logits, labels = torch.randn(9, 50, dtype=torch.float64), torch.randint(0, 50, (9,))
     on_cpu = vocab.vocab_parallel_cross_entropy(logits, labels, ())
-    torch.testing.assert_close(vocab.vocab_parallel_cross_entropy(logits.cuda(), labels.cuda(), ()).cpu(), on_cpu)
+    torch.testing.assert_close(
+        vocab.vocab_parallel_cross_entropy(logits.cuda(), labels.cuda(), ()).cpu(), on_cpu
+    )
 
 
 def test_compiled_draws_are_the_eager_ones():

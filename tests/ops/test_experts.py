@@ -1,4 +1,5 @@
-"""The single-device MoE operators: against plain torch, in every dtype, at the edges, and under torch.export."""
+"""The single-device MoE operators: against plain torch, in every dtype, at the edges, and under
+torch.export."""
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, *rest: whole(x, ids, *rest), (x, *rest))
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize(
+    "dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
 def test_lower_precision_keeps_its_dtype(dtype, tolerance):
     ids, (x, *rest) = _operands(9, dtype)
     out = whole(x, ids, *rest)
@@ -151,12 +154,14 @@ def test_sort_by_expert_ignores_numbers_beyond_the_last_expert():
     assert order.tolist() == [1, 4, 3, 0, 2] and counts.tolist() == [2, 0, 1, 0]
 
 
-# ---- a tail: assignments that belong to no expert -------------------------------------------------------------------------------
+# ---- a tail: assignments that belong to no expert ----------------------------------------------------------
 
 
 def _with_tail(x, ids, weights, up, bias, down):
     rows, counts, order = moe.dispatch(x, ids, E, True)
-    h = torch.relu(moe.grouped_linear(rows, up, counts, False, True) + moe.expert_rows(bias, counts, rows, True))
+    h = torch.relu(
+        moe.grouped_linear(rows, up, counts, False, True) + moe.expert_rows(bias, counts, rows, True)
+    )
     return moe.combine(moe.grouped_linear(h, down, counts, True, True), order, weights)
 
 
@@ -175,8 +180,14 @@ def test_rows_of_no_expert(dropped):
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
     rows, counts, order = moe.dispatch(x, sent, E, True)
-    assert counts.sum() == keep.sum() and sorted(order[counts.sum() :].tolist()) == (~keep).flatten().nonzero().flatten().tolist()
-    for out in (moe.grouped_linear(rows, params[0], counts, False, True), moe.expert_rows(params[1], counts, rows, True)):
+    assert (
+        counts.sum() == keep.sum()
+        and sorted(order[counts.sum() :].tolist()) == (~keep).flatten().nonzero().flatten().tolist()
+    )
+    for out in (
+        moe.grouped_linear(rows, params[0], counts, False, True),
+        moe.expert_rows(params[1], counts, rows, True),
+    ):
         assert not out[counts.sum() :].any()
 
 

@@ -1,4 +1,5 @@
-"""The gather of ZeRO-3 by itself, as a compiled graph has it: its adjoint sums in the dtype that it is told."""
+"""The gather of ZeRO-3 by itself, as a compiled graph has it: its adjoint sums in the dtype that it is
+told."""
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ def summed(summed_in):
 
 
 # In bfloat16 the sum depends on the order; in float32 it is 259, which is rounded once, to 260.
-@pytest.mark.parametrize("summed_in, sums, size", [(None, {256.0, 258.0, 260.0}, 8), (torch.float32, {260.0}, 16)])
+@pytest.mark.parametrize(
+    "summed_in, sums, size", [(None, {256.0, 258.0, 260.0}, 8), (torch.float32, {260.0}, 16)]
+)
 def test_the_adjoint_sums_in_the_dtype_it_is_told(ranks, summed_in, sums, size):
     for value, dtype, moved in ranks(4).run(summed, summed_in):
         assert value in sums and dtype == torch.bfloat16 and moved == [size]

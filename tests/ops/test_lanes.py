@@ -1,4 +1,5 @@
-"""Tensor-parallel experts fed by slices of the tokens, on ranks, against the layer on one device: values and every gradient."""
+"""Tensor-parallel experts fed by slices of the tokens, on ranks, against the layer on one device: values and
+every gradient."""
 
 import pytest
 import torch
@@ -30,7 +31,12 @@ def _problem(routing):
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
     ids = torch.tensor(experts)[torch.randint(len(experts), (sum(sizes), K), generator=generator)]
     x, weights, cotangent = make(sum(sizes), H), make(sum(sizes), K), make(sum(sizes), H)
-    return sizes, ids, cotangent, dict(x=x, weights=weights, up=make(E, F, H), bias=make(E, F), down=make(E, F, H))
+    return (
+        sizes,
+        ids,
+        cotangent,
+        dict(x=x, weights=weights, up=make(E, F, H), bias=make(E, F), down=make(E, F, H)),
+    )
 
 
 def _layer(x, ids, weights, up, bias, down, split, lane):
@@ -40,7 +46,9 @@ def _layer(x, ids, weights, up, bias, down, split, lane):
     index = lanes.lane_index(received, totals)
     rows = lanes.pick_rows(lanes.gather_lanes(rows, lane, totals), index)
     assert rows.shape[0] == int(counts.sum())
-    rows = lanes.scatter_lanes(lanes.spread_lanes(_body(rows, counts, up, bias, down), index, totals), lane, totals)
+    rows = lanes.scatter_lanes(
+        lanes.spread_lanes(_body(rows, counts, up, bias, down), index, totals), lane, totals
+    )
     return moe.combine(moe.all_to_all_single(rows, send, recv, split), order, weights)
 
 
@@ -55,20 +63,37 @@ def _on_rank(routing, shape, names, split, lane):
     start = sum(sizes[:slice_])
     take = lambda t: t[start : start + sizes[slice_]].clone()
     e, t = ctx.coordinate(split), ctx.coordinate(lane)
-    mine = {name: take(given[name]) if name in ("x", "weights") else _piece(_piece(given[name], 0, e, ctx.size(split)), 1, t, ctx.size(lane)).clone() for name in given}
+    mine = {
+        name: take(given[name])
+        if name in ("x", "weights")
+        else _piece(_piece(given[name], 0, e, ctx.size(split)), 1, t, ctx.size(lane)).clone()
+        for name in given
+    }
     for value in mine.values():
         value.requires_grad_()
     with context.use(ctx), context.count_collectives() as log:
-        out = _layer(mine["x"], take(ids), mine["weights"], mine["up"], mine["bias"], mine["down"], split, lane)
+        out = _layer(
+            mine["x"], take(ids), mine["weights"], mine["up"], mine["bias"], mine["down"], split, lane
+        )
     with context.count_collectives() as back:
         out.backward(take(cotangent))
-    return slice_, (e, t), out.detach(), {n: v.grad for n, v in mine.items()}, [c.op for c in log], [c.op for c in back]
+    return (
+        slice_,
+        (e, t),
+        out.detach(),
+        {n: v.grad for n, v in mine.items()},
+        [c.op for c in log],
+        [c.op for c in back],
+    )
 
 
 def _same_weights(pieces, wanted):
     """pieces[e, t]: gradients of the experts' parts that coordinates e and t hold."""
     for name in ("up", "bias", "down"):
-        grid = [[pieces[e, t][name] for t in range(1 + max(t for _, t in pieces))] for e in range(1 + max(e for e, _ in pieces))]
+        grid = [
+            [pieces[e, t][name] for t in range(1 + max(t for _, t in pieces))]
+            for e in range(1 + max(e for e, _ in pieces))
+        ]
         torch.testing.assert_close(torch.cat([torch.cat(row, 1) for row in grid]), wanted[name].grad)
 
 
@@ -88,12 +113,19 @@ def test_lanes_compute_what_one_device_does(ranks, layout, routing):
     _same_weights(pieces, wanted)
     forward, backward = answers[0][4], answers[0][5]
     travels = ["all_to_all"] * (len({e for e, _ in pieces}) > 1)
-    assert forward == ["all_gather", *travels, "all_gather", "reduce_scatter", *travels]  # the exchange of counts first
+    assert forward == [
+        "all_gather",
+        *travels,
+        "all_gather",
+        "reduce_scatter",
+        *travels,
+    ]  # the exchange of counts first
     assert backward == [*travels, "all_gather", "reduce_scatter", *travels]
 
 
 def _striped_layer(x, ids, weights, up, bias, down, split, lane):
-    """DeepSpeed-TED's order: all ranks of a lane group hold all its tokens; rows are sliced after the dispatch, gathered before the combine."""
+    """DeepSpeed-TED's order: all ranks of a lane group hold all its tokens; rows are sliced after the
+    dispatch, gathered before the combine."""
     order, counts = moe.route(ids, E, stripes=lane)
     rows = convert.shard(moe.permute_rows(x, order, K), lane, 0, 1, "I")
     send, recv, totals, received, counts = lanes.exchange_lanes(counts, (*lane, *split), split)
@@ -112,14 +144,19 @@ def _striped_on_rank(routing, shape, names, split, lane):
     e, t, groups = ctx.coordinate(split), ctx.coordinate(lane), ctx.size(split)
     starts = [sum(sizes[: i * 4 // groups]) for i in range(groups + 1)]
     take = lambda x: x[starts[e] : starts[e + 1]].clone()
-    mine = {name: take(given[name]) if name in ("x", "weights") else _piece(given[name], 0, e, groups).clone() for name in given}
+    mine = {
+        name: take(given[name]) if name in ("x", "weights") else _piece(given[name], 0, e, groups).clone()
+        for name in given
+    }
     for name in ("up", "bias", "down"):
         mine[name] = _piece(mine[name], 1, t, ctx.size(lane)).clone()
     for value in mine.values():
         value.requires_grad_()
     with context.use(ctx), context.count_collectives() as log:
         # The bias of the first product is cut with its features: nothing is partial before the second.
-        out = _striped_layer(mine["x"], take(ids), mine["weights"], mine["up"], mine["bias"], mine["down"], split, lane)
+        out = _striped_layer(
+            mine["x"], take(ids), mine["weights"], mine["up"], mine["bias"], mine["down"], split, lane
+        )
     with context.count_collectives() as back:
         out.backward(take(cotangent))
     return e, t, out.detach(), {n: v.grad for n, v in mine.items()}, [c.op for c in log], [c.op for c in back]
@@ -142,7 +179,14 @@ def test_rows_sliced_after_the_dispatch_compute_what_one_device_does(ranks, layo
     pieces = {a[:2]: a[3] for a in answers}
     _same_weights(pieces, wanted)
     travels = ["all_to_all"] * (len({e for e, _ in pieces}) > 1)
-    assert answers[0][4] == ["all_gather", *travels, "all_gather", "all_reduce", *travels, "all_gather"]  # the exchange of counts first
+    assert answers[0][4] == [
+        "all_gather",
+        *travels,
+        "all_gather",
+        "all_reduce",
+        *travels,
+        "all_gather",
+    ]  # the exchange of counts first
     assert answers[0][5] == [*travels, "all_gather", "all_reduce", *travels, "all_gather"]
 
 

@@ -13,7 +13,12 @@ LAYOUTS = {
     "ep4": (4, (4,), ("ep",), Roles(("ep",), tokens=("ep",), exchange=("ep",))),
     "owned tp2": (2, (2,), ("tp",), Roles(("tp",), owned=("tp",))),
     "owned tp2 x tp2": (4, (2, 2), ("a", "b"), Roles(("b", "a"), owned=("b", "a"))),
-    "ep2, lanes of tp2": (4, (2, 2), ("ep", "tp"), Roles(("ep",), tokens=("ep",), exchange=("ep",), lanes=("tp",))),
+    "ep2, lanes of tp2": (
+        4,
+        (2, 2),
+        ("ep", "tp"),
+        Roles(("ep",), tokens=("ep",), exchange=("ep",), lanes=("tp",)),
+    ),
     "folded ep2 x tp2": (
         4,
         (2, 2),
@@ -61,7 +66,14 @@ def _problem(routing, shards):
     x, weights = torch.randn(tokens, H, **double), torch.rand(tokens, K, **double)
     params = torch.randn(E, F, H, **double), torch.randn(E, F, **double), torch.randn(E, F, H, **double)
     stops = [sum(sizes[: i + 1]) for i in range(shards)]
-    return x, ids, weights, params, torch.randn(tokens, H, **double), [slice(a - n, a) for a, n in zip(stops, sizes)]
+    return (
+        x,
+        ids,
+        weights,
+        params,
+        torch.randn(tokens, H, **double),
+        [slice(a - n, a) for a, n in zip(stops, sizes)],
+    )
 
 
 def _leaves(*tensors):
@@ -87,7 +99,7 @@ def _on_rank(shape, names, roles):
         wanted += [p.grad.chunk(size)[place] for p in reference[2:]]
         got = [out, *(leaf.grad for leaf in mine)]
         for name, a, b in zip(("out", "x", "weights", "up", "bias", "down"), got, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m: f"{routing}, {name}: {m}")  # noqa: B023
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m: f"{routing}, {name}: {m}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -143,7 +155,10 @@ def _counts_on_rank():
         assert send == [[1, 5], [9, 0]][me] and recv == [[1, 9], [5, 0]][me]
         assert recv_counts.tolist() == [[[1, 0], [4, 5]], [[2, 3], [0, 0]]][me]
         assert mine.tolist() == [[5, 5], [2, 3]][me]
-        assert moe.expert_major(recv_counts, recv).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4]][me]
+        assert (
+            moe.expert_major(recv_counts, recv).tolist()
+            == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4]][me]
+        )
         assert [c.op for c in log] == ["all_gather"]
         with pytest.raises(ValueError, match="5 experts do not divide over 2"):
             moe.exchange_counts(torch.ones(5, dtype=torch.int64), ("ep",))

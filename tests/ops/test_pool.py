@@ -41,7 +41,9 @@ def test_ranks_persist_and_tensors_come_back(ranks):
 def test_a_failing_rank_is_named_and_the_pool_recovers():
     own = pool.RankPool(2)
     for rank in (0, 1):
-        with pytest.raises(pool.RankError, match=rf"rank {rank} of 2 failed in _fail(.|\n)*LookupError: only here"):
+        with pytest.raises(
+            pool.RankError, match=rf"rank {rank} of 2 failed in _fail(.|\n)*LookupError: only here"
+        ):
             own.run(_fail, rank)
         assert [answer[0] for answer in own.run(_state, None)] == [0, 1]
     with pytest.raises(pool.RankError, match="died"):

@@ -1,4 +1,5 @@
-"""A running sum along a sharded dim against torch on the whole: several axes, factors before the sharded one, integers, both ways."""
+"""A running sum along a sharded dim against torch on the whole: several axes, factors before the sharded one,
+integers, both ways."""
 
 import pytest
 import torch
@@ -6,7 +7,13 @@ import torch
 from tedfx.ops import context, prefix
 from tests.rules.simulate import Ranks
 
-LAYOUTS = [({"a": 2}, ("a",)), ({"a": 3}, ("a",)), ({"a": 2, "b": 2}, ("a", "b")), ({"a": 2, "b": 2}, ("b",)), ({"a": 1, "b": 2}, ("a", "b"))]
+LAYOUTS = [
+    ({"a": 2}, ("a",)),
+    ({"a": 3}, ("a",)),
+    ({"a": 2, "b": 2}, ("a", "b")),
+    ({"a": 2, "b": 2}, ("b",)),
+    ({"a": 1, "b": 2}, ("a", "b")),
+]
 
 
 def pieces(x, outer, size):

@@ -1,4 +1,5 @@
-"""Draws by global index: shards put together are the whole's draw, replicas agree, and the draws look random."""
+"""Draws by global index: shards put together are the whole's draw, replicas agree, and the draws look
+random."""
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def _on_rank():
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             with context.use(ctx):
                 local = random.uniform(factors, SEED, 3, dtype)
-            assert torch.equal(local, _cut(random.uniform(_whole(8, 12), SEED, 3, dtype), factors, ctx.coordinates)), name
+            assert torch.equal(
+                local, _cut(random.uniform(_whole(8, 12), SEED, 3, dtype), factors, ctx.coordinates)
+            ), name
         whole = random.dropout(x, 0.3, SEED, 3, _whole(8, 12))
         with context.use(ctx):
             local = random.dropout(_cut(x, factors, ctx.coordinates), 0.3, SEED, 3, factors)
@@ -56,7 +59,8 @@ def _on_rank():
 
 
 def _rows_on_rank():
-    """Rows of this rank's tokens, two choices each, in an order of their own: they draw what the whole draws at their assignments' numbers."""
+    """Rows of this rank's tokens, two choices each, in an order of their own: they draw what the whole draws
+    at their assignments' numbers."""
     ctx = pool.context((2, 2), ("a", "b"), (("a", "b"), ("b", "a")))
     whole = random.uniform(_whole(16, 6), SEED, 3)  # 8 tokens x 2 choices
     for name, (tokens, _) in CASES.items():
@@ -84,9 +88,12 @@ def test_statistics():
     assert abs(draws.mean() - 0.5) < 4 / (12 * n) ** 0.5
     bins = torch.histc(draws, 256, 0, 1)
     assert 150 < ((bins - n / 256) ** 2 / (n / 256)).sum() < 370  # chi square, 255 degrees, +- 5 sigma
-    for other in (random.uniform(_whole(256, 256), SEED + 1, 0, torch.float64).flatten(),
-                  random.uniform(_whole(256, 256), SEED, 1, torch.float64).flatten(),
-                  draws.roll(1), draws.roll(256)):
+    for other in (
+        random.uniform(_whole(256, 256), SEED + 1, 0, torch.float64).flatten(),
+        random.uniform(_whole(256, 256), SEED, 1, torch.float64).flatten(),
+        draws.roll(1),
+        draws.roll(256),
+    ):
         assert torch.corrcoef(torch.stack([draws, other]))[0, 1].abs() < 5 / n**0.5
     for bit in range(0, 24, 5):
         assert abs(((draws * 2 ** (bit + 1)).long() & 1).double().mean() - 0.5) < 5 / (2 * n**0.5)

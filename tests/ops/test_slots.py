@@ -1,4 +1,5 @@
-"""Rows in slots: the layer with a capacity in equal splits, against plain torch with dropped assignments weighed by zero."""
+"""Rows in slots: the layer with a capacity in equal splits, against plain torch with dropped assignments
+weighed by zero."""
 
 import pytest
 import torch
@@ -26,7 +27,13 @@ def problem(shard, routing, slots):
     hit = torch.nn.functional.one_hot(ids.flatten(), E)
     keep = (((hit.cumsum(0) - 1) * hit).sum(1) < slots).view(TOKENS, K)
     double = {"dtype": torch.float64, "generator": generator}
-    return torch.randn(TOKENS, H, **double), ids, keep, torch.rand(TOKENS, K, **double), torch.randn(TOKENS, H, **double)
+    return (
+        torch.randn(TOKENS, H, **double),
+        ids,
+        keep,
+        torch.rand(TOKENS, K, **double),
+        torch.randn(TOKENS, H, **double),
+    )
 
 
 def parameters():
@@ -96,7 +103,9 @@ def on_rank(shape, names, split, lanes, gathered):
             order = ops.route_slots(torch.where(keep[run], ids[run], E), E, SLOTS, lanes=lanes)
             rows = ops.send_slots(ops.fill_slots(tokens, order, K), split, local)
             rows = body(ops.gather_slots(rows, gathered, local) if gathered else rows, *mine[2:])
-            rows = ops.return_slots(ops.scatter_slots(rows, gathered, local) if gathered else rows, split, local)
+            rows = ops.return_slots(
+                ops.scatter_slots(rows, gathered, local) if gathered else rows, split, local
+            )
             out = convert.all_reduce(ops.combine_slots(rows, order, scale * keep[run]), lanes)
         out.backward(cotangent[run])
         assert [e.what for e in events] == ["route"] and not any(c.ragged for c in log)

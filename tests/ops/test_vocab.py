@@ -28,7 +28,12 @@ def _cross_entropy_on_rank(shape, names, axes):
     ctx = pool.context(shape, names, (axes,))
     size, place = ctx.size(axes), ctx.coordinate(axes)
     for name, labels in LABELS.items():
-        for dtype, scale in ((torch.float64, 1.0), (torch.float64, 1e4), (torch.float32, 1.0), (torch.bfloat16, 3.0)):
+        for dtype, scale in (
+            (torch.float64, 1.0),
+            (torch.float64, 1e4),
+            (torch.float32, 1.0),
+            (torch.bfloat16, 3.0),
+        ):
             generator = torch.Generator().manual_seed(3)
             target = torch.tensor(labels, dtype=torch.int64)
             logits = (torch.randn(len(labels), V, dtype=torch.float64, generator=generator) * scale).to(dtype)

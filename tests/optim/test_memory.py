@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tedfx._torch import TorchDispatchMode
-from tedfx.runtime.module import ParallelModule
 from tedfx.optim import ShardedOptimizer
+from tedfx.runtime.module import ParallelModule
 from tedfx.state.parameters import ParameterLayout
 from tests.optim.training import mesh
 
@@ -25,7 +25,11 @@ class Live(TorchDispatchMode):
         self._seen.pop(key, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        known = {
+            t.untyped_storage()._cdata
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor:
@@ -41,11 +45,23 @@ class Live(TorchDispatchMode):
 
 def experts(number, zero, dtype, names=("dp",)):
     """A module of stacked experts that is never called: gradients are set by hand."""
-    layouts = [ParameterLayout("experts", (number, 16, 8), None, (), ("dp",)), ParameterLayout("bias", (5,), None, (), ("dp",))]
-    values = {layout.name: torch.randn(layout.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype) for layout in layouts}
-    pm = ParallelModule(layouts, values.__getitem__, {}, mesh((2,), names), None, ("dp",), zero=zero, bucket_bytes=2048)
+    layouts = [
+        ParameterLayout("experts", (number, 16, 8), None, (), ("dp",)),
+        ParameterLayout("bias", (5,), None, (), ("dp",)),
+    ]
+    values = {
+        layout.name: torch.randn(
+            layout.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+        ).to(dtype)
+        for layout in layouts
+    }
+    pm = ParallelModule(
+        layouts, values.__getitem__, {}, mesh((2,), names), None, ("dp",), zero=zero, bucket_bytes=2048
+    )
     for name, placed in pm._placed.items():
-        pm._parameter(name).grad = placed.dtensor(torch.full(placed.share.shape, 0.1, dtype=dtype), placed.share.placements)
+        pm._parameter(name).grad = placed.dtensor(
+            torch.full(placed.share.shape, 0.1, dtype=dtype), placed.share.placements
+        )
     return pm
 
 
@@ -61,12 +77,22 @@ def peaks(zero, dtype, tile, options):
     return found
 
 
-@pytest.mark.parametrize("dtype,options", [(torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, dict(offload="cpu")), (torch.float32, dict(foreach=True))])
+@pytest.mark.parametrize(
+    "dtype,options",
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, dict(offload="cpu")),
+        (torch.float32, dict(foreach=True)),
+    ],
+)
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_the_spike_is_a_tile(ranks, zero, dtype, options):
     tile = 256
     (found, _) = ranks(2).run(peaks, zero, dtype, tile, options)
-    bound = 8 * 4 * tile + (3 * 2048 if zero else 0)  # eight tensors of a tile in float32; a bucket, its own part and the copy
+    bound = 8 * 4 * tile + (
+        3 * 2048 if zero else 0
+    )  # eight tensors of a tile in float32; a bucket, its own part and the copy
     assert max(found.values()) <= bound, found
     assert found[64] <= found[16] * 1.05, found  # four times the experts
 
@@ -86,7 +112,14 @@ def by_stage(zero, dtype):
     assert all((master is None) == (dtype == torch.float32) for master in held.values())
     with Live() as live:
         optimizer.step()
-    return {name: (tuple(p.to_local().shape), p.full_tensor().float().clone()) for name, p in pm.named_parameters()}, float(optimizer.grad_norm), live.most
+    return (
+        {
+            name: (tuple(p.to_local().shape), p.full_tensor().float().clone())
+            for name, p in pm.named_parameters()
+        },
+        float(optimizer.grad_norm),
+        live.most,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,16 +1,17 @@
-"""1-bit Adam: warm-up as AdamW, momentum that travels with one bit per element, errors that are fed back, bytes as counted, and a run that goes on."""
+"""1-bit Adam: warm-up as AdamW, momentum that travels with one bit per element, errors that are fed back,
+bytes as counted, and a run that goes on."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import tedfx
-from tedfx.saving.folder import CheckpointError
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim import OneBitAdam
 from tedfx.optim.compression import CompressedMean
 from tedfx.optim.volume import ring_bytes
 from tedfx.runtime.state_dict import StateError
+from tedfx.saving.folder import CheckpointError
 from tests.module import toy
 from tests.optim.training import assert_replicas_equal, loss_of, mesh, module, parameters
 
@@ -32,7 +33,7 @@ def weights(pm):
     return {name: full.clone() for name, full in pm.gather_parameters().items()}
 
 
-# ---- warm-up -------------------------------------------------------------------------------------------------------
+# ---- warm-up -----------------------------------------------------------------------------------------------
 
 
 def halve(optimizer):
@@ -42,7 +43,10 @@ def halve(optimizer):
 def warmup(shape, names):
     """Two groups, a schedule, a parameter without a gradient in one step: torch.optim.AdamW to 1e-12."""
     model = toy.Mlp()
-    split = lambda named: [dict(params=[named["head"]], lr=0.2, weight_decay=0.0), dict(params=[p for n, p in named.items() if n != "head" and p.requires_grad])]  # noqa: E731
+    split = lambda named: [
+        dict(params=[named["head"]], lr=0.2, weight_decay=0.0),
+        dict(params=[p for n, p in named.items() if n != "head" and p.requires_grad]),
+    ]
     reference = torch.optim.AdamW(split(dict(model.named_parameters())), **OPTIONS)
     pm = module(shape, names, 0)
     optimizer = OneBitAdam(split(dict(pm.named_parameters())), module=pm, warmup_steps=9, **OPTIONS)
@@ -66,20 +70,24 @@ def test_the_warmup_is_adamw(ranks, shape, names):
     ranks(4).run(warmup, shape, names)
 
 
-# ---- the compressed mean -------------------------------------------------------------------------------------------
+# ---- the compressed mean -----------------------------------------------------------------------------------
 
 
 def means():
-    """The first mean is signs and scales of two compressions, by hand; means of equal tensors add up to what was sent, by error feedback; replicas agree bit by bit; padding stays zero."""
+    """The first mean is signs and scales of two compressions, by hand; means of equal tensors add up to what
+    was sent, by error feedback; replicas agree bit by bit; padding stays zero."""
     rank, sizes = dist.get_rank(), [(1, 70), (2, 33), (1, 3), (1, 64)]
     each = CompressedMean(sizes, dist.group.WORLD, torch.float64, torch.device("cpu"))
     assert each.width % 8 == 0 and each.message == each.width // 8 + 5 * 8 + 4
     draw = torch.Generator().manual_seed(0)
-    everyone = [[torch.randn(*size, generator=draw, dtype=torch.float64) * 10**k for k, size in enumerate(sizes)] for _ in range(4)]
+    everyone = [
+        [torch.randn(*size, generator=draw, dtype=torch.float64) * 10**k for k, size in enumerate(sizes)]
+        for _ in range(4)
+    ]
     mine, want = everyone[rank], [sum(values) / 4 for values in zip(*everyone)]
 
     # By hand, of the last member: 64 elements, 16 to a row.
-    compress = lambda x: x.abs().mean(-1, keepdim=True) * torch.where(x >= 0, 1.0, -1.0).double()  # noqa: E731
+    compress = lambda x: x.abs().mean(-1, keepdim=True) * torch.where(x >= 0, 1.0, -1.0).double()
     rows = [compress(values[3].view(4, 16)) for values in everyone]
     served = compress(sum(rows) / 4)
     first = each.mean(mine, [True] * 4)
@@ -104,9 +112,15 @@ def means():
     dist.all_gather(servers, each.server_error)
     left = errors + torch.cat(servers)
     for index, (have, value) in enumerate(zip(total, want)):
-        assert torch.allclose(have + each._take(left, index), 200 * value, rtol=1e-9, atol=1e-9 * float(value.abs().max())), index
+        assert torch.allclose(
+            have + each._take(left, index), 200 * value, rtol=1e-9, atol=1e-9 * float(value.abs().max())
+        ), index
     padding = each._rows([torch.ones(size, dtype=torch.float64) for size in sizes]) == 0
-    assert padding.any() and not each.worker_error[padding].any() and not each.server_error[0][padding[rank]].any()
+    assert (
+        padding.any()
+        and not each.worker_error[padding].any()
+        and not each.server_error[0][padding[rank]].any()
+    )
 
 
 def test_the_compressed_mean(ranks):
@@ -114,24 +128,30 @@ def test_the_compressed_mean(ranks):
 
 
 def absent():
-    """A member that no rank has is None everywhere and keeps its errors; one that some rank has is the mean of all."""
+    """A member that no rank has is None everywhere and keeps its errors; one that some rank has is the mean
+    of all."""
     rank = dist.get_rank()
     each = CompressedMean([(1, 20), (1, 40)], dist.group.WORLD, torch.float64, torch.device("cpu"))
-    values = [torch.randn(1, size, generator=torch.Generator().manual_seed(rank), dtype=torch.float64) for size in (20, 40)]
+    values = [
+        torch.randn(1, size, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+        for size in (20, 40)
+    ]
     each.mean(values, [True, True])
     before = each.worker_error.clone(), each.server_error.clone()
     assert before[0].any() and before[1].any()
     found = each.mean(values, [rank == 1, False])
     assert found[1] is None and found[0].shape == (1, 20)
     for error, old in zip((each.worker_error, each.server_error), before):
-        assert torch.equal(each._part(error, 1), each._part(old, 1)) and not torch.equal(each._part(error, 0), each._part(old, 0))
+        assert torch.equal(each._part(error, 1), each._part(old, 1)) and not torch.equal(
+            each._part(error, 0), each._part(old, 0)
+        )
 
 
 def test_members_without_a_value(ranks):
     ranks(2).run(absent)
 
 
-# ---- after the warm-up ---------------------------------------------------------------------------------------------
+# ---- after the warm-up -------------------------------------------------------------------------------------
 
 
 def exact_mean(self, values, have):
@@ -165,7 +185,8 @@ def frozen_adam(model, optimizer_steps, warm, loss):
 
 
 def scale(shape, names, micro):
-    """With an exact mean in place of the compressed one, the run is Adam with a frozen variance, of the *sum* of the ranks' gradients; also over micro-batches."""
+    """With an exact mean in place of the compressed one, the run is Adam with a frozen variance, of the *sum*
+    of the ranks' gradients; also over micro-batches."""
     real, CompressedMean.mean = CompressedMean.mean, exact_mean
     try:
         pm = module(shape, names, 0, bucket_bytes=100)
@@ -181,7 +202,12 @@ def scale(shape, names, micro):
     finally:
         CompressedMean.mean = real
     assert len(optimizer._exchanges) > 1
-    model = frozen_adam(toy.Mlp(), 7, 3, lambda model, step: sum(model(*toy.data(10 * step + part))["loss"] for part in range(micro)))
+    model = frozen_adam(
+        toy.Mlp(),
+        7,
+        3,
+        lambda model, step: sum(model(*toy.data(10 * step + part))["loss"] for part in range(micro)),
+    )
     assert toy.worst(pm.gather_parameters(), parameters(model)) < 1e-11
     assert all(float(state["step"]) == 7 for name, state in optimizer.named_state().items())
 
@@ -192,7 +218,8 @@ def test_the_momentum_is_that_of_the_sum(ranks, shape, names, micro):
 
 
 def replicas(dtype):
-    """Parameters and momenta are bitwise the same where ranks hold the same, float32 masters too; and p.grad is unsynced and says so."""
+    """Parameters and momenta are bitwise the same where ranks hold the same, float32 masters too; and p.grad
+    is unsynced and says so."""
     pm = module((2, 2), ("dp", "ep"), 0, dtype)
     optimizer = OneBitAdam(pm, warmup_steps=2, bucket=60, **OPTIONS)
     for step in range(6):
@@ -208,7 +235,9 @@ def replicas(dtype):
     for name, share in optimizer._shares.items():
         assert tuple(share.parameter.grad.placements) == share.placed.unsynced != share.placed.placements
         if share.master is not None:
-            assert torch.equal(share.master.to(dtype), share.parameter.to_local().reshape(-1)) and not torch.equal(share.master.to(dtype).float(), share.master)
+            assert torch.equal(
+                share.master.to(dtype), share.parameter.to_local().reshape(-1)
+            ) and not torch.equal(share.master.to(dtype).float(), share.master)
     assert pm.reductions == []
 
 
@@ -240,11 +269,16 @@ def tokens(step):
 
 
 def experts():
-    """Experts are summed over dp, what is dense over dp and ep, each by its own axes and its own number of ranks; experts of ep alone need no collective and stay exact."""
+    """Experts are summed over dp, what is dense over dp and ep, each by its own axes and its own number of
+    ranks; experts of ep alone need no collective and stay exact."""
     torch.manual_seed(0)
     model = Experts().double()
     x, labels = tokens(0)
-    made = lambda shape, names: tedfx.parallelize(model, mesh(shape, names), example_inputs=dict(zip(("x", "labels"), [x[: 16 // 4], labels[: 16 // 4]])))  # noqa: E731
+    made = lambda shape, names: tedfx.parallelize(
+        model,
+        mesh(shape, names),
+        example_inputs=dict(zip(("x", "labels"), [x[: 16 // 4], labels[: 16 // 4]])),
+    )
     both, alone = made((2, 2), ("dp", "ep")), made((4,), ("ep",))
     real, CompressedMean.mean = CompressedMean.mean, exact_mean
     try:
@@ -256,27 +290,40 @@ def experts():
                 x, labels = (value.chunk(count)[index] for value in tokens(step))
                 pm(x, labels=labels).backward()
                 optimizer.step()
-            axes = {share.placed.reduce_axes: exchange.ranks for exchange, shares in optimizer._exchanges for share in shares}
+            axes = {
+                share.placed.reduce_axes: exchange.ranks
+                for exchange, shares in optimizer._exchanges
+                for share in shares
+            }
             assert axes == ({("dp",): 2, ("dp", "ep"): 4} if pm is both else {("ep",): 4}), axes
     finally:
         CompressedMean.mean = real
     torch.manual_seed(0)
     want = frozen_adam(Experts().double(), 5, 2, lambda model, step: model(*tokens(step)))
     assert toy.worst(both.gather_parameters(), parameters(want)) < 1e-11
-    assert max(float((a - b).abs().max()) for a, b in zip(alone.gather_parameters().values(), both.gather_parameters().values())) > 1e-6  # AdamW's own variance there
+    assert (
+        max(
+            float((a - b).abs().max())
+            for a, b in zip(alone.gather_parameters().values(), both.gather_parameters().values())
+        )
+        > 1e-6
+    )  # AdamW's own variance there
 
 
 def test_experts_and_dense_parameters_have_their_own_axes(ranks):
     ranks(4).run(experts)
 
 
-# ---- error feedback ------------------------------------------------------------------------------------------------
+# ---- error feedback ----------------------------------------------------------------------------------------
 
 
 def descend(feedback, steps=60, warm=5):
-    """How far above its minimum the loss ends, at a falling rate: least squares in one bias, where the ranks' own gradients do not vanish at the minimum."""
+    """How far above its minimum the loss ends, at a falling rate: least squares in one bias, where the ranks'
+    own gradients do not vanish at the minimum."""
     pm = module((2,), ("dp",), 0)
-    optimizer = OneBitAdam([pm._parameter("mlp.bias")], module=pm, warmup_steps=warm, lr=0.2, betas=(0.5, 0.9), weight_decay=0.0)
+    optimizer = OneBitAdam(
+        [pm._parameter("mlp.bias")], module=pm, warmup_steps=warm, lr=0.2, betas=(0.5, 0.9), weight_decay=0.0
+    )
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.92)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -289,7 +336,7 @@ def descend(feedback, steps=60, warm=5):
         optimizer.step()
         schedule.step()
     model, batch = toy.Mlp().requires_grad_(False), toy.data(0)
-    loss_at = lambda bias: torch.func.functional_call(model, {"mlp.bias": bias, "tied": bias}, batch)["loss"]  # noqa: E731
+    loss_at = lambda bias: torch.func.functional_call(model, {"mlp.bias": bias, "tied": bias}, batch)["loss"]
     start = model.mlp.bias.detach()
     gradient, curvature = torch.func.grad(loss_at)(start), torch.func.hessian(loss_at)(start)
     return float(loss.detach() - loss_at(start - torch.linalg.solve(curvature, gradient)))
@@ -304,11 +351,12 @@ def test_error_feedback_converges_where_signs_alone_do_not(ranks):
     assert 0 <= fed < unfed / 20 and unfed > 5e-3, (fed, unfed)
 
 
-# ---- variances of zero, gradients that are missing -----------------------------------------------------------------
+# ---- variances of zero, gradients that are missing ---------------------------------------------------------
 
 
 def zero_variance():
-    """Elements whose gradient was zero in the whole warm-up move afterwards, and by steps of the size of all others."""
+    """Elements whose gradient was zero in the whole warm-up move afterwards, and by steps of the size of all
+    others."""
     pm = module((2,), ("dp",), 0)
     optimizer = OneBitAdam(pm, warmup_steps=3, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
     largest, before = 0.0, weights(pm)
@@ -321,9 +369,14 @@ def zero_variance():
         optimizer.step()
         now = weights(pm)
         if step < 3:
-            assert torch.equal(now["mlp.gate_up"][:, 0], before["mlp.gate_up"][:, 0]) and not torch.equal(now["mlp.gate_up"][:, 1], before["mlp.gate_up"][:, 1])
+            assert torch.equal(now["mlp.gate_up"][:, 0], before["mlp.gate_up"][:, 0]) and not torch.equal(
+                now["mlp.gate_up"][:, 1], before["mlp.gate_up"][:, 1]
+            )
         else:
-            assert not torch.equal(now["mlp.gate_up"][:, 0], before["mlp.gate_up"][:, 0]) and now["scales.1.weight"][0] != before["scales.1.weight"][0]
+            assert (
+                not torch.equal(now["mlp.gate_up"][:, 0], before["mlp.gate_up"][:, 0])
+                and now["scales.1.weight"][0] != before["scales.1.weight"][0]
+            )
             largest = max(largest, *(float((now[name] - before[name]).abs().max()) for name in now))
         before = now
     assert largest < 10 * 0.01, largest
@@ -334,7 +387,8 @@ def test_a_frozen_variance_of_zero(ranks):
 
 
 def missing():
-    """`head` has no gradient in the warm-up: it goes on as AdamW, exactly, whatever the rest does. In a step where no rank has one for it, or for a compressed parameter, nothing of it changes."""
+    """`head` has no gradient in the warm-up: it goes on as AdamW, exactly, whatever the rest does. In a step
+    where no rank has one for it, or for a compressed parameter, nothing of it changes."""
     pm = module((2,), ("dp",), 0)
     optimizer = OneBitAdam(pm, warmup_steps=2, **OPTIONS)
     head = torch.nn.Parameter(pm.gather_parameters()["head"].clone())
@@ -349,7 +403,10 @@ def missing():
             pm._parameter("mlp.down").grad = None  # on both ranks
         if step == 6 and dist.get_rank() == 0:
             pm._parameter("mlp.down").grad = None  # on one of them, where the other's still counts
-        before, counts = weights(pm), {name: float(state["step"]) for name, state in optimizer.named_state().items()}
+        before, counts = (
+            weights(pm),
+            {name: float(state["step"]) for name, state in optimizer.named_state().items()},
+        )
         optimizer.step()
         reference.step()
         now = weights(pm)
@@ -357,7 +414,9 @@ def missing():
         assert toy.difference(now["head"], head) < 1e-12
         still = {name for name in now if torch.equal(now[name], before[name])} - {"frozen"}
         assert still == (set() if used else {"head"}) | ({"mlp.down"} if step == 5 else set()), (step, still)
-        assert {name for name, state in optimizer.named_state().items() if float(state["step"]) == counts[name]} == still
+        assert {
+            name for name, state in optimizer.named_state().items() if float(state["step"]) == counts[name]
+        } == still
         assert_replicas_equal(pm)
 
 
@@ -365,11 +424,12 @@ def test_parameters_without_a_gradient(ranks):
     ranks(2).run(missing)
 
 
-# ---- bytes ---------------------------------------------------------------------------------------------------------
+# ---- bytes -------------------------------------------------------------------------------------------------
 
 
 class Counted:
-    """Bytes a rank sends in these groups, by the ring formulas, from the tensors that torch.distributed is given."""
+    """Bytes a rank sends in these groups, by the ring formulas, from the tensors that torch.distributed is
+    given."""
 
     def __init__(self, monkeypatch, groups):
         self.sent, self.calls = 0.0, []
@@ -389,7 +449,12 @@ class Counted:
         count(dist, "all_reduce", "all_reduce", 0)
         count(dist, "all_to_all_single", "all_to_all", 1)
         count(_torch, "gather_into", "all_gather", 0)
-        for owner, name in ((dist, "all_gather"), (dist, "broadcast"), (dist, "reduce_scatter"), (_torch, "scatter_into")):
+        for owner, name in (
+            (dist, "all_gather"),
+            (dist, "broadcast"),
+            (dist, "reduce_scatter"),
+            (_torch, "scatter_into"),
+        ):
             count(owner, name, "all_gather", 0)
 
 
@@ -403,36 +468,51 @@ class Wide(torch.nn.Module):
 
 
 def volume():
-    """20 steps of 16-bit gradients, 15 % warm-up: what torch.distributed is given is what `volume` says, and 1 / (0.15 + 0.85 / 16) = 4.92 times less than all-reduces of the gradients."""
+    """20 steps of 16-bit gradients, 15 % warm-up: what torch.distributed is given is what `volume` says, and
+    1 / (0.15 + 0.85 / 16) = 4.92 times less than all-reduces of the gradients."""
     x = torch.randn(8, 256, dtype=torch.bfloat16)
     pm = tedfx.parallelize(Wide().to(torch.bfloat16), mesh((2,), ("dp",)), example_inputs={"x": x})
     optimizer = OneBitAdam(pm, warmup_steps=3, bucket=2**17)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        counted = Counted(monkeypatch, [group for group in pm._boundary._groups.values() if group is not None])
+        counted = Counted(
+            monkeypatch, [group for group in pm._boundary._groups.values() if group is not None]
+        )
         for step in range(20):
             before = counted.sent
             optimizer.zero_grad()
             pm(x).backward()
             optimizer.step()
             if step == 2:
-                before += ring_bytes("all_reduce", 0, 2)  # the freeze itself talks over the whole mesh: one number per parameter, once
+                before += ring_bytes(
+                    "all_reduce", 0, 2
+                )  # the freeze itself talks over the whole mesh: one number per parameter, once
             assert optimizer.volume.last == counted.sent - before
-            assert counted.calls == (["all_reduce"] * 2 if step < 3 else ["all_to_all", "all_gather"] * 2), step  # a bucket and its counts; two buckets
+            assert counted.calls == (["all_reduce"] * 2 if step < 3 else ["all_to_all", "all_gather"] * 2), (
+                step
+            )  # a bucket and its counts; two buckets
             counted.calls.clear()
     elements = 2 * 256 * 512
-    assert optimizer.volume.steps == 20 and optimizer.volume.sent == counted.sent and optimizer.volume.uncompressed == 20 * 2 * elements
+    assert (
+        optimizer.volume.steps == 20
+        and optimizer.volume.sent == counted.sent
+        and optimizer.volume.uncompressed == 20 * 2 * elements
+    )
     gradients, signs = 3 * 2 * elements, 17 * 2 * elements / 16
-    overhead = 3 * 2 * 4 + 17 * 2 * 2 * (4 + 1)  # counts of the warm-up; per step, tensor and direction a scale and a flag
+    overhead = 3 * 2 * 4 + 17 * 2 * 2 * (
+        4 + 1
+    )  # counts of the warm-up; per step, tensor and direction a scale and a flag
     assert counted.sent == gradients + signs + overhead
     return 20 * 2 * elements / counted.sent
 
 
 def test_the_volume(ranks):
     ratio = ranks(2).run(volume)[0]
-    assert abs(ratio / (1 / (0.15 + 0.85 / 16)) - 1) < 1e-3 and round(1 / (0.15 + 0.85 / 16), 2) == 4.92, ratio
+    assert abs(ratio / (1 / (0.15 + 0.85 / 16)) - 1) < 1e-3 and round(1 / (0.15 + 0.85 / 16), 2) == 4.92, (
+        ratio
+    )
 
 
-# ---- a run that goes on --------------------------------------------------------------------------------------------
+# ---- a run that goes on ------------------------------------------------------------------------------------
 
 
 def same(pm, optimizer, other, more):
@@ -441,12 +521,15 @@ def same(pm, optimizer, other, more):
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
     for name, state in optimizer.named_state().items():
         for key, value in state.items():
-            local = lambda value: value.to_local() if hasattr(value, "to_local") else value  # noqa: E731
+            local = lambda value: value.to_local() if hasattr(value, "to_local") else value
             assert torch.equal(local(value), local(more.named_state()[name][key])), (name, key)
 
 
 def resumed(folder, dtype):
-    made = lambda warm=2, shape=(2, 2), names=("dp", "tp"): (pm := module(shape, names, 0, dtype), OneBitAdam(pm, warmup_steps=warm, bucket=60, **OPTIONS))  # noqa: E731
+    made = lambda warm=2, shape=(2, 2), names=("dp", "tp"): (
+        pm := module(shape, names, 0, dtype),
+        OneBitAdam(pm, warmup_steps=warm, bucket=60, **OPTIONS),
+    )
     pm, optimizer = made()
     checkpoints = tedfx.Checkpointer(folder, pm, optimizer, keep=9)
     train(pm, optimizer, 1)
@@ -454,7 +537,11 @@ def resumed(folder, dtype):
     train(pm, optimizer, 4, start=1)
     checkpoints.save(5)
     saved, params = optimizer.state_dict(), weights(pm)
-    saved = {**saved, "state": {n: {k: v.clone() for k, v in each.items()} for n, each in saved["state"].items()}, "errors": {k: v.clone() for k, v in saved["errors"].items()}}
+    saved = {
+        **saved,
+        "state": {n: {k: v.clone() for k, v in each.items()} for n, each in saved["state"].items()},
+        "errors": {k: v.clone() for k, v in saved["errors"].items()},
+    }
     train(pm, optimizer, 2, start=5)
     assert saved["errors"] and any(value.any() for value in saved["errors"].values())
 
@@ -462,7 +549,11 @@ def resumed(folder, dtype):
     other, more = made()
     with torch.no_grad():
         [p.to_local().fill_(0.25) for p in other.parameters()]
-    assert tedfx.Checkpointer(folder, other, more).load().step == 5 and more.compressed and not other._boundary.synced
+    assert (
+        tedfx.Checkpointer(folder, other, more).load().step == 5
+        and more.compressed
+        and not other._boundary.synced
+    )
     train(other, more, 2, start=5)
     same(pm, optimizer, other, more)
     third, last = made()
@@ -482,7 +573,11 @@ def resumed(folder, dtype):
     wide, apart = made(shape=(4,), names=("dp",))
     with pytest.warns(UserWarning, match="start from zero"):
         tedfx.Checkpointer(folder, wide, apart).load(folder / "step-00000005")
-    assert apart.compressed and not wide._boundary.synced and not any(value.any() for value in apart.rank_state().values())
+    assert (
+        apart.compressed
+        and not wide._boundary.synced
+        and not any(value.any() for value in apart.rank_state().values())
+    )
     assert toy.worst(weights(wide), params) == 0
     train(wide, apart, 1, start=5)
     assert_replicas_equal(wide)
@@ -497,7 +592,7 @@ def test_a_run_goes_on(ranks, tmp_path, dtype):
     ranks(4).run(resumed, tmp_path, dtype)
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 
 def refused():
@@ -511,7 +606,9 @@ def refused():
         "lr=tensor": lambda: OneBitAdam(pm, warmup_steps=2, lr=torch.tensor(0.1)),
         "beta2=1.0": lambda: OneBitAdam(pm, warmup_steps=2, betas=(0.9, 1.0)),
         "needs the ParallelModule": lambda: OneBitAdam([head], warmup_steps=2),
-        "parameter 0 of group 0, of shape .* is not the module's": lambda: OneBitAdam([torch.nn.Parameter(torch.zeros(3))], module=pm, warmup_steps=2),
+        "parameter 0 of group 0, of shape .* is not the module's": lambda: OneBitAdam(
+            [torch.nn.Parameter(torch.zeros(3))], module=pm, warmup_steps=2
+        ),
     }.items():
         with pytest.raises(ConfigError, match=message) as error:
             make()

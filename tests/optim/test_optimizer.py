@@ -27,7 +27,10 @@ def groups_and_schedule(zero):
     groups = split_groups(dict(pm.named_parameters()))
     optimizer = ShardedOptimizer(groups[:1], torch.optim.AdamW, module=pm, lr=0.05, tile=10, max_norm=0.5)
     optimizer.add_param_group(groups[1])
-    assert isinstance(optimizer, torch.optim.Optimizer) and optimizer.param_groups[1]["params"][0] is groups[1]["params"][0]
+    assert (
+        isinstance(optimizer, torch.optim.Optimizer)
+        and optimizer.param_groups[1]["params"][0] is groups[1]["params"][0]
+    )
     scheduler = halve(optimizer)
     for step in range(4):
         train(pm, optimizer, 1, start=step)
@@ -42,7 +45,8 @@ def test_two_groups_and_a_schedule(ranks, zero):
 
 
 def no_gradient(zero):
-    """`head` is used in the first and third step only: its state and its step count stand still, as in torch."""
+    """`head` is used in the first and third step only: its state and its step count stand still, as in
+    torch."""
     model = toy.Mlp()
     reference = torch.optim.AdamW(model.parameters(), lr=0.05)
     pm = module((2, 2), ("dp", "ep"), zero, bucket_bytes=150)
@@ -75,16 +79,30 @@ def shares_only(zero):
     optimizer = sharded(pm, "AdamW", tile=7)
     train(pm, optimizer, 1)
     ranks = 1 if zero == 0 else 2
-    want = {"mlp.gate_up": 48 // ranks, "mlp.down": 24 // ranks, "mlp.bias": 6 // ranks, "scales.*.weight": 12 // ranks, "head": 6 // ranks}
+    want = {
+        "mlp.gate_up": 48 // ranks,
+        "mlp.down": 24 // ranks,
+        "mlp.bias": 6 // ranks,
+        "scales.*.weight": 12 // ranks,
+        "head": 6 // ranks,
+    }
     for name, state in optimizer.named_state().items():
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         for key in ("exp_avg", "exp_avg_sq"):
             held, placed = state[key], pm._placed[name]
-            assert isinstance(held, DTensor) and held.placements == placed.share.placements and held.shape == torch.Size(placed.held)
+            assert (
+                isinstance(held, DTensor)
+                and held.placements == placed.share.placements
+                and held.shape == torch.Size(placed.held)
+            )
             assert held.to_local().untyped_storage().nbytes() == 8 * want[name], (name, key)
-            assert optimizer.state[pm._parameter(name)][key].to_local().data_ptr() == held.to_local().data_ptr()
+            assert (
+                optimizer.state[pm._parameter(name)][key].to_local().data_ptr() == held.to_local().data_ptr()
+            )
         assert optimizer._shares[name].master is None
-    views = {tile.state["exp_avg"].untyped_storage().data_ptr() for tile in optimizer._shares["mlp.gate_up"].tiles}
+    views = {
+        tile.state["exp_avg"].untyped_storage().data_ptr() for tile in optimizer._shares["mlp.gate_up"].tiles
+    }
     assert len(views) == 1 and len(optimizer._shares["mlp.gate_up"].tiles) == -(-want["mlp.gate_up"] // 7)
 
 
@@ -105,11 +123,17 @@ def uneven():
 
 def test_uneven_and_empty_shares(ranks):
     found = ranks(4).run(uneven)
-    assert [each["mlp.bias"] for each in found] == [2, 2, 2, 0] and [each["head"] for each in found] == [2, 2, 2, 0]
+    assert [each["mlp.bias"] for each in found] == [2, 2, 2, 0] and [each["head"] for each in found] == [
+        2,
+        2,
+        2,
+        0,
+    ]
 
 
 def clip_by_hand(zero):
-    """clip_grad_norm_ before step() is what max_norm does; without clipping nothing is measured; max_norm=inf measures only."""
+    """clip_grad_norm_ before step() is what max_norm does; without clipping nothing is measured; max_norm=inf
+    measures only."""
     model, norms = single("AdamW", 2)
     pm, third = module((2, 2), ("dp", "tp"), zero), module((2, 2), ("dp", "tp"), zero)
     optimizer, other = sharded(pm, "AdamW", tile=9), sharded(third, "AdamW", tile=9)
@@ -139,7 +163,7 @@ def test_clipping_by_hand(ranks, zero):
 
 def refused():
     pm = module((2,), ("dp",), 1)
-    make = lambda cls=torch.optim.AdamW, source=pm, **options: ShardedOptimizer(source, cls, **options)  # noqa: E731
+    make = lambda cls=torch.optim.AdamW, source=pm, **options: ShardedOptimizer(source, cls, **options)
     for message, options in {
         "tile=0: a number of elements, at least 1": dict(tile=0),
         "tile=True": dict(tile=True),
@@ -156,7 +180,9 @@ def refused():
         "Invalid learning rate": dict(lr=-1.0),
         "unexpected keyword argument 'momentum'": dict(momentum=0.1),
         "needs the ParallelModule that the parameters are of": dict(source=list(pm.parameters())),
-        "parameter 1 of group 0, of shape .*is not the module's": dict(source=[pm._parameter("head"), torch.nn.Parameter(torch.zeros(3))], module=pm),
+        "parameter 1 of group 0, of shape .*is not the module's": dict(
+            source=[pm._parameter("head"), torch.nn.Parameter(torch.zeros(3))], module=pm
+        ),
     }.items():
         with pytest.raises(ConfigError, match=message) as error:
             make(**options)
@@ -183,7 +209,9 @@ def whole_parameters():
     pm = module((2,), ("dp",), 0)
     model = toy.Mlp()
     named = dict(pm.named_parameters())
-    optimizer = ShardedOptimizer([named["mlp.gate_up"], named["mlp.down"]], torch.optim.Adafactor, module=pm, tile=None, lr=0.05)
+    optimizer = ShardedOptimizer(
+        [named["mlp.gate_up"], named["mlp.down"]], torch.optim.Adafactor, module=pm, tile=None, lr=0.05
+    )
     reference = torch.optim.Adafactor([model.mlp.gate_up, model.mlp.down], lr=0.05)
     for step in range(3):
         model.zero_grad(), pm.zero_grad()
@@ -192,10 +220,17 @@ def whole_parameters():
         reference.step(), optimizer.step()
     assert toy.worst(pm.gather_parameters(), parameters(model)) < 1e-12
     saved = optimizer.state_dict()
-    assert set(saved["state"]) == {"mlp.gate_up", "mlp.down"} and saved["state"]["mlp.down"]["row_var"].shape == (6, 1)
+    assert set(saved["state"]) == {"mlp.gate_up", "mlp.down"} and saved["state"]["mlp.down"][
+        "row_var"
+    ].shape == (6, 1)
     optimizer.load_state_dict(saved)
     with pytest.raises(ConfigError, match="scales.* is a stack|a stack"):
-        ShardedOptimizer([named["scales.*.weight"]] if "scales.*.weight" in named else [pm._parameter("scales.*.weight")], torch.optim.Adafactor, module=pm, tile=None)
+        ShardedOptimizer(
+            [named["scales.*.weight"]] if "scales.*.weight" in named else [pm._parameter("scales.*.weight")],
+            torch.optim.Adafactor,
+            module=pm,
+            tile=None,
+        )
 
 
 def test_optimizers_of_whole_parameters(ranks):
@@ -208,20 +243,40 @@ def probed(_=None):
     from tedfx.optim.probe import check_class, elementwise
 
     for name, cls in vars(torch.optim).items():
-        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer:
+        if (
+            isinstance(cls, type)
+            and issubclass(cls, torch.optim.Optimizer)
+            and cls is not torch.optim.Optimizer
+        ):
             try:
                 check_class(cls)
             except ConfigError:
                 found[name] = False
                 continue
-            found[name] = elementwise(lambda tensors: cls(tensors, lr=0.1), "cpu") is None  # noqa: B023
+            found[name] = elementwise(lambda tensors: cls(tensors, lr=0.1), "cpu") is None
     return found
 
 
 def test_the_probe_knows_torchs_optimizers():
     found = probed()
-    want = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
-    assert {name for name, good in found.items() if good} == want and not found["LBFGS"] and not found["Adafactor"]
+    want = {
+        "Adadelta",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "ASGD",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+    }
+    assert (
+        {name for name, good in found.items() if good} == want
+        and not found["LBFGS"]
+        and not found["Adafactor"]
+    )
 
 
 def gradients_stay():
@@ -231,7 +286,11 @@ def gradients_stay():
     loss_of(pm, 0).backward()
     before = {name: p.grad.to_local().clone() for name, p in pm.named_parameters() if p.grad is not None}
     optimizer.step()
-    assert all(torch.equal(pm._parameter(name).grad.to_local(), grad) for name, grad in before.items() if name in pm._placed)
+    assert all(
+        torch.equal(pm._parameter(name).grad.to_local(), grad)
+        for name, grad in before.items()
+        if name in pm._placed
+    )
     assert dist.get_world_size() == 2 and before
 
 

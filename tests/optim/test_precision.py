@@ -16,9 +16,12 @@ DATA = ((2, 2), ("dp", "ep"))
 
 
 def by_hand(pm, gradients, steps, max_norm, scale=1.0, start=None):
-    """A master loop as one would write it on one device: full float32 masters of the parameters, torch's AdamW, clipping; `gradients(step)` -> {name: full gradient}."""
+    """A master loop as one would write it on one device: full float32 masters of the parameters, torch's
+    AdamW, clipping; `gradients(step)` -> {name: full gradient}."""
     start = {name: p.clone() for name, p in (start or pm.gather_parameters()).items()}
-    masters = {name: torch.nn.Parameter(p.float()) for name, p in start.items() if name not in ("frozen", "tied")}
+    masters = {
+        name: torch.nn.Parameter(p.float()) for name, p in start.items() if name not in ("frozen", "tied")
+    }
     optimizer = torch.optim.AdamW(masters.values(), lr=0.05)
     for step in range(steps):
         for name, grad in gradients(step).items():
@@ -30,9 +33,11 @@ def by_hand(pm, gradients, steps, max_norm, scale=1.0, start=None):
 
 
 def masters(zero, tile, offload, dtype):
-    """bfloat16: parameters are the rounded masters, and these those of the loop by hand, from the same gradients.
+    """bfloat16: parameters are the rounded masters, and these those of the loop by hand, from the same
+    gradients.
 
-    Bound: clipping multiplies by a factor that is float64 here and float32 there, and a tile ends a vectorised loop elsewhere: a few units of float32's last place per step.
+    Bound: clipping multiplies by a factor that is float64 here and float32 there, and a tile ends a
+    vectorised loop elsewhere: a few units of float32's last place per step.
     """
     pm = module(*DATA, zero, dtype=dtype, bucket_bytes=100)
     optimizer = ShardedOptimizer(pm, torch.optim.AdamW, lr=0.05, max_norm=0.5, tile=tile, offload=offload)
@@ -67,7 +72,8 @@ def test_bfloat16_with_float32_masters(ranks, zero, tile, offload):
 
 
 def offloaded_float32(zero, offload):
-    """Offload changes nothing in the numbers, over two backwards, `no_sync`, clipping and a gradient set to zero; what has left is not on the device any more."""
+    """Offload changes nothing in the numbers, over two backwards, `no_sync`, clipping and a gradient set to
+    zero; what has left is not on the device any more."""
     plain, moved = module(*DATA, zero, dtype=torch.float32), module(*DATA, zero, dtype=torch.float32)
     first = ShardedOptimizer(plain, torch.optim.AdamW, lr=0.05, max_norm=0.5, tile=8)
     second = ShardedOptimizer(moved, torch.optim.AdamW, lr=0.05, max_norm=0.5, tile=8, offload=offload)
@@ -84,18 +90,30 @@ def offloaded_float32(zero, offload):
                 optimizer.clip_grad_norm_(0.3)
         for share in second._shares.values():
             grad = share.parameter.grad
-            assert share.has_taken == leaves and (grad is None or not leaves or not grad.to_local().count_nonzero()), share.name  # zero: what set_to_none=False left
+            assert share.has_taken == leaves and (
+                grad is None or not leaves or not grad.to_local().count_nonzero()
+            ), share.name  # zero: what set_to_none=False left
         gradients = plain.gather_gradients(), moved.gather_gradients()
-        assert gradients[0].keys() == gradients[1].keys() and all(torch.allclose(g, gradients[1][name], rtol=1e-5, atol=1e-7) for name, g in gradients[0].items())
+        assert gradients[0].keys() == gradients[1].keys() and all(
+            torch.allclose(g, gradients[1][name], rtol=1e-5, atol=1e-7) for name, g in gradients[0].items()
+        )
         first.step(), second.step()
         assert torch.allclose(first.grad_norm, second.grad_norm, rtol=1e-6)
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain.gather_parameters().values(), moved.gather_parameters().values()))
-    assert all((share.master is not None) == (offload != "gradients") for share in second._shares.values()) and "master" not in second.named_state()["mlp.down"]
+    assert all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(plain.gather_parameters().values(), moved.gather_parameters().values())
+    )
+    assert (
+        all((share.master is not None) == (offload != "gradients") for share in second._shares.values())
+        and "master" not in second.named_state()["mlp.down"]
+    )
     del second, optimizer
     gc.collect()
     moved.zero_grad()
     loss_of(moved, 0).backward()
-    assert all(p.grad is not None for p in moved.parameters() if p.requires_grad)  # nobody takes them any more
+    assert all(
+        p.grad is not None for p in moved.parameters() if p.requires_grad
+    )  # nobody takes them any more
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
@@ -120,7 +138,11 @@ def leaving_early(zero):
     finally:
         leaving.Leaving.ready = real
     buckets = len({r.names for r in pm.reductions})
-    assert buckets > 3 and len(seen[: seen.index("end")]) >= buckets - 1 and sorted(seen) == sorted([*optimizer._shares, "end"])
+    assert (
+        buckets > 3
+        and len(seen[: seen.index("end")]) >= buckets - 1
+        and sorted(seen) == sorted([*optimizer._shares, "end"])
+    )
 
 
 @pytest.mark.parametrize("zero", [0, 2])
@@ -134,11 +156,20 @@ def no_room():
     real, offload.available = offload.available, lambda: 1400 if dist.get_rank() == 1 else 10**12
     try:
         pm = module((2,), ("dp",), 0)
-        with pytest.raises(ConfigError, match='offload="cpu" without room: masters, 2 states and gradients take .* GiB on each of 1 ranks') as error:
+        with pytest.raises(
+            ConfigError,
+            match='offload="cpu" without room: masters, 2 states and gradients take .* GiB on each of 1',
+        ) as error:
             ShardedOptimizer(pm, torch.optim.AdamW, offload="cpu")
         assert "\n" not in str(error.value)
-        one = offload.check_room([(100, torch.bfloat16)], torch.float32, 2, None, "cpu") if dist.get_rank() == 1 else 1000
-        assert one == 1000  # states and gradients, 1000 bytes, are still to come; the masters, 400, are taken at once
+        one = (
+            offload.check_room([(100, torch.bfloat16)], torch.float32, 2, None, "cpu")
+            if dist.get_rank() == 1
+            else 1000
+        )
+        assert (
+            one == 1000
+        )  # states and gradients, 1000 bytes, are still to come; the masters, 400, are taken at once
         if dist.get_rank() == 1:  # 1400 would not fit beside what is promised
             offload.available = lambda: 2399
             with pytest.raises(ConfigError, match="without room"):
@@ -169,7 +200,9 @@ def overflow(zero, tile):
         if step == 4 and (dist.get_rank() == 2 or zero == 0):
             pm._parameter("mlp.down").grad.to_local().view(-1)[0] = float("nan")
         if step not in (2, 4):
-            seen.append({name: grad.float() / optimizer.loss_scale for name, grad in pm.gather_gradients().items()})
+            seen.append(
+                {name: grad.float() / optimizer.loss_scale for name, grad in pm.gather_gradients().items()}
+            )
         optimizer.step()
         history.append((optimizer.loss_scale, optimizer.skipped))
         if step in (2, 4):
@@ -191,7 +224,8 @@ def test_overflow_on_one_rank(ranks, zero):
 
 
 def constant():
-    """A constant scale on any dtype: the same update, the true norm, and clipping by hand in unscaled units."""
+    """A constant scale on any dtype: the same update, the true norm, and clipping by hand in unscaled
+    units."""
     a, b, c = (module((2,), ("dp",), 2) for _ in range(3))
     options = dict(lr=0.05, tile=5)
     first = ShardedOptimizer(a, torch.optim.AdamW, max_norm=0.5, **options)
@@ -205,7 +239,10 @@ def constant():
         for optimizer in (first, second, third):
             optimizer.step()
             optimizer.zero_grad()
-        assert abs(float(first.grad_norm) / float(second.grad_norm) - 1) < 1e-6 and abs(float(norm) / float(first.grad_norm) - 1) < 1e-6
+        assert (
+            abs(float(first.grad_norm) / float(second.grad_norm) - 1) < 1e-6
+            and abs(float(norm) / float(first.grad_norm) - 1) < 1e-6
+        )
     assert second.loss_scale == 1024 and second.skipped == 0
     for other in (b, c):
         assert toy.worst(other.gather_parameters(), a.gather_parameters()) < 1e-6
@@ -217,7 +254,11 @@ def test_constant_scale(ranks):
 
 def test_scale_follows_torch():
     """The scale over 40 steps of good and bad luck, against torch.amp.GradScaler's own update rule."""
-    mine, scale, tracker = Scale(init_scale=8.0, growth_interval=3), torch.tensor(8.0), torch.tensor(0, dtype=torch.int32)
+    mine, scale, tracker = (
+        Scale(init_scale=8.0, growth_interval=3),
+        torch.tensor(8.0),
+        torch.tensor(0, dtype=torch.int32),
+    )
     for bad in torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.2:
         torch._amp_update_scale_(scale, tracker, bad.float(), 2.0, 0.5, 3)
         mine.update(not bad)
@@ -240,7 +281,9 @@ def loaded():
     optimizer.follow_parameters()
     for name, share in optimizer._shares.items():
         assert torch.equal(share.master, before[name]) == (name != "head")
-    assert torch.equal(pm._placed["head"].gather(optimizer.named_state()["head"]["master"])["head"], state["head"].float())
+    assert torch.equal(
+        pm._placed["head"].gather(optimizer.named_state()["head"]["master"])["head"], state["head"].float()
+    )
 
 
 def test_masters_follow_loaded_parameters(ranks):

@@ -1,4 +1,5 @@
-"""A run saved by the sharded optimizer goes on at another stage, on another mesh, and with torch's own optimizer of the same class."""
+"""A run saved by the sharded optimizer goes on at another stage, on another mesh, and with torch's own
+optimizer of the same class."""
 
 import pytest
 import torch
@@ -60,12 +61,23 @@ def masters(folder):
     other = module((4,), ("dp",), 1, torch.bfloat16)
     more = sharded(other, "AdamW", max_norm=0.5, tile=3)
     tedfx.Checkpointer(folder, other, more).load()
-    whole = lambda pm, optimizer: {n: v for name, state in optimizer.named_state().items() for n, v in pm._placed[name].gather(state["master"]).items()}  # noqa: E731
+    whole = lambda pm, optimizer: {
+        n: v
+        for name, state in optimizer.named_state().items()
+        for n, v in pm._placed[name].gather(state["master"]).items()
+    }
     mine, theirs = whole(pm, optimizer), whole(other, more)
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) and mine[n].dtype == torch.float32 for n in mine)
+    assert mine.keys() == theirs.keys() and all(
+        torch.equal(mine[n], theirs[n]) and mine[n].dtype == torch.float32 for n in mine
+    )
     assert any(not torch.equal(mine[n], mine[n].bfloat16().float()) for n in mine)
     for pm, optimizer in ((pm, optimizer), (other, more)):
-        assert all(torch.equal(p.bfloat16(), q) for p, q in zip(whole(pm, optimizer).values(), (pm.gather_parameters()[n] for n in whole(pm, optimizer))))
+        assert all(
+            torch.equal(p.bfloat16(), q)
+            for p, q in zip(
+                whole(pm, optimizer).values(), (pm.gather_parameters()[n] for n in whole(pm, optimizer))
+            )
+        )
 
 
 def test_masters_go_on(ranks, tmp_path):

@@ -6,10 +6,19 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from tedfx.optim import ShardedOptimizer
-from tedfx.state.pieces import PiecedTensor
 from tedfx.runtime.state_dict import StateError
+from tedfx.state.pieces import PiecedTensor
 from tests.module import toy
-from tests.optim.training import OPTIMIZERS, assert_replicas_equal, loss_of, module, parameters, sharded, single, train
+from tests.optim.training import (
+    OPTIMIZERS,
+    assert_replicas_equal,
+    loss_of,
+    module,
+    parameters,
+    sharded,
+    single,
+    train,
+)
 
 
 def full(value):
@@ -18,7 +27,10 @@ def full(value):
 
 def whole(state_dict):
     """The state with full tensors."""
-    state = {name: {key: full(value).clone() for key, value in entries.items()} for name, entries in state_dict["state"].items()}
+    state = {
+        name: {key: full(value).clone() for key, value in entries.items()}
+        for name, entries in state_dict["state"].items()
+    }
     return {"state": state, "param_groups": state_dict["param_groups"]}
 
 
@@ -34,21 +46,35 @@ def resume(name, zero, other, dtype):
     second.load_state_dict(weights)
     again = sharded(second, name, tile=tile, max_norm=0.5, lr=123.0)
     if (shape, names, stage) == ((2, 2), ("dp", "tp"), zero):
-        again.load_state_dict({"state": {n: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in e.items()} for n, e in aside["state"].items()}, "param_groups": aside["param_groups"]})
+        again.load_state_dict(
+            {
+                "state": {
+                    n: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in e.items()}
+                    for n, e in aside["state"].items()
+                },
+                "param_groups": aside["param_groups"],
+            }
+        )
     else:
         again.load_state_dict(saved)
     assert again.param_groups[0]["lr"] == OPTIMIZERS[name][1]["lr"]
     for key, value in whole(again.state_dict())["state"].items():
-        assert value.keys() == saved["state"][key].keys() and all(torch.equal(value[k], saved["state"][key][k]) for k in value), key
+        assert value.keys() == saved["state"][key].keys() and all(
+            torch.equal(value[k], saved["state"][key][k]) for k in value
+        ), key
     train(first, optimizer, 2, start=2)
     train(second, again, 2, start=2)
-    assert toy.worst(second.gather_parameters(), first.gather_parameters()) < (1e-12 if dtype == torch.float64 else 2e-2)
+    assert toy.worst(second.gather_parameters(), first.gather_parameters()) < (
+        1e-12 if dtype == torch.float64 else 2e-2
+    )
     if dtype == torch.float64:
         assert toy.worst(second.gather_parameters(), parameters(single(name, 4)[0])) < 1e-12
     assert_replicas_equal(second)
 
 
-@pytest.mark.parametrize("other", [((2, 2), ("dp", "tp"), 2, 5), ((2, 2), ("dp", "ep"), 1, None), ((2, 2), ("tp", "dp"), 0, 100)])
+@pytest.mark.parametrize(
+    "other", [((2, 2), ("dp", "tp"), 2, 5), ((2, 2), ("dp", "ep"), 1, None), ((2, 2), ("tp", "dp"), 0, 100)]
+)
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
 def test_state_goes_to_any_mesh(ranks, name, other):
     ranks(4).run(resume, name, 2, other, torch.float64)
@@ -71,11 +97,23 @@ def created(name):
         for key, value in state.items():
             if key != "step":
                 first = options.get("initial_accumulator_value", 0)
-                assert value.placements == pm._placed[layout].share.placements and bool((value.to_local() == first).all()), (layout, key)
-    shapes = {(n, k): v.shape for n, state in optimizer.state_dict()["state"].items() for k, v in state.items() if k != "step"}
+                assert value.placements == pm._placed[layout].share.placements and bool(
+                    (value.to_local() == first).all()
+                ), (layout, key)
+    shapes = {
+        (n, k): v.shape
+        for n, state in optimizer.state_dict()["state"].items()
+        for k, v in state.items()
+        if k != "step"
+    }
     optimizer.create_state()
     train(pm, optimizer, 3)
-    assert shapes == {(n, k): v.shape for n, state in optimizer.state_dict()["state"].items() for k, v in state.items() if k != "step"}
+    assert shapes == {
+        (n, k): v.shape
+        for n, state in optimizer.state_dict()["state"].items()
+        for k, v in state.items()
+        if k != "step"
+    }
     assert toy.worst(pm.gather_parameters(), parameters(single(name, 3)[0])) < 1e-12
 
 
@@ -85,7 +123,8 @@ def test_created_states_change_nothing(ranks, name):
 
 
 def through_named_state(path):
-    """What a checkpoint does: states made, written in place, `states_changed()`; and torch.distributed.checkpoint on the user's names."""
+    """What a checkpoint does: states made, written in place, `states_changed()`; and
+    torch.distributed.checkpoint on the user's names."""
     pm = module((2, 2), ("dp", "tp"), 2, dtype=torch.bfloat16)
     optimizer = sharded(pm, "AdamW", tile=7)
     train(pm, optimizer, 2)
@@ -96,10 +135,14 @@ def through_named_state(path):
     for name, state in other.named_state().items():
         assert state.keys() == source[name].keys() and "master" in state
         for key, value in state.items():
-            (value.to_local() if isinstance(value, DTensor) else value).copy_(source[name][key].to_local() if isinstance(value, DTensor) else source[name][key])
+            (value.to_local() if isinstance(value, DTensor) else value).copy_(
+                source[name][key].to_local() if isinstance(value, DTensor) else source[name][key]
+            )
     other.states_changed()
     other.load_hyperparameters(optimizer.hyperparameters())
-    assert all(torch.equal(a, b) for a, b in zip(pm.gather_parameters().values(), fresh.gather_parameters().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(pm.gather_parameters().values(), fresh.gather_parameters().values())
+    )
     assert [h["names"] for h in other.hyperparameters()] == [h["names"] for h in optimizer.hyperparameters()]
     train(pm, optimizer, 2, start=2)
     train(fresh, other, 2, start=2)
@@ -116,8 +159,13 @@ def through_named_state(path):
     dcp.load({"optimizer": state["state"]}, checkpoint_id=path)
     last.load_state_dict(state)
     found = whole(last.state_dict())["state"]
-    assert all(torch.equal(found[n][k], saved["state"][n][k]) for n in saved["state"] for k in saved["state"][n])
-    assert all(torch.equal(a, b) for a, b in zip(pm.gather_parameters().values(), last_module.gather_parameters().values()))
+    assert all(
+        torch.equal(found[n][k], saved["state"][n][k]) for n in saved["state"] for k in saved["state"][n]
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pm.gather_parameters().values(), last_module.gather_parameters().values())
+    )
 
 
 def test_checkpoints(ranks, tmp_path):
@@ -139,19 +187,29 @@ def misfits():
         return {"state": state, "param_groups": groups}
 
     for message, change in {
-        "mlp.down has exp_avg, step, expected exp_avg, exp_avg_sq, step": lambda s, g: s["mlp.down"].pop("exp_avg_sq"),
+        "mlp.down has exp_avg, step, expected exp_avg, exp_avg_sq, step": lambda s, g: s["mlp.down"].pop(
+            "exp_avg_sq"
+        ),
         r"head has exp_avg, exp_avg_sq, more, step, expected": lambda s, g: s["head"].update(more=1),
-        r"mlp.bias: exp_avg has shape \(5,\), expected \(6,\)": lambda s, g: s["mlp.bias"].update(exp_avg=torch.zeros(5)),
+        r"mlp.bias: exp_avg has shape \(5,\), expected \(6,\)": lambda s, g: s["mlp.bias"].update(
+            exp_avg=torch.zeros(5)
+        ),
         "unexpected parameter nobody": lambda s, g: s.update(nobody={}),
-        "scales.1.weight has no state, but scales.0.weight, which is stacked with it, has": lambda s, g: s.pop("scales.1.weight"),
-        "scales.0.weight and what is stacked with it differ in step": lambda s, g: s["scales.1.weight"].update(step=torch.tensor(7.0)),
+        "scales.1.weight has no state, but scales.0.weight, which is stacked with it, has": lambda s, g: (
+            s.pop("scales.1.weight")
+        ),
+        "scales.0.weight and what is stacked with it differ in step": lambda s, g: s[
+            "scales.1.weight"
+        ].update(step=torch.tensor(7.0)),
         r"groups of \[5\] parameters, expected \[6\]": lambda s, g: g[0].update(params=g[0]["params"][1:]),
     }.items():
         with pytest.raises(StateError, match=message) as error:
             optimizer.load_state_dict(changed(change))
         assert "\n" not in str(error.value)
     now = whole(optimizer.state_dict())
-    assert all(torch.equal(now["state"][n][k], before["state"][n][k]) for n in now["state"] for k in now["state"][n])
+    assert all(
+        torch.equal(now["state"][n][k], before["state"][n][k]) for n in now["state"] for k in now["state"][n]
+    )
     with pytest.raises(StateError, match="the optimizer's groups do not fit"):
         optimizer.load_hyperparameters([{"names": ["head"], "lr": 1.0}])
     with pytest.raises(StateError, match="had no loss scale, this one has one"):
@@ -163,7 +221,10 @@ def misfits():
     assert optimizer.named_state()["head"] == {} and pm._parameter("head") not in optimizer.state
     assert all(torch.equal(p, weights[n]) for n, p in pm.gather_parameters().items())
     train(pm, optimizer, 1, start=1)
-    assert float(optimizer.named_state()["head"]["step"]) == 1 and float(optimizer.named_state()["mlp.bias"]["step"]) == 2
+    assert (
+        float(optimizer.named_state()["head"]["step"]) == 1
+        and float(optimizer.named_state()["mlp.bias"]["step"]) == 2
+    )
     assert isinstance(optimizer, ShardedOptimizer) and loss_of(pm, 3) is not None
 
 

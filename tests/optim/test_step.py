@@ -15,7 +15,12 @@ def five_steps(shape, names, cases):
             model, norms = expected[name]
             pm = module(shape, names, zero, bucket_bytes=bucket_bytes)
             found = train(pm, sharded(pm, name, tile=tile, max_norm=0.5), 5)
-            assert torch.allclose(torch.tensor(found, dtype=torch.float64), torch.tensor(norms, dtype=torch.float64), rtol=1e-12, atol=0), (zero, name, tile)
+            assert torch.allclose(
+                torch.tensor(found, dtype=torch.float64),
+                torch.tensor(norms, dtype=torch.float64),
+                rtol=1e-12,
+                atol=0,
+            ), (zero, name, tile)
             assert toy.worst(pm.gather_parameters(), parameters(model)) < 1e-12, (zero, name, tile)
             assert_replicas_equal(pm)
 
@@ -37,7 +42,9 @@ def kernels(zero):
         optimizer = sharded(pm, "AdamW", tile=16, max_norm=0.5, **options)
         train(pm, optimizer, 3)
         key, value = next(iter(options.items()))
-        assert all(batch.inner.param_groups[0][key] is value for batches in optimizer._batches for batch in batches)
+        assert all(
+            batch.inner.param_groups[0][key] is value for batches in optimizer._batches for batch in batches
+        )
         assert toy.worst(pm.gather_parameters(), parameters(model)) < 1e-12
         assert_replicas_equal(pm)
 

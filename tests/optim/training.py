@@ -30,10 +30,15 @@ def loss_of(pm, step, labels=True, rows=8):
 
 
 def single(name, steps, max_norm=0.5, groups=None, schedule=None, seed=0, **more):
-    """(model, norms) after `steps` of torch's own optimizer on the whole batch. groups: model -> param groups. schedule: optimizer -> scheduler."""
+    """(model, norms) after `steps` of torch's own optimizer on the whole batch.
+
+    groups: model -> param groups. schedule: optimizer -> scheduler.
+    """
     model = toy.Mlp(seed)
     cls, options = OPTIMIZERS[name]
-    optimizer = cls(groups(dict(model.named_parameters())) if groups else model.parameters(), **{**options, **more})
+    optimizer = cls(
+        groups(dict(model.named_parameters())) if groups else model.parameters(), **{**options, **more}
+    )
     scheduler = schedule(optimizer) if schedule else None
     norms = []
     for step in range(steps):

@@ -1,7 +1,9 @@
-"""A case: which model, on which mesh, on which data. What runs in the nursery makes, traces and compiles each thing once.
+"""A case: which model, on which mesh, on which data. What runs in the nursery makes, traces and compiles each
+thing once.
 
-`verified(case)` is the whole comparison of `tedfx verify`. `on_ranks(case, body, ...)` runs a top-level function `body(pm, batch,
-rank, *args)` on every rank, `on_single(case, body, ...)` one on the plain model; both in processes forked for the purpose.
+`verified(case)` is the whole comparison of `tedfx verify`. `on_ranks(case, body, ...)` runs a top-level
+function `body(pm, batch, rank, *args)` on every rank, `on_single(case, body, ...)` one on the plain model;
+both in processes forked for the purpose.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from typing import Any
 
 import torch
 
-from tedfx.verification import processes as verify_ranks
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
-from tedfx.verification.verify import TOLERANCES, VerifyResult, compare
+from tedfx.verification import processes as verify_ranks
 from tedfx.verification.run import Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
+from tedfx.verification.verify import TOLERANCES, VerifyResult, compare
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
 
@@ -27,8 +29,10 @@ RANK_TIMEOUT = 400.0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """model: a name in tests.models, tests.models_plain, tests.models_capacity or tests.models_functions. change: name in `variants`, applied to the model.
-    batch: name in `data`. sharded: options of the `ShardedOptimizer` that ranks step with, see `Recipe`. calls: which signatures the ranks will make, the first being the example."""
+    """model: a name in tests.models, tests.models_plain, tests.models_capacity or tests.models_functions.
+    change: name in `variants`, applied to the model. batch: name in `data`. sharded: options of the
+    `ShardedOptimizer` that ranks step with, see `Recipe`. calls: which signatures the ranks will make, the
+    first being the example."""
 
     model: str
     mesh: str
@@ -53,9 +57,20 @@ class Case:
         words = [self.model, self.mesh.replace(",", "x").replace("=", "")]
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
-        words += [self.batch] * (self.batch != "uneven_labels") + [self.dtype] * (self.dtype != "float64") + ["compiled"] * bool(self.compile) + [self.checkpoint] * bool(self.checkpoint) + [self.capacity] * bool(self.capacity) + [f"zero{self.zero}"] * bool(self.zero)
+        words += (
+            [self.batch] * (self.batch != "uneven_labels")
+            + [self.dtype] * (self.dtype != "float64")
+            + ["compiled"] * bool(self.compile)
+            + [self.checkpoint] * bool(self.checkpoint)
+            + [self.capacity] * bool(self.capacity)
+            + [f"zero{self.zero}"] * bool(self.zero)
+        )
         words += [f"{k}={v}" for k, v in self.sharded or ()]
-        words += [("" if value else "no_") + name for name in ("dedup", "sequence_parallel", "algebra") if (value := getattr(self, name)) is not None]
+        words += [
+            ("" if value else "no_") + name
+            for name in ("dedup", "sequence_parallel", "algebra")
+            if (value := getattr(self, name)) is not None
+        ]
         return "-".join(words)
 
 
@@ -67,7 +82,7 @@ def case(model: str, mesh: str, **kwargs) -> Case:
     return Case(model, mesh, roles, tuple(kwargs.pop("overrides", {}).items()), **kwargs)
 
 
-# ---- called by tests -----------------------------------------------------------------------------------------------
+# ---- called by tests ---------------------------------------------------------------------------------------
 
 
 def verified(case: Case, before: Callable | None = None) -> VerifyResult:
@@ -82,7 +97,7 @@ def on_single(case: Case, body: Callable, *args):
     return nursery().call(_on_single, case, body, args)
 
 
-# ---- in the nursery ------------------------------------------------------------------------------------------------
+# ---- in the nursery ----------------------------------------------------------------------------------------
 
 _KEPT: dict[tuple, Any] = {}
 
@@ -98,7 +113,12 @@ def _model(case: Case):
 
     def make():
         torch.manual_seed(0)
-        model = {**models_plain.PLAIN, **models_capacity.CAPACITY, **models_functions.EVERYTHING, **models.MODELS}[case.model](**dict(case.overrides))
+        model = {
+            **models_plain.PLAIN,
+            **models_capacity.CAPACITY,
+            **models_functions.EVERYTHING,
+            **models.MODELS,
+        }[case.model](**dict(case.overrides))
         model = model.to(getattr(torch, case.dtype)).train()
         for change in filter(None, case.change.split("+")):
             getattr(variants, change)(model)
@@ -126,25 +146,58 @@ def _compiled(case: Case) -> list:
     made = []
     for training, names in case.calls:
         key = (case.model, case.overrides, case.change, case.dtype, training, names)
-        one = _once(("trace", *key), lambda: traced(training, names))  # noqa: B023
-        options = {"outputs": case.outputs, **_switches(case), "compile": bool(case.compile), "example_inputs": {name: batch[name] for name in names}}
-        made.append(_once(("compiled", *key, case.mesh, case.roles, case.outputs, bool(case.compile), *_switches(case).values()), lambda: prepare(model, one, roles, options)))  # noqa: B023
+        one = _once(("trace", *key), lambda: traced(training, names))
+        options = {
+            "outputs": case.outputs,
+            **_switches(case),
+            "compile": bool(case.compile),
+            "example_inputs": {name: batch[name] for name in names},
+        }
+        made.append(
+            _once(
+                (
+                    "compiled",
+                    *key,
+                    case.mesh,
+                    case.roles,
+                    case.outputs,
+                    bool(case.compile),
+                    *_switches(case).values(),
+                ),
+                lambda: prepare(model, one, roles, options),
+            )
+        )
     return made
 
 
 def _switches(case: Case) -> dict[str, Any]:
-    return {"dedup": case.dedup, "sequence_parallel": case.sequence_parallel, "algebra": case.algebra, "checkpoint": case.checkpoint, "capacity": case.capacity, "zero": case.zero}
+    return {
+        "dedup": case.dedup,
+        "sequence_parallel": case.sequence_parallel,
+        "algebra": case.algebra,
+        "checkpoint": case.checkpoint,
+        "capacity": case.capacity,
+        "zero": case.zero,
+    }
 
 
 def _options(case: Case) -> dict[str, Any]:
     batch = data.counted(_model(case))
     return dict(
-        **_switches(case), roles=dict(case.roles) or None, compile={"backend": case.compile} if isinstance(case.compile, str) else case.compile, outputs=case.outputs, example_inputs={name: batch[name] for name in case.calls[0][1]}
+        **_switches(case),
+        roles=dict(case.roles) or None,
+        compile={"backend": case.compile} if isinstance(case.compile, str) else case.compile,
+        outputs=case.outputs,
+        example_inputs={name: batch[name] for name in case.calls[0][1]},
     )
 
 
 def _recipe(case: Case) -> Recipe:
-    return Recipe(steps=case.steps, dtype=getattr(torch, case.dtype), sharded=None if case.sharded is None else dict(case.sharded))
+    return Recipe(
+        steps=case.steps,
+        dtype=getattr(torch, case.dtype),
+        sharded=None if case.sharded is None else dict(case.sharded),
+    )
 
 
 def _fork(case: Case, function: Callable, arguments: tuple, single: list = ()) -> list:
@@ -160,7 +213,13 @@ def _verified(case: Case, before: Callable | None) -> VerifyResult:
     made = time.perf_counter()
     groups = shape.size(Roles.resolve(shape, dict(case.roles)).batch) if case.capacity == "local" else 1
     key = ("reference", case.model, case.overrides, case.change, case.dtype, case.batch, case.steps, groups)
-    single = [] if key in _KEPT else [verify_ranks.Job("the single device", train_reference, (by_chunk(model, groups), batch, recipe))]
+    single = (
+        []
+        if key in _KEPT
+        else [
+            verify_ranks.Job("the single device", train_reference, (by_chunk(model, groups), batch, recipe))
+        ]
+    )
     outcomes = _fork(case, train_rank, (model, batch, recipe, shape, options, prepared, before), single)
     reference = _once(key, lambda: outcomes.pop(0))
     result = compare(str(case), reference, outcomes, TOLERANCES[recipe.dtype], recipe.steps)
@@ -169,19 +228,30 @@ def _verified(case: Case, before: Callable | None) -> VerifyResult:
 
 
 def by_chunk(model, groups: int):
-    """The oracle of `capacity="local"`, by hand: each mixture runs on one chunk of the batch after the other, each with places, totals and capacity of its own; the
-    auxiliary loss is that of all tokens."""
+    """The oracle of `capacity="local"`, by hand: each mixture runs on one chunk of the batch after the other,
+    each with places, totals and capacity of its own; the auxiliary loss is that of all tokens."""
     if groups == 1:
         return model
     model = copy.deepcopy(model)
     for block in model.blocks:
         whole = block.moe.forward
-        block.moe.forward = lambda x, whole=whole: (torch.cat([whole(chunk)[0] for chunk in x.chunk(groups)]), whole(x)[1])
+        block.moe.forward = lambda x, whole=whole: (
+            torch.cat([whole(chunk)[0] for chunk in x.chunk(groups)]),
+            whole(x)[1],
+        )
     return model
 
 
 def _on_ranks(case: Case, body: Callable, args: tuple) -> list:
-    arguments = (_model(case), _batch(case), MeshShape.of(case.mesh), _options(case), _compiled(case), body, args)
+    arguments = (
+        _model(case),
+        _batch(case),
+        MeshShape.of(case.mesh),
+        _options(case),
+        _compiled(case),
+        body,
+        args,
+    )
     return _fork(case, _rank, arguments)
 
 
@@ -192,7 +262,11 @@ def _rank(rank, model, batch, shape, options, prepared, body, args):
 
 
 def _on_single(case: Case, body: Callable, args: tuple):
-    return verify_ranks.run([verify_ranks.Job("the single device", _single, (_model(case), _batch(case), body, args))], True, RANK_TIMEOUT)[0]
+    return verify_ranks.run(
+        [verify_ranks.Job("the single device", _single, (_model(case), _batch(case), body, args))],
+        True,
+        RANK_TIMEOUT,
+    )[0]
 
 
 def _single(model, batch, body, args):

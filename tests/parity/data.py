@@ -6,7 +6,8 @@ from tedfx.verification.run import make_batch
 
 
 def uneven_labels(model):
-    """8 rows of 12. The first half of the rows keeps about 70% of its labels, the second half a single one."""
+    """8 rows of 12. The first half of the rows keeps about 70% of its labels, the second half a single
+    one."""
     return make_batch(model, 8, 12, 0)
 
 
@@ -23,14 +24,16 @@ def no_labels_in_second_half(model):
 
 
 def one_token(model):
-    """Every position holds the same token: all go to the same top-k experts, all others have none, and on ep a rank may have no rows."""
+    """Every position holds the same token: all go to the same top-k experts, all others have none, and on ep
+    a rank may have no rows."""
     batch = make_batch(model, 8, 12, 0)
     batch["input_ids"] = torch.full_like(batch["input_ids"], 63)
     return batch
 
 
 def one_token_in_second_half(model):
-    """The second half of the rows, a rank's whole share over two batch ranks, holds one token; the first is random."""
+    """The second half of the rows, a rank's whole share over two batch ranks, holds one token; the first is
+    random."""
     batch = make_batch(model, 8, 12, 0)
     batch["input_ids"][4:] = 63
     batch["labels"][4:] = torch.where(torch.arange(12) % 3 == 0, 5, -100)

@@ -1,16 +1,18 @@
-"""Ways to break the gradients, each a small plausible mistake. A mutation runs in every rank before its module is made."""
+"""Ways to break the gradients, each a small plausible mistake. A mutation runs in every rank before its
+module is made."""
 
 import dataclasses
 import functools
 
 import torch
 
-from tedfx.runtime import gradients
 from tedfx.ops import batch, context, convert, experts, lanes, moe, vocab
+from tedfx.runtime import gradients
 
 
 def all_reduce_adjoint_sums(rank):
-    """The classic: the adjoint of an all-reduce taken for another all-reduce; exactly `size` times too much."""
+    """The classic: the adjoint of an all-reduce taken for another all-reduce; exactly `size` times too
+    much."""
 
     def backward(ctx, grad):
         return grad * 2, None
@@ -25,7 +27,9 @@ def sum_gradient_forgets(rank):
 
 def sum_gradient_averages(rank):
     before = convert._SumGradient.backward
-    convert._SumGradient.backward = staticmethod(lambda ctx, grad: (before(ctx, grad)[0] / ctx.span.size, None))
+    convert._SumGradient.backward = staticmethod(
+        lambda ctx, grad: (before(ctx, grad)[0] / ctx.span.size, None)
+    )
 
 
 def _scaled_reduction(factor, axes=None):
@@ -65,7 +69,12 @@ def boundary_skips_experts(rank):
     before = parameters.Placed.__init__
 
     def init(self, layout, mesh, stage=0):
-        before(self, dataclasses.replace(layout, reduce_axes=()) if "experts" in layout.name else layout, mesh, stage)
+        before(
+            self,
+            dataclasses.replace(layout, reduce_axes=()) if "experts" in layout.name else layout,
+            mesh,
+            stage,
+        )
 
     parameters.Placed.__init__ = init
 
@@ -100,7 +109,10 @@ def groups_swapped(rank):
         if ("dp",) in self._spans and ("tp",) in self._spans and not hasattr(self, "swapped"):
             self.swapped = True
             dp, tp = self._spans["dp",], self._spans["tp",]
-            self._spans["dp",], self._spans["tp",] = dataclasses.replace(dp, name=tp.name), dataclasses.replace(tp, name=dp.name)
+            self._spans["dp",], self._spans["tp",] = (
+                dataclasses.replace(dp, name=tp.name),
+                dataclasses.replace(tp, name=dp.name),
+            )
 
     context.RankContext.ensure_groups = ensure
 
@@ -114,7 +126,10 @@ def label_count_is_local(rank):
 
     convert._AllReduce.forward = staticmethod(forward)
     together = batch._sum_batched
-    batch._sum_batched = lambda span, values: [x.clone() if x.dim() == 0 and not x.requires_grad else y for x, y in zip(values, together(span, values))]
+    batch._sum_batched = lambda span, values: [
+        x.clone() if x.dim() == 0 and not x.requires_grad else y
+        for x, y in zip(values, together(span, values))
+    ]
 
 
 def exchange_forgets_a_row(rank):
@@ -161,14 +176,21 @@ def cross_entropy_local_softmax(rank):
 
 def gather_keeps_its_own_gradient(rank):
     """The adjoint of S -> R without its sum: a slice of this rank's part."""
-    convert._AllGather.backward = staticmethod(lambda ctx, grad: (convert.keep_piece(grad, ctx.span, ctx.dim, ctx.outer), *[None] * 5))
+    convert._AllGather.backward = staticmethod(
+        lambda ctx, grad: (convert.keep_piece(grad, ctx.span, ctx.dim, ctx.outer), *[None] * 5)
+    )
 
 
 def lanes_keep_their_own_gradient(rank):
     """As above, for the rows of a lane."""
 
     def backward(ctx, grad):
-        return grad.view(ctx.span.size, -1, *grad.shape[1:]).select(0, ctx.span.index).narrow(0, 0, ctx.rows), None, None, None
+        return (
+            grad.view(ctx.span.size, -1, *grad.shape[1:]).select(0, ctx.span.index).narrow(0, 0, ctx.rows),
+            None,
+            None,
+            None,
+        )
 
     lanes._Gather.backward = staticmethod(backward)
 
@@ -177,7 +199,9 @@ def last_bit_on_one_rank(rank):
     """A rank rounds differently: no tolerance on values can see it."""
     if rank == 1:
         before = convert._SumGradient.backward
-        convert._SumGradient.backward = staticmethod(lambda ctx, grad: (before(ctx, grad)[0] * (1 + 1e-12), None))
+        convert._SumGradient.backward = staticmethod(
+            lambda ctx, grad: (before(ctx, grad)[0] * (1 + 1e-12), None)
+        )
 
 
 def nothing(rank):

@@ -1,11 +1,11 @@
 """A process that makes and traces models once, and forks single devices and ranks that share what it made.
 
-pytest's own process runs backward in other tests, after which autograd may not work in its forks. The nursery runs one that
-starts no thread (see `_serve`), imports the libraries once (seconds), keeps models, traces and compiled graphs, and every case
-forks from it in milliseconds.
+pytest's own process runs backward in other tests, after which autograd may not work in its forks. The nursery
+runs one that starts no thread (see `_serve`), imports the libraries once (seconds), keeps models, traces and
+compiled graphs, and every case forks from it in milliseconds.
 
-`nursery().call(fn, *args)` runs a top-level function there; an exception comes back with its traceback as a note. One that
-exceeds its timeout is killed with all its ranks, and the next call starts afresh.
+`nursery().call(fn, *args)` runs a top-level function there; an exception comes back with its traceback as a
+note. One that exceeds its timeout is killed with all its ranks, and the next call starts afresh.
 """
 
 import atexit
@@ -75,8 +75,9 @@ def _serve(pipe) -> None:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    # Tracing a Function runs its backward. Autograd makes a thread per device at the first backward of a process, and none of
-    # its forks can run one after that. There is no device here, but after the first fake tensor a CUDA build counts one.
+    # Tracing a Function runs its backward. Autograd makes a thread per device at the first backward of a
+    # process, and none of its forks can run one after that. There is no device here, but after the first fake
+    # tensor a CUDA build counts one.
     torch.ones((), requires_grad=True).backward()
     while True:
         try:
@@ -90,11 +91,11 @@ def _serve(pipe) -> None:
             for part in name.split("."):
                 fn = getattr(fn, part)
             answer = pickle.dumps((True, fn(*args), ""))
-        except BaseException as error:  # noqa: BLE001  raised in the test
+        except BaseException as error:  # raised in the test
             trace = traceback.format_exc() + getattr(error, "trace", "")
             try:
                 answer = pickle.dumps((False, error, trace))
                 pickle.loads(answer)
-            except Exception:  # noqa: BLE001
+            except Exception:
                 answer = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), trace))
         pipe.send_bytes(answer)

@@ -1,4 +1,5 @@
-"""torch.autocast around the call, with what else runs the graph: compilation, shares of parameters, recompute, micro-batches layer by layer. The oracle is the model under the same autocast."""
+"""torch.autocast around the call, with what else runs the graph: compilation, shares of parameters,
+recompute, micro-batches layer by layer. The oracle is the model under the same autocast."""
 
 import pytest
 import torch
@@ -42,5 +43,7 @@ def test_autocast_around_the_call(case):
     loss, wanted = on_single(case, alone, True)
     _, full = on_single(case, alone, False)
     for (found, gradients), (layered_loss, layered) in on_ranks(case, on_a_rank):
-        assert abs(found - loss) < 1e-4 and apart(gradients, wanted) < apart(full, wanted) / 2  # nearer to autocast than float32 is
+        assert (
+            abs(found - loss) < 1e-4 and apart(gradients, wanted) < apart(full, wanted) / 2
+        )  # nearer to autocast than float32 is
         assert layered_loss == found and apart(layered, gradients) < 1e-6

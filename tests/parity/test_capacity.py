@@ -1,4 +1,5 @@
-"""Mixtures with a capacity on every kind of mesh: which tokens are dropped is decided over the global batch, as on a single device."""
+"""Mixtures with a capacity on every kind of mesh: which tokens are dropped is decided over the global batch,
+as on a single device."""
 
 import pytest
 
@@ -11,7 +12,13 @@ FOLDED = {"expert": ("ep", "tp")}
 
 
 def one(model, mesh, **options):
-    return case(model, mesh, overrides={"layers": 1, **options.pop("overrides", {})}, batch=options.pop("batch", "all_labels"), **options)
+    return case(
+        model,
+        mesh,
+        overrides={"layers": 1, **options.pop("overrides", {})},
+        batch=options.pop("batch", "all_labels"),
+        **options,
+    )
 
 
 CASES = [
@@ -26,7 +33,8 @@ CASES = [
     one("capacity_gshard", "dp=2,ep=2"),
     one("capacity_gshard", "ep=2,tp=2", roles=FOLDED),
 ]
-# Dropped assignments are not sent: rows are lanes of tensor ranks, slices, owned; experts overflow, or have nothing to do.
+# Dropped assignments are not sent: rows are lanes of tensor ranks, slices, owned; experts overflow, or have
+# nothing to do.
 TAILS = [
     one("capacity_gshard", "ep=2,tp=2", sequence_parallel=False),
     one("capacity_gshard", "ep=2,tp=2", sequence_parallel=False, dedup=False),
@@ -50,9 +58,12 @@ LOCAL = [
     one("capacity_gshard", "ep=2", capacity="local", checkpoint="full", steps=1),
     one("capacity_switch", "ep=2,tp=2", capacity="local", batch="one_token_in_second_half"),
     one("capacity_compared", "ep=2,tp=2", capacity="local"),
-    one("capacity_switch", "tp=2", roles=PPMOE, capacity="local"),  # one batch coordinate: the global function
+    one(
+        "capacity_switch", "tp=2", roles=PPMOE, capacity="local"
+    ),  # one batch coordinate: the global function
 ]
-# Rows in slots, where a group of tokens is whole on a rank: as most of the above, and a capacity per sequence.
+# Rows in slots, where a group of tokens is whole on a rank: as most of the above, and a capacity per
+# sequence.
 SLOTS = [
     one("capacity_gshard", "ep=2,tp=2", capacity="local", sequence_parallel=False, dedup=False),
     one("capacity_gshard", "ep=2,tp=2", capacity="local", roles=FOLDED, batch="odd"),
@@ -71,7 +82,7 @@ def test_matches_the_single_device(case):
     assert result.ok, f"\n{result}"
 
 
-# ---- what is sent ----------------------------------------------------------------------------------------------------
+# ---- what is sent ------------------------------------------------------------------------------------------
 
 
 def kept(model, batch):
@@ -107,7 +118,7 @@ def test_only_what_is_kept_is_sent(change):
     assert there == back == again == home == total < 8 * 12 * 2
 
 
-# ---- compiled --------------------------------------------------------------------------------------------------------
+# ---- compiled ----------------------------------------------------------------------------------------------
 
 
 def gradients(model, batch):

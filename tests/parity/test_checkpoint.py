@@ -1,4 +1,5 @@
-"""Recompute on ranks: the single device's numbers under each policy, and what a step repeats, counted and as predicted."""
+"""Recompute on ranks: the single device's numbers under each policy, and what a step repeats, counted and as
+predicted."""
 
 import dataclasses
 from collections import Counter
@@ -24,7 +25,7 @@ def test_matches_the_single_device(case):
     assert result.ok, f"\n{result}"
 
 
-# ---- what a step repeats ---------------------------------------------------------------------------------------------
+# ---- what a step repeats -----------------------------------------------------------------------------------
 
 
 def counted(pm, batch, rank):
@@ -45,32 +46,49 @@ def counted(pm, batch, rank):
             loss.backward()
     items = [i for i in Cost(next(reversed(pm.programs.values())).compilation).items if i.phase != "boundary"]
     ran = Counter((c.phase, COUNTED[c.op], c.axes) for c in log)
-    return ran, Counter((i.phase, i.op, i.axes) for i in items), Counter((e.phase, e.what) for e in events), Choices.found
+    return (
+        ran,
+        Counter((i.phase, i.op, i.axes) for i in items),
+        Counter((e.phase, e.what) for e in events),
+        Choices.found,
+    )
 
 
 @pytest.mark.parametrize("mesh, roles", [("ep=2,tp=2", {}), ("tp=2", PPMOE)], ids=["ep=2,tp=2", "ppmoe"])
 def test_comm_repeats_nothing_that_communicates_or_decides(mesh, roles):
-    for ran, predicted, events, choices in on_ranks(case("mixtral", mesh, roles=roles, checkpoint="comm"), counted):
+    for ran, predicted, events, choices in on_ranks(
+        case("mixtral", mesh, roles=roles, checkpoint="comm"), counted
+    ):
         assert ran == predicted and not any(phase == "recompute" for phase, *_ in ran)
         assert events == {("forward", "route"): 2, ("forward", "host copy"): 2}
         assert choices == 0
 
 
 def test_full_repeats_what_is_predicted():
-    """Per MoE layer: both exchanges of rows, the exchange of counts, attention's sum. The sum that ends the layer comes after the last
-    saved tensor, where recompute stops."""
-    this = case("mixtral", "ep=2,tp=2", dtype="float32", overrides={"num_hidden_layers": 1}, checkpoint="full")
+    """Per MoE layer: both exchanges of rows, the exchange of counts, attention's sum. The sum that ends the
+    layer comes after the last saved tensor, where recompute stops."""
+    this = case(
+        "mixtral", "ep=2,tp=2", dtype="float32", overrides={"num_hidden_layers": 1}, checkpoint="full"
+    )
     for ran, predicted, *_ in on_ranks(this, counted):  # with tokens cut: the gathers as well
         assert ran == predicted
-    for ran, predicted, events, choices in on_ranks(dataclasses.replace(this, dedup=False, sequence_parallel=False), counted):
+    for ran, predicted, events, choices in on_ranks(
+        dataclasses.replace(this, dedup=False, sequence_parallel=False), counted
+    ):
         assert ran == predicted
         again = {key[1:]: n for key, n in ran.items() if key[0] == "recompute"}
-        assert again == {("all_to_all_single", ("ep",)): 2, ("all_gather_into_tensor", ("ep",)): 1, ("all_reduce", ("tp",)): 1}
-        assert events == {(phase, what): 1 for phase in ("forward", "recompute") for what in ("route", "host copy")}
+        assert again == {
+            ("all_to_all_single", ("ep",)): 2,
+            ("all_gather_into_tensor", ("ep",)): 1,
+            ("all_reduce", ("tp",)): 1,
+        }
+        assert events == {
+            (phase, what): 1 for phase in ("forward", "recompute") for what in ("route", "host copy")
+        }
         assert choices > 0
 
 
-# ---- draws and buffers -----------------------------------------------------------------------------------------------
+# ---- draws and buffers -------------------------------------------------------------------------------------
 
 
 def gradients_with_dropout(pm, batch, rank):
@@ -80,11 +98,19 @@ def gradients_with_dropout(pm, batch, rank):
     return float(loss.detach()), pm.gather_gradients()
 
 
-@pytest.mark.parametrize("model, mesh, overrides, policies", [
-    ("llama", "tp=2", {"attention_dropout": 0.3}, ["comm", "selective"]), ("plain_test", "ep=2", {"dropout": 0.3}, ["comm", "full"]),
-], ids=["attention", "experts"])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, mesh, overrides, policies",
+    [
+        ("llama", "tp=2", {"attention_dropout": 0.3}, ["comm", "selective"]),
+        ("plain_test", "ep=2", {"dropout": 0.3}, ["comm", "full"]),
+    ],
+    ids=["attention", "experts"],
+)
 def test_recompute_draws_the_same_dropout(model, mesh, overrides, policies):
-    results = {policy: on_ranks(case(model, mesh, overrides=overrides, checkpoint=policy), gradients_with_dropout) for policy in ("none", *policies)}
+    results = {
+        policy: on_ranks(case(model, mesh, overrides=overrides, checkpoint=policy), gradients_with_dropout)
+        for policy in ("none", *policies)
+    }
     for policy in policies:
         for (loss, got), (expected_loss, expected) in zip(results[policy], results["none"]):
             assert loss == expected_loss
@@ -108,16 +134,19 @@ def loads_on_single(model, batch):
 
 @pytest.mark.parametrize("policy", ["comm", "full"])
 def test_buffers_advance_once(policy):
-    """A count of the tokens per expert, which routing reads: recompute neither advances it nor reads the advanced one."""
+    """A count of the tokens per expert, which routing reads: recompute neither advances it nor reads the
+    advanced one."""
     this = case("plain_balanced", "ep=2,tp=2", checkpoint=policy)
     expected, grads = on_single(this, loads_on_single)
-    assert sum(float(b.sum()) for name, b in expected.items()) == 2 * 2 * 8 * 12 * 2  # calls x layers x tokens x choices
+    assert (
+        sum(float(b.sum()) for name, b in expected.items()) == 2 * 2 * 8 * 12 * 2
+    )  # calls x layers x tokens x choices
     for found, got in on_ranks(this, loads_on_rank):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert max(errors(got, grads).values()) < 1e-5
 
 
-# ---- compiled --------------------------------------------------------------------------------------------------------
+# ---- compiled ----------------------------------------------------------------------------------------------
 
 
 def compiled(pm, batch, rank):
@@ -133,8 +162,12 @@ def compiled(pm, batch, rank):
         backward.extend(str(n.target) for n in module.graph.nodes if n.op == "call_function")
         return make_boxed_func(module.forward)
 
-    plain = lambda module, inputs: make_boxed_func(module.forward)  # noqa: E731
-    pm._compile = {"backend": aot_autograd(fw_compiler=plain, bw_compiler=watch, partition_fn=min_cut_rematerialization_partition)}
+    plain = lambda module, inputs: make_boxed_func(module.forward)
+    pm._compile = {
+        "backend": aot_autograd(
+            fw_compiler=plain, bw_compiler=watch, partition_fn=min_cut_rematerialization_partition
+        )
+    }
     pm._ready.clear()
     loss = pm(**split_batch(batch, *pm.batch_coordinate)).loss
     loss.backward()
@@ -148,15 +181,25 @@ def loss_and_gradients(model, batch):
 
 
 def test_compiled_full_decides_once():
-    """Compiled kernels may round otherwise when they recompute: a choice made again could differ from the rows that were exchanged by the first."""
-    this = case("mixtral", "ep=2", overrides={"num_hidden_layers": 1}, outputs=("loss",), checkpoint="full", compile="aot_eager")
+    """Compiled kernels may round otherwise when they recompute: a choice made again could differ from the
+    rows that were exchanged by the first."""
+    this = case(
+        "mixtral",
+        "ep=2",
+        overrides={"num_hidden_layers": 1},
+        outputs=("loss",),
+        checkpoint="full",
+        compile="aot_eager",
+    )
     expected, grads = on_single(this, loss_and_gradients)
     for loss, got, breaks, backward in on_ranks(this, compiled):
         assert relative(loss, expected) < 1e-6 and max(errors(got, grads).values()) < 1e-5
         assert breaks == 0
         count = lambda word: sum(word in op for op in backward)  # noqa: B023, E731
         assert count("topk") == count("sort.") == 0
-        assert count("all_to_all_single") == 4 and count("_softmax") >= 1  # the exchanges of rows and the router's scores are recomputed
+        assert (
+            count("all_to_all_single") == 4 and count("_softmax") >= 1
+        )  # the exchanges of rows and the router's scores are recomputed
 
 
 def test_compiled_comm_is_one_graph_that_repeats_no_collective():
@@ -166,6 +209,8 @@ def test_compiled_comm_is_one_graph_that_repeats_no_collective():
         assert relative(loss, expected) < 1e-6 and max(errors(got, grads).values()) < 1e-5
         assert breaks == 0
         count = lambda word: sum(word in op for op in backward)  # noqa: B023, E731
-        assert count("all_to_all_single") == 2 and count("all_gather") == 0  # the adjoints of the rows' exchanges
+        assert (
+            count("all_to_all_single") == 2 and count("all_gather") == 0
+        )  # the adjoints of the rows' exchanges
         assert count("topk") == count("sort") == count("_local_scalar_dense") == 0
         assert count("silu") + count("sigmoid") >= 1 and count("_softmax") >= 1  # recompute is there

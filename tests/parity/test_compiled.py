@@ -1,7 +1,7 @@
 """compile=True: the same numbers, and a count of compilations.
 
-Routing never recompiles; a first change of batch size, or of length, compiles once more and then no further. What counts is
-dynamo's part, so that test leaves inductor (minutes of C++) out; the other runs it once.
+Routing never recompiles; a first change of batch size, or of length, compiles once more and then no further.
+What counts is dynamo's part, so that test leaves inductor (minutes of C++) out; the other runs it once.
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""Bad input gets one clear line that names the cause and the fix, before any collective runs; a failing rank gets one as well."""
+"""Bad input gets one clear line that names the cause and the fix, before any collective runs; a failing rank
+gets one as well."""
 
 import os
 import signal
@@ -9,9 +10,9 @@ import torch
 
 import tedfx
 from tedfx.errors import ConfigError
-from tedfx.verification.verify import verify
 from tedfx.verification.models import factory
 from tedfx.verification.run import split_batch
+from tedfx.verification.verify import verify
 from tests.parity.cases import case, on_ranks
 from tests.parity.nursery import nursery
 
@@ -20,7 +21,11 @@ EP_TP = case("mixtral", "ep=2,tp=2")
 
 def attempt(model, mesh, kwargs, overrides):
     try:
-        result = verify(factory(model, overrides) if isinstance(model, str) else model, mesh, **{"timeout": 100.0, "steps": 1, **kwargs})
+        result = verify(
+            factory(model, overrides) if isinstance(model, str) else model,
+            mesh,
+            **{"timeout": 100.0, "steps": 1, **kwargs},
+        )
         return None, str(result), result.ok
     except tedfx.TedfxError as error:
         return type(error).__name__, str(error), False
@@ -35,7 +40,7 @@ def refused(kind, words, model, mesh, overrides=(), **kwargs):
     return line
 
 
-# ---- the mesh and its roles ------------------------------------------------------------------------------------------
+# ---- the mesh and its roles --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,11 @@ def refused(kind, words, model, mesh, overrides=(), **kwargs):
         ("dp=2", dict(roles={"expert": ("tp",)}), ["expert", "'tp'", "('dp',)"]),
         ("dp=2", dict(roles={"experts": ("dp",)}), ["'experts'", "expert_tensor"]),
         ("dp=2,tp=2", dict(roles={"batch": ("dp", "tp")}), ["batch", "tensor", "'tp'", "disjoint"]),
-        ("ep=2,tp=2", dict(roles={"expert": ("tp",), "expert_tensor": ("tp",)}), ["expert", "expert_tensor", "'tp'"]),
+        (
+            "ep=2,tp=2",
+            dict(roles={"expert": ("tp",), "expert_tensor": ("tp",)}),
+            ["expert", "expert_tensor", "'tp'"],
+        ),
         ("dp=2,pp=2", {}, ["'pp'", "not built yet"]),
         ("cp=2", {}, ["'cp'", "not built yet"]),
         ("dp=two", {}, ["dp=two", "axis=size"]),
@@ -83,10 +92,12 @@ def test_sizes_that_do_not_divide_are_right_or_refused(mesh, overrides):
     """Never wrong: padded, replicated, or refused with a line."""
     kind, line, ok = nursery().call(attempt, "llama", mesh, {}, {**overrides, "num_hidden_layers": 1})
     print(kind, line)
-    assert ok or (kind == "ConfigError" and "\n" not in line and any(str(v) in line for v in overrides.values())), line
+    assert ok or (
+        kind == "ConfigError" and "\n" not in line and any(str(v) in line for v in overrides.values())
+    ), line
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 class DataDependent(torch.nn.Module):
@@ -160,7 +171,7 @@ def plain_model(options):
     model = models.MODELS["mixtral"]()
     try:
         tedfx.parallelize(model, *options)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return type(error).__name__, str(error)
 
 
@@ -173,14 +184,14 @@ def test_a_mesh_without_names():
     assert kind == "ConfigError" and "mesh_dim_names" in line
 
 
-# ---- calls -----------------------------------------------------------------------------------------------------------
+# ---- calls -------------------------------------------------------------------------------------------------
 
 
 def line_of(function):
     start = time.monotonic()
     try:
         function()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return type(error).__name__, str(error), time.monotonic() - start
     return None, "", 0.0
 
@@ -196,7 +207,9 @@ def bad_calls(pm, batch, rank):
         "generate": line_of(lambda: pm.generate(ids)),
         "use_cache": line_of(lambda: pm(**local, use_cache=True)),
         "past_key_values": line_of(lambda: pm(**local, past_key_values=[ids])),
-        "unknown argument": line_of(lambda: pm(ids, ids, ids, ids, ids, ids, ids, ids, ids, ids, ids, ids, ids)),
+        "unknown argument": line_of(
+            lambda: pm(ids, ids, ids, ids, ids, ids, ids, ids, ids, ids, ids, ids, ids)
+        ),
     }
     loss = pm(**local).loss  # and after all that the module still works
     return found, float(loss)
@@ -252,7 +265,7 @@ def _with_timeout(seconds, body):
         cases._options = options
 
 
-# ---- ranks that fail -------------------------------------------------------------------------------------------------
+# ---- ranks that fail ---------------------------------------------------------------------------------------
 
 
 def raises_on_one(rank):
@@ -272,7 +285,11 @@ def hangs_on_one(rank):
 
 @pytest.mark.parametrize(
     "before, timeout, words",
-    [(raises_on_one, 60.0, ["rank 1", "ValueError: a text of two lines"]), (dies_on_one, 60.0, ["rank 1", "SIGSEGV"]), (hangs_on_one, 8.0, ["rank", "8 s"])],
+    [
+        (raises_on_one, 60.0, ["rank 1", "ValueError: a text of two lines"]),
+        (dies_on_one, 60.0, ["rank 1", "SIGSEGV"]),
+        (hangs_on_one, 8.0, ["rank", "8 s"]),
+    ],
     ids=["raises", "dies", "hangs"],
 )
 def test_a_failing_rank_is_one_line_and_no_hang(before, timeout, words):

@@ -36,7 +36,8 @@ def clipped():
 
 
 def test_ranks_are_spawned_where_the_trace_ended_forking(monkeypatch):
-    """Tracing a Function runs its backward, after which autograd does not run in forks where torch has a device."""
+    """Tracing a Function runs its backward, after which autograd does not run in forks where torch has a
+    device."""
     answers, forked = iter([True, False]), []
 
     def run(work, fork, timeout):

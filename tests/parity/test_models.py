@@ -1,7 +1,8 @@
-"""Every model and every mesh: loss, gradient norm, gradients, parameters after AdamW steps, replicas, against the single device.
+"""Every model and every mesh: loss, gradient norm, gradients, parameters after AdamW steps, replicas, against
+the single device.
 
-The full product is `make parity`; here every model meets meshes of each kind, and every mesh at least two models. Labels are
-spread unevenly over the ranks, and the router's auxiliary loss is on.
+The full product is `make parity`; here every model meets meshes of each kind, and every mesh at least two
+models. Labels are spread unevenly over the ranks, and the router's auxiliary loss is on.
 """
 
 import pytest
@@ -57,5 +58,18 @@ def test_every_model_and_every_mesh_has_a_case():
 
     assert {c.model for c in CASES} >= set(MODELS)
     plain = {c.mesh for c in CASES if not c.roles}
-    assert plain >= {"dp=2", "tp=2", "ep=2", "tp=4", "dp=2,tp=2", "dp=2,ep=2", "ep=2,tp=2", "dp=2,ep=2,tp=2", "tp=2,ep=2", "dp=1,ep=2,tp=2"}
-    assert {(c.mesh, c.roles) for c in CASES} >= {(m, case("", m, roles=r).roles) for m, r in [("tp=2", PPMOE), ("tp=4", PPMOE), ("ep=2,tp=2", FOLDED)]}
+    assert plain >= {
+        "dp=2",
+        "tp=2",
+        "ep=2",
+        "tp=4",
+        "dp=2,tp=2",
+        "dp=2,ep=2",
+        "ep=2,tp=2",
+        "dp=2,ep=2,tp=2",
+        "tp=2,ep=2",
+        "dp=1,ep=2,tp=2",
+    }
+    assert {(c.mesh, c.roles) for c in CASES} >= {
+        (m, case("", m, roles=r).roles) for m, r in [("tp=2", PPMOE), ("tp=4", PPMOE), ("ep=2,tp=2", FOLDED)]
+    }

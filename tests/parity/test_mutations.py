@@ -1,4 +1,5 @@
-"""A change that breaks a gradient's scale, a group or an adjoint turns verification red. Each mutation is made in the ranks alone."""
+"""A change that breaks a gradient's scale, a group or an adjoint turns verification red. Each mutation is
+made in the ranks alone."""
 
 import pytest
 

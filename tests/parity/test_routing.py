@@ -1,4 +1,5 @@
-"""Uneven work: experts without tokens, ranks without rows, ranks whose tokens all go to one expert, ranks without a valid label."""
+"""Uneven work: experts without tokens, ranks without rows, ranks whose tokens all go to one expert, ranks
+without a valid label."""
 
 import dataclasses
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from tedfx.verification.verify import TOLERANCES, compare
 from tedfx.verification.run import Outcome, rate_of_step, step_batches
+from tedfx.verification.verify import TOLERANCES, compare
 from tests.parity import mutations
 from tests.parity.cases import case, verified
 
@@ -30,7 +30,7 @@ def outcome():
     weight = lambda: {
         "w": torch.randn(4, 3, generator=g, dtype=torch.float64),
         "b": torch.randn(3, generator=g, dtype=torch.float64),
-    }  # noqa: E731
+    }
     made = Outcome(
         [3.0, 2.0, 1.0],
         [1.0, 1.1, 1.2],
@@ -47,7 +47,7 @@ def changed(**fields):
 
 def test_the_first_difference_is_named():
     reference = outcome()
-    bad = lambda tensors, name: {**tensors, name: tensors[name] * 1.01}  # noqa: E731
+    bad = lambda tensors, name: {**tensors, name: tensors[name] * 1.01}
     expected = {
         "": outcome(),
         "step 2, loss: 5.0e-03, allowed 1e-06": changed(losses=[3.0, 2.01, 1.1], norms=[1.0, 1.2, 1.2]),

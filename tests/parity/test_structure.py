@@ -6,18 +6,32 @@ from tedfx.ops import count_collectives
 from tedfx.verification.run import split_batch
 from tests.parity.cases import case, on_ranks
 
-# What may be whole on tp: norms, routers with their biases, attention's per-head scalars aside, the biases of row-parallel
-# linears, and MLA's projections to a low rank. Names as the library gives them.
+# What may be whole on tp: norms, routers with their biases, attention's per-head scalars aside, the biases of
+# row-parallel linears, and MLA's projections to a low rank. Names as the library gives them.
 PLAIN = dict(dedup=False, sequence_parallel=False)
-WHOLE = ("norm", "mlp.gate.weight", "router.", "shared_expert_gate", "o_proj.bias", "down_proj_bias", "q_a_proj", "kv_a_proj")
+WHOLE = (
+    "norm",
+    "mlp.gate.weight",
+    "router.",
+    "shared_expert_gate",
+    "o_proj.bias",
+    "down_proj_bias",
+    "q_a_proj",
+    "kv_a_proj",
+)
 
 
 def layout(pm, batch, rank):
-    """{name: (elements on this rank, elements in all, axes that shard it)} and the collectives of one forward."""
+    """{name: (elements on this rank, elements in all, axes that shard it)} and the collectives of one
+    forward."""
     local = split_batch(batch, *pm.batch_coordinate)
     found = {}
     for name, p in pm.named_parameters():
-        axes = tuple(axis for axis, placement in zip(p.device_mesh.mesh_dim_names, p.placements) if placement.is_shard())
+        axes = tuple(
+            axis
+            for axis, placement in zip(p.device_mesh.mesh_dim_names, p.placements)
+            if placement.is_shard()
+        )
         found[name] = (p.to_local().numel(), p.numel(), axes)
     with count_collectives() as log:
         pm(**local)
@@ -32,7 +46,9 @@ def test_on_tp2_only_small_parameters_are_whole(model):
                 assert axes == () and local == total, name
             else:
                 assert axes == ("tp",) and local * 2 == total, f"{name} is whole"
-        assert sum(local for local, *_ in found.values()) < 0.62 * sum(total for _, total, _ in found.values())
+        assert sum(local for local, *_ in found.values()) < 0.62 * sum(
+            total for _, total, _ in found.values()
+        )
 
 
 def forward_on(axes, log, op=None):
@@ -40,7 +56,12 @@ def forward_on(axes, log, op=None):
 
 
 def test_two_tp_all_reduces_per_dense_layer():
-    logs = [on_ranks(case("llama", "tp=2", overrides={"num_hidden_layers": n}, outputs=("loss",), **PLAIN), layout)[0][1] for n in (1, 2)]
+    logs = [
+        on_ranks(
+            case("llama", "tp=2", overrides={"num_hidden_layers": n}, outputs=("loss",), **PLAIN), layout
+        )[0][1]
+        for n in (1, 2)
+    ]
     one, two = (forward_on(("tp",), log) for log in logs)
     assert all(entry[0] == "all_reduce" for entry in two)
     assert len(two) - len(one) == 2
@@ -55,7 +76,9 @@ def test_two_row_all_to_alls_and_one_exchange_of_counts_per_moe_layer(mesh):
         counts = [entry for entry in forward_on(("ep",), log, "all_gather") if entry[3] == "torch.int64"]
         assert len(rows) == 2 * 2 and len(counts) == 2  # two layers
         rest = [entry for entry in forward_on(("ep",), log) if entry not in rows and entry not in counts]
-        assert all(entry[0] == "all_reduce" and entry[4] <= 2 for entry in rest), rest  # the loss and its parts
+        assert all(entry[0] == "all_reduce" and entry[4] <= 2 for entry in rest), (
+            rest
+        )  # the loss and its parts
         if mesh == "ep=2,tp=2":  # dispatch and combine add nothing on tp: attention and experts, once each
             assert len(forward_on(("tp",), log, "all_reduce")) == 2 * 2 + 3
 
@@ -68,11 +91,23 @@ def test_ppmoe_needs_no_all_to_all():
 
 def test_sequence_parallel_scatters_and_gathers_where_it_summed():
     """Megatron's order: per layer two gathers and two reduce-scatters, and no all-reduce of tokens."""
-    logs = [on_ranks(case("llama", "tp=2", overrides={"num_hidden_layers": n}, outputs=("loss",)), layout)[0][1] for n in (1, 2)]
+    logs = [
+        on_ranks(case("llama", "tp=2", overrides={"num_hidden_layers": n}, outputs=("loss",)), layout)[0][1]
+        for n in (1, 2)
+    ]
     one, two = ([entry[0] for entry in forward_on(("tp",), log)] for log in logs)
-    assert two.count("reduce_scatter") - one.count("reduce_scatter") == two.count("all_gather") - one.count("all_gather") == 2
-    # Beside the layers: the embedding is scattered, the head gathers, the cross-entropy has its maximum and its sums.
-    assert (two.count("reduce_scatter"), two.count("all_gather"), two.count("all_reduce")) == (2 * 2 + 1, 2 * 2 + 1, 2)
+    assert (
+        two.count("reduce_scatter") - one.count("reduce_scatter")
+        == two.count("all_gather") - one.count("all_gather")
+        == 2
+    )
+    # Beside the layers: the embedding is scattered, the head gathers, the cross-entropy has its maximum and
+    # its sums.
+    assert (two.count("reduce_scatter"), two.count("all_gather"), two.count("all_reduce")) == (
+        2 * 2 + 1,
+        2 * 2 + 1,
+        2,
+    )
 
 
 @pytest.mark.parametrize("switches", [dict(sequence_parallel=False), {}], ids=["dedup", "sequence parallel"])
@@ -80,7 +115,12 @@ def test_sequence_parallel_scatters_and_gathers_where_it_summed():
 def test_no_row_is_sent_twice(roles, switches):
     """Over all ranks the rows that go through an all-to-all are those of one copy of each token."""
     plain, cut = (
-        sum(b for log in on_ranks(case("mixtral", "ep=2,tp=2", roles=roles, **s), all_to_all_bytes) for b in log) for s in (PLAIN, switches)
+        sum(
+            b
+            for log in on_ranks(case("mixtral", "ep=2,tp=2", roles=roles, **s), all_to_all_bytes)
+            for b in log
+        )
+        for s in (PLAIN, switches)
     )
     assert cut * (1 if roles else 2) == plain  # folding cuts tokens into lanes by itself
 
@@ -93,4 +133,6 @@ def all_to_all_bytes(pm, batch, rank):
 
 def test_experts_are_split_over_ep_and_the_rest_is_not():
     for found, _ in on_ranks(case("mixtral", "ep=2"), layout):
-        assert {name: axes for name, (_, _, axes) in found.items() if axes} == {name: ("ep",) for name in found if ".experts." in name}
+        assert {name: axes for name, (_, _, axes) in found.items() if axes} == {
+            name: ("ep",) for name in found if ".experts." in name
+        }

@@ -1,5 +1,5 @@
-"""What surrounds a step: frozen parameters, chosen outputs, other signatures and sizes, losses made outside, micro-batches,
-dropout, replicas after many steps."""
+"""What surrounds a step: frozen parameters, chosen outputs, other signatures and sizes, losses made outside,
+micro-batches, dropout, replicas after many steps."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def mine(pm, batch):
     return split_batch(batch, *pm.batch_coordinate)
 
 
-# ---- frozen ----------------------------------------------------------------------------------------------------------
+# ---- frozen ------------------------------------------------------------------------------------------------
 
 
 def frozen_gradients(pm, batch, rank):
@@ -40,16 +40,21 @@ def test_frozen_parameters_stay_frozen():
     result = verified(frozen)
     assert result.ok, f"\n{result}"
     trainable, got = on_ranks(frozen, frozen_gradients)[0]
-    assert got == trainable and not any("norm" in n or "embed" in n for n in got) and "model.layers.1.mlp.experts.down_proj" in got
+    assert (
+        got == trainable
+        and not any("norm" in n or "embed" in n for n in got)
+        and "model.layers.1.mlp.experts.down_proj" in got
+    )
     still = {p.name: p.parameter for p in result.parameters if "norm" in p.name or "embed" in p.name}
     assert still and set(still.values()) == {0.0}
 
 
-# ---- outputs ---------------------------------------------------------------------------------------------------------
+# ---- outputs -----------------------------------------------------------------------------------------------
 
 
 def logits_made(pm, batch, rank):
-    """(loss, whether logits came out, the largest number of float elements of any tensor made in forward with a dim of the vocabulary)."""
+    """(loss, whether logits came out, the largest number of float elements of any tensor made in forward with
+    a dim of the vocabulary)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     local, vocabulary, largest = mine(pm, batch), 64, 0
@@ -59,7 +64,12 @@ def logits_made(pm, batch, rank):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.is_floating_point() and out.dim() and out.shape[-1] == vocabulary:
+            if (
+                isinstance(out, torch.Tensor)
+                and out.is_floating_point()
+                and out.dim()
+                and out.shape[-1] == vocabulary
+            ):
                 largest = max(largest, out.numel())
             return out
 
@@ -78,7 +88,7 @@ def test_loss_alone_never_makes_the_full_logits():
     assert worst(alone[0][3], full[0][3])[1] < 1e-6
 
 
-# ---- signatures and sizes --------------------------------------------------------------------------------------------
+# ---- signatures and sizes ----------------------------------------------------------------------------------
 
 CALLS = ((True, ("input_ids", "labels")), (False, ("input_ids",)), (False, ("input_ids", "labels")))
 
@@ -141,20 +151,24 @@ def test_signatures_share_parameters_and_sizes_are_free():
         assert programs == 3
 
 
-# ---- a loss made outside ---------------------------------------------------------------------------------------------
+# ---- a loss made outside -----------------------------------------------------------------------------------
 
 
 def outside(pm, batch, rank):
     local = mine(pm, batch)
     logits = pm(input_ids=local["input_ids"]).logits
-    loss = F.cross_entropy(logits.flatten(0, 1).double(), local["labels"].flatten(), ignore_index=-100, reduction="sum")
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).double(), local["labels"].flatten(), ignore_index=-100, reduction="sum"
+    )
     loss.backward()
     return pm.batch_coordinate[0], float(loss), pm.gather_gradients()
 
 
 def outside_single(model, batch):
     logits = model(input_ids=batch["input_ids"]).logits
-    loss = F.cross_entropy(logits.flatten(0, 1).double(), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).double(), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
+    )
     loss.backward()
     return float(loss), gradients(model)
 
@@ -170,7 +184,7 @@ def test_a_loss_from_logits_gets_the_gradient_of_the_sum_of_local_losses(mesh):
         assert error < 1e-5, name
 
 
-# ---- micro-batches ---------------------------------------------------------------------------------------------------
+# ---- micro-batches -----------------------------------------------------------------------------------------
 
 COUNTED = ((True, ("input_ids", "labels", "num_items_in_batch")),)
 
@@ -207,7 +221,7 @@ def test_micro_batches_without_sync_equal_one_large_batch(mesh):
         assert early == [0] and late > 0
 
 
-# ---- dropout ---------------------------------------------------------------------------------------------------------
+# ---- dropout -----------------------------------------------------------------------------------------------
 
 
 def with_dropout(pm, batch, rank):
@@ -228,7 +242,9 @@ def test_dropout_draws_do_not_depend_on_the_mesh(model):
     assert relative(again, loss) > 1e-4, "the second forward has to draw anew"
     assert replay == loss
     for mesh in meshes[1:]:
-        for other_loss, other_grads, other_again, other_replay in on_ranks(case(model, mesh, overrides=overrides), with_dropout):
+        for other_loss, other_grads, other_again, other_replay in on_ranks(
+            case(model, mesh, overrides=overrides), with_dropout
+        ):
             assert relative(other_loss, loss) < 1e-6 and relative(other_again, again) < 1e-6, mesh
             assert other_replay == other_loss
             name, error = worst(other_grads, grads)
@@ -236,17 +252,20 @@ def test_dropout_draws_do_not_depend_on_the_mesh(model):
 
 
 def test_dropout_inside_an_expert():
-    """A row draws by the number of its assignment in the global batch: the same on any mesh, whatever rank it is sent to."""
+    """A row draws by the number of its assignment in the global batch: the same on any mesh, whatever rank it
+    is sent to."""
     overrides = {"dropout": 0.3}
     first = on_ranks(case("plain_test", "tp=1", overrides=overrides), with_dropout)[0]
     assert relative(first[2], first[0]) > 1e-5, "the second forward has to draw anew"
     for mesh, roles in (("tp=2", {}), ("ep=2,tp=2", {}), ("tp=2", {"expert": "tp"})):
-        for loss, grads, _, replay in on_ranks(case("plain_test", mesh, overrides=overrides, roles=roles), with_dropout):
+        for loss, grads, _, replay in on_ranks(
+            case("plain_test", mesh, overrides=overrides, roles=roles), with_dropout
+        ):
             assert loss == replay
             assert relative(loss, first[0]) < 1e-6 and worst(grads, first[1])[1] < 1e-5, (mesh, roles)
 
 
-# ---- many steps ------------------------------------------------------------------------------------------------------
+# ---- many steps --------------------------------------------------------------------------------------------
 
 
 def test_replicas_are_bitwise_equal_after_20_steps():

@@ -1,4 +1,5 @@
-"""Values that would go wrong without a word: complex ones, aliases of what is written to, what is drawn for routed rows."""
+"""Values that would go wrong without a word: complex ones, aliases of what is written to, what is drawn for
+routed rows."""
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from tests.parity import values
 from tests.pool import context, ranks  # noqa: F401
 
 
-@pytest.mark.parametrize("options", [{}, {"sequence_parallel": False, "checkpoint": "full"}], ids=["", "whole tokens"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sequence_parallel": False, "checkpoint": "full"}], ids=["", "whole tokens"]
+)
 def test_complex_values_have_gradients(ranks, options):  # noqa: F811
     for errors in ranks(4).run(values.complex_gradients, (2, 2), ("dp", "tp"), options):
         assert max(errors.values()) < 1e-10, errors
@@ -38,7 +41,10 @@ def test_options_that_take_complex_parameters_for_real_ones_refuse_them(ranks): 
     zero, dtype, optimizer = ranks(2).run(_refusals)[0]
     assert zero.startswith("parameter middle.up.weight is torch.complex128, which zero=2 does not take")
     assert "which gradient_dtype=torch.float32 does not take: leave gradient_dtype out" in dtype
-    assert optimizer.startswith("parameter middle.up.weight is torch.complex128, and shares of an optimizer's state are of real numbers")
+    assert optimizer.startswith(
+        "parameter middle.up.weight is torch.complex128, and shares of an optimizer's state are of real "
+        "numbers"
+    )
 
 
 @pytest.mark.parametrize("kind", ["old values", "swapped", "state"])
@@ -51,9 +57,13 @@ def test_the_same_layer_by_layer_with_recompute(ranks):  # noqa: F811
 
 
 VARIANTS = [
-    {}, {"dedup": False, "sequence_parallel": False}, {"algebra": False}, {"sequence_parallel": False, "checkpoint": "full"},
-    {"roles": {"expert": ("ep", "tp")}}, {"roles": {"expert": ("tp",)}},
-]  # fmt: skip
+    {},
+    {"dedup": False, "sequence_parallel": False},
+    {"algebra": False},
+    {"sequence_parallel": False, "checkpoint": "full"},
+    {"roles": {"expert": ("ep", "tp")}},
+    {"roles": {"expert": ("tp",)}},
+]
 
 
 def test_dropout_of_routed_rows_is_equal_on_any_mesh(ranks):  # noqa: F811
@@ -92,5 +102,9 @@ DRAWS = {
 @pytest.mark.parametrize("name", DRAWS)
 def test_other_draws_are_refused_with_their_line(name):
     traced = trace(Draws(DRAWS[name]), kwargs={"x": torch.randn(4, 6, 8)})
-    with pytest.raises(TraceError, match=rf"draws random numbers and has no counter-based form.*test_values\.py:\d+"):
-        compile_trace(Compilation(traced, Roles.resolve(MeshShape.of("dp=2")), set(traced.parameters)), default_passes())
+    with pytest.raises(
+        TraceError, match=r"draws random numbers and has no counter-based form.*test_values\.py:\d+"
+    ):
+        compile_trace(
+            Compilation(traced, Roles.resolve(MeshShape.of("dp=2")), set(traced.parameters)), default_passes()
+        )

@@ -20,7 +20,9 @@ CASES = [
     case("deepseek_v3", "dp=2,tp=2", zero=3, roles=PPMOE, checkpoint="comm"),
     case("mixtral", "ep=2,tp=2", zero=3, roles=FOLDED, checkpoint="full", steps=1),
     case("gpt_oss", "dp=2,tp=2", zero=3, checkpoint="selective", steps=1),
-    case("llama", "dp=4", zero=3, overrides={"tie_word_embeddings": True}, steps=1),  # one weight, two gathers
+    case(
+        "llama", "dp=4", zero=3, overrides={"tie_word_embeddings": True}, steps=1
+    ),  # one weight, two gathers
     case("plain", "dp=2,ep=2", zero=3, steps=1),  # experts stacked
     case("mixtral", "dp=2,ep=2", zero=3, compile="aot_eager", dtype="float32", steps=1),
     case("mixtral", "dp=2,ep=2", zero=3, compile="aot_eager", dtype="float32", checkpoint="comm", steps=1),
@@ -51,12 +53,16 @@ def test_these_tiles_cut_parameters(stage):
 
 
 def step(pm, batch, rank):
-    """Elements of parameters, of gradients and of what gradients keep alive; collectives by phase; gathers in backward while compiled nothing."""
+    """Elements of parameters, of gradients and of what gradients keep alive; collectives by phase; gathers in
+    backward while compiled nothing."""
     index, count = pm.batch_coordinate
     mine = split_batch(batch, index, count)
     with count_collectives() as log:
         pm(**mine).loss.backward()
-    storages = {p.grad.to_local().untyped_storage().data_ptr(): p.grad.to_local().untyped_storage().nbytes() for p in pm.parameters()}
+    storages = {
+        p.grad.to_local().untyped_storage().data_ptr(): p.grad.to_local().untyped_storage().nbytes()
+        for p in pm.parameters()
+    }
     whole = {name: placed.whole.numel for name, placed in pm._placed.items()}
     return dict(
         parameters=sum(p.to_local().numel() for p in pm.parameters()),
@@ -65,7 +71,12 @@ def step(pm, batch, rank):
         whole=sum(whole.values()),
         share=sum(placed.share.numel for placed in pm._placed.values()),
         gathers=Counter(c.phase for c in log if c.op == "gather_parameters"),
-        gathered=Counter({phase: sum(c.bytes for c in log if c.op == "gather_parameters" and c.phase == phase) for phase in ("forward", "recompute")}),
+        gathered=Counter(
+            {
+                phase: sum(c.bytes for c in log if c.op == "gather_parameters" and c.phase == phase)
+                for phase in ("forward", "recompute")
+            }
+        ),
         reductions=Counter(r.op for r in pm.reductions),
         scattered=sum(r.bytes for r in pm.reductions if r.op == "reduce_scatter"),
     )
@@ -73,14 +84,17 @@ def step(pm, batch, rank):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_a_rank_holds_and_sends(stage):
-    """ZeRO's table, in elements: parameters M, M, M/N; gradients kept alive M, M/N, M/N; sent: gradients once, whole; parameters at stage 3 twice."""
+    """ZeRO's table, in elements: parameters M, M, M/N; gradients kept alive M, M/N, M/N; sent: gradients
+    once, whole; parameters at stage 3 twice."""
     for found in on_ranks(case("mixtral", "dp=2,ep=2", zero=stage), step):
         whole, share = found["whole"], found["share"]
         assert whole / 4 <= share <= whole / 2  # experts are cut over dp alone: ep has cut them already
         assert found["parameters"] == (share if stage == 3 else whole)
         assert found["gradients"] == share
         assert found["alive"] == (whole if stage == 1 else share)
-        assert found["reductions"] == {"reduce_scatter": 2} and found["scattered"] == 8 * whole  # experts' and the others'
+        assert (
+            found["reductions"] == {"reduce_scatter": 2} and found["scattered"] == 8 * whole
+        )  # experts' and the others'
         if stage == 3:
             assert found["gathered"]["forward"] == 8 * share
             # backward reads every weight again but the embedding's, whose adjoint needs none
@@ -90,7 +104,8 @@ def test_what_a_rank_holds_and_sends(stage):
 
 
 def accumulated(pm, batch, rank):
-    """Gradients of two micro-batches, the first without communication, against both in one; and what was sent."""
+    """Gradients of two micro-batches, the first without communication, against both in one; and what was
+    sent."""
     index, count = pm.batch_coordinate
     mine = split_batch(batch, index, count)
     first, second = ({name: x[rows] for name, x in mine.items()} for rows in (slice(0, 1), slice(1, None)))
@@ -106,12 +121,18 @@ def accumulated(pm, batch, rank):
     sent = len(pm.reductions)
     (pm(**second).loss * counts[1] / total).backward()
     apart = pm.gather_gradients()
-    return max(float((apart[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in together.items()), sent, len(pm.reductions)
+    return (
+        max(float((apart[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in together.items()),
+        sent,
+        len(pm.reductions),
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_micro_batches_are_reduced_once(stage):
-    for error, before, after in on_ranks(case("llama", "dp=2", zero=stage, overrides={"num_hidden_layers": 1}), accumulated):
+    for error, before, after in on_ranks(
+        case("llama", "dp=2", zero=stage, overrides={"num_hidden_layers": 1}), accumulated
+    ):
         assert error < 1e-6 and (before, after) == (0, 1)
 
 
@@ -126,12 +147,21 @@ def collectives(pm, batch, rank):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as backward:
         loss.backward()
     for profile in (forward, backward):
-        names = Counter(event.name.rpartition("::")[2] for event in profile.events() if event.name.startswith("_c10d_functional::"))
+        names = Counter(
+            event.name.rpartition("::")[2]
+            for event in profile.events()
+            if event.name.startswith("_c10d_functional::")
+        )
         found.append((names["all_gather_into_tensor"], names["reduce_scatter_tensor"]))
-    return found, len([n for n in pm.graph.graph.nodes if getattr(n.target, "__name__", "") == "gather_parameters"])
+    return found, len(
+        [n for n in pm.graph.graph.nodes if getattr(n.target, "__name__", "") == "gather_parameters"]
+    )
 
 
 def test_a_compiled_backward_gathers_again():
-    """Instead of keeping whole weights: all but the embedding's, and each gradient is scattered where it arises."""
-    for (forward, backward), gathers in on_ranks(case("llama", "dp=2", zero=3, compile="aot_eager", dtype="float32"), collectives):
+    """Instead of keeping whole weights: all but the embedding's, and each gradient is scattered where it
+    arises."""
+    for (forward, backward), gathers in on_ranks(
+        case("llama", "dp=2", zero=3, compile="aot_eager", dtype="float32"), collectives
+    ):
         assert forward == (gathers, 0) and backward == (gathers - 1, gathers)

@@ -1,5 +1,6 @@
-"""Small models whose values go wrong silently where a compiler takes complex numbers for constants, aliases for values, or a row's place for its number; and what a rank
-does with them. Each is compared with the model itself on the global batch."""
+"""Small models whose values go wrong silently where a compiler takes complex numbers for constants, aliases
+for values, or a row's place for its number; and what a rank does with them. Each is compared with the model
+itself on the global batch."""
 
 import warnings
 
@@ -36,12 +37,18 @@ class Language(nn.Module):
 
     def __init__(self, middle):
         super().__init__()
-        self.embed, self.middle, self.head = nn.Embedding(VOCABULARY, WIDTH), middle, nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.embed, self.middle, self.head = (
+            nn.Embedding(VOCABULARY, WIDTH),
+            middle,
+            nn.Linear(WIDTH, VOCABULARY, bias=False),
+        )
 
     def forward(self, input_ids, labels):
         x = self.middle(self.embed(input_ids))
         x, extra = x if isinstance(x, tuple) else (x, 0.0)
-        return F.cross_entropy(self.head(F.silu(x)).flatten(0, 1), labels.flatten(), ignore_index=-100) + extra
+        return (
+            F.cross_entropy(self.head(F.silu(x)).flatten(0, 1), labels.flatten(), ignore_index=-100) + extra
+        )
 
 
 def pairs(x):
@@ -53,7 +60,8 @@ def flat(z):
 
 
 class Rotary(nn.Module):
-    """Llama's own: of an embedding's output, of linears' in attention, of a partial sum; frequencies are a complex buffer."""
+    """Llama's own: of an embedding's output, of linears' in attention, of a partial sum; frequencies are a
+    complex buffer."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +101,9 @@ class Parts(nn.Module):
         score = torch.einsum("bid,bjd->bij", z, z.conj())
         mixed = torch.where(z.abs() > 1, z, z * 1j).cumsum(1) * 0.1 + z.sgn()
         seen = torch.einsum("bij,bjd->bid", score.real.softmax(-1), z.abs())
-        return x + self.o(mixed.real * z.conj().imag + seen), (z.mean(1).abs() ** 2).mean() + torch.linalg.vector_norm(z) * 0.01
+        return x + self.o(mixed.real * z.conj().imag + seen), (
+            z.mean(1).abs() ** 2
+        ).mean() + torch.linalg.vector_norm(z) * 0.01
 
 
 class Weights(nn.Module):
@@ -101,7 +111,10 @@ class Weights(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH // 2, 24, dtype=torch.complex128), nn.Linear(24, WIDTH // 2, dtype=torch.complex128)
+        self.up, self.down = (
+            nn.Linear(WIDTH // 2, 24, dtype=torch.complex128),
+            nn.Linear(24, WIDTH // 2, dtype=torch.complex128),
+        )
 
     def forward(self, x):
         z = self.up(pairs(x))
@@ -118,7 +131,9 @@ def language(middle) -> Language:
 
 def ids(rows: int = 8) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    batch = {name: torch.randint(0, VOCABULARY, (rows, 6), generator=generator) for name in ("input_ids", "labels")}
+    batch = {
+        name: torch.randint(0, VOCABULARY, (rows, 6), generator=generator) for name in ("input_ids", "labels")
+    }
     batch["labels"][rows // 2 :, 1:] = -100
     return batch
 
@@ -126,7 +141,14 @@ def ids(rows: int = 8) -> dict[str, torch.Tensor]:
 def off(found: dict, wanted: dict) -> float:
     """The largest relative error of a tensor; names that only one side has count as wrong."""
     missing = {name for name in found.keys() ^ wanted.keys() if name in found or wanted[name].abs().max() > 0}
-    return max([float((found[n] - w).abs().norm() / w.abs().norm().clamp_min(1e-12)) for n, w in wanted.items() if n in found] + [9.0] * len(missing))
+    return max(
+        [
+            float((found[n] - w).abs().norm() / w.abs().norm().clamp_min(1e-12))
+            for n, w in wanted.items()
+            if n in found
+        ]
+        + [9.0] * len(missing)
+    )
 
 
 def complex_gradients(shape, names, options) -> dict[str, float]:
@@ -141,15 +163,19 @@ def complex_gradients(shape, names, options) -> dict[str, float]:
         loss.backward()
         expected = model(**batch)
         expected.backward()
-        errors[name] = max(off(pm.gather_gradients(), {n: p.grad for n, p in model.named_parameters()}), abs(float(loss) - float(expected)))
+        errors[name] = max(
+            off(pm.gather_gradients(), {n: p.grad for n, p in model.named_parameters()}),
+            abs(float(loss) - float(expected)),
+        )
     return errors
 
 
-# ---- aliases -------------------------------------------------------------------------------------------------------
+# ---- aliases -----------------------------------------------------------------------------------------------
 
 
 class Aliases(nn.Module):
-    """Returns and saves what is written to later: old values of buffers, state itself, views of it, inputs."""
+    """Returns and saves what is written to later: old values of buffers, state itself, views of it,
+    inputs."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -201,8 +227,13 @@ def aliases(kind: str, options, layered: bool) -> list:
         for results in (expected, found):
             sum(loss for loss, _ in results).backward()
         for (_, mine), (_, out) in zip(found, expected):
-            kept += [(step, t, w.chunk(count)[index] if w.dim() == 3 else w) for t, w in zip(mine, out, strict=True)]
-        wrong += ["gradient"] * (off(pm.gather_gradients(), {n: p.grad for n, p in model.named_parameters()}) > 1e-10)
+            kept += [
+                (step, t, w.chunk(count)[index] if w.dim() == 3 else w)
+                for t, w in zip(mine, out, strict=True)
+            ]
+        wrong += ["gradient"] * (
+            off(pm.gather_gradients(), {n: p.grad for n, p in model.named_parameters()}) > 1e-10
+        )
         wrong += [name for name, b in model.named_buffers() if not torch.allclose(pm.get_buffer(name), b)]
         for optimizer in optimizers:
             optimizer.step()
@@ -213,14 +244,20 @@ def aliases(kind: str, options, layered: bool) -> list:
         for _, t, _ in kept:
             t.fill_(7)
     after = pm.gather_parameters(buffers=True)
-    return wrong + [name for name in before if not torch.equal(before[name], after[name])] + ["input" for a, b in zip(inputs, batches) if not torch.equal(a, b)]
+    return (
+        wrong
+        + [name for name in before if not torch.equal(before[name], after[name])]
+        + ["input" for a, b in zip(inputs, batches) if not torch.equal(a, b)]
+    )
 
 
-# ---- dropout of routed rows ----------------------------------------------------------------------------------------
+# ---- dropout of routed rows --------------------------------------------------------------------------------
 
 
 def dropping():
-    return nn.Sequential(nn.Linear(WIDTH, 12), nn.GELU(), nn.Dropout(0.3), nn.Linear(12, WIDTH), nn.Dropout(0.2))
+    return nn.Sequential(
+        nn.Linear(WIDTH, 12), nn.GELU(), nn.Dropout(0.3), nn.Linear(12, WIDTH), nn.Dropout(0.2)
+    )
 
 
 def dropout_losses(shape, names, variants) -> list[list[float]]:

@@ -11,9 +11,9 @@ from torch import fx
 from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.placement.types import format_type
 from tedfx.rules import op_name
 from tedfx.trace.export import trace
-from tedfx.placement.types import format_type
 from tests.rules.simulate import Ranks, cotangent, join, same, split
 
 _TRACES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # a Compilation works on a copy
@@ -25,7 +25,12 @@ def compilation(model, mesh: str, call: dict, roles=None, outputs=None) -> Compi
         _TRACES[model] = trace(model, kwargs=call)
     traced = _TRACES[model]
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    return Compilation(traced, Roles.resolve(shape, roles), {p for p, n in traced.parameters.items() if n not in frozen}, outputs=outputs)
+    return Compilation(
+        traced,
+        Roles.resolve(shape, roles),
+        {p for p, n in traced.parameters.items() if n not in frozen},
+        outputs=outputs,
+    )
 
 
 # Megatron's and TED's own order: tokens whole on the tensor axes.
@@ -33,7 +38,8 @@ PLAIN = {"dedup": False, "sequence_parallel": False}
 
 
 def upto(model, mesh: str, call: dict, last: str, roles=None, **options):
-    """The program after the pass of this name, and that pass's result. No type check runs. `options` of `default_passes`, by default `PLAIN`."""
+    """The program after the pass of this name, and that pass's result. No type check runs. `options` of
+    `default_passes`, by default `PLAIN`."""
     program, passes = compilation(model, mesh, call, roles), default_passes(**{**PLAIN, **options})
     names = [p.name for p in passes]
     run_pipeline(program, passes[: names.index(last) + 1], program.history)
@@ -48,7 +54,13 @@ def calls(program, *without: str) -> list[str]:
     """Names of the calls in order, sizes and arithmetic on them left out."""
     skip = {"sym_size", "mul_size", "getitem", *without}
     graph = program.graph_module.graph
-    return [short(n) for n in graph.nodes if n.op == "call_function" and short(n) not in skip and (isinstance(n.meta.get("val"), torch.Tensor) or "val" not in n.meta)]
+    return [
+        short(n)
+        for n in graph.nodes
+        if n.op == "call_function"
+        and short(n) not in skip
+        and (isinstance(n.meta.get("val"), torch.Tensor) or "val" not in n.meta)
+    ]
 
 
 def find(program, name: str) -> list[fx.Node]:
@@ -60,8 +72,14 @@ def count(program, *names: str) -> dict[str, int]:
 
 
 def placeholder(program, fqn: str) -> fx.Node:
-    names = {**program.trace.parameters, **program.trace.buffers, **{k: ".".join(map(str, v)) for k, v in program.trace.inputs.items()}}
-    return next(n for n in program.graph_module.graph.find_nodes(op="placeholder") if names.get(n.name) == fqn)
+    names = {
+        **program.trace.parameters,
+        **program.trace.buffers,
+        **{k: ".".join(map(str, v)) for k, v in program.trace.inputs.items()},
+    }
+    return next(
+        n for n in program.graph_module.graph.find_nodes(op="placeholder") if names.get(n.name) == fqn
+    )
 
 
 def typed(node: fx.Node) -> str:
@@ -70,7 +88,7 @@ def typed(node: fx.Node) -> str:
 
 def conversions(program) -> list[str]:
     """``tp:I>R`` per pending conversion, in order."""
-    kind = lambda p: p if isinstance(p, str) else "S"  # noqa: E731
+    kind = lambda p: p if isinstance(p, str) else "S"
     found = [n.meta["conversion"] for n in program.graph_module.graph.nodes if "conversion" in n.meta]
     return [f"{axis}:{kind(a)}>{kind(b)}" for axis, a, b in found]
 
@@ -93,14 +111,26 @@ def run_ranks(program, model, call: dict, cotangents=None):
         elif node.name != "seed":
             fqn = trace_.parameters.get(node.name) or trace_.buffers.get(node.name)
             stack = trace_.stacked.get(node.name)
-            values[node.name] = torch.stack([state[n] for n in stack]).detach() if stack else state[fqn].detach() if fqn else trace_.constants[node.name]
+            values[node.name] = (
+                torch.stack([state[n] for n in stack]).detach()
+                if stack
+                else state[fqn].detach()
+                if fqn
+                else trace_.constants[node.name]
+            )
     wide = {a: n for a, n in mesh.items() if n > 1}
-    held = {n.name: split(values[n.name], n.meta["dims"], n.meta["type"], wide, known) for n in nodes if n.name in values}
+    held = {
+        n.name: split(values[n.name], n.meta["dims"], n.meta["type"], wide, known)
+        for n in nodes
+        if n.name in values
+    }
     (output,) = graph.find_nodes(op="output")
     outs = list(output.args[0])
     sent = None
     if cotangents is not None:
-        sent = [split(g, n.meta["dims"], cotangent(n.meta["type"]), wide, known) for n, g in zip(outs, cotangents)]
+        sent = [
+            split(g, n.meta["dims"], cotangent(n.meta["type"]), wide, known) for n, g in zip(outs, cotangents)
+        ]
 
     def work(rank):
         given = []
@@ -109,17 +139,37 @@ def run_ranks(program, model, call: dict, cotangents=None):
             given.append(value.requires_grad_() if node.name in program.trainable else value)
         results = fx.Interpreter(program.graph_module).run(*given)
         learned = [g for g in given if g.requires_grad]
-        through = [(o, torch.ones_like(o) if sent is None else sent[i][rank]) for i, o in enumerate(results) if o is not None and o.requires_grad]
-        found = torch.autograd.grad([o for o, _ in through], learned, [g for _, g in through], allow_unused=True)
+        through = [
+            (o, torch.ones_like(o) if sent is None else sent[i][rank])
+            for i, o in enumerate(results)
+            if o is not None and o.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [o for o, _ in through], learned, [g for _, g in through], allow_unused=True
+        )
         return results, [torch.zeros_like(x) if g is None else g for g, x in zip(found, learned)]
 
     per_rank = Ranks({a: n for a, n in mesh.items()}).run(work)
-    outputs = [join([r[i].detach() for r, _ in per_rank], n.meta["dims"], n.meta["type"], wide, known, f"output {i}") for i, n in enumerate(outs)]
+    outputs = [
+        join([r[i].detach() for r, _ in per_rank], n.meta["dims"], n.meta["type"], wide, known, f"output {i}")
+        for i, n in enumerate(outs)
+    ]
     learned = [n for n in nodes if n.name in program.trainable]
     gradients = {}
     for i, n in enumerate(learned):
-        whole = join([g[i] for _, g in per_rank], n.meta["dims"], cotangent(n.meta["type"]), wide, known, f"gradient of {n.name}")
-        gradients.update(zip(trace_.stacked[n.name], whole) if n.name in trace_.stacked else [(trace_.parameters[n.name], whole)])
+        whole = join(
+            [g[i] for _, g in per_rank],
+            n.meta["dims"],
+            cotangent(n.meta["type"]),
+            wide,
+            known,
+            f"gradient of {n.name}",
+        )
+        gradients.update(
+            zip(trace_.stacked[n.name], whole)
+            if n.name in trace_.stacked
+            else [(trace_.parameters[n.name], whole)]
+        )
     return outputs, gradients
 
 
@@ -139,5 +189,9 @@ def parity(model, mesh: str, call: dict, roles=None, **options):
         same(got, want.detach(), f"output {i} on {mesh}")
     for (name, p), want in zip(learned.items(), found):
         if name in gradients:
-            same(gradients[name], torch.zeros_like(p) if want is None else want, f"gradient of {name} on {mesh}")
+            same(
+                gradients[name],
+                torch.zeros_like(p) if want is None else want,
+                f"gradient of {name} on {mesh}",
+            )
     return program

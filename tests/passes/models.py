@@ -19,7 +19,9 @@ def linear(i, o, bias=False):
 
 
 def inputs(batch=4, length=3, width=8, seed=0):
-    return {"x": torch.randn(batch, length, width, dtype=DTYPE, generator=torch.Generator().manual_seed(seed))}
+    return {
+        "x": torch.randn(batch, length, width, dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
+    }
 
 
 def tokens(batch=4, length=6, vocabulary=16, seed=0):
@@ -57,7 +59,11 @@ class GateUp(nn.Module):
 
     def __init__(self, hidden=8, inner=4, interleaved=False):
         super().__init__()
-        self.gate_up, self.down, self.interleaved = linear(hidden, 2 * inner), linear(inner, hidden), interleaved
+        self.gate_up, self.down, self.interleaved = (
+            linear(hidden, 2 * inner),
+            linear(inner, hidden),
+            interleaved,
+        )
 
     def forward(self, x):
         h = self.gate_up(x)
@@ -69,7 +75,11 @@ class Attention(nn.Module):
     def __init__(self, heads=4, kv_heads=4, head=4, dropout=0.0, gqa=False):
         super().__init__()
         self.heads, self.kv_heads, self.head, self.dropout, self.gqa = heads, kv_heads, head, dropout, gqa
-        self.q, self.k, self.v = linear(8, heads * head), linear(8, kv_heads * head), linear(8, kv_heads * head)
+        self.q, self.k, self.v = (
+            linear(8, heads * head),
+            linear(8, kv_heads * head),
+            linear(8, kv_heads * head),
+        )
         self.o = linear(heads * head, 8)
 
     def forward(self, x):
@@ -79,8 +89,13 @@ class Attention(nn.Module):
         v = self.v(x).view(b, s, self.kv_heads, self.head).transpose(1, 2)
         if not self.gqa and self.heads != self.kv_heads:
             n = self.heads // self.kv_heads
-            k, v = (t[:, :, None].expand(b, self.kv_heads, n, s, self.head).reshape(b, self.heads, s, self.head) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout, enable_gqa=self.gqa)
+            k, v = (
+                t[:, :, None].expand(b, self.kv_heads, n, s, self.head).reshape(b, self.heads, s, self.head)
+                for t in (k, v)
+            )
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=self.dropout, enable_gqa=self.gqa
+        )
         y = self.o(y.transpose(1, 2).reshape(b, s, -1))
         return (x + y).square().mean()
 
@@ -93,7 +108,11 @@ class LM(nn.Module):
         self.embed = nn.Embedding(vocabulary, hidden, dtype=DTYPE)
         self.position = nn.Embedding(32, hidden, dtype=DTYPE)
         self.norm = nn.LayerNorm(hidden, dtype=DTYPE)
-        self.up, self.down, self.head = linear(hidden, inner, True), linear(inner, hidden, True), linear(hidden, vocabulary)
+        self.up, self.down, self.head = (
+            linear(hidden, inner, True),
+            linear(inner, hidden, True),
+            linear(hidden, vocabulary),
+        )
 
     def forward(self, ids, labels):
         h = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
@@ -107,9 +126,13 @@ class MoE(nn.Module):
     def __init__(self, experts=4, hidden=8, inner=16, top=2, bias=True):
         super().__init__()
         g = torch.Generator().manual_seed(1)
-        make = lambda *shape: nn.Parameter(torch.randn(shape, dtype=DTYPE, generator=g) / 2)  # noqa: E731
+        make = lambda *shape: nn.Parameter(torch.randn(shape, dtype=DTYPE, generator=g) / 2)
         self.experts, self.top = experts, top
-        self.router, self.up, self.down = make(experts, hidden), make(experts, inner, hidden), make(experts, hidden, inner)
+        self.router, self.up, self.down = (
+            make(experts, hidden),
+            make(experts, inner, hidden),
+            make(experts, hidden, inner),
+        )
         self.up_bias, self.down_bias = (make(experts, inner), make(experts, hidden)) if bias else (None, None)
 
     def forward(self, x):

@@ -32,18 +32,23 @@ def placed(name):
     """A copy to operate on: graph and types; the factors are shared."""
     program, graph = _placed(name), fx.Graph()
     graph.output(graph.graph_copy(program.graph_module.graph, {}))
-    return SimpleNamespace(graph_module=fx.GraphModule({}, graph), plan=program.plan, batch_factor=program.batch_factor)
+    return SimpleNamespace(
+        graph_module=fx.GraphModule({}, graph), plan=program.plan, batch_factor=program.batch_factor
+    )
 
 
 def faults(name, make):
-    """Apply `make(program, k-th conversion)` to a fresh program for every k; the conversions whose fault was not seen."""
+    """Apply `make(program, k-th conversion)` to a fresh program for every k; the conversions whose fault was
+    not seen."""
     number = len([n for n in placed(name).graph_module.graph.nodes if n.target is convert])
     assert number
     unseen = []
     for k in range(number):
         program = placed(name)
         node = [n for n in program.graph_module.graph.nodes if n.target is convert][k]
-        what = f"{node.name} {node.meta['conversion']} of {node.args[0].name} for {[u.name for u in node.users]}"
+        what = (
+            f"{node.name} {node.meta['conversion']} of {node.args[0].name} for {[u.name for u in node.users]}"
+        )
         if make(program, node) is False:
             continue
         try:
@@ -104,7 +109,11 @@ def test_another_target_is_seen(name):
 
 def test_the_message_names_the_node_the_axis_and_the_line():
     program = placed("lm")
-    node = next(n for n in program.graph_module.graph.nodes if n.target is convert and n.meta["conversion"] == ("tp", I, R))
+    node = next(
+        n
+        for n in program.graph_module.graph.nodes
+        if n.target is convert and n.meta["conversion"] == ("tp", I, R)
+    )
     node.replace_all_uses_with(node.args[0])
     with pytest.raises(TypeCheckError, match=r"after surgery: \w+ on axis tp: .*models\.py:\d+\)"):
         check_types(program, "surgery")

@@ -1,4 +1,5 @@
-"""`checkpoint`: which nodes become regions, that regions are convex, what they keep, and that what is emitted computes the same."""
+"""`checkpoint`: which nodes become regions, that regions are convex, what they keep, and that what is emitted
+computes the same."""
 
 import gc
 import operator
@@ -8,19 +9,26 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from tedfx.analysis.attention_cores import attention_cores
-from tedfx.passes.checkpoint import Checkpoint, assert_no_recomputed_collectives, barrier, communicating_nodes, parse, regions_of
+from tedfx.passes.checkpoint import (
+    Checkpoint,
+    assert_no_recomputed_collectives,
+    barrier,
+    communicating_nodes,
+    parse,
+    regions_of,
+)
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tedfx
 from tedfx.analysis.activations import Ledger, Sizing, saved, saves, short_name
-from tedfx.compiler import compile_trace, default_passes, example_sizes, pipeline
+from tedfx.analysis.attention_cores import attention_cores
 from tedfx.analysis.cost import Cost
-from tedfx.graph.emission import emit, schedule
-from tedfx.errors import ConfigError, TedfxError
 from tedfx.analysis.layers import layer_of, path_of
+from tedfx.compiler import compile_trace, default_passes, example_sizes, pipeline
+from tedfx.errors import ConfigError, TedfxError
+from tedfx.graph.emission import emit, schedule
 from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
 from tests.passes.helpers import compilation, find, run_ranks
@@ -86,7 +94,7 @@ def regions(program) -> dict[int, list[fx.Node]]:
     return found
 
 
-# ---- which nodes -----------------------------------------------------------------------------------------------------
+# ---- which nodes -------------------------------------------------------------------------------------------
 
 
 def test_none_changes_nothing():
@@ -110,10 +118,16 @@ def test_comm_regions_hold_local_work_only(mesh):
 def test_every_collective_of_the_cost_is_a_barrier():
     program = compiled("none")
     names = communicating_nodes(program)
-    assert {short_name(n) for n in program.graph_module.graph.nodes if n.name in names} >= {"all_reduce", "all_to_all_single", "exchange_counts"}
+    assert {short_name(n) for n in program.graph_module.graph.nodes if n.name in names} >= {
+        "all_reduce",
+        "all_to_all_single",
+        "exchange_counts",
+    }
     for node in program.graph_module.graph.nodes:
         if node.op == "call_function":
-            assert bool(barrier(node, names)) == (node.name in names or short_name(node) in ("topk", "route")), node
+            assert bool(barrier(node, names)) == (
+                node.name in names or short_name(node) in ("topk", "route")
+            ), node
 
 
 def test_a_collective_in_a_region_is_refused():
@@ -133,7 +147,10 @@ def test_full_takes_layers_whole_and_costs_what_it_repeats():
     found = regions(program)
     inside = [short_name(n) for nodes in found.values() for n in nodes]
     assert inside.count("all_to_all_single") == 4 and inside.count("topk") == 2
-    phases = {phase: sum(i.op == "all_to_all_single" for i in Cost(program).items if i.phase == phase) for phase in ("forward", "recompute", "backward")}
+    phases = {
+        phase: sum(i.op == "all_to_all_single" for i in Cost(program).items if i.phase == phase)
+        for phase in ("forward", "recompute", "backward")
+    }
     assert phases == {"forward": 4, "recompute": 4, "backward": 4}
     with pytest.raises(TedfxError):
         assert_no_recomputed_collectives(program)
@@ -144,17 +161,21 @@ def test_selective_takes_the_cores_of_attention(dropout):
     program = compiled("selective", model=m.make(Layers, dropout))
     names = [[short_name(n) for n in nodes] for nodes in regions(program).values()]
     if dropout:
-        assert len(names) == 2 and all(n[0] == n[-1] == "matmul" and {"softmax", "dropout"} <= set(n) for n in names)
+        assert len(names) == 2 and all(
+            n[0] == n[-1] == "matmul" and {"softmax", "dropout"} <= set(n) for n in names
+        )
     else:
         assert names == [["scaled_dot_product_attention"]] * 2
 
 
 def test_a_softmax_over_a_product_with_a_parameter_is_no_attention():
-    program = compiled("none", "dp=1", m.Fn(lambda s, x: ((x @ s.w).softmax(-1) @ s.v).square().sum(), w=(8, 4), v=(4, 8)))
+    program = compiled(
+        "none", "dp=1", m.Fn(lambda s, x: ((x @ s.w).softmax(-1) @ s.v).square().sum(), w=(8, 4), v=(4, 8))
+    )
     assert find(program, "softmax") and attention_cores(program.graph_module.graph) == []
 
 
-# ---- convexity -------------------------------------------------------------------------------------------------------
+# ---- convexity ---------------------------------------------------------------------------------------------
 
 
 def random_graph(seed: int):
@@ -183,13 +204,20 @@ def test_regions_are_convex_and_what_is_emitted_computes_the_same(seed):
         members, left = set(nodes), set()  # left: outside, after the region
         for node in graph.nodes:
             if node in members:
-                assert not any(i in left for i in node.all_input_nodes), "a path leaves the region and enters it again"
+                assert not any(i in left for i in node.all_input_nodes), (
+                    "a path leaves the region and enters it again"
+                )
             elif any(i in members or i in left for i in node.all_input_nodes):
                 left.add(node)
         for node in nodes:
             node.meta["region"] = number
     flat = fx.GraphModule({}, graph)
-    x = [torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i)).requires_grad_() for i in range(2)]
+    x = [
+        torch.randn(
+            3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i)
+        ).requires_grad_()
+        for i in range(2)
+    ]
     one, other = flat(*x), emit(flat)(*x)
     assert all(torch.equal(a, b) for a, b in zip(one, other))
     grads = [torch.autograd.grad(sum(o.sum() for o in out), x, allow_unused=True) for out in (one, other)]
@@ -208,7 +236,7 @@ def test_a_region_that_is_left_and_entered_again_is_refused():
         schedule(graph)
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
+# ---- what is kept ------------------------------------------------------------------------------------------
 
 
 class Alive(TorchDispatchMode):
@@ -222,35 +250,55 @@ class Alive(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for x in pytree.tree_leaves(result):
             if isinstance(x, torch.Tensor):
-                self.made[x.untyped_storage()._cdata] = weakref.ref(x.untyped_storage()), x.untyped_storage().nbytes()
+                self.made[x.untyped_storage()._cdata] = (
+                    weakref.ref(x.untyped_storage()),
+                    x.untyped_storage().nbytes(),
+                )
         return result
 
 
 @pytest.mark.parametrize("policy", ["none", "comm", "full"])
-@pytest.mark.parametrize("kind, call", [(m.LM, m.tokens), (m.MoE, m.inputs), (Layers, m.inputs)], ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    "kind, call",
+    [(m.LM, m.tokens), (m.MoE, m.inputs), (Layers, m.inputs)],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
 def test_the_ledger_is_what_autograd_keeps(kind, call, policy):
     """On one rank: bytes of what forward made and backward holds on to, parameters and inputs left out."""
     model, call = m.make(kind), call(8, 16)
     program = compiled(policy, "dp=1", model, call)
-    estimate = Ledger(program.graph_module.graph, list(regions(program).values()), Sizing(program.example)).total
+    estimate = Ledger(
+        program.graph_module.graph, list(regions(program).values()), Sizing(program.example)
+    ).total
     given = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     operands = []
     for node in program.graph_module.graph.find_nodes(op="placeholder"):
         name = program.trace.parameters.get(node.name) or program.trace.buffers.get(node.name)
-        operands.append(given[name] if name else call[program.trace.inputs[node.name][0]] if node.name in program.trace.inputs else program.trace.constants[node.name])
+        operands.append(
+            given[name]
+            if name
+            else call[program.trace.inputs[node.name][0]]
+            if node.name in program.trace.inputs
+            else program.trace.constants[node.name]
+        )
     theirs = {x.untyped_storage()._cdata for x in operands}
     with Alive() as alive:
         outputs = emit(program.graph_module)(*operands)
     gc.collect()
     theirs |= {x.untyped_storage()._cdata for x in outputs}
-    actual = sum(size for key, (there, size) in alive.made.items() if key not in theirs and there() is not None)
+    actual = sum(
+        size for key, (there, size) in alive.made.items() if key not in theirs and there() is not None
+    )
     assert outputs[0].requires_grad and abs(estimate - actual) <= 0.1 * actual, (estimate, actual)
 
 
 def test_rows_shared_by_lanes_are_not_kept_for_their_exchange():
-    """Gathering and scattering lanes keep nothing, picking and spreading their index; what is not in the table would count operands and result."""
+    """Gathering and scattering lanes keep nothing, picking and spreading their index; what is not in the
+    table would count operands and result."""
     program = compiled("none")
-    named = {name: find(program, name) for name in ("gather_lanes", "scatter_lanes", "pick_rows", "spread_lanes")}
+    named = {
+        name: find(program, name) for name in ("gather_lanes", "scatter_lanes", "pick_rows", "spread_lanes")
+    }
     assert all(named.values())
     for name, nodes in named.items():
         for node in nodes:
@@ -261,7 +309,9 @@ def test_a_budget_lies_between_comm_and_none():
     total = {}
     for policy in ("none", "comm"):
         program = compiled(policy)
-        total[policy] = Ledger(program.graph_module.graph, list(regions(program).values()), Sizing(program.example)).total
+        total[policy] = Ledger(
+            program.graph_module.graph, list(regions(program).values()), Sizing(program.example)
+        ).total
     all_of_them = len(regions(program))
     assert total["comm"] < 0.8 * total["none"]
     counts = []
@@ -269,16 +319,26 @@ def test_a_budget_lies_between_comm_and_none():
         limit = int(total["comm"] + share * (total["none"] - total["comm"])) + 1
         program = compiled(f"budget={limit}")
         counts.append(len(regions(program)))
-        assert Ledger(program.graph_module.graph, list(regions(program).values()), Sizing(program.example)).total <= limit
-    assert counts[0] == all_of_them and counts[-1] == 0 and counts == sorted(counts, reverse=True) and 0 < counts[1] < all_of_them
+        assert (
+            Ledger(program.graph_module.graph, list(regions(program).values()), Sizing(program.example)).total
+            <= limit
+        )
+    assert (
+        counts[0] == all_of_them
+        and counts[-1] == 0
+        and counts == sorted(counts, reverse=True)
+        and 0 < counts[1] < all_of_them
+    )
     with pytest.raises(ConfigError) as refused:
         compiled("budget=100")
     least = int(str(refused.value).split("at least ")[1].split()[0])
     assert least - 1 < total["comm"] <= least and len(regions(compiled(f"budget={least}"))) == all_of_them
-    assert len(regions(compiled(f"budget={limit}", batch=5))) > 0  # the same bytes hold less of a larger batch
+    assert (
+        len(regions(compiled(f"budget={limit}", batch=5))) > 0
+    )  # the same bytes hold less of a larger batch
 
 
-# ---- ranks as threads ------------------------------------------------------------------------------------------------
+# ---- ranks as threads --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["comm", "full"])
@@ -292,12 +352,16 @@ def test_the_emitted_graph_on_ranks(policy):
     assert all(torch.equal(recomputed[name], gradients[name]) for name in gradients)
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------------------
 
 
 def test_policies():
     assert parse("comm") == ("comm", 0) and parse("budget=12") == ("budget", 12)
-    assert parse("budget=1.5KiB") == ("budget", 1536) and parse("budget=2GB") == ("budget", 2 * 10**9) and parse("budget=7 B") == ("budget", 7)
+    assert (
+        parse("budget=1.5KiB") == ("budget", 1536)
+        and parse("budget=2GB") == ("budget", 2 * 10**9)
+        and parse("budget=7 B") == ("budget", 7)
+    )
     for wrong in ("some", "budget", "budget=", "budget=-1", "budget=3XB", "", 3):
         with pytest.raises(ConfigError, match="one of none, full, selective, comm or budget=<bytes>"):
             default_passes(checkpoint=wrong)
@@ -305,7 +369,9 @@ def test_policies():
 
 def test_passes_and_an_option_together_are_refused():
     roles = Roles.resolve(MeshShape.of("dp=2"))
-    assert pipeline(None, roles, checkpoint="comm")[-1] == Checkpoint("comm") and pipeline(None, roles)[-1] == Checkpoint("none")
+    assert pipeline(None, roles, checkpoint="comm")[-1] == Checkpoint("comm") and pipeline(None, roles)[
+        -1
+    ] == Checkpoint("none")
     assert pipeline(default_passes(checkpoint="full"), roles)[-1] == Checkpoint("full")
     with pytest.raises(ConfigError, match="passes= and checkpoint= together"):
         pipeline(default_passes(), roles, checkpoint="none")
@@ -315,11 +381,15 @@ def test_passes_and_an_option_together_are_refused():
         pipeline(None, roles, sequence_parallel=True)
 
 
-@pytest.mark.parametrize("options, line", [
-    ({"passes": default_passes(), "checkpoint": "comm"}, "passes= and checkpoint= together"),
-    ({"checkpoint": "commm"}, "checkpoint='commm': one of none"),
-    ({"checkpoint": "budget=1GiB"}, "pass it as example_inputs"),
-], ids=["both", "unknown", "no example"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"passes": default_passes(), "checkpoint": "comm"}, "passes= and checkpoint= together"),
+        ({"checkpoint": "commm"}, "checkpoint='commm': one of none"),
+        ({"checkpoint": "budget=1GiB"}, "pass it as example_inputs"),
+    ],
+    ids=["both", "unknown", "no example"],
+)
 def test_parallelize_refuses_before_anything_else(options, line):
     with pytest.raises(ConfigError, match=line) as refused:
         tedfx.parallelize(m.make(Layers), "tp=2", **options)

@@ -19,7 +19,10 @@ def test_grouped_heads(mesh):
     model = m.make(m.Attention, 4, 2, gqa=True)
     program, result = upto(model, "dp=1", m.inputs(), "expand_attention")
     assert (result.matches, result.changes) == (1, 1)
-    assert count(program, "expand", "scaled_dot_product_attention") == {"expand": 2, "scaled_dot_product_attention": 1}
+    assert count(program, "expand", "scaled_dot_product_attention") == {
+        "expand": 2,
+        "scaled_dot_product_attention": 1,
+    }
     assert torch.allclose(program.trace(model, **m.inputs()), model(**m.inputs()), rtol=1e-12)
     parity(model, mesh, m.inputs())
 
@@ -27,19 +30,29 @@ def test_grouped_heads(mesh):
 @pytest.mark.parametrize("kind", ["causal", "bool", "float", "none"])
 def test_dropout_takes_the_parts_apart(kind):
     """scores, mask, softmax, dropout, product; with the dropout taken out again it is the fused op."""
-    masks = {"bool": torch.ones(3, 3, dtype=torch.bool).tril(), "float": torch.randn(3, 3, dtype=torch.float64)}
+    masks = {
+        "bool": torch.ones(3, 3, dtype=torch.bool).tril(),
+        "float": torch.randn(3, 3, dtype=torch.float64),
+    }
 
     def attend(s, x, p=0.5):
         q = (x @ s.w).view(x.shape[0], 3, 2, 4).transpose(1, 2)
         mask = masks.get(kind)
-        return F.scaled_dot_product_attention(q, q + 1, q, mask, p, kind == "causal", scale=0.3 if kind == "none" else None)
+        return F.scaled_dot_product_attention(
+            q, q + 1, q, mask, p, kind == "causal", scale=0.3 if kind == "none" else None
+        )
 
     model = m.Fn(attend, w=(8, 8))
     program, result = upto(model, "dp=1", m.inputs(), "expand_attention")
-    assert result.changes == 1 and count(program, "scaled_dot_product_attention", "dropout") == {"scaled_dot_product_attention": 0, "dropout": 1}
+    assert result.changes == 1 and count(program, "scaled_dot_product_attention", "dropout") == {
+        "scaled_dot_product_attention": 0,
+        "dropout": 1,
+    }
     names = calls(program)
     assert names.index("softmax") < names.index("dropout") < len(names) - 1 - names[::-1].index("matmul")
-    (dropout,) = [n for n in program.graph_module.graph.nodes if n.op == "call_function" and "dropout" in n.name]
+    (dropout,) = [
+        n for n in program.graph_module.graph.nodes if n.op == "call_function" and "dropout" in n.name
+    ]
     dropout.args = (dropout.args[0], 0.0, True)
     program.graph_module.recompile()
     assert torch.allclose(program.trace(model, **m.inputs()), attend(model, **m.inputs(), p=0.0), rtol=1e-12)

@@ -1,4 +1,5 @@
-"""`localize`: what depends on sizes is rewritten from dims and types; then the local program is run on threads against one device."""
+"""`localize`: what depends on sizes is rewritten from dims and types; then the local program is run on
+threads against one device."""
 
 import pytest
 import torch
@@ -24,9 +25,18 @@ def test_views_have_the_sizes_of_a_rank(mesh):
 
 
 @pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "dp=2,tp=2"])
-@pytest.mark.parametrize("kind, args", [
-    (m.Mlp, ()), (m.GateUp, (8, 4, False)), (m.GateUp, (8, 4, True)), (m.Attention, (4, 2)), (m.LM, ()), (m.LM, (15,)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, args",
+    [
+        (m.Mlp, ()),
+        (m.GateUp, (8, 4, False)),
+        (m.GateUp, (8, 4, True)),
+        (m.Attention, (4, 2)),
+        (m.LM, ()),
+        (m.LM, (15,)),
+    ],
+    ids=str,
+)
 def test_models_are_those_of_one_device(kind, args, mesh):
     parity(m.make(kind, *args), mesh, m.tokens(vocabulary=15) if kind is m.LM else m.inputs())
 
@@ -44,13 +54,19 @@ def test_a_range_over_a_sharded_dim_keeps_global_numbers():
 
 
 def test_a_range_with_start_and_step():
-    model = scaled(lambda s, h: (h.sum((1, 2)) * torch.arange(3, 3 + 2 * h.shape[0], 2, dtype=h.dtype)).square().sum())
+    model = scaled(
+        lambda s, h: (h.sum((1, 2)) * torch.arange(3, 3 + 2 * h.shape[0], 2, dtype=h.dtype)).square().sum()
+    )
     parity(model, "dp=2", m.inputs())
 
 
 def test_a_range_that_starts_at_a_size():
     """arange(B - 1, -1, -1): B is the global one."""
-    parity(scaled(lambda s, h: (h * 0.5 + h[torch.arange(h.shape[0] - 1, -1, -1)]).square().sum()), "dp=2", m.inputs())
+    parity(
+        scaled(lambda s, h: (h * 0.5 + h[torch.arange(h.shape[0] - 1, -1, -1)]).square().sum()),
+        "dp=2",
+        m.inputs(),
+    )
 
 
 @pytest.mark.parametrize("kind", ["range", "strided range", "ones", "linspace", "eye"])
@@ -63,8 +79,12 @@ def test_created_values_meet_sharded_ones(kind):
             gate, up = (h * torch.arange(16, dtype=x.dtype)).chunk(2, -1)
             return (x + (gate * up) @ s.down).square().sum()
         h = x @ s.up
-        made = {"range": torch.arange(16, dtype=x.dtype), "ones": torch.ones(16, dtype=x.dtype) * 2, "linspace": torch.linspace(0, 1, 16, dtype=x.dtype),
-                "eye": torch.eye(16, dtype=x.dtype)[3]}[kind]
+        made = {
+            "range": torch.arange(16, dtype=x.dtype),
+            "ones": torch.ones(16, dtype=x.dtype) * 2,
+            "linspace": torch.linspace(0, 1, 16, dtype=x.dtype),
+            "eye": torch.eye(16, dtype=x.dtype)[3],
+        }[kind]
         return (x + torch.tanh(h * made) @ s.down).square().sum()
 
     parity(scaled(fn, up=(8, 16), down=(8 if kind == "strided range" else 16, 8)), "tp=2", m.inputs())
@@ -72,20 +92,29 @@ def test_created_values_meet_sharded_ones(kind):
 
 @pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2", "dp=2,ep=2"])
 def test_means_divide_by_the_global_count(mesh):
-    """mean over (B, S, 8) with B sharded -> sum, / (2 B_local x S x 8), all-reduce; a mean over whole dims stays."""
+    """mean over (B, S, 8) with B sharded -> sum, / (2 B_local x S x 8), all-reduce; a mean over whole dims
+    stays."""
     roles = {"batch": ("dp", "ep"), "expert": ()} if "ep" in mesh else None
-    model = scaled(lambda s, h: h.square().mean() + h.mean((0, 1)).square().sum() + h.mean(-1, keepdim=True).square().sum())
+    model = scaled(
+        lambda s, h: (
+            h.square().mean() + h.mean((0, 1)).square().sum() + h.mean(-1, keepdim=True).square().sum()
+        )
+    )
     program = parity(model, mesh, m.inputs(), roles)
     assert len(find(program, "mean")) == 1 and len(find(program, "div")) == 2
 
 
-@pytest.mark.parametrize("fn", [
-    lambda s, h: h.square().sum() / h.shape[0],
-    lambda s, h: h.square().sum() * (h.shape[0] * h.shape[1] + 1),
-    lambda s, h: h.square().sum() / float(h.shape[0] * h.shape[1]),
-    lambda s, h: (h * h.shape[0] ** -0.5).sum(),
-    lambda s, h: h.square().sum() / torch.full((), h.shape[0]),
-], ids=["size", "product", "float", "power", "full"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda s, h: h.square().sum() / h.shape[0],
+        lambda s, h: h.square().sum() * (h.shape[0] * h.shape[1] + 1),
+        lambda s, h: h.square().sum() / float(h.shape[0] * h.shape[1]),
+        lambda s, h: (h * h.shape[0] ** -0.5).sum(),
+        lambda s, h: h.square().sum() / torch.full((), h.shape[0]),
+    ],
+    ids=["size", "product", "float", "power", "full"],
+)
 def test_sizes_used_as_numbers_are_global(fn):
     parity(scaled(fn), "dp=2", m.inputs())
 
@@ -95,7 +124,11 @@ def test_the_vocabulary_is_parallel_and_padding_counts_in_the_whole():
     for node in find(program, "vocab_parallel_embedding"):
         assert node.args[2] == ("tp",)
     (loss,) = find(program, "vocab_parallel_cross_entropy")
-    assert loss.args[2:] == (("tp",), -100) and not find(program, "embedding") and not find(program, "cross_entropy_loss")
+    assert (
+        loss.args[2:] == (("tp",), -100)
+        and not find(program, "embedding")
+        and not find(program, "cross_entropy_loss")
+    )
     padded = m.LM()
     padded.embed = torch.nn.Embedding(16, 6, padding_idx=13, dtype=torch.float64)
     program = parity(padded, "tp=2", m.tokens())
@@ -103,7 +136,11 @@ def test_the_vocabulary_is_parallel_and_padding_counts_in_the_whole():
 
 
 def test_dropout_lists_the_factors_of_every_dim():
-    model = m.Fn(lambda s, x: F.dropout(x @ s.up, 0.5).relu().matmul(s.down).add(x).square().sum(), up=(8, 16), down=(16, 8))
+    model = m.Fn(
+        lambda s, x: F.dropout(x @ s.up, 0.5).relu().matmul(s.down).add(x).square().sum(),
+        up=(8, 16),
+        down=(16, 8),
+    )
     program, _ = upto(model, "dp=2,tp=2", m.inputs(), "localize")
     (node,) = [n for n in program.graph_module.graph.nodes if n.target is ops.dropout]
     batch, sequence, inner = node.args[4]

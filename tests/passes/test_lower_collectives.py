@@ -1,4 +1,5 @@
-"""`lower_collectives`: the table of conversions, one axis on top of another, and what the ops then compute."""
+"""`lower_collectives`: the table of conversions, one axis on top of another, and what the ops then
+compute."""
 
 from types import SimpleNamespace
 
@@ -15,8 +16,8 @@ from tedfx.errors import TypeCheckError
 from tedfx.placement.factors import Factor
 from tedfx.placement.plan import Plan
 from tedfx.placement.roles import MeshShape, Roles
-from tedfx.rules.base import op_name
 from tedfx.placement.types import I, P, R, Shard
+from tedfx.rules.base import op_name
 from tests.passes import models as m
 from tests.passes.helpers import compilation, find, run_ranks, upto
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split
@@ -28,17 +29,24 @@ def chain(mesh: str, start: dict, steps):
     """x[4, 2 x 8] of type `start` through `convert` nodes; steps are (value index, axis, target)."""
     batch, outer, inner = Factor(4, B), Factor(2, O), Factor(8, F)
     factors = {B: Shard(batch), O: Shard(outer), F: Shard(inner)}
-    place = lambda p: factors.get(p, p)  # noqa: E731
+    place = lambda p: factors.get(p, p)
     dims = [(batch,), (outer, inner)]
     graph = fx.Graph()
     x = graph.placeholder("x")
-    x.meta.update(dims=dims, type={a: place(p) for a, p in start.items()}, val=torch.zeros(4, 16), differentiable=True)
+    x.meta.update(
+        dims=dims, type={a: place(p) for a, p in start.items()}, val=torch.zeros(4, 16), differentiable=True
+    )
     values = [x]
     for index, axis, target in steps:
         value = values[index]
         source, target = value.meta["type"][axis], place(target)
         node = graph.call_function(convert, (value, axis, str(source), str(target)))
-        node.meta.update(dims=dims, type={**value.meta["type"], axis: target}, conversion=(axis, source, target), val=x.meta["val"])
+        node.meta.update(
+            dims=dims,
+            type={**value.meta["type"], axis: target},
+            conversion=(axis, source, target),
+            val=x.meta["val"],
+        )
         values.append(node)
     used = {index for index, _, _ in steps}
     outputs = [v for i, v in enumerate(values) if i not in used]
@@ -59,7 +67,10 @@ def compare(program, mesh: str):
     value = torch.randn(4, 16, dtype=torch.float64, generator=g)
     cotangents = [noise(value, g) for _ in outs]
     held = split(value, x.meta["dims"], x.meta["type"], sizes, generator=g)
-    sent = [split(c, n.meta["dims"], cotangent(n.meta["type"]), sizes, generator=g) for c, n in zip(cotangents, outs)]
+    sent = [
+        split(c, n.meta["dims"], cotangent(n.meta["type"]), sizes, generator=g)
+        for c, n in zip(cotangents, outs)
+    ]
 
     def work(rank):
         local = held[rank].clone().requires_grad_()
@@ -68,8 +79,16 @@ def compare(program, mesh: str):
 
     per_rank = Ranks(sizes).run(work)
     for i, node in enumerate(outs):
-        same(join([r[i] for r, _ in per_rank], node.meta["dims"], node.meta["type"], sizes), value, f"{mesh}: {node.meta['type']}")
-    same(join([grad for _, grad in per_rank], x.meta["dims"], cotangent(x.meta["type"]), sizes), sum(cotangents), "gradient")
+        same(
+            join([r[i] for r, _ in per_rank], node.meta["dims"], node.meta["type"], sizes),
+            value,
+            f"{mesh}: {node.meta['type']}",
+        )
+    same(
+        join([grad for _, grad in per_rank], x.meta["dims"], cotangent(x.meta["type"]), sizes),
+        sum(cotangents),
+        "gradient",
+    )
 
 
 TABLE = [
@@ -97,8 +116,17 @@ def test_the_table(source, target, op, extra, mesh):
     compare(program, mesh)
 
 
-@pytest.mark.parametrize("start, target, first", [({"dp": P, "tp": P}, I, "dp"), ({"dp": I, "tp": I}, R, "tp"), ({"dp": B, "tp": B}, R, "dp"),
-                                                  ({"dp": B, "tp": B}, I, "tp"), ({"dp": I, "tp": I}, B, "dp"), ({"dp": P, "tp": P}, F, "dp")])  # fmt: skip
+@pytest.mark.parametrize(
+    "start, target, first",
+    [
+        ({"dp": P, "tp": P}, I, "dp"),
+        ({"dp": I, "tp": I}, R, "tp"),
+        ({"dp": B, "tp": B}, R, "dp"),
+        ({"dp": B, "tp": B}, I, "tp"),
+        ({"dp": I, "tp": I}, B, "dp"),
+        ({"dp": P, "tp": P}, F, "dp"),
+    ],
+)
 def test_the_same_conversion_on_two_axes_is_one_op(start, target, first):
     """convert(convert(x, dp), tp) -> op(x, (dp, tp)), the major axis first in whichever order they stood."""
     second = "tp" if first == "dp" else "dp"
@@ -118,7 +146,10 @@ def test_a_value_in_between_that_has_another_user_keeps_two_ops():
 
 
 def test_a_factor_over_two_axes_gathered_for_two_kinds_of_users():
-    """S,S -> (tp R) -> (dp R) and (dp I): no merge, so the minor axis must be gathered first; the other order would interleave pieces and is refused."""
+    """S,S -> (tp R) -> (dp R) and (dp I): no merge, so the minor axis must be gathered first.
+
+    The other order would interleave pieces and is refused.
+    """
     program = chain("dp=2,tp=2", {"dp": B, "tp": B}, [(0, "tp", R), (1, "dp", R), (1, "dp", I)])
     LowerCollectives()(program)
     compare(program, "dp=2,tp=2")
@@ -129,13 +160,18 @@ def test_a_factor_over_two_axes_gathered_for_two_kinds_of_users():
 
 @pytest.mark.parametrize("length", [4, 3])
 def test_a_dropout_draws_on_the_slice_that_is_left(length):
-    """dropout(P) -> scatter becomes scatter -> dropout, at the same place in the order of draws: the masks are those of one rank."""
+    """dropout(P) -> scatter becomes scatter -> dropout, at the same place in the order of draws.
+
+    The masks are those of one rank.
+    """
     model = m.Fn(lambda s, x: block(s, block(s, x)).square().mean(), up=(8, 16), down=(16, 8), norm=(8,))
     runs = []
     for mesh in ("tp=1", "tp=2"):
         program = compile_trace(compilation(model, mesh, m.inputs(length=length)), default_passes())
         runs.append(run_ranks(program, model, m.inputs(length=length)))
-    first, second = find(program, "dropout")  # the first is added to x, whole on each rank, before the sum is scattered
+    first, second = find(
+        program, "dropout"
+    )  # the first is added to x, whole on each rank, before the sum is scattered
     assert op_name(first.args[0]) == "aten.matmul" and second.args[0].target is ops.reduce_scatter
     (one, one_gradients), (many, gradients) = runs
     same(many[0], one[0], "loss")
@@ -145,7 +181,9 @@ def test_a_dropout_draws_on_the_slice_that_is_left(length):
 
 def test_a_dropout_that_others_read_stays():
     """Its partial sum itself is asked for as well: two reductions either way, and one draw."""
-    model = m.Fn(lambda s, x: twice(functional.dropout((x @ s.up).relu() @ s.down, 0.5), x), up=(8, 16), down=(16, 8))
+    model = m.Fn(
+        lambda s, x: twice(functional.dropout((x @ s.up).relu() @ s.down, 0.5), x), up=(8, 16), down=(16, 8)
+    )
     program, _ = upto(model, "tp=2", m.inputs(length=4), "lower_collectives", sequence_parallel=True)
     (node,) = find(program, "dropout")
     assert len(node.users) > 1 and op_name(node.args[0]) == "aten.matmul"

@@ -24,9 +24,15 @@ def test_a_column_then_row_pair_needs_one_sum_in_each_direction(mesh, bias):
     """h I -> R -> linear(up S0) -> relu -> linear(down S1) P -> I -> + h."""
     program, result = upto(scaled(m.Mlp(bias=bias)), mesh, m.inputs(), "place")
     found = Counter(c for c in conversions(program) if c.startswith("tp"))
-    assert found == {"tp:I>R": 1, "tp:P>I": 1, **({"tp:I>P": 1} if bias else {})}  # the bias enters on one rank
+    assert found == {
+        "tp:I>R": 1,
+        "tp:P>I": 1,
+        **({"tp:I>P": 1} if bias else {}),
+    }  # the bias enters on one rank
     assert result.changes == len(conversions(program))
-    assert typed(placeholder(program, "inner.up.weight")).endswith("tp:S(0)") and typed(placeholder(program, "inner.down.weight")).endswith("tp:S(1)")
+    assert typed(placeholder(program, "inner.up.weight")).endswith("tp:S(0)") and typed(
+        placeholder(program, "inner.down.weight")
+    ).endswith("tp:S(1)")
     assert not bias or typed(placeholder(program, "inner.up.bias")).endswith("tp:S(0)")
 
 
@@ -39,7 +45,8 @@ def test_a_learned_input_is_converted_once_for_all_that_share_it():
 
 
 def test_the_bias_of_a_row_parallel_linear_is_added_once():
-    """linear(x S, w S, b) -> linear(x, w) P, b: either the sum before the bias, or the bias on one rank only."""
+    """linear(x S, w S, b) -> linear(x, w) P, b: either the sum before the bias, or the bias on one rank
+    only."""
     program, _ = upto(m.make(m.Mlp), "tp=2", m.inputs(), "place")
     row = find(program, "linear")[1]
     assert len(row.args) == 2 and row.meta["type"]["tp"] == "P"
@@ -57,11 +64,19 @@ def test_a_parameter_is_reduced_at_the_boundary_over_the_axes_where_all_its_uses
 
 
 def test_a_parameter_used_only_as_R_on_the_tensor_axis_becomes_R():
-    """down(relu(up(x)) * w.repeat): w meets sharded rows only, so I -> R moves to the boundary; used as I as well it stays I."""
-    only = m.Fn(lambda s, x: ((x @ s.up) * s.w).matmul(s.down).add(x).square().sum(), up=(8, 12), w=(1,), down=(12, 8))
+    """down(relu(up(x)) * w.repeat): w meets sharded rows only, so I -> R moves to the boundary; used as I as
+    well it stays I."""
+    only = m.Fn(
+        lambda s, x: ((x @ s.up) * s.w).matmul(s.down).add(x).square().sum(), up=(8, 12), w=(1,), down=(12, 8)
+    )
     program, _ = upto(only, "tp=2", m.inputs(), "place")
     assert typed(placeholder(program, "w")) == "tp:R" and "tp:I>R" not in conversions(program)
-    both = m.Fn(lambda s, x: ((x @ s.up) * s.w).matmul(s.down).add(x).square().sum() + (x * s.w).sum(), up=(8, 12), w=(1,), down=(12, 8))
+    both = m.Fn(
+        lambda s, x: ((x @ s.up) * s.w).matmul(s.down).add(x).square().sum() + (x * s.w).sum(),
+        up=(8, 12),
+        w=(1,),
+        down=(12, 8),
+    )
     program, _ = upto(both, "tp=2", m.inputs(), "place")
     assert typed(placeholder(program, "w")) == "I" and conversions(program).count("tp:I>R") == 1
 
@@ -85,18 +100,38 @@ def test_partial_sums_pass_linear_ops_and_are_reduced_before_the_residual_stream
     assert conversions(program).count("dp:P>I") == 2  # the sum of the rows and their count
 
 
-@pytest.mark.parametrize("fn", [
-    lambda w: F.embedding((w.sum(1) > 0).long(), w),  # ids of the vocabulary's own factor
-    lambda w: torch.einsum("ij,k->ik", w.t(), w.sum(1)),  # j and k are one factor; j is summed, k stays
-], ids=["embedding", "einsum"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda w: F.embedding((w.sum(1) > 0).long(), w),  # ids of the vocabulary's own factor
+        lambda w: torch.einsum("ij,k->ik", w.t(), w.sum(1)),  # j and k are one factor; j is summed, k stays
+    ],
+    ids=["embedding", "einsum"],
+)
 def test_a_factor_both_contracted_and_kept_is_not_sharded(fn):
     model = m.Fn(lambda s, x: fn(s.e).square().sum() + (x @ s.e.t()).tanh().sum(), e=(16, 8))
     parity(model, "tp=2", m.inputs())
 
 
 def test_returned_rows_of_the_batch_stay_with_their_rank():
-    """Rows that an op without a rule gives (its output has fresh factors), or one that needs the whole batch; a reduction over the batch is the same everywhere."""
-    net = m.Fn(lambda s, x: ((y := x * s.w).square().sum(), torch.cdist(y, y), y.flip(0), y.flip(0).flatten(0, 1), y.mean(0)), w=(8,))
+    """Rows that an op without a rule gives (its output has fresh factors), or one that needs the whole batch;
+    a reduction over the batch is the same everywhere."""
+    net = m.Fn(
+        lambda s, x: (
+            (y := x * s.w).square().sum(),
+            torch.cdist(y, y),
+            y.flip(0),
+            y.flip(0).flatten(0, 1),
+            y.mean(0),
+        ),
+        w=(8,),
+    )
     program = parity(net, "dp=2,tp=2", m.inputs())
     (output,) = program.graph_module.graph.find_nodes(op="output")
-    assert [typed(n).split()[:1] for n in output.args[0]] == [["I"], ["dp:S(0)"], ["dp:S(0)"], ["dp:S(0)"], ["I"]]
+    assert [typed(n).split()[:1] for n in output.args[0]] == [
+        ["I"],
+        ["dp:S(0)"],
+        ["dp:S(0)"],
+        ["dp:S(0)"],
+        ["I"],
+    ]

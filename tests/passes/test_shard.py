@@ -18,7 +18,11 @@ def test_heads_are_split_and_hidden_and_head_dims_are_not(mesh):
     assert [size for _, size in planned(program, "tp")] == [4]
     (heads,) = program.plan.factors["tp"]
     for name, dim in (("q.weight", 0), ("k.weight", 0), ("v.weight", 0), ("o.weight", 1)):
-        first, second = placeholder(program, name).meta["dims"][dim][0].leaves() if len(placeholder(program, name).meta["dims"][dim]) == 1 else placeholder(program, name).meta["dims"][dim]
+        first, second = (
+            placeholder(program, name).meta["dims"][dim][0].leaves()
+            if len(placeholder(program, name).meta["dims"][dim]) == 1
+            else placeholder(program, name).meta["dims"][dim]
+        )
         assert first.root() is heads.root() and second.root() is not heads.root()
     assert not program.plan.shards("tp", placeholder(program, "q.weight").meta["dims"][1][0])
 
@@ -26,7 +30,12 @@ def test_heads_are_split_and_hidden_and_head_dims_are_not(mesh):
 @pytest.mark.parametrize("mesh", ["tp=2", "ep=1,dp=2,tp=2"])
 def test_feed_forward_and_vocabulary_are_split_and_hidden_is_not(mesh):
     program, _ = upto(m.make(m.LM), mesh, m.tokens(), "shard_tensors")
-    assert sorted(size for _, size in planned(program, "tp")) == [8, 16, 16, 32]  # inner, the embedding's rows, the head's, the positions'
+    assert sorted(size for _, size in planned(program, "tp")) == [
+        8,
+        16,
+        16,
+        32,
+    ]  # inner, the embedding's rows, the head's, the positions'
     hidden = placeholder(program, "up.weight").meta["dims"][1][0]
     assert hidden.size == 6 and not program.plan.shards("tp", hidden)
     assert planned(program, "dp") == ([("B", program.batch_factor.size)] if "dp" in mesh else [])
@@ -38,18 +47,30 @@ def test_a_factor_that_does_not_divide_is_noted_and_whole():
     assert len([n for n in result.notes if "of size 15 does not divide by 2" in n]) == 2
 
 
-@pytest.mark.parametrize("mesh, roles, on", [("ep=2", None, {"ep": [4]}), ("tp=2", {"expert": ("tp",)}, {"tp": [4]}), ("ep=2,tp=2", None, {"ep": [4], "tp": [16]}),
-                                             ("ep=2,tp=2", {"expert": ("ep", "tp")}, {"ep": [4], "tp": [4]})])  # fmt: skip
+@pytest.mark.parametrize(
+    "mesh, roles, on",
+    [
+        ("ep=2", None, {"ep": [4]}),
+        ("tp=2", {"expert": ("tp",)}, {"tp": [4]}),
+        ("ep=2,tp=2", None, {"ep": [4], "tp": [16]}),
+        ("ep=2,tp=2", {"expert": ("ep", "tp")}, {"ep": [4], "tp": [4]}),
+    ],
+)
 def test_experts_go_over_their_axes_and_the_router_stays_whole(mesh, roles, on):
     program, _ = upto(m.make(m.MoE), mesh, m.inputs(), "shard_tensors", roles)
     for axis, sizes in on.items():
-        assert [f.size for f in program.plan.factors[axis] if f.root() is not program.batch_factor.root()] == sizes
+        assert [
+            f.size for f in program.plan.factors[axis] if f.root() is not program.batch_factor.root()
+        ] == sizes
     router = placeholder(program, "router").meta["dims"][0][0]
     assert not any(program.plan.shards(axis, router) for axis in on)
 
 
 def test_expert_axes_that_do_not_divide_name_the_sizes_that_fit():
-    with pytest.raises(ConfigError, match=r"4 experts cannot be split over expert axes \('ep',\) of size 3; sizes that fit: 1, 2, 4$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"4 experts cannot be split over expert axes \('ep',\) of size 3; sizes that fit: 1, 2, 4$",
+    ):
         upto(m.make(m.MoE), "ep=3", m.inputs(), "shard_experts")
 
 
@@ -60,7 +81,8 @@ def test_expert_axes_without_a_mixture_are_refused():
 
 
 class Residual(torch.nn.Module):
-    """Both dims of a weight are the hidden factor: a shard of one cannot be told from a shard of the other."""
+    """Both dims of a weight are the hidden factor: a shard of one cannot be told from a shard of the
+    other."""
 
     def __init__(self):
         super().__init__()
@@ -86,6 +108,9 @@ def test_a_batch_that_the_model_fixes_is_not_split():
         def forward(self, x):
             return super().forward(x + self.offset)
 
-    with pytest.raises(ConfigError, match="mesh dp=2 splits the batch over dp, but batch = 4: the model fixes this size: write"):
+    with pytest.raises(
+        ConfigError,
+        match="mesh dp=2 splits the batch over dp, but batch = 4: the model fixes this size: write",
+    ):
         upto(m.make(Fixed), "dp=2", m.inputs(4), "shard_experts")
     upto(m.make(Fixed), "tp=2", m.inputs(4), "shard_experts")

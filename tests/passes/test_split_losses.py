@@ -1,4 +1,5 @@
-"""`split_losses`: sum over count, whatever the options; checked by running the graph, and on shards with unequal counts."""
+"""`split_losses`: sum over count, whatever the options; checked by running the graph, and on shards with
+unequal counts."""
 
 import pytest
 import torch
@@ -10,10 +11,17 @@ from tests.passes.helpers import calls, parity, upto
 
 WEIGHT = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
 OPTIONS = {
-    "mean": {}, "sum": {"reduction": "sum"}, "none": {"reduction": "none"}, "ignore": {"ignore_index": 3}, "smoothing": {"label_smoothing": 0.2},
-    "smoothing ignore sum": {"label_smoothing": 0.2, "ignore_index": 3, "reduction": "sum"}, "weights": {"weight": WEIGHT},
-    "weights ignore": {"weight": WEIGHT, "ignore_index": 5}, "weights sum": {"weight": WEIGHT, "reduction": "sum"}, "weights none": {"weight": WEIGHT, "reduction": "none"},
-}  # fmt: skip
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "ignore": {"ignore_index": 3},
+    "smoothing": {"label_smoothing": 0.2},
+    "smoothing ignore sum": {"label_smoothing": 0.2, "ignore_index": 3, "reduction": "sum"},
+    "weights": {"weight": WEIGHT},
+    "weights ignore": {"weight": WEIGHT, "ignore_index": 5},
+    "weights sum": {"weight": WEIGHT, "reduction": "sum"},
+    "weights none": {"weight": WEIGHT, "reduction": "none"},
+}
 
 
 class Loss(torch.nn.Module):
@@ -61,7 +69,9 @@ def test_one_row_without_a_batch():
 
 
 def test_what_is_refused_names_the_line():
-    probabilities = m.Fn(lambda s, x: F.cross_entropy((x * s.w).flatten(0, 1), x.flatten(0, 1).softmax(-1)), w=(8,))
+    probabilities = m.Fn(
+        lambda s, x: F.cross_entropy((x * s.w).flatten(0, 1), x.flatten(0, 1).softmax(-1)), w=(8,)
+    )
     with pytest.raises(TraceError, match="class probabilities"):
         upto(probabilities, "dp=1", m.inputs(), "split_losses")
     with pytest.raises(TraceError, match="class weights and label smoothing"):

@@ -18,7 +18,10 @@ def traced(name, layers):
 @functools.cache
 def compiled(name, mesh, layers=3, **options):
     each = traced(name, layers)
-    return compile_trace(Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)), default_passes(**{"dedup": False, "sequence_parallel": False, **options}))
+    return compile_trace(
+        Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)),
+        default_passes(**{"dedup": False, "sequence_parallel": False, **options}),
+    )
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """What a step of a tiny model communicates on gloo, beside what its compilation predicts.
 
-Run as a program (`python -m tests.report.counting FILE`): it traces and compiles once, forks four ranks that run every case in turn, and
-pickles their answers into FILE. A process of its own, because a process that ever ran backward cannot fork ranks.
+Run as a program (`python -m tests.report.counting FILE`): it traces and compiles once, forks four ranks that
+run every case in turn, and pickles their answers into FILE. A process of its own, because a process that ever
+ran backward cannot fork ranks.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ from math import prod
 import torch
 
 import tedfx
-from tedfx.verification import processes as verify_ranks
-from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, GATHER_PARAMETERS, Cost
+from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
+from tedfx.verification import processes as verify_ranks
 from tests.models import MODELS
 from tests.models_capacity import CAPACITY
 
 BATCH, SEQUENCE, WORLD = 2, 6, 4
 CASES = [
     (model, layers, mesh, roles, switches)
-    for switches in (dict(dedup=False, sequence_parallel=False, algebra=False), dict(dedup=True, sequence_parallel=False, algebra=False), dict(dedup=False, sequence_parallel=False), dict(dedup=True, sequence_parallel=False), dict(dedup=True, sequence_parallel=True))
+    for switches in (
+        dict(dedup=False, sequence_parallel=False, algebra=False),
+        dict(dedup=True, sequence_parallel=False, algebra=False),
+        dict(dedup=False, sequence_parallel=False),
+        dict(dedup=True, sequence_parallel=False),
+        dict(dedup=True, sequence_parallel=True),
+    )
     for model, layers, mesh, roles in (
         ("mixtral", 1, "ep=2,tp=2", None),
         ("mixtral", 1, "dp=2,tp=2", {"expert": ("tp",)}),
@@ -65,16 +72,32 @@ def prepare():
     models, traces, made = {}, {}, []
     for name, layers, mesh, roles, switches in CASES:
         if name not in models:
-            models[name] = CAPACITY[name](layers=layers) if name in CAPACITY else MODELS[name](num_hidden_layers=layers)
+            models[name] = (
+                CAPACITY[name](layers=layers) if name in CAPACITY else MODELS[name](num_hidden_layers=layers)
+            )
             traces[name] = trace(models[name])
-        shape, passes = MeshShape.of(mesh), {name: value for name, value in switches.items() if name not in WIDE}
+        shape, passes = (
+            MeshShape.of(mesh),
+            {name: value for name, value in switches.items() if name not in WIDE},
+        )
         mine = {name: value for name, value in switches.items() if name in ("zero", *WIDE)}
-        made.append((models[name], compile_trace(Compilation(traces[name], Roles.resolve(shape, roles), set(traces[name].parameters), **mine), default_passes(**passes))))
+        made.append(
+            (
+                models[name],
+                compile_trace(
+                    Compilation(
+                        traces[name], Roles.resolve(shape, roles), set(traces[name].parameters), **mine
+                    ),
+                    default_passes(**passes),
+                ),
+            )
+        )
     return made
 
 
 def on_the_wire(op: str, ranks: int, size: int) -> float:
-    """What a rank sends in a ring for a collective that ran with an operand of `size` bytes: n - 1 times its own part of the whole buffer, twice for an all-reduce."""
+    """What a rank sends in a ring for a collective that ran with an operand of `size` bytes: n - 1 times its
+    own part of the whole buffer, twice for an all-reduce."""
     part = size if op in (ALL_GATHER, GATHER_PARAMETERS) else size / ranks
     return (2 if op == ALL_REDUCE else 1) * (ranks - 1) * part
 
@@ -96,20 +119,38 @@ def count(rank, prepared):
             pm(input_ids=mine, labels=mine).loss.backward()
 
         cost, values = Cost(compilation), {"batch": BATCH, "sequence": SEQUENCE}
-        ranks_of = lambda axes: prod(shape.size((axis,)) for axis in axes)  # noqa: E731
-        number = lambda item: cost.number(item.payload, values)  # noqa: E731
+        ranks_of = lambda axes: prod(shape.size((axis,)) for axis in axes)
+        number = lambda item: cost.number(item.payload, values)
         answers.append(
             {
-                "predicted": Counter((i.phase, i.op, i.axes, number(i)) for i in cost.items if i.phase != "boundary" and not i.ragged),
-                "predicted_ragged": Counter((i.phase, i.op, i.axes) for i in cost.items if i.phase != "boundary" and i.ragged),
+                "predicted": Counter(
+                    (i.phase, i.op, i.axes, number(i))
+                    for i in cost.items
+                    if i.phase != "boundary" and not i.ragged
+                ),
+                "predicted_ragged": Counter(
+                    (i.phase, i.op, i.axes) for i in cost.items if i.phase != "boundary" and i.ragged
+                ),
                 "ran": Counter((c.phase, COUNTED[c.op], c.axes, c.bytes) for c in log),
-                "predicted_buckets": Counter((i.axes, number(i)) for i in cost.items if i.node == "(gradients)"),
+                "predicted_buckets": Counter(
+                    (i.axes, number(i)) for i in cost.items if i.node == "(gradients)"
+                ),
                 "ran_buckets": Counter((r.axes, r.bytes) for r in pm.reductions),
-                "other_wire": [i for i in cost.items if cost.number(i.payload * i.factor, values) != on_the_wire(i.op, ranks_of(i.axes), number(i))],
+                "other_wire": [
+                    i
+                    for i in cost.items
+                    if cost.number(i.payload * i.factor, values)
+                    != on_the_wire(i.op, ranks_of(i.axes), number(i))
+                ],
                 "predicted_rows": sum(number(i) for i in cost.items if i.op == ALL_TO_ALL),
                 "ran_rows": sum(c.bytes for c in log if c.op == "all_to_all"),
                 "copies": sum(e.what == "host copy" for e in events),
-                "ops": {str(getattr(n.target, "__name__", n.target)) if not hasattr(n.target, "_schema") else n.target._schema.name for n in compilation.graph_module.graph.nodes},
+                "ops": {
+                    str(getattr(n.target, "__name__", n.target))
+                    if not hasattr(n.target, "_schema")
+                    else n.target._schema.name
+                    for n in compilation.graph_module.graph.nodes
+                },
                 "exact": not any(i.ragged for i in cost.items),
                 "fresh": fresh,
                 "text": str(pm),
@@ -120,6 +161,8 @@ def count(rank, prepared):
 
 
 if __name__ == "__main__":
-    answers = verify_ranks.run(verify_ranks.jobs(count, (prepare(),), WORLD, "cpu", "gloo", 200.0), True, 200.0)
+    answers = verify_ranks.run(
+        verify_ranks.jobs(count, (prepare(),), WORLD, "cpu", "gloo", 200.0), True, 200.0
+    )
     with open(sys.argv[1], "wb") as file:
         pickle.dump(answers, file)

@@ -1,4 +1,5 @@
-"""`benchmarks/memory.py state` at small sizes: what is measured is what the formulas say, a tiled spike does not grow with the experts, and fake tensors count as real ones do."""
+"""`benchmarks/memory.py state` at small sizes: what is measured is what the formulas say, a tiled spike does
+not grow with the experts, and fake tensors count as real ones do."""
 
 import dataclasses
 import importlib
@@ -22,21 +23,30 @@ def state():
 @pytest.fixture(scope="module")
 def gpt(state):
     """(experts, hidden) -> two layers, the second one's MLP with experts."""
-    return lambda experts=0, hidden=64: state.Shape("gpt", hidden=hidden, layers=2, heads=4, experts=experts, vocabulary=64)
+    return lambda experts=0, hidden=64: state.Shape(
+        "gpt", hidden=hidden, layers=2, heads=4, experts=experts, vocabulary=64
+    )
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_stages_of_zero(state, gpt, stage):
     (row,) = state.measure("", gpt(), "dp=4", stage)
-    share = lambda at: 4 if stage >= at else 1  # noqa: E731
-    assert (row.parameters, row.gradients, row.states) == (2 * row.psi // share(3), 2 * row.psi // share(2), 12 * row.psi // share(1))
+    share = lambda at: 4 if stage >= at else 1
+    assert (row.parameters, row.gradients, row.states) == (
+        2 * row.psi // share(3),
+        2 * row.psi // share(2),
+        12 * row.psi // share(1),
+    )
     assert row.psi == gpt().base
-    assert 0 <= row.total - state.zero_formula(stage, row.psi, 4) < 1000  # an optimizer's step counts: 4 bytes each
+    assert (
+        0 <= row.total - state.zero_formula(stage, row.psi, 4) < 1000
+    )  # an optimizer's step counts: 4 bytes each
     assert 0 <= row.idle - (row.parameters + row.states) < 1000
 
 
 def test_teds_expression(state, gpt):
-    """E=4, T=2, G=16: exact but for what the expression does not know: router, embedding, and the norms and biases that T does not cut."""
+    """E=4, T=2, G=16: exact but for what the expression does not know: router, embedding, and the norms and
+    biases that T does not cut."""
     shape = gpt(4, hidden=1024)
     (row,) = state.measure("", shape, "dp=2,ep=4,tp=2", 1)
     assert row.total == pytest.approx(state.ted_memory(shape.base, 2, 4, 16), rel=5e-3)
@@ -44,7 +54,10 @@ def test_teds_expression(state, gpt):
 
 def test_layers_add_up(state, gpt):
     shape = dataclasses.replace(gpt(), layers=3)
-    whole, sum_ = (make("", shape, "dp=2,tp=2", 1, steppers=[state.WHOLE])[0] for make in (state.measure, state.extrapolated))
+    whole, sum_ = (
+        make("", shape, "dp=2,tp=2", 1, steppers=[state.WHOLE])[0]
+        for make in (state.measure, state.extrapolated)
+    )
     for name in ("model", "psi", "share", "parameters", "gradients", "states"):
         assert getattr(whole, name) == getattr(sum_, name), name
 
@@ -56,7 +69,13 @@ BUCKETS = 3 * 25 * 2**20  # a gathered bucket, this rank's part of it, and the n
 def test_a_tiled_spike_does_not_grow_with_the_experts(state, gpt):
     tiled, untiled = {}, {}
     for experts in (4, 16):
-        both = state.measure("", gpt(experts, hidden=2048), "dp=2,ep=4", 1, steppers=[{"tile": TILE, "fused": True}, {"tile": None, "fused": True}])
+        both = state.measure(
+            "",
+            gpt(experts, hidden=2048),
+            "dp=2,ep=4",
+            1,
+            steppers=[{"tile": TILE, "fused": True}, {"tile": None, "fused": True}],
+        )
         tiled[experts], untiled[experts] = (row.spike for row in both)
         assert untiled[experts] == pytest.approx(4 * both[1].share, rel=0.2)
     assert tiled[16] <= tiled[4] * 1.05 and tiled[16] < 4 * TILE + BUCKETS
@@ -73,5 +92,7 @@ def test_offload_leaves_what_its_table_says(state, gpt, where, device, host):
 @pytest.mark.parametrize("stage", range(4))
 def test_real_tensors_take_the_same(state, gpt, stage):
     steppers = [{"tile": 5000, "fused": True}, {"tile": None, "fused": True}]
-    fake, real = (state.measure("", gpt(4), "dp=2,ep=2", stage, steppers=steppers, real=real) for real in (False, True))
+    fake, real = (
+        state.measure("", gpt(4), "dp=2,ep=2", stage, steppers=steppers, real=real) for real in (False, True)
+    )
     assert fake == real

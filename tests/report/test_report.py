@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tedfx.report import picture
-from tedfx.report.before_after import before_after
 from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.errors import ConfigError
-from tedfx.state.parameters import ParameterLayout
-from tedfx.report.explanation import WIDTH, explain
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.report import picture
+from tedfx.report.before_after import before_after
+from tedfx.report.explanation import WIDTH, explain
+from tedfx.state.parameters import ParameterLayout
 from tedfx.trace.export import trace
 from tests.report import toy
 
@@ -27,13 +27,18 @@ def check(text, *patterns):
     lines, at = str(text).splitlines(), 0
     for pattern in patterns:
         found = next((i for i in range(at, len(lines)) if re.search(pattern, lines[i])), None)
-        assert found is not None, f"no line after {at} matches {pattern!r}:\n" + "\n".join(lines[at : at + 60])
+        assert found is not None, f"no line after {at} matches {pattern!r}:\n" + "\n".join(
+            lines[at : at + 60]
+        )
         at = found + 1
 
 
 def compile_toy(mesh="dp=2,tp=2", model=None, inputs=None, **options):
     each = trace(model or toy.make(**options), kwargs=inputs)
-    return compile_trace(Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)), default_passes(dedup=False, sequence_parallel=False))
+    return compile_trace(
+        Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)),
+        default_passes(dedup=False, sequence_parallel=False),
+    )
 
 
 def test_mixtral(compilations):
@@ -51,7 +56,8 @@ def test_mixtral(compilations):
         r"^  whole +10 tensors, .*model.layers.\*.mlp.gate.weight \[4, 32\] x3",
         r"^node +line +local shape +type +collective",
         r"^input_ids +\[batch, sequence\] +dp:S\(0\) ep:S\(0\)",
-        r"^all_reduce +modeling_mixtral.py:\d+ +\[batch, sequence, 32\] +dp:S\(0\) ep:S\(0\) +fwd all_reduce tp 2 KiB",
+        r"^all_reduce +modeling_mixtral.py:\d+ +\[batch, sequence, 32\] +dp:S\(0\) ep:S\(0\) +fwd "
+        r"all_reduce tp 2 KiB",
         r"^\(\d+ nodes that do not communicate\)",
         r"^-- model.layers.0  x3: layers 0-2$",
         r"^mlp.experts.gate_up_proj +\[2, 48, 32\] +dp:R ep:S\(0\) tp:S\(1.1\)",
@@ -61,14 +67,16 @@ def test_mixtral(compilations):
         r"^all_reduce_1 .* fwd all_reduce tp 2 KiB",
         r"^topk ",
         r"^exchange_counts .* fwd all_gather_into_tensor ep 32 B",
-        r"^all_to_all_single .*\[2\*batch\*sequence, 32\] +dp:V ep:V tp:R +fwd\+bwd all_to_all_single ep ~4 KiB",
+        r"^all_to_all_single .*\[2\*batch\*sequence, 32\] +dp:V ep:V tp:R +fwd\+bwd all_to_all_single "
+        r"ep ~4 KiB",
         r"^grouped_linear ",
         r"^silu +activations.py:\d+",
         r"^combine ",
         r"^cross_entropy_loss_default \(vocab_par.* fwd 2 all_reduce tp 192 B",
         r"^all_gather .* fwd all_gather_into_tensor tp",
         r"^phase +axes +ranks +collective",
-        r"^forward +dp,ep +8 +all_reduce +[12] ",  # four small sums in one; two where the model counts tokens as integers (transformers before 5.23)
+        # four small sums in one; two where the model counts tokens as integers (transformers before 5.23)
+        r"^forward +dp,ep +8 +all_reduce +[12] ",
         r"^forward +ep +2 +all_to_all_single +6 +~1.5 KiB\*batch\*sequence +~24 KiB +~12 KiB",
         r"^backward +ep +2 +all_to_all_single +6 ",
         r"^boundary +dp +4 +all_reduce +2 ",
@@ -87,7 +95,16 @@ def test_mixtral(compilations):
 
 def test_all_rows_without_folding(compilations):
     told = explain(compilations("mixtral", MESH), rows="all", fold=False, timings=True, stages={"trace": 1.5})
-    check(told, r"^sym_size", r"^-- model.layers.0$", r"^-- model.layers.1$", r"^-- model.layers.2$", r"^pass .* seconds", r"^trace +1.50", r"^passes together +\d")
+    check(
+        told,
+        r"^sym_size",
+        r"^-- model.layers.0$",
+        r"^-- model.layers.1$",
+        r"^-- model.layers.2$",
+        r"^pass .* seconds",
+        r"^trace +1.50",
+        r"^passes together +\d",
+    )
     assert "do not communicate" not in str(told)
     assert max(map(len, str(told).splitlines())) <= WIDTH
 
@@ -102,7 +119,10 @@ def test_layers_that_alternate(compilations):
     """GPT-OSS: sliding and full attention in turn."""
     told = explain(compilations("gpt_oss", "ep=2,tp=2"))
     check(told, r"^-- model.layers.0  x2: layers 0, 2$", r"^-- model.layers.1$")
-    assert [s["members"] for s in told.to_json()["layers"] if s["path"]] == [["model.layers.0", "model.layers.2"], ["model.layers.1"]]
+    assert [s["members"] for s in told.to_json()["layers"] if s["path"]] == [
+        ["model.layers.0", "model.layers.2"],
+        ["model.layers.1"],
+    ]
 
 
 def test_folding_is_not_fooled():
@@ -118,7 +138,14 @@ def test_folding_is_not_fooled():
 def test_model_without_layers():
     model, inputs = toy.flat()
     text = str(explain(compile_toy("dp=2", model, inputs)))
-    check(text, r"^signature +forward\(x: float32\[3\]\)", r"^x +\[batch, sequence, 8\] +dp:S\(0\)", r"^linear +toy.py:\d+ ", r"^relu ", r"^boundary +dp ")
+    check(
+        text,
+        r"^signature +forward\(x: float32\[3\]\)",
+        r"^x +\[batch, sequence, 8\] +dp:S\(0\)",
+        r"^linear +toy.py:\d+ ",
+        r"^relu ",
+        r"^boundary +dp ",
+    )
     assert "-- " not in text
 
 
@@ -138,27 +165,88 @@ def test_sizes_given(compilations):
 
 def test_module_without_a_compilation():
     """A ParallelModule made by hand: before a call, and with a program that nobody compiled."""
-    layouts = [ParameterLayout("up", (8, 4), None, {"tp": 0}, ("dp",)), ParameterLayout("norm", (4,), None, (), ("dp",))]
+    layouts = [
+        ParameterLayout("up", (8, 4), None, {"tp": 0}, ("dp",)),
+        ParameterLayout("norm", (4,), None, (), ("dp",)),
+    ]
     mesh = SimpleNamespace(mesh_dim_names=("dp", "tp"), mesh=torch.arange(8).view(4, 2), size=lambda: 8)
-    pm = SimpleNamespace(device_mesh=mesh, layouts=layouts, programs={}, _last=None, roles=Roles.resolve(MeshShape.of("dp=4,tp=2")))
-    check(explain(pm), r"^ParallelModule on mesh dp=4,tp=2 \(8 ranks\)", r"^roles +batch=dp", r"^parameters  36 in 2 tensors; on a rank 20", r"split over tp +1 ", r"whole", r"^not compiled yet")
+    pm = SimpleNamespace(
+        device_mesh=mesh,
+        layouts=layouts,
+        programs={},
+        _last=None,
+        roles=Roles.resolve(MeshShape.of("dp=4,tp=2")),
+    )
+    check(
+        explain(pm),
+        r"^ParallelModule on mesh dp=4,tp=2 \(8 ranks\)",
+        r"^roles +batch=dp",
+        r"^parameters  36 in 2 tensors; on a rank 20",
+        r"split over tp +1 ",
+        r"whole",
+        r"^not compiled yet",
+    )
     data = explain(pm).to_json()
     assert data["compiled"] is False and data["parameters"]["local"] == 20
-    pm.programs["forward(x)"] = SimpleNamespace(compilation=None, graph_module=compile_toy("dp=1").graph_module)
+    pm.programs["forward(x)"] = SimpleNamespace(
+        compilation=None, graph_module=compile_toy("dp=1").graph_module
+    )
     pm._last = "forward(x)"
     check(explain(pm), r"^signature +forward\(x\); \d+ nodes")
 
 
 SCHEMA = {
-    "": {"schema", "tedfx", "torch", "title", "mesh", "world", "roles", "signature", "outputs", "sizes", "parameters", "layers", "totals", "accumulation", "redundant", "passes", "stages", "notes"},
+    "": {
+        "schema",
+        "tedfx",
+        "torch",
+        "title",
+        "mesh",
+        "world",
+        "roles",
+        "signature",
+        "outputs",
+        "sizes",
+        "parameters",
+        "layers",
+        "totals",
+        "accumulation",
+        "redundant",
+        "passes",
+        "stages",
+        "notes",
+    },
     "parameters": {"tensors", "total", "local", "total_bytes", "local_bytes", "groups", "whole"},
     "layers": {"path", "count", "members", "nodes"},
-    "nodes": {"name", "state", "op", "line", "module", "inputs", "shape", "dtype", "type", "region", "communication"},
+    "nodes": {
+        "name",
+        "state",
+        "op",
+        "line",
+        "module",
+        "inputs",
+        "shape",
+        "dtype",
+        "type",
+        "region",
+        "communication",
+    },
     "communication": {"collective", "axes", "ranks", "phase", "formula", "bytes", "expected"},
-    "totals": {"phase", "collective", "axes", "ranks", "count", "formula", "bytes", "wire_formula", "wire_bytes", "expected"},
+    "totals": {
+        "phase",
+        "collective",
+        "axes",
+        "ranks",
+        "count",
+        "formula",
+        "bytes",
+        "wire_formula",
+        "wire_bytes",
+        "expected",
+    },
     "passes": {"name", "text", "matches", "changes", "notes", "seconds"},
     "notes": {"from", "note", "count"},
-}  # fmt: skip
+}
 
 
 def test_json(compilations):
@@ -171,22 +259,44 @@ def test_json(compilations):
     nodes = [n for layer in data["layers"] for n in layer["nodes"]]
     assert all(set(n) == SCHEMA["nodes"] for n in nodes)
     assert all(set(c) == SCHEMA["communication"] for n in nodes for c in n["communication"])
-    assert data["mesh"] == {"dp": 4, "ep": 2, "tp": 2} and data["world"] == 16 and data["roles"]["expert"] == ["ep"]
+    assert (
+        data["mesh"] == {"dp": 4, "ep": 2, "tp": 2}
+        and data["world"] == 16
+        and data["roles"]["expert"] == ["ep"]
+    )
 
     layer = next(s for s in data["layers"] if s["path"])
     assert layer["count"] == 3 and layer["members"] == [f"model.layers.{i}" for i in range(3)]
     rows = next(n for n in layer["nodes"] if n["op"] == "all_to_all_single")
-    assert rows["shape"] == ["2*batch*sequence", 32] and rows["type"] == {"dp": "V", "ep": "V", "tp": "R"} and rows["module"] == "model.layers.0.mlp.experts"
-    assert [c["phase"] for c in rows["communication"]] == ["forward", "backward"] and rows["communication"][0]["expected"]
-    assert rows["communication"][0]["formula"] == "256*batch*sequence" and rows["communication"][0]["bytes"] == 4096
+    assert (
+        rows["shape"] == ["2*batch*sequence", 32]
+        and rows["type"] == {"dp": "V", "ep": "V", "tp": "R"}
+        and rows["module"] == "model.layers.0.mlp.experts"
+    )
+    assert [c["phase"] for c in rows["communication"]] == ["forward", "backward"] and rows["communication"][
+        0
+    ]["expected"]
+    assert (
+        rows["communication"][0]["formula"] == "256*batch*sequence"
+        and rows["communication"][0]["bytes"] == 4096
+    )
     weight = next(n for n in layer["nodes"] if n["state"] == "model.layers.0.self_attn.q_proj.weight")
-    assert weight["shape"] == [16, 32] and weight["type"] == {"dp": "R", "ep": "R", "tp": "S(0)"} and weight["line"] is None
+    assert (
+        weight["shape"] == [16, 32]
+        and weight["type"] == {"dp": "R", "ep": "R", "tp": "S(0)"}
+        and weight["line"] is None
+    )
 
     # totals count what folding hides
-    total = next(t for t in data["totals"] if (t["phase"], t["collective"]) == ("forward", "all_to_all_single"))
+    total = next(
+        t for t in data["totals"] if (t["phase"], t["collective"]) == ("forward", "all_to_all_single")
+    )
     assert total["count"] == 6 and total["bytes"] == 6 * 4096
     shares = {tuple(g["axes"]): g for g in data["parameters"]["groups"]}
-    assert set(shares) == {(), ("tp",), ("ep", "tp")} and shares["ep", "tp"]["local"] * 4 == shares["ep", "tp"]["total"]
+    assert (
+        set(shares) == {(), ("tp",), ("ep", "tp")}
+        and shares["ep", "tp"]["local"] * 4 == shares["ep", "tp"]["total"]
+    )
     assert sum(g["local"] for g in shares.values()) == data["parameters"]["local"]
 
 
@@ -197,20 +307,30 @@ def test_before_and_after(compilations, traces):
     check(
         text,
         r"^model.layers.0, the single-device graph \(global shapes\)",
-        r"^linear = linear\(mul_\d+, self_attn.q_proj.weight\) +modeling_mixtral.py:\d+ +\[batch, sequence, 32\]",
+        r"^linear = linear\(mul_\d+, self_attn.q_proj.weight\) +modeling_mixtral.py:\d+ +\[batch, "
+        r"sequence, 32\]",
         r"dispatch = dispatch\(view_\d+, getitem_\d+\)",
         r"combine = combine\(",
         r"^model.layers.0, the graph of one rank of dp=4,ep=2,tp=2 \(local shapes\)",
         r"^sum_gradient = sum_gradient\(mul_\d+\)",
-        r"^linear = linear\(sum_gradient, self_attn.q_proj.weight\) +\[batch, sequence, 16\] +dp:S\(0\) ep:S\(0\) tp:S\(2\)",
+        r"^linear = linear\(sum_gradient, self_attn.q_proj.weight\) +\[batch, sequence, 16\] +dp:S\(0\) "
+        r"ep:S\(0\) tp:S\(2\)",
         r"^all_to_all_single = ",
         r"^all_reduce_2 = all_reduce\(",
     )
     assert max(map(len, text.splitlines())) <= WIDTH
     part = str(before_after(compilation, layer="model.layers.1.mlp"))
-    check(part, r"^model.layers.1.mlp, the graph of one rank", r"linear\(view_\d+, gate.weight\)", r"all_to_all_single", r"= all_reduce\(")
+    check(
+        part,
+        r"^model.layers.1.mlp, the graph of one rank",
+        r"linear\(view_\d+, gate.weight\)",
+        r"all_to_all_single",
+        r"= all_reduce\(",
+    )
     assert "scaled_dot" not in part and "single-device" not in part
-    with pytest.raises(ConfigError, match=r"nothing in the graph belongs to 'model.layers.9'; layers: model.layers.0"):
+    with pytest.raises(
+        ConfigError, match=r"nothing in the graph belongs to 'model.layers.9'; layers: model.layers.0"
+    ):
         before_after(compilation, layer="model.layers.9")
     model, inputs = toy.flat()
     with pytest.raises(ConfigError, match="no layer to show"):
@@ -218,15 +338,26 @@ def test_before_and_after(compilations, traces):
 
 
 def test_picture(compilations, traces, tmp_path):
-    """Each collective of the layer is marked, with its axes; nodes of the model stand beside what became of them."""
+    """Each collective of the layer is marked, with its axes; nodes of the model stand beside what became of
+    them."""
     pytest.importorskip("matplotlib")
     views = before_after(compilations("mixtral", MESH), traces("mixtral", 3), layer="model.layers.0.mlp")
     left, right = picture._boxes(views.before), picture._boxes(views.after)
     picture._align(left, right)
     rows = {b.name: b.row for b in left}
-    assert rows["dispatch"] < next(b.row for b in right if b.text[0].startswith("all_to_all_single over ep")) < rows["combine"]
-    assert {b.name for b in right if b.kind == "collective"} == {n.name for n in (s.node for s in views.after) if n.name in explain(compilations("mixtral", MESH)).cost.by_node}
-    assert all(b.row == rows[b.name] for b in right if b.name in rows and b.name in ("softmax", "combine", "silu"))
+    assert (
+        rows["dispatch"]
+        < next(b.row for b in right if b.text[0].startswith("all_to_all_single over ep"))
+        < rows["combine"]
+    )
+    assert {b.name for b in right if b.kind == "collective"} == {
+        n.name
+        for n in (s.node for s in views.after)
+        if n.name in explain(compilations("mixtral", MESH)).cost.by_node
+    }
+    assert all(
+        b.row == rows[b.name] for b in right if b.name in rows and b.name in ("softmax", "combine", "silu")
+    )
     assert len({b.row for b in right}) == len(right) and len({b.row for b in left}) == len(left)
     views.draw(str(tmp_path / "layer.svg"))
     text = (tmp_path / "layer.svg").read_text()
@@ -241,7 +372,7 @@ def test_notes_and_frozen():
     trainable = {p for p, name in each.parameters.items() if "embed" not in name}
     told = explain(compile_trace(Compilation(each, Roles.resolve(MeshShape.of("dp=2")), trainable)))
     free = explain(compile_toy("dp=2"))
-    size = lambda e: sum(t.payload for t in e.cost.totals(["boundary"]))  # noqa: E731
+    size = lambda e: sum(t.payload for t in e.cost.totals(["boundary"]))
     assert size(free) - size(told) == 20 * 16 * 4 + 4
     told.compilation.trace.static.append("batch = 2: because")
     check(told, r"^notes", r"^  fixed by the model: batch = 2: because")

@@ -1,4 +1,5 @@
-"""One entry per op and way of calling it. Sizes are small and mostly even; 3 and 5 are dims that cannot be split in two."""
+"""One entry per op and way of calling it. Sizes are small and mostly even; 3 and 5 are dims that cannot be
+split in two."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import torch
 
 import tedfx.ops.experts  # noqa: F401  (registers torch.ops.tedfx)
 from tedfx.placement.factors import leaves
-from tedfx.rules import operands
 from tedfx.placement.types import Shard
+from tedfx.rules import operands
 from tests.rules.one_op import Case
 
 aten = torch.ops.aten
@@ -44,12 +45,22 @@ def shuffled(*shape):
 X = t(4, 6, 8)
 
 CONTRACTIONS = [
-    Case("linear", aten.linear.default, (t(4, 3, 8), t(6, 8)), reaches=("S0 R>S0", "R S0>S2", "S2 S1>P", "P R>P")),
+    Case(
+        "linear",
+        aten.linear.default,
+        (t(4, 3, 8), t(6, 8)),
+        reaches=("S0 R>S0", "R S0>S2", "S2 S1>P", "P R>P"),
+    ),
     Case("linear bias", aten.linear.default, (t(4, 8), t(6, 8), t(6)), reaches=("S0 R R>S0", "R S0 S0>S1")),
     Case("linear of a vector", aten.linear.default, (t(8), t(6, 8)), reaches=("R S0>S0", "S0 S1>P")),
     Case("matmul", aten.matmul.default, (t(4, 8), t(8, 6)), reaches=("S0 R>S0", "R S1>S1", "S1 S0>P")),
     Case("matmul batched", aten.matmul.default, (t(2, 4, 6, 8), t(2, 4, 8, 6)), reaches=("S1 S1>S1",)),
-    Case("matmul broadcast", aten.matmul.default, (t(4, 6, 8), t(8, 2)), reaches=("S0 R>S0", "S2 S0>P", "R S1>S2")),
+    Case(
+        "matmul broadcast",
+        aten.matmul.default,
+        (t(4, 6, 8), t(8, 2)),
+        reaches=("S0 R>S0", "S2 S0>P", "R S1>S2"),
+    ),
     Case("matmul broadcast one", aten.matmul.default, (t(1, 6, 8), t(4, 8, 2)), reaches=("R S0>S0",)),
     Case("matmul vectors", aten.matmul.default, (t(8), t(8)), reaches=("S0 S0>P",)),
     Case("matmul vector right", aten.matmul.default, (t(4, 8), t(8)), reaches=("S0 R>S0", "S1 S0>P")),
@@ -57,8 +68,18 @@ CONTRACTIONS = [
     Case("bmm", aten.bmm.default, (t(4, 6, 8), t(4, 8, 2)), reaches=("S0 S0>S0", "S2 S1>P")),
     Case("mm", aten.mm.default, (t(4, 8), t(8, 6)), reaches=("P R>P",)),
     Case("einsum", aten.einsum.default, ("bsh,hd->bsd", [t(4, 6, 8), t(8, 2)]), reaches=("S2 S0>P",)),
-    Case("einsum outer", aten.einsum.default, ("be,bc->bec", [t(4, 8), t(4, 6)]), reaches=("S0 S0>S0", "S1 R>S1")),
-    Case("einsum of three", aten.einsum.default, ("bi,ij,bj->b", [t(4, 6), t(6, 8), t(4, 8)]), reaches=("S0 R S0>S0", "S1 S0 R>P")),
+    Case(
+        "einsum outer",
+        aten.einsum.default,
+        ("be,bc->bec", [t(4, 8), t(4, 6)]),
+        reaches=("S0 S0>S0", "S1 R>S1"),
+    ),
+    Case(
+        "einsum of three",
+        aten.einsum.default,
+        ("bi,ij,bj->b", [t(4, 6), t(6, 8), t(4, 8)]),
+        reaches=("S0 R S0>S0", "S1 S0 R>P"),
+    ),
     Case("einsum sum", aten.einsum.default, ("ij->i", [t(4, 6)]), reaches=("S1>P",)),
     Case("einsum diagonal", aten.einsum.default, ("ii->i", [t(4, 4)])),
     Case("einsum ellipsis", aten.einsum.default, ("...i,ij->...j", [t(4, 6), t(6, 8)])),
@@ -80,12 +101,24 @@ CONTRACTIONS = [
     Case("argmax", aten.argmax.default, (shuffled(4, 6), -1), reaches=("S0>S0",)),
     Case("argmin of all", aten.argmin.default, (shuffled(4, 6),)),
     Case("logsumexp", aten.logsumexp.default, (X, [-1]), reaches=("S0>S0", "S1>S1")),
-    Case("var correction", aten.var.correction, (X, [1]), {"correction": 0, "keepdim": True}, reaches=("S0>S0",)),
+    Case(
+        "var correction",
+        aten.var.correction,
+        (X, [1]),
+        {"correction": 0, "keepdim": True},
+        reaches=("S0>S0",),
+    ),
     Case("var of all", aten.var.correction, (X,), {"correction": 1}),
     Case("var default", aten.var.default, (X, False)),
     Case("var dim", aten.var.dim, (X, [2], False, True), reaches=("S0>S0",)),
     Case("std", aten.std.dim, (X, [0, 1]), reaches=("S2>S0",)),
-    Case("var_mean", aten.var_mean.correction, (X, [2]), {"correction": 0, "keepdim": True}, reaches=("S0>S0 S0",)),
+    Case(
+        "var_mean",
+        aten.var_mean.correction,
+        (X, [2]),
+        {"correction": 0, "keepdim": True},
+        reaches=("S0>S0 S0",),
+    ),
     Case("vector norm", aten.linalg_vector_norm.default, (X, 2, [-1], True), reaches=("S0>S0",)),
     Case("vector norm of all", aten.linalg_vector_norm.default, (X,)),
     Case("norm", aten.norm.ScalarOpt_dim, (X, 2, [1]), reaches=("S0>S0", "S2>S1")),
@@ -104,11 +137,23 @@ CONTRACTIONS = [
     Case("_softmax", aten._softmax.default, (X, -1, False), reaches=("S0>S0",)),
     Case("cumsum", aten.cumsum.default, (X, 1), reaches=("S0>S0", "S1>S1", "P>P")),
     Case("cumsum of integers", aten.cumsum.default, (ids(3, 4, 6), 0), reaches=("S0>S0", "S1>S1")),
-    Case("cumsum of bools in float", aten.cumsum.default, (mask(4, 6), -1), {"dtype": torch.float64}, reaches=("S1>S1",)),
+    Case(
+        "cumsum of bools in float",
+        aten.cumsum.default,
+        (mask(4, 6), -1),
+        {"dtype": torch.float64},
+        reaches=("S1>S1",),
+    ),
     Case("cumprod", aten.cumprod.default, (X, 1), reaches=("S0>S0",)),
     Case("logcumsumexp", aten.logcumsumexp.default, (X, 0), reaches=("S1>S1",)),
     Case("argsort", aten.argsort.default, (shuffled(4, 6),), reaches=("S0>S0",)),
-    Case("argsort stable", aten.argsort.stable, (shuffled(4, 6),), {"stable": True, "dim": 0}, reaches=("S1>S1",)),
+    Case(
+        "argsort stable",
+        aten.argsort.stable,
+        (shuffled(4, 6),),
+        {"stable": True, "dim": 0},
+        reaches=("S1>S1",),
+    ),
     Case("layer_norm", aten.layer_norm.default, (X, [8], t(8), t(8)), reaches=("S0 R R>S0", "S1 R R>S1")),
     Case("layer_norm plain", aten.layer_norm.default, (X, [6, 8]), reaches=("S0>S0",)),
     Case("rms_norm", aten.rms_norm.default, (X, [8], t(8)), reaches=("S0 R>S0",)),
@@ -118,23 +163,80 @@ CONTRACTIONS = [
     Case("topk", aten.topk.default, (shuffled(4, 6), 2), reaches=("S0>S0 S0",)),
     Case("topk one", aten.topk.default, (shuffled(4, 6), 1, 0), reaches=("S1>S1 S1",)),
     Case("sort", aten.sort.default, (shuffled(4, 6), -1, True), reaches=("S0>S0 S0",)),
-    Case("sort stable", aten.sort.stable, (shuffled(4, 6),), {"stable": True, "dim": 0}, reaches=("S1>S1 S1",)),
-    Case("embedding", aten.embedding.default, (t(8, 6), ids(8, 4, 3)), reaches=("S0 I>P", "S1 I>S2", "R S0>S0")),
+    Case(
+        "sort stable", aten.sort.stable, (shuffled(4, 6),), {"stable": True, "dim": 0}, reaches=("S1>S1 S1",)
+    ),
+    Case(
+        "embedding", aten.embedding.default, (t(8, 6), ids(8, 4, 3)), reaches=("S0 I>P", "S1 I>S2", "R S0>S0")
+    ),
     Case("embedding few", aten.embedding.default, (t(8, 6), ids(8, 4)), reaches=("P I>P", "S0 I>P")),
     Case("embedding padding", aten.embedding.default, (t(8, 6), ids(8, 4, 6), 5), reaches=("S0 I>P",)),
     Case("embedding by frequency", aten.embedding.default, (t(4, 6), ids(4, 8), -1, True)),
-    Case("cross_entropy rows", aten.cross_entropy_loss.default, (t(6, 8), ids(8, 6), None, 0), reaches=("S0 S0>S0", "S1 I>I")),
-    Case("cross_entropy ignore", aten.cross_entropy_loss.default, (t(6, 8), ids(8, 6), None, 0, 3), reaches=("S1 I>I",)),
-    Case("cross_entropy weight", aten.cross_entropy_loss.default, (t(6, 8), ids(8, 6), positive(8), 0), reaches=("S0 S0 I>S0",), frozen=(2,)),
-    Case("cross_entropy smoothing", aten.cross_entropy_loss.default, (t(6, 8), ids(8, 6), None, 0, -100, 0.1), reaches=("S0 S0>S0",)),
+    Case(
+        "cross_entropy rows",
+        aten.cross_entropy_loss.default,
+        (t(6, 8), ids(8, 6), None, 0),
+        reaches=("S0 S0>S0", "S1 I>I"),
+    ),
+    Case(
+        "cross_entropy ignore",
+        aten.cross_entropy_loss.default,
+        (t(6, 8), ids(8, 6), None, 0, 3),
+        reaches=("S1 I>I",),
+    ),
+    Case(
+        "cross_entropy weight",
+        aten.cross_entropy_loss.default,
+        (t(6, 8), ids(8, 6), positive(8), 0),
+        reaches=("S0 S0 I>S0",),
+        frozen=(2,),
+    ),
+    Case(
+        "cross_entropy smoothing",
+        aten.cross_entropy_loss.default,
+        (t(6, 8), ids(8, 6), None, 0, -100, 0.1),
+        reaches=("S0 S0>S0",),
+    ),
     Case("cross_entropy mean", aten.cross_entropy_loss.default, (t(6, 8), ids(8, 6))),
-    Case("sdpa", aten.scaled_dot_product_attention.default, (t(2, 4, 6, 8), t(2, 4, 6, 8), t(2, 4, 6, 2)), reaches=("S0 S0 S0>S0", "S1 S1 S1>S1", "R R S3>S3", "R R P>P")),
-    Case("sdpa causal", aten.scaled_dot_product_attention.default, (t(3, 4, 5, 8), t(3, 4, 5, 8), t(3, 4, 5, 8), None, 0.0, True), {"scale": 0.3}, reaches=("S1 S1 S1>S1",)),
-    Case("sdpa cross", aten.scaled_dot_product_attention.default, (t(3, 2, 4, 8), t(3, 2, 6, 8), t(3, 2, 6, 8)), reaches=("S1 S1 S1>S1",)),
-    Case("sdpa mask", aten.scaled_dot_product_attention.default, (t(2, 4, 5, 3), t(2, 4, 5, 3), t(2, 4, 5, 3), mask(2, 1, 5, 5) | torch.eye(5, dtype=torch.bool)), reaches=("S0 S0 S0 S0>S0", "S1 S1 S1 I>S1")),
-    Case("sdpa bias", aten.scaled_dot_product_attention.default, (t(3, 4, 5, 3), t(3, 4, 5, 3), t(3, 4, 5, 3), t(4, 5, 5)), reaches=("S1 S1 S1 S0>S1",)),
-    Case("sdpa gqa flag, equal heads", aten.scaled_dot_product_attention.default, (t(3, 2, 5, 3), t(3, 2, 5, 3), t(3, 2, 5, 3)), {"enable_gqa": True}, reaches=("S1 S1 S1>S1",)),
-]  # fmt: skip
+    Case(
+        "sdpa",
+        aten.scaled_dot_product_attention.default,
+        (t(2, 4, 6, 8), t(2, 4, 6, 8), t(2, 4, 6, 2)),
+        reaches=("S0 S0 S0>S0", "S1 S1 S1>S1", "R R S3>S3", "R R P>P"),
+    ),
+    Case(
+        "sdpa causal",
+        aten.scaled_dot_product_attention.default,
+        (t(3, 4, 5, 8), t(3, 4, 5, 8), t(3, 4, 5, 8), None, 0.0, True),
+        {"scale": 0.3},
+        reaches=("S1 S1 S1>S1",),
+    ),
+    Case(
+        "sdpa cross",
+        aten.scaled_dot_product_attention.default,
+        (t(3, 2, 4, 8), t(3, 2, 6, 8), t(3, 2, 6, 8)),
+        reaches=("S1 S1 S1>S1",),
+    ),
+    Case(
+        "sdpa mask",
+        aten.scaled_dot_product_attention.default,
+        (t(2, 4, 5, 3), t(2, 4, 5, 3), t(2, 4, 5, 3), mask(2, 1, 5, 5) | torch.eye(5, dtype=torch.bool)),
+        reaches=("S0 S0 S0 S0>S0", "S1 S1 S1 I>S1"),
+    ),
+    Case(
+        "sdpa bias",
+        aten.scaled_dot_product_attention.default,
+        (t(3, 4, 5, 3), t(3, 4, 5, 3), t(3, 4, 5, 3), t(4, 5, 5)),
+        reaches=("S1 S1 S1 S0>S1",),
+    ),
+    Case(
+        "sdpa gqa flag, equal heads",
+        aten.scaled_dot_product_attention.default,
+        (t(3, 2, 5, 3), t(3, 2, 5, 3), t(3, 2, 5, 3)),
+        {"enable_gqa": True},
+        reaches=("S1 S1 S1>S1",),
+    ),
+]
 
 POINTWISE = [
     Case("add", aten.add.Tensor, (X, t(6, 8)), reaches=("S0 R>S0", "S1 S0>S1", "P P>P")),
@@ -149,7 +251,9 @@ POINTWISE = [
     Case("mul broadcast", aten.mul.Tensor, (t(4, 1), t(1, 6)), reaches=("S0 R>S0", "R S1>S1")),
     Case("div", aten.div.Tensor, (X, positive(8)), reaches=("P R>P", "S2 S0>S2")),
     Case("div scalar", aten.div.Tensor, (X, 7.0), reaches=("P>P",)),
-    Case("div floor", aten.div.Tensor_mode, (X, positive(8)), {"rounding_mode": "floor"}, reaches=("S0 R>S0",)),
+    Case(
+        "div floor", aten.div.Tensor_mode, (X, positive(8)), {"rounding_mode": "floor"}, reaches=("S0 R>S0",)
+    ),
     Case("true_divide", aten.true_divide.Tensor, (X, positive(6, 8)), reaches=("S0 R>S0",)),
     Case("rsub", aten.rsub.Scalar, (X, 1.0), reaches=("S0>S0",)),
     Case("neg", aten.neg.default, (X,), reaches=("P>P",)),
@@ -172,7 +276,9 @@ POINTWISE = [
     Case("masked_fill", aten.masked_fill.Scalar, (X, mask(6, 8), 0.0), reaches=("P I>P",)),
     Case("masked_fill inf", aten.masked_fill.Scalar, (X, mask(6, 8), float("-inf")), reaches=("S0 I>S0",)),
     Case("masked_fill tensor", aten.masked_fill.Tensor, (X, mask(6, 8), t()), reaches=("S0 I R>S0",)),
-    Case("dropout", aten.dropout.default, (t(4, 6), 0.5, True), reaches=("S0>S0", "S1>S1", "P>P"), random=True),
+    Case(
+        "dropout", aten.dropout.default, (t(4, 6), 0.5, True), reaches=("S0>S0", "S1>S1", "P>P"), random=True
+    ),
     Case("dropout off", aten.dropout.default, (t(4, 6), 0.5, False), reaches=("S0>S0",)),
     Case("silu", aten.silu.default, (X,), reaches=("S0>S0", "S2>S2")),
     Case("gelu", aten.gelu.default, (X,), {"approximate": "tanh"}, reaches=("S2>S2",)),
@@ -180,14 +286,18 @@ POINTWISE = [
     Case("sigmoid", aten.sigmoid.default, (X,), reaches=("S2>S2",)),
     Case("tanh", aten.tanh.default, (X,), reaches=("S2>S2",)),
     Case("clamp", aten.clamp.default, (X, -0.5, 0.5), reaches=("S2>S2",)),
-    Case("clamp tensors", aten.clamp.Tensor, (X, t(8) - 2, positive(8)), reaches=("S2 S0 S0>S2", "S0 R R>S0")),
+    Case(
+        "clamp tensors", aten.clamp.Tensor, (X, t(8) - 2, positive(8)), reaches=("S2 S0 S0>S2", "S0 R R>S0")
+    ),
     Case("lerp", aten.lerp.Tensor, (X, t(8), t(6, 8)), reaches=("S0 R R>S0",)),
     Case("addcmul", aten.addcmul.default, (X, t(8), t(6, 8)), {"value": 2.0}, reaches=("S0 R R>S0",)),
     Case("addcdiv", aten.addcdiv.default, (X, t(8), positive(6, 8)), reaches=("S0 R R>S0",)),
     Case("square", aten.square.default, (X,), reaches=("S2>S2",)),
     Case("float_power", aten.float_power.Tensor_Scalar, (positive(4, 6), 1.5), reaches=("S1>S1",)),
     Case("isin", aten.isin.Tensor_Tensor, (ids(8, 4, 6), ids(8, 4)), reaches=("S0 I>S0",)),
-    Case("isin equal sizes", aten.isin.Tensor_Tensor, (torch.tensor([1, 2, 3, 4]), torch.tensor([4, 3, 7, 9]))),
+    Case(
+        "isin equal sizes", aten.isin.Tensor_Tensor, (torch.tensor([1, 2, 3, 4]), torch.tensor([4, 3, 7, 9]))
+    ),
     Case("hardtanh", aten.hardtanh.default, (X,), reaches=("S2>S2",)),
     Case("relu6", aten.relu6.default, (X,), reaches=("S2>S2",)),
     Case("mish", aten.mish.default, (X,), reaches=("S2>S2",)),
@@ -214,7 +324,7 @@ POINTWISE = [
     Case("ne", aten.ne.Scalar, (ids(3, 4, 6), 1), reaches=("S1>S1",)),
     Case("lt", aten.lt.Tensor, (t(4, 6), t(6)), reaches=("S0 R>S0",)),
     Case("maximum", aten.maximum.default, (X, t(6, 8)), reaches=("S0 R>S0",)),
-]  # fmt: skip
+]
 
 VIEWS = [
     Case("view merge", aten.view.default, (X, [24, 8]), reaches=("S0>S0", "S1>S0.1", "S2>S1", "P>P")),
@@ -247,30 +357,62 @@ VIEWS = [
     Case("slice whole", aten.slice.Tensor, (t(4, 12), 1, 0, 9223372036854775807), reaches=("S1>S1",)),
     Case("slice odd piece", aten.slice.Tensor, (t(4, 12), 1, 1, 6), reaches=("S0>S0",)),
     Case("slice one", aten.slice.Tensor, (t(4, 12), 1, 3, 4), reaches=("S0>S0",)),
-    Case("slice interleaved even", aten.slice.Tensor, (t(4, 12), 1, 0, 9223372036854775807, 2), reaches=("S1>S1",)),
-    Case("slice interleaved odd", aten.slice.Tensor, (t(4, 12), 1, 1, 9223372036854775807, 2), reaches=("S1>S1",)),
+    Case(
+        "slice interleaved even",
+        aten.slice.Tensor,
+        (t(4, 12), 1, 0, 9223372036854775807, 2),
+        reaches=("S1>S1",),
+    ),
+    Case(
+        "slice interleaved odd",
+        aten.slice.Tensor,
+        (t(4, 12), 1, 1, 9223372036854775807, 2),
+        reaches=("S1>S1",),
+    ),
     Case("slice step 3", aten.slice.Tensor, (t(4, 12), 1, 2, 12, 3), reaches=("S1>S1",)),
     Case("slice short step", aten.slice.Tensor, (t(4, 12), 1, 0, 5, 2), reaches=("S0>S0",)),
     Case("narrow", aten.narrow.default, (t(4, 12), 1, 6, 6), reaches=("S1.1>S1",)),
     Case("select", aten.select.int, (X, 1, -1), reaches=("S0>S0", "S2>S1")),
-    Case("split equal", aten.split.Tensor, (t(4, 12), 4, 1), reaches=("S0>S0 S0 S0", "S1.1>S1 S1 S1", "P>P P P")),
+    Case(
+        "split equal",
+        aten.split.Tensor,
+        (t(4, 12), 4, 1),
+        reaches=("S0>S0 S0 S0", "S1.1>S1 S1 S1", "P>P P P"),
+    ),
     Case("split unequal", aten.split.Tensor, (t(4, 10), 4, 1), reaches=("S0>S0 S0 S0",)),
     Case("split_with_sizes", aten.split_with_sizes.default, (t(4, 12), [8, 4], -1), reaches=("S0>S0 S0",)),
-    Case("split_with_sizes equal", aten.split_with_sizes.default, (t(4, 12), [6, 6], -1), reaches=("S1.1>S1 S1",)),
+    Case(
+        "split_with_sizes equal",
+        aten.split_with_sizes.default,
+        (t(4, 12), [6, 6], -1),
+        reaches=("S1.1>S1 S1",),
+    ),
     Case("chunk", aten.chunk.default, (t(4, 12), 2, -1), reaches=("S1.1>S1 S1",)),
     Case("chunk unequal", aten.chunk.default, (t(4, 10), 4, -1), reaches=("S0>S0 S0 S0 S0",)),
     Case("chunk one", aten.chunk.default, (t(4, 12), 1, -1), reaches=("S1>S1",)),
     Case("tensor_split", aten.tensor_split.sections, (t(4, 12), 3, 1), reaches=("S1.1>S1 S1 S1",)),
     Case("unbind", aten.unbind.int, (t(4, 3, 8), 1), reaches=("S2>S1 S1 S1",)),
-    Case("cat equal", aten.cat.default, ([t(4, 6), t(4, 6), t(4, 6)], 1), reaches=("S0 S0 S0>S0", "S1 S1 S1>S1.1", "P P P>P")),
+    Case(
+        "cat equal",
+        aten.cat.default,
+        ([t(4, 6), t(4, 6), t(4, 6)], 1),
+        reaches=("S0 S0 S0>S0", "S1 S1 S1>S1.1", "P P P>P"),
+    ),
     Case("cat unequal", aten.cat.default, ([t(4, 6), t(4, 8)], -1), reaches=("S0 S0>S0",)),
     Case("cat twice", aten.cat.default, ([X, X],), reaches=("S0 S0>S0.1",)),
     Case("cat one", aten.cat.default, ([t(4, 6)],), reaches=("S0>S0",)),
     Case("stack", aten.stack.default, ([t(4, 6), t(4, 6)], 1), reaches=("S0 S0>S0", "S1 S1>S2", "P P>P")),
     Case("stack last", aten.stack.default, ([t(4, 6), t(4, 6)], -1), reaches=("S1 S1>S1",)),
-    Case("repeat_interleave", aten.repeat_interleave.self_int, (t(3, 4, 6), 2, 1), reaches=("S1>S1", "S2>S2")),
+    Case(
+        "repeat_interleave", aten.repeat_interleave.self_int, (t(3, 4, 6), 2, 1), reaches=("S1>S1", "S2>S2")
+    ),
     Case("repeat_interleave flat", aten.repeat_interleave.self_int, (t(4, 6), 2)),
-    Case("repeat_interleave tensor", aten.repeat_interleave.self_Tensor, (t(4, 6), torch.tensor([1, 3, 0, 2]), 0), {"output_size": 6}),
+    Case(
+        "repeat_interleave tensor",
+        aten.repeat_interleave.self_Tensor,
+        (t(4, 6), torch.tensor([1, 3, 0, 2]), 0),
+        {"output_size": 6},
+    ),
     Case("repeat", aten.repeat.default, (t(4, 6), [2, 3]), reaches=("S0>S0.1", "S1>S1.1")),
     Case("repeat lead", aten.repeat.default, (t(6), [4, 1]), reaches=("S0>S1",)),
     Case("tile", aten.tile.default, (t(4, 6), [2]), reaches=("S0>S0", "S1>S1.1")),
@@ -285,14 +427,34 @@ VIEWS = [
     Case("unfold", aten.unfold.default, (t(4, 8), 1, 4, 2)),
     Case("diff", aten.diff.default, (X,), reaches=("S0>S0", "P>P")),
     Case("diff prepend", aten.diff.default, (t(4, 6), 1, -1, t(4, 1)), reaches=("S0 S0>S0",)),
-]  # fmt: skip
+]
 
 INDEXING = [
     Case("index rows", aten.index.Tensor, (t(6, 8), [ids(6, 4)]), reaches=("S1 I>S1", "R S0>S0", "P I>P")),
-    Case("index two", aten.index.Tensor, (t(6, 5, 8), [ids(6, 4), ids(5, 4)]), reaches=("S2 I I>S1", "R S0 S0>S0")),
-    Case("index middle", aten.index.Tensor, (t(4, 6, 8), [None, ids(6, 2, 4)]), reaches=("S0 I>S0", "R S1>S2", "S2 I>S3")),
-    Case("index apart", aten.index.Tensor, (t(6, 4, 5), [ids(6, 2), None, ids(5, 2)]), reaches=("S1 I I>S1", "R S0 S0>S0")),
-    Case("index broadcast", aten.index.Tensor, (t(6, 5, 8), [ids(6, 4, 1), ids(5, 2)]), reaches=("R S0 I>S0", "S2 I I>S2")),
+    Case(
+        "index two",
+        aten.index.Tensor,
+        (t(6, 5, 8), [ids(6, 4), ids(5, 4)]),
+        reaches=("S2 I I>S1", "R S0 S0>S0"),
+    ),
+    Case(
+        "index middle",
+        aten.index.Tensor,
+        (t(4, 6, 8), [None, ids(6, 2, 4)]),
+        reaches=("S0 I>S0", "R S1>S2", "S2 I>S3"),
+    ),
+    Case(
+        "index apart",
+        aten.index.Tensor,
+        (t(6, 4, 5), [ids(6, 2), None, ids(5, 2)]),
+        reaches=("S1 I I>S1", "R S0 S0>S0"),
+    ),
+    Case(
+        "index broadcast",
+        aten.index.Tensor,
+        (t(6, 5, 8), [ids(6, 4, 1), ids(5, 2)]),
+        reaches=("R S0 I>S0", "S2 I I>S2"),
+    ),
     Case("index mask", aten.index.Tensor, (t(4, 6), [mask(4)])),
     Case("index_select", aten.index_select.default, (t(4, 6), 1, ids(6, 8)), reaches=("S0 I>S0", "R S0>S1")),
     Case("gather", aten.gather.default, (t(4, 6), 1, ids(6, 4, 2)), reaches=("S0 S0>S0", "R S1>S1")),
@@ -301,18 +463,53 @@ INDEXING = [
     Case("take_along_dim broadcast", aten.take_along_dim.default, (t(4, 6), ids(6, 1, 2), 1)),
     Case("take_along_dim flat", aten.take_along_dim.default, (t(4, 6), ids(24, 5))),
     Case("scatter value", aten.scatter.value, (t(4, 6), 1, ids(6, 4, 2), 1.5), reaches=("S0 S0>S0",)),
-    Case("scatter source", aten.scatter.src, (t(4, 6), 1, torch.stack([torch.randperm(6)[:2] for _ in range(4)]), t(4, 2)), reaches=("S0 S0 S0>S0",)),
-    Case("scatter dim 0", aten.scatter.src, (t(4, 6), 0, torch.stack([torch.randperm(4)[:2] for _ in range(6)], 1), t(2, 6)), reaches=("S1 S1 S1>S1",)),
-    Case("scatter_add", aten.scatter_add.default, (t(4, 6), 1, ids(6, 4, 2), t(4, 2)), reaches=("S0 S0 S0>S0", "P I P>P")),
-    Case("scatter_add fewer rows", aten.scatter_add.default, (t(4, 6), 1, ids(6, 2, 2), t(2, 2)), reaches=("P I P>P",)),
-    Case("scatter_reduce", aten.scatter_reduce.two, (t(4, 6), 1, ids(6, 4, 2), t(4, 2), "sum"), reaches=("S0 S0 S0>S0",)),
+    Case(
+        "scatter source",
+        aten.scatter.src,
+        (t(4, 6), 1, torch.stack([torch.randperm(6)[:2] for _ in range(4)]), t(4, 2)),
+        reaches=("S0 S0 S0>S0",),
+    ),
+    Case(
+        "scatter dim 0",
+        aten.scatter.src,
+        (t(4, 6), 0, torch.stack([torch.randperm(4)[:2] for _ in range(6)], 1), t(2, 6)),
+        reaches=("S1 S1 S1>S1",),
+    ),
+    Case(
+        "scatter_add",
+        aten.scatter_add.default,
+        (t(4, 6), 1, ids(6, 4, 2), t(4, 2)),
+        reaches=("S0 S0 S0>S0", "P I P>P"),
+    ),
+    Case(
+        "scatter_add fewer rows",
+        aten.scatter_add.default,
+        (t(4, 6), 1, ids(6, 2, 2), t(2, 2)),
+        reaches=("P I P>P",),
+    ),
+    Case(
+        "scatter_reduce",
+        aten.scatter_reduce.two,
+        (t(4, 6), 1, ids(6, 4, 2), t(4, 2), "sum"),
+        reaches=("S0 S0 S0>S0",),
+    ),
     Case("index_add", aten.index_add.default, (t(6, 8), 0, ids(6, 4), t(4, 8)), reaches=("S1 I S1>S1",)),
     Case("one_hot", aten.one_hot.default, (ids(4, 6, 2), 4), reaches=("S0>S0", "S1>S1")),
-    Case("slice_scatter", aten.slice_scatter.default, (t(4, 6), t(4, 2), 1, 2, 4), reaches=("S0 S0>S0", "P P>P")),
-    Case("select_scatter", aten.select_scatter.default, (t(4, 6, 8), t(4, 8), 1, 3), reaches=("S0 S0>S0", "S2 S1>S2", "P P>P")),
+    Case(
+        "slice_scatter",
+        aten.slice_scatter.default,
+        (t(4, 6), t(4, 2), 1, 2, 4),
+        reaches=("S0 S0>S0", "P P>P"),
+    ),
+    Case(
+        "select_scatter",
+        aten.select_scatter.default,
+        (t(4, 6, 8), t(4, 8), 1, 3),
+        reaches=("S0 S0>S0", "S2 S1>S2", "P P>P"),
+    ),
     Case("triu", aten.triu.default, (t(4, 6, 6), 1), reaches=("S0>S0", "P>P")),
     Case("tril", aten.tril.default, (t(6, 8),), reaches=("P>P",)),
-]  # fmt: skip
+]
 
 CREATION = [
     Case("zeros", aten.zeros.default, ([4, 6],), reaches=(">S0", ">S1")),
@@ -322,7 +519,9 @@ CREATION = [
     Case("arange start", aten.arange.start, (3, 11), reaches=(">S0",)),
     Case("arange step", aten.arange.start_step, (3, 19, 2), reaches=(">S0",)),
     Case("arange step only", aten.arange.start_step, (0, 16, 2), reaches=(">S0",)),
-    Case("arange float", aten.arange.start_step, (0.5, 2.5, 0.25), {"dtype": torch.float64}, reaches=(">S0",)),
+    Case(
+        "arange float", aten.arange.start_step, (0.5, 2.5, 0.25), {"dtype": torch.float64}, reaches=(">S0",)
+    ),
     Case("scalar_tensor", aten.scalar_tensor.default, (2.0,)),
     Case("eye", aten.eye.default, (4,)),
     Case("linspace", aten.linspace.default, (0.0, 1.0, 8)),
@@ -333,12 +532,14 @@ CREATION = [
     Case("zeros_like", aten.zeros_like.default, (X,), reaches=("S0>S0", "R>I")),
     Case("ones_like", aten.ones_like.default, (X,), reaches=("S2>S2", "P>I")),
     Case("full_like", aten.full_like.default, (X, 3.0), reaches=("S2>S2",)),
-]  # fmt: skip
-
+]
 
 
 COMPLEXES = [
-    *(Case(n, getattr(aten, n).default, (c(4, 6),), reaches=("S0>S0", "P>P")) for n in ("real", "imag", "conj_physical")),
+    *(
+        Case(n, getattr(aten, n).default, (c(4, 6),), reaches=("S0>S0", "P>P"))
+        for n in ("real", "imag", "conj_physical")
+    ),
     Case("view_as_real", aten.view_as_real.default, (c(4, 6),), reaches=("S0>S0", "S1>S1")),
     Case("view_as_complex", aten.view_as_complex.default, (t(4, 6, 2),), reaches=("S0>S0", "P>P")),
     Case("complex", aten.complex.default, (t(4, 6), t(4, 6)), reaches=("S0 S0>S0", "P P>P")),
@@ -352,18 +553,48 @@ COMPLEXES = [
 
 
 def _whole_experts(program, types):
-    """Rows and experts whole: where they are split, counts and row numbers are a rank's own (tests/passes/test_lower_experts.py)."""
+    """Rows and experts whole: where they are split, counts and row numbers are a rank's own
+    (tests/passes/test_lower_experts.py)."""
     nodes = operands(program.call)
-    split = {leaf for node, d in ((nodes[0], 0), (nodes[1], 0), (nodes[2], 0)) for leaf in leaves(node.meta["dims"][d])}
+    split = {
+        leaf
+        for node, d in ((nodes[0], 0), (nodes[1], 0), (nodes[2], 0))
+        for leaf in leaves(node.meta["dims"][d])
+    }
     return not any(isinstance(p, Shard) and p.factor.root() in split for p in types)
 
 
 _counts = torch.tensor([2, 0, 3, 1])
 EXPERTS = [
-    Case("grouped_linear", moe.grouped_linear.default, (t(6, 8), t(4, 2, 8), _counts), reaches=("R S1 I>S1", "S1 S2 I>P", "P R I>P"), meets=_whole_experts),
-    Case("grouped_linear transposed", moe.grouped_linear.default, (t(6, 8), t(4, 8, 2), _counts, True), reaches=("R S2 I>S1", "S1 S1 I>P"), meets=_whole_experts),
-    Case("expert_rows", moe.expert_rows.default, (t(4, 8), _counts, t(6, 3)), reaches=("S1 I I>S1", "I I I>I"), meets=_whole_experts, frozen=(2,)),
-    Case("combine", moe.combine.default, (t(8, 6), torch.randperm(8, generator=_generator), t(4, 2)), reaches=("P I R>P", "S1 I R>S1"), meets=_whole_experts),
-]  # fmt: skip
+    Case(
+        "grouped_linear",
+        moe.grouped_linear.default,
+        (t(6, 8), t(4, 2, 8), _counts),
+        reaches=("R S1 I>S1", "S1 S2 I>P", "P R I>P"),
+        meets=_whole_experts,
+    ),
+    Case(
+        "grouped_linear transposed",
+        moe.grouped_linear.default,
+        (t(6, 8), t(4, 8, 2), _counts, True),
+        reaches=("R S2 I>S1", "S1 S1 I>P"),
+        meets=_whole_experts,
+    ),
+    Case(
+        "expert_rows",
+        moe.expert_rows.default,
+        (t(4, 8), _counts, t(6, 3)),
+        reaches=("S1 I I>S1", "I I I>I"),
+        meets=_whole_experts,
+        frozen=(2,),
+    ),
+    Case(
+        "combine",
+        moe.combine.default,
+        (t(8, 6), torch.randperm(8, generator=_generator), t(4, 2)),
+        reaches=("P I R>P", "S1 I R>S1"),
+        meets=_whole_experts,
+    ),
+]
 
 CASES = CONTRACTIONS + POINTWISE + VIEWS + INDEXING + CREATION + COMPLEXES + EXPERTS

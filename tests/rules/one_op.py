@@ -16,13 +16,13 @@ from tedfx.passes.localize import Localize
 from tedfx.passes.place import route
 from torch import fx
 
+from tedfx.decisions.decide import decide
 from tedfx.dtypes import has_gradient
 from tedfx.placement.factors import leaves
-from tedfx.decisions.decide import decide
 from tedfx.placement.plan import Plan, differentiable
 from tedfx.placement.roles import MeshShape, Roles
-from tedfx.rules import op_name, operands
 from tedfx.placement.types import I, P, R, Shard
+from tedfx.rules import op_name, operands
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split
 
 MESH = {"tp": 2}
@@ -33,8 +33,8 @@ AXIS = "tp"
 class Case:
     """`target(*args, **kwargs)`; tensors among the arguments are the operands.
 
-    reaches: words such as "S0>S0" that some decision must have (operand placements > output placements); a rule that replicated everything would
-    pass every other check.
+    reaches: words such as "S0>S0" that some decision must have (operand placements > output placements); a
+    rule that replicated everything would pass every other check.
     """
 
     name: str
@@ -77,10 +77,25 @@ def build(case: Case, trainable="all") -> SimpleNamespace:
     learned = {"all": floats, "first": floats[:1], "rest": floats[1:], "none": []}[trainable]
     program = SimpleNamespace(
         graph_module=fx.GraphModule({}, graph),
-        trace=SimpleNamespace(parameters={n: n for n in floats}, buffers={}, constants={}, sizes={}, stacked={}, mutated_buffers=[]),
-        roles=Roles.resolve(MeshShape.of(MESH)), trainable=set(learned), is_batch_input=lambda node: False,
-        batch_factor=None, plan=None, hints={}, row_numbers={}, values=values, call=call, case=case,
-    )  # fmt: skip
+        trace=SimpleNamespace(
+            parameters={n: n for n in floats},
+            buffers={},
+            constants={},
+            sizes={},
+            stacked={},
+            mutated_buffers=[],
+        ),
+        roles=Roles.resolve(MeshShape.of(MESH)),
+        trainable=set(learned),
+        is_batch_input=lambda node: False,
+        batch_factor=None,
+        plan=None,
+        hints={},
+        row_numbers={},
+        values=values,
+        call=call,
+        case=case,
+    )
     Annotate()(program)
     program.plan = Plan(program.roles, algebra=NAMES)
     return program
@@ -94,12 +109,15 @@ def choices(node: fx.Node) -> list:
 
 
 def decisions(program):
-    """Every (placements as converted, output placements) that `decide` can come to, once each; checks what holds for all of them."""
+    """Every (placements as converted, output placements) that `decide` can come to, once each; checks what
+    holds for all of them."""
     call, plan = program.call, program.plan
     nodes = operands(call)
     distinct = list(dict.fromkeys(nodes))
     relation = call.meta["relation"]
-    created = [f for f in dict.fromkeys(leaves(relation.created)) if isinstance(f.size, int) and f.size % 2 == 0]
+    created = [
+        f for f in dict.fromkeys(leaves(relation.created)) if isinstance(f.size, int) and f.size % 2 == 0
+    ]
     seen = set()
     for planned in [None, *created]:
         plan.factors = {AXIS: [planned]} if planned is not None else {}
@@ -134,7 +152,9 @@ def check_decision(call, nodes, types, decision, final, plan) -> None:
         assert all(learned) or not any(learned), f"{what}: some learned operands are I, some are not"
     again = decide(call, AXIS, final, plan)
     settled = [t if target is None else target for t, target in zip(final, again.targets)]
-    assert settled == final and again.out == decision.out, f"{what}: decided again it is {settled} > {again.out}"
+    assert settled == final and again.out == decision.out, (
+        f"{what}: decided again it is {settled} > {again.out}"
+    )
 
 
 def words(program, final, outs) -> str:
@@ -184,39 +204,77 @@ def flow(module, values: dict, learned: set, cotangents=None):
         value = torch.tensor(7) if node.name == "seed" else values[node.name]
         given.append(value.detach().clone().requires_grad_() if node.name in learned else value)
     outputs = fx.Interpreter(module).run(*given)
-    wanted = {n.name: g for n, g in zip(module.graph.find_nodes(op="placeholder"), given) if n.name in learned}
-    through = [(o, g) for o, g in zip(outputs, cotangents or [None] * len(outputs)) if g is not None and o.requires_grad]
+    wanted = {
+        n.name: g for n, g in zip(module.graph.find_nodes(op="placeholder"), given) if n.name in learned
+    }
+    through = [
+        (o, g)
+        for o, g in zip(outputs, cotangents or [None] * len(outputs))
+        if g is not None and o.requires_grad
+    ]
     gradients = {name: torch.zeros_like(x) for name, x in wanted.items()}
     if through:
-        found = torch.autograd.grad([o for o, _ in through], list(wanted.values()), [g for _, g in through], allow_unused=True)
+        found = torch.autograd.grad(
+            [o for o, _ in through], list(wanted.values()), [g for _, g in through], allow_unused=True
+        )
         gradients.update({name: g for name, g in zip(wanted, found) if g is not None})
     return [o.detach() for o in outputs], gradients
 
 
 def compare(program, final, outs, generator) -> None:
-    """The shards against the whole: outputs by their type, gradients by the cotangents of the operands' types."""
+    """The shards against the whole: outputs by their type, gradients by the cotangents of the operands'
+    types."""
     what = words(program, final, outs)
     learned = program.trainable
     whole = program.graph_module
     if program.case.random:
         whole = localized(program, [I for _ in final], [I for _ in outs])
     results = list(next(iter(program.graph_module.graph.find_nodes(op="output"))).args[0])
-    cotangents = [noise(n.meta["val"], generator) if n.meta["val"].dtype.is_floating_point else None for n in results]
-    (expected, gradients), *_ = Ranks({AXIS: 1}).run(lambda rank: flow(whole, program.values, learned, cotangents))
+    cotangents = [
+        noise(n.meta["val"], generator) if n.meta["val"].dtype.is_floating_point else None for n in results
+    ]
+    (expected, gradients), *_ = Ranks({AXIS: 1}).run(
+        lambda rank: flow(whole, program.values, learned, cotangents)
+    )
 
     module = localized(program, final, outs)
     types = {n: {AXIS: p} for n, p in zip(operands(program.call), final)}
     placeholders = {n.name: n for n in program.graph_module.graph.find_nodes(op="placeholder")}
-    held = {name: split(v, placeholders[name].meta["dims"], types[placeholders[name]], MESH, generator=generator) for name, v in program.values.items()}
-    out_types = [{AXIS: p} for p in (outs if len(outs) == len(results) else [outs[n.args[1]] for n in results])]
-    sent = [None if g is None else split(g, n.meta["dims"], cotangent(t), MESH, generator=generator) for g, n, t in zip(cotangents, results, out_types)]
+    held = {
+        name: split(v, placeholders[name].meta["dims"], types[placeholders[name]], MESH, generator=generator)
+        for name, v in program.values.items()
+    }
+    out_types = [
+        {AXIS: p} for p in (outs if len(outs) == len(results) else [outs[n.args[1]] for n in results])
+    ]
+    sent = [
+        None if g is None else split(g, n.meta["dims"], cotangent(t), MESH, generator=generator)
+        for g, n, t in zip(cotangents, results, out_types)
+    ]
     per_rank = Ranks(MESH).run(
-        lambda rank: flow(module, {n: v[rank] for n, v in held.items()}, learned, [None if g is None else g[rank] for g in sent])
+        lambda rank: flow(
+            module,
+            {n: v[rank] for n, v in held.items()},
+            learned,
+            [None if g is None else g[rank] for g in sent],
+        )
     )
     for i, (node, type_) in enumerate(zip(results, out_types)):
-        got = join([outputs[i] for outputs, _ in per_rank], node.meta["dims"], type_, MESH, what=f"{what}: output {i}")
+        got = join(
+            [outputs[i] for outputs, _ in per_rank],
+            node.meta["dims"],
+            type_,
+            MESH,
+            what=f"{what}: output {i}",
+        )
         same(got, expected[i], f"{what}: output {i}")
     for name in learned:
         node = placeholders[name]
-        got = join([g[name] for _, g in per_rank], node.meta["dims"], cotangent(types[node]), MESH, what=f"{what}: gradient of {name}")
+        got = join(
+            [g[name] for _, g in per_rank],
+            node.meta["dims"],
+            cotangent(types[node]),
+            MESH,
+            what=f"{what}: gradient of {name}",
+        )
         same(got, gradients[name], f"{what}: gradient of {name}")

@@ -1,10 +1,11 @@
 """The ranks of a mesh as threads of one process, and values as the ranks hold them.
 
-`Ranks` stands in for process groups: the functional collectives of `tedfx/_torch.py` are replaced by exchanges between threads, so that the very
-ops of the local graph run, forward and backward, at the cost of a function call. CPU autograd runs backward on the thread that calls it.
+`Ranks` stands in for process groups: the functional collectives of `tedfx/_torch.py` are replaced by
+exchanges between threads, so that the very ops of the local graph run, forward and backward, at the cost of a
+function call. CPU autograd runs backward on the thread that calls it.
 
-`split` and `join` say what a type means, and know nothing of the compiler: per axis R and I are copies, P parts that sum to the value, S pieces of
-one factor, wherever it stands inside its dim.
+`split` and `join` say what a type means, and know nothing of the compiler: per axis R and I are copies, P
+parts that sum to the value, S pieces of one factor, wherever it stands inside its dim.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import torch
 from torch import Tensor
 
 from tedfx import _torch
-from tedfx.placement.factors import leaves
 from tedfx.ops import context
 from tedfx.ops.context import Span
+from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, P, R, Shard, find_dim
 
 TIMEOUT = 60.0
 
 
 class Ranks:
-    """`run(fn)` calls `fn(rank)` on a thread per rank, inside a stand-in of the run-time context; the results by rank."""
+    """`run(fn)` calls `fn(rank)` on a thread per rank, inside a stand-in of the run-time context; the results
+    by rank."""
 
     def __init__(self, mesh: dict[str, int]):
         self.sizes = dict(mesh)
@@ -93,13 +95,20 @@ class Ranks:
                 for barrier, *_ in list(self._groups.values()):
                     barrier.abort()
 
-        names = {"all_reduce": self._all_reduce, "all_gather": self._all_gather, "reduce_scatter": self._reduce_scatter, "all_to_all": self._all_to_all}
+        names = {
+            "all_reduce": self._all_reduce,
+            "all_gather": self._all_gather,
+            "reduce_scatter": self._reduce_scatter,
+            "all_to_all": self._all_to_all,
+        }
         before = {name: getattr(_torch, name) for name in names}
         active, context._ACTIVE = context._ACTIVE, self
         for name, stand_in in names.items():
             setattr(_torch, name, stand_in)
         try:
-            threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(1, self.world)]
+            threads = [
+                threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(1, self.world)
+            ]
             for thread in threads:
                 thread.start()
             work(0)
@@ -124,7 +133,10 @@ def _cut(x: Tensor, dims, factor, known: dict, shares: dict, degree: int) -> lis
     view = x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
     cut = list(sizes)
     cut[place] //= degree
-    return [piece.reshape(*x.shape[:dim], prod(cut), *x.shape[dim + 1 :]).contiguous() for piece in view.chunk(degree, dim + place)]
+    return [
+        piece.reshape(*x.shape[:dim], prod(cut), *x.shape[dim + 1 :]).contiguous()
+        for piece in view.chunk(degree, dim + place)
+    ]
 
 
 def _paste(pieces: list[Tensor], dims, factor, known: dict, shares: dict) -> Tensor:
@@ -146,7 +158,9 @@ class Known(dict):
         return int(size.subs(self))
 
 
-def split(x: Tensor, dims, type_: dict, mesh: dict, known: dict | None = None, generator=None) -> list[Tensor]:
+def split(
+    x: Tensor, dims, type_: dict, mesh: dict, known: dict | None = None, generator=None
+) -> list[Tensor]:
     """The value by rank."""
     known = Known(known or {})
     pieces, shares = [x], {}
@@ -174,7 +188,9 @@ def noise(like: Tensor, generator=None) -> Tensor:
     return torch.randint(-3, 4, like.shape, generator=generator).to(like.dtype)
 
 
-def join(pieces: list[Tensor], dims, type_: dict, mesh: dict, known: dict | None = None, what: str = "value") -> Tensor:
+def join(
+    pieces: list[Tensor], dims, type_: dict, mesh: dict, known: dict | None = None, what: str = "value"
+) -> Tensor:
     """The value that the ranks hold together; AssertionError where copies differ."""
     known = Known(known or {})
     axes = list(mesh.items())
@@ -211,4 +227,6 @@ def cotangent(type_: dict) -> dict:
 
 
 def same(actual: Tensor, expected: Tensor, message: str) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda text: f"{message}\n{text}")
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda text: f"{message}\n{text}"
+    )

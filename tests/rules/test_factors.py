@@ -107,7 +107,12 @@ def test_refine_dim():
 
 
 def test_sizes():
-    assert dim_size(()) == 1 and dim_size(dim(2, 3)) == 6 and dim_size(dim(s, 2)) == 2 * s and as_size(sympy.Integer(3)) == 3
+    assert (
+        dim_size(()) == 1
+        and dim_size(dim(2, 3)) == 6
+        and dim_size(dim(s, 2)) == 2 * s
+        and as_size(sympy.Integer(3)) == 3
+    )
 
 
 def test_types():
@@ -116,8 +121,16 @@ def test_types():
     assert sharding_axes(type_, heads) == ("dp", "tp") and local_size(heads, type_, {"dp": 2, "tp": 2}) == 1
     dims = [(width, heads), (width,)]
     assert find_dim(dims, heads) == (0, 1) and find_dim(dims, rows) is None
-    assert format_type(type_, dims) == "dp:S(0.1) tp:S(0.1) ep:P" and format_type({"dp": I}) == "I" and format_type({"ep": Shard(rows)}, [(rows,)]) == "ep:V"
+    assert (
+        format_type(type_, dims) == "dp:S(0.1) tp:S(0.1) ep:P"
+        and format_type({"dp": I}) == "I"
+        and format_type({"ep": Shard(rows)}, [(rows,)]) == "ep:V"
+    )
     other = Factor(4)
     assert Shard(heads) != Shard(other)
     heads.merge(other)
-    assert Shard(heads) == Shard(other) and hash(Shard(heads)) == hash(Shard(other)) and {R, I, P} == {"R", "I", "P"}
+    assert (
+        Shard(heads) == Shard(other)
+        and hash(Shard(heads)) == hash(Shard(other))
+        and {R, I, P} == {"R", "I", "P"}
+    )

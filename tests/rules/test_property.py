@@ -1,8 +1,8 @@
 """Every rule: run the op on shards, compare with the op on the whole, forward and backward.
 
-For each case of `tests/rules/cases.py`, every placement of the operands (R, I, P and S of each factor) is put to `decide`; each decision it comes to
-is run on two ranks in float64 and joined by type. The graph of a rank is made by `Localize`, so local sizes, parallel vocabulary forms and global
-counts are under test as well.
+For each case of `tests/rules/cases.py`, every placement of the operands (R, I, P and S of each factor) is put
+to `decide`; each decision it comes to is run on two ranks in float64 and joined by type. The graph of a rank
+is made by `Localize`, so local sizes, parallel vocabulary forms and global counts are under test as well.
 """
 
 from types import SimpleNamespace
@@ -19,7 +19,11 @@ WRONG: dict[str, str] = {}
 
 
 def _param(case):
-    return pytest.param(case, id=case.name, marks=pytest.mark.xfail(strict=True, reason=WRONG[case.name]) if case.name in WRONG else ())
+    return pytest.param(
+        case,
+        id=case.name,
+        marks=pytest.mark.xfail(strict=True, reason=WRONG[case.name]) if case.name in WRONG else (),
+    )
 
 
 @pytest.mark.parametrize("case", [_param(c) for c in CASES])
@@ -60,11 +64,29 @@ def _linear_in_all(relation):
     relation.linear = (frozenset({0}), frozenset({1}), frozenset({0, 1}))
 
 
-@pytest.mark.parametrize("name, spoil", [
-    ("softmax", _nothing_whole), ("topk", _nothing_whole), ("layer_norm", _nothing_whole), ("cumprod", _nothing_whole), ("gather", _nothing_whole), ("sdpa", _nothing_whole),
-    ("linear", _nothing_contracted), ("sum dim", _nothing_contracted), ("matmul", _linear_in_all), ("relu", _linear_in_all), ("div", _linear_in_all), ("mul square", _linear_in_all),
-    ("where one", _linear_in_all), ("index rows", _nothing_whole), ("chunk", _nothing_whole), ("flip", _nothing_whole), ("histc free", _nothing_whole),
-], ids=lambda v: getattr(v, "__name__", v))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, spoil",
+    [
+        ("softmax", _nothing_whole),
+        ("topk", _nothing_whole),
+        ("layer_norm", _nothing_whole),
+        ("cumprod", _nothing_whole),
+        ("gather", _nothing_whole),
+        ("sdpa", _nothing_whole),
+        ("linear", _nothing_contracted),
+        ("sum dim", _nothing_contracted),
+        ("matmul", _linear_in_all),
+        ("relu", _linear_in_all),
+        ("div", _linear_in_all),
+        ("mul square", _linear_in_all),
+        ("where one", _linear_in_all),
+        ("index rows", _nothing_whole),
+        ("chunk", _nothing_whole),
+        ("flip", _nothing_whole),
+        ("histc free", _nothing_whole),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
 def test_a_spoilt_rule_is_seen(name, spoil, monkeypatch):
     """The check itself: each of these mistakes in a rule must show."""
     case = _named(name)
@@ -81,12 +103,29 @@ def test_a_spoilt_rule_is_seen(name, spoil, monkeypatch):
 
 
 def test_every_rule_has_a_case():
-    name = lambda case: op_name(SimpleNamespace(target=case.target))  # noqa: E731
+    name = lambda case: op_name(SimpleNamespace(target=case.target))
 
-    without = {"getitem", "aten._reshape_copy", "aten.concat", "aten.concatenate", "aten.empty", "aten.new_empty", "aten.empty_like", "aten.rand_like", "aten.randn_like"}
+    without = {
+        "getitem",
+        "aten._reshape_copy",
+        "aten.concat",
+        "aten.concatenate",
+        "aten.empty",
+        "aten.new_empty",
+        "aten.empty_like",
+        "aten.rand_like",
+        "aten.randn_like",
+    }
     without |= {"tedfx.dispatch"}  # tests/passes/test_lower_experts.py
-    without |= {"group_cumsum", "group_total"}  # not the single device's function on shards: tests/parity/test_capacity.py
+    without |= {
+        "group_cumsum",
+        "group_total",
+    }  # not the single device's function on shards: tests/parity/test_capacity.py
     tried = {name(c) for c in CASES}
-    parts = {rule for rule in RULES if RULES[rule].__module__ == complexes.__name__}  # one of each function of that file
-    without |= {rule for rule in parts - tried if RULES[rule] in {RULES[each] for each in tried if each in RULES}}
+    parts = {
+        rule for rule in RULES if RULES[rule].__module__ == complexes.__name__
+    }  # one of each function of that file
+    without |= {
+        rule for rule in parts - tried if RULES[rule] in {RULES[each] for each in tried if each in RULES}
+    }
     assert set(RULES) - tried == without

@@ -23,7 +23,12 @@ def test_a_mesh_from_a_string_a_mapping_and_a_device_mesh():
 
 def test_defaults_by_name():
     roles = resolve("dp=2,ep=2,tp=2")
-    assert (roles.batch, roles.tensor, roles.expert, roles.expert_tensor) == (("dp", "ep"), ("tp",), ("ep",), ("tp",))
+    assert (roles.batch, roles.tensor, roles.expert, roles.expert_tensor) == (
+        ("dp", "ep"),
+        ("tp",),
+        ("ep",),
+        ("tp",),
+    )
     assert resolve("dp=2").tensor == () and resolve("tp=2").batch == ()
 
 
@@ -38,23 +43,42 @@ def test_experts_on_the_tensor_axis_leave_none_for_their_width():
     assert roles.expert == ("tp",) and roles.expert_tensor == ()
 
 
-@pytest.mark.parametrize("mesh, roles, message", [
-    ("dp2", {}, "mesh 'dp2': expected axis=size pairs such as dp=2,ep=2,tp=2, got 'dp2'"),
-    ("dp=0", {}, "expected axis=size pairs .* got 'dp=0'"),
-    ("dp=x", {}, "expected axis=size pairs"),
-    ("=2", {}, "expected axis=size pairs"),
-    ("dp=2,dp=2", {}, "axis 'dp' is named twice"),
-    ("dp=2", {"pipeline": ("dp",)}, "unknown role 'pipeline'; roles are batch, tensor, expert, expert_tensor, context, stage"),
-    ("dp=2", {"tensor": ("tp",)}, r"role tensor=\('tp',\) names axis 'tp', but the mesh has axes \('dp',\)"),
-    ("dp=2", {"batch": ("dp", "dp")}, r"role batch=\('dp', 'dp'\) names an axis twice"),
-    ("x=2", {}, "mesh axis 'x' has no role; name it dp, ep or tp, or pass roles="),
-    ("dp=2,tp=2", {"batch": ("dp", "tp")}, "roles batch and tensor share mesh axis 'tp'; they must be disjoint"),
-    ("dp=2,cp=2", {"batch": ("dp", "cp")}, "roles batch and context share mesh axis 'cp'"),
-    ("ep=2,tp=2", {"expert": ("ep", "tp"), "expert_tensor": ("tp",)}, "roles expert and expert_tensor share mesh axis 'tp'"),
-    ("dp=2", {"stage": ("dp",)}, "roles stage and batch share mesh axis 'dp'"),
-    ("pp=2", {}, "mesh axis 'pp' = 2: pipeline stages are not built yet; use size 1"),
-    ("cp=2", {}, "mesh axis 'cp' = 2: context parallelism are not built yet; use size 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mesh, roles, message",
+    [
+        ("dp2", {}, "mesh 'dp2': expected axis=size pairs such as dp=2,ep=2,tp=2, got 'dp2'"),
+        ("dp=0", {}, "expected axis=size pairs .* got 'dp=0'"),
+        ("dp=x", {}, "expected axis=size pairs"),
+        ("=2", {}, "expected axis=size pairs"),
+        ("dp=2,dp=2", {}, "axis 'dp' is named twice"),
+        (
+            "dp=2",
+            {"pipeline": ("dp",)},
+            "unknown role 'pipeline'; roles are batch, tensor, expert, expert_tensor, context, stage",
+        ),
+        (
+            "dp=2",
+            {"tensor": ("tp",)},
+            r"role tensor=\('tp',\) names axis 'tp', but the mesh has axes \('dp',\)",
+        ),
+        ("dp=2", {"batch": ("dp", "dp")}, r"role batch=\('dp', 'dp'\) names an axis twice"),
+        ("x=2", {}, "mesh axis 'x' has no role; name it dp, ep or tp, or pass roles="),
+        (
+            "dp=2,tp=2",
+            {"batch": ("dp", "tp")},
+            "roles batch and tensor share mesh axis 'tp'; they must be disjoint",
+        ),
+        ("dp=2,cp=2", {"batch": ("dp", "cp")}, "roles batch and context share mesh axis 'cp'"),
+        (
+            "ep=2,tp=2",
+            {"expert": ("ep", "tp"), "expert_tensor": ("tp",)},
+            "roles expert and expert_tensor share mesh axis 'tp'",
+        ),
+        ("dp=2", {"stage": ("dp",)}, "roles stage and batch share mesh axis 'dp'"),
+        ("pp=2", {}, "mesh axis 'pp' = 2: pipeline stages are not built yet; use size 1"),
+        ("cp=2", {}, "mesh axis 'cp' = 2: context parallelism are not built yet; use size 1"),
+    ],
+)
 def test_what_is_refused(mesh, roles, message):
     with pytest.raises(ConfigError, match=message):
         resolve(mesh, **roles)

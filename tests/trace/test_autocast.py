@@ -13,7 +13,8 @@ aten = torch.ops.aten
 
 
 class Regions(nn.Module):
-    """Nested and disabled regions, a promoting op, losses in float32, a composite whose parts are cast, an in-place op."""
+    """Nested and disabled regions, a promoting op, losses in float32, a composite whose parts are cast, an
+    in-place op."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +55,10 @@ def test_regions_of_the_model():
     model, x, labels = Regions(), torch.randn(5, 7, 8, requires_grad=True), torch.randint(8, (5, 7))
     t = trace(model, kwargs={"x": x, "labels": labels})
     assert t.autocast is None and t.lowered == {torch.bfloat16}
-    assert_same(results(model, lambda x: t(model, x=x, labels=labels), x), results(model, lambda x: model(x, labels), x))
+    assert_same(
+        results(model, lambda x: t(model, x=x, labels=labels), x),
+        results(model, lambda x: model(x, labels), x),
+    )
     assert not any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in t.graph_module.graph.nodes)
 
 
@@ -78,7 +82,11 @@ def test_around_the_call(dtype):
     assert str(inside.graph_module.code) == str(t.graph_module.code)
     plain = results(model, lambda x: [model(x)], x)
     assert not any(torch.equal(a, e) for a, e in zip(plain, expected))
-    weights = [n for n in t.graph_module.graph.nodes if n.target is aten.to.dtype and n.args[0].op == "placeholder" and n.args[0].name in t.parameters]
+    weights = [
+        n
+        for n in t.graph_module.graph.nodes
+        if n.target is aten.to.dtype and n.args[0].op == "placeholder" and n.args[0].name in t.parameters
+    ]
     assert len([n for n in weights if n.args[1] == dtype]) == 3
 
 
@@ -107,13 +115,17 @@ class Inside(nn.Module):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_no_grad_inside_a_region_is_refused(enabled):
     """torch.export drops it: gradients would be wrong."""
-    with pytest.raises(TraceError, match=r"no_grad .* inside an autocast region.*test_autocast.py:\d+ \| put"):
+    with pytest.raises(
+        TraceError, match=r"no_grad .* inside an autocast region.*test_autocast.py:\d+ \| put"
+    ):
         trace(Inside(enabled, "no_grad"), kwargs={"x": torch.randn(6, 10, 8)})
 
 
 def test_what_is_no_cast_of_operands_is_refused():
     """This einsum sums in float32 first and multiplies in bfloat16 then."""
-    with pytest.raises(TraceError, match=r"einsum.* under autocast bfloat16: .*test_autocast.py:\d+ \| take it out"):
+    with pytest.raises(
+        TraceError, match=r"einsum.* under autocast bfloat16: .*test_autocast.py:\d+ \| take it out"
+    ):
         trace(Inside(True, "einsum"), kwargs={"x": torch.randn(6, 10, 8)})
     trace(Inside(False, "einsum"), kwargs={"x": torch.randn(6, 10, 8)})
 
@@ -121,12 +133,29 @@ def test_what_is_no_cast_of_operands_is_refused():
 def test_experts_of_a_library_model():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64)
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, attn_implementation="sdpa", experts_implementation="eager"))
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        max_position_embeddings=64,
+    )
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**sizes, attn_implementation="sdpa", experts_implementation="eager")
+    )
     ids = torch.randint(64, (3, 7))
     with torch.autocast("cpu", torch.bfloat16):
         t, expected = trace(model), model(input_ids=ids, labels=ids)
     found = t(model, input_ids=ids, labels=ids)
-    assert found.logits.dtype == expected.logits.dtype == torch.bfloat16 and torch.equal(found.logits, expected.logits)
-    linears = t.graph_module.graph.find_nodes(op="call_function", target=torch.ops.tedfx.grouped_linear.default)
-    assert len(linears) == 2 and all(operand.meta["val"].dtype == torch.bfloat16 for n in linears for operand in n.args[:2])
+    assert found.logits.dtype == expected.logits.dtype == torch.bfloat16 and torch.equal(
+        found.logits, expected.logits
+    )
+    linears = t.graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.tedfx.grouped_linear.default
+    )
+    assert len(linears) == 2 and all(
+        operand.meta["val"].dtype == torch.bfloat16 for n in linears for operand in n.args[:2]
+    )

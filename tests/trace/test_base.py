@@ -79,7 +79,9 @@ def test_the_runner_records_every_pass():
 
 def test_contracts_are_checked_before_anything_runs():
     p = program()
-    with pytest.raises(ContractError, match="after_step requires 'stepped': step provides it, but runs later"):
+    with pytest.raises(
+        ContractError, match="after_step requires 'stepped': step provides it, but runs later"
+    ):
         run_pipeline(p, [AfterStep(), Step()])
     with pytest.raises(ContractError, match="no pass provides it"):
         check_contracts([AfterStep()])

@@ -29,7 +29,9 @@ def functional(function, x=None):
     model = Model(function)
     t = trace(model, kwargs={"x": torch.randn(6, 10, 8) if x is None else x})
     run_pipeline(t, [Functionalize()])
-    assert not any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in t.graph_module.graph.nodes)
+    assert not any(
+        getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in t.graph_module.graph.nodes
+    )
     return model, t
 
 
@@ -154,7 +156,8 @@ def after_no_grad(self, y):
 
 
 def named_by_no_grad(self, y):
-    """A cast to the dtype at hand returns its operand, gradient and all, and torch.export names the operand by it from there on."""
+    """A cast to the dtype at hand returns its operand, gradient and all, and torch.export names the operand
+    by it from there on."""
     with torch.no_grad():
         itself = y.to(y.dtype).contiguous()
         scale = itself.exp()
@@ -172,6 +175,7 @@ def written_under_no_grad(self, y):
     load += mean * 0.25
     return y * load + part.sum()
 
+
 def unused_beside_no_grad(self, y):
     unused = y.tanh().detach()  # noqa: F841  torch.export forgets that y has this user
     with torch.no_grad():
@@ -186,9 +190,25 @@ def diagonal(self, y):
     return gram
 
 
-CASES = [view_chain, aliases_see_the_write, halves_into_empty, one_slice_only, one_row, parts, rearranged, by_index, fills,
-         mixed_types, activations, noise, after_no_grad, named_by_no_grad, written_under_no_grad,
-         unused_beside_no_grad, diagonal]  # fmt: skip
+CASES = [
+    view_chain,
+    aliases_see_the_write,
+    halves_into_empty,
+    one_slice_only,
+    one_row,
+    parts,
+    rearranged,
+    by_index,
+    fills,
+    mixed_types,
+    activations,
+    noise,
+    after_no_grad,
+    named_by_no_grad,
+    written_under_no_grad,
+    unused_beside_no_grad,
+    diagonal,
+]
 
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)

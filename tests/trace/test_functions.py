@@ -26,9 +26,20 @@ def made(build):
 # Of the call (the first, where there are several) on dp=2,tp=2: its type. Row-wise ones gather nothing,
 # and let partial sums through where they are linear.
 TYPES = {
-    "round": "dp:S(0)", "round_weight": "dp:R tp:S(1)", "reverse": "dp:S(0) tp:P", "twice": "dp:S(0) tp:P", "two": "dp:S(0) tp:S(2)", "norm": "dp:S(0)", "clip": "dp:S(0) tp:P",
-    "clip_norm": "tp:P", "clip_weight": "tp:S(1)", "half": "dp:S(0) tp:P", "no_grad": "dp:S(0)", "weights_with_loss": "dp:S(0)", "output_with_loss": "dp:S(0) tp:P",
-}  # fmt: skip
+    "round": "dp:S(0)",
+    "round_weight": "dp:R tp:S(1)",
+    "reverse": "dp:S(0) tp:P",
+    "twice": "dp:S(0) tp:P",
+    "two": "dp:S(0) tp:S(2)",
+    "norm": "dp:S(0)",
+    "clip": "dp:S(0) tp:P",
+    "clip_norm": "tp:P",
+    "clip_weight": "tp:S(1)",
+    "half": "dp:S(0) tp:P",
+    "no_grad": "dp:S(0)",
+    "weights_with_loss": "dp:S(0)",
+    "output_with_loss": "dp:S(0) tp:P",
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

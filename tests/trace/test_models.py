@@ -1,4 +1,5 @@
-"""Hugging Face models: what is traced, functionalised and simplified is the model, and the model is as it was."""
+"""Hugging Face models: what is traced, functionalised and simplified is the model, and the model is as it
+was."""
 
 import copy
 
@@ -11,9 +12,9 @@ from tedfx.passes.base import run_pipeline  # noqa: E402
 from tedfx.passes.functionalize import Functionalize  # noqa: E402
 from tedfx.passes.simplify_masks import SimplifyMasks  # noqa: E402
 
+from tedfx.checking.forward import check_capture  # noqa: E402
 from tedfx.errors import CaptureError, ConfigError, TraceError  # noqa: E402
 from tedfx.frontends import HuggingFace, huggingface  # noqa: E402
-from tedfx.checking.forward import check_capture  # noqa: E402
 from tedfx.trace.export import trace  # noqa: E402
 from tests.models import MODELS  # noqa: E402
 
@@ -26,7 +27,10 @@ def state(model):
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return (
         [copy.deepcopy(vars(c)) for c in configs.values()],
-        {n: (id(t), t.requires_grad, t.detach().clone()) for n, t in [*model.named_parameters(), *model.named_buffers()]},
+        {
+            n: (id(t), t.requires_grad, t.detach().clone())
+            for n, t in [*model.named_parameters(), *model.named_buffers()]
+        },
         [m.training for m in model.modules()],
         [vars(m).keys() for m in model.modules()],
     )
@@ -83,9 +87,14 @@ def test_loss_and_gradients_in_float64(name):
     assert any("window" in note for note in notes) == (name == "gpt_oss")
     code = t.graph_module.code
     assert "tedfx" in code if name in MOE else "tedfx" not in code
-    attention = t.graph_module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    attention = t.graph_module.graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    )
     assert all(n.args[3:] == (None, 0.0, True) for n in attention)
-    assert not any("_assert" in str(n.target) or getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in t.graph_module.graph.nodes)
+    assert not any(
+        "_assert" in str(n.target) or getattr(getattr(n.target, "_schema", None), "is_mutable", False)
+        for n in t.graph_module.graph.nodes
+    )
     for shape in ((6, 10), (3, 17), (1, 2)):  # the traced sizes, and others
         inputs = batch(*shape)
         expected = step(model, lambda **kw: eager(model, **kw), **inputs)
@@ -94,7 +103,8 @@ def test_loss_and_gradients_in_float64(name):
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_passes_are_bitwise_in_float32(name):
-    """Functionalisation changes no bit; without masks to add, attention runs another kernel, so that pass is apart."""
+    """Functionalisation changes no bit; without masks to add, attention runs another kernel, so that pass is
+    apart."""
     model = MODELS[name]()
     t, inputs = trace(model), batch(3, 9)
     raw = step(model, lambda **kw: t(model, **kw), **inputs)
@@ -120,13 +130,17 @@ def test_evaluation_without_labels():
     t = trace(model, kwargs={"input_ids": torch.zeros(6, 10, dtype=torch.long)})
     out = t(model, **inputs)
     expected = eager(model, **inputs)
-    assert not t.training and type(out) is type(expected) and out.keys() == expected.keys() - {"past_key_values"}
+    assert (
+        not t.training and type(out) is type(expected) and out.keys() == expected.keys() - {"past_key_values"}
+    )
     torch.testing.assert_close(out.logits, expected.logits)
 
 
 def test_variants_of_a_family():
     """Tied weights, one key-value head per head, and router noise drawn from the same stream."""
-    model = MODELS["mixtral"](num_hidden_layers=1, tie_word_embeddings=True, num_key_value_heads=4, router_jitter_noise=0.1).double()
+    model = MODELS["mixtral"](
+        num_hidden_layers=1, tie_word_embeddings=True, num_key_value_heads=4, router_jitter_noise=0.1
+    ).double()
     t = trace(model)
     assert t.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "lm_head.weight" not in t.parameters.values()
@@ -148,7 +162,9 @@ def test_dropout_while_training():
     model = MODELS["mixtral"](num_hidden_layers=1, attention_dropout=0.2).train()
     t = trace(model)
     run_pipeline(t, PASSES)
-    (node,) = t.graph_module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    (node,) = t.graph_module.graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    )
     assert node.args[3:] == (None, 0.2, True)
 
 
@@ -166,17 +182,25 @@ def test_meta_parameters_are_not_allocated():
     import transformers
 
     with torch.device("meta"):
-        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_hidden_layers=1)).to(torch.bfloat16)
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_hidden_layers=1)).to(
+            torch.bfloat16
+        )
     t = trace(model)
     assert all(p.device.type == "meta" for p in model.parameters())
     assert t.device.type == "cpu"
-    assert next(n for n in t.graph_module.graph.nodes if "experts_down_proj" in n.name).meta["val"].shape == (8, 4096, 14336)
+    assert next(n for n in t.graph_module.graph.nodes if "experts_down_proj" in n.name).meta["val"].shape == (
+        8,
+        4096,
+        14336,
+    )
 
 
 def test_a_model_is_as_it_was_after_an_error(monkeypatch):
     model = MODELS["mixtral"](num_hidden_layers=1)
     before = state(model)
-    monkeypatch.setattr(type(model), "forward", lambda self, input_ids: 1 / int(self.model(input_ids)[0].sum() > 0))
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, input_ids: 1 / int(self.model(input_ids)[0].sum() > 0)
+    )
     with pytest.raises(TraceError):
         trace(model)
     assert_as_it_was(model, before)
@@ -192,7 +216,10 @@ def test_use_cache_is_off_only_while_tracing():
 def test_a_wrong_capture_is_an_error_that_names_the_module(monkeypatch):
     def wrong(self, hidden_states, top_k_index, top_k_weights):
         return huggingface.ops.combine(
-            *(lambda rows, counts, order: (rows, order))(*huggingface.ops.dispatch(hidden_states, top_k_index, self.num_experts)), top_k_weights
+            *(lambda rows, counts, order: (rows, order))(
+                *huggingface.ops.dispatch(hidden_states, top_k_index, self.num_experts)
+            ),
+            top_k_weights,
         ).to(hidden_states.dtype)
 
     monkeypatch.setattr(huggingface, "experts_forward", wrong)
@@ -210,7 +237,10 @@ def test_models_that_are_already_parallel_are_refused():
         trace(model)
 
 
-@pytest.mark.parametrize("release, refused", [("5.7.9", False), ("5.8.0", True), ("5.10.0", True), ("5.10.1", False), ("5.17.0.dev0", False)])
+@pytest.mark.parametrize(
+    "release, refused",
+    [("5.7.9", False), ("5.8.0", True), ("5.10.0", True), ("5.10.1", False), ("5.17.0.dev0", False)],
+)
 def test_broken_releases_are_refused(monkeypatch, release, refused):
     import transformers
 

@@ -1,4 +1,5 @@
-"""What a traced forward does beside its operators: kept, or refused by its name; and the model is as it was."""
+"""What a traced forward does beside its operators: kept, or refused by its name; and the model is as it
+was."""
 
 import functools
 import itertools
@@ -8,11 +9,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from tedfx.passes.base import run_pipeline
+from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError
-from tedfx.passes.base import run_pipeline
-from tedfx.passes.functionalize import Functionalize
 from tedfx.trace.export import trace
 
 CALLS = 0
@@ -53,7 +54,7 @@ def inputs(seed=0):
     return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- buffers that are assigned -----------------------------------------------------------------------------------------
+# ---- buffers that are assigned -----------------------------------------------------------------------------
 
 
 @kind
@@ -88,14 +89,16 @@ def test_an_assigned_buffer_is_written(name):
     assert all(b is before[n] for n, b in model.named_buffers())
     other = KINDS[name]()
     for step in range(3):
-        outputs = traced.graph_module(*(t.clone() for t in traced.state(model)), *traced.flatten((inputs(step),)))
+        outputs = traced.graph_module(
+            *(t.clone() for t in traced.state(model)), *traced.flatten((inputs(step),))
+        )
         assert torch.equal(traced.unflatten(outputs), other(inputs(step)))
         for buffer, value in zip(traced.mutated_buffers, outputs):
             model.get_buffer(buffer).copy_(value)
         assert all(torch.equal(b, dict(other.named_buffers())[n]) for n, b in model.named_buffers())
 
 
-# ---- refused ---------------------------------------------------------------------------------------------------------------
+# ---- refused -----------------------------------------------------------------------------------------------
 
 
 @kind
@@ -258,12 +261,30 @@ def torch_seed(self, x):
 
 
 REFUSED = {
-    "with_gradient": "buffer b", "another_shape": "buffer b", "another_dtype": "buffer n", "new_buffer": "buffer q", "new_parameter": "parameter linear.weight",
-    "counter": "attribute step", "in_a_dict": "attribute table['s']", "in_a_list": "attribute items", "in_a_config": "attribute config.k", "in_a_global": "CALLS",
-    "on_the_class": "on_the_class.calls", "in_a_default": "seen of _helper", "in_a_closure": "count of", "in_a_function_that_it_holds": "calls of", "running_mean": "attribute ema", "running_mean_in_place": "attribute ema",
-    "first_call_only": "attribute step", "left_for_others": "attribute aux", "python_draw": "Python's random", "python_object_draw": "python", "numpy_draw": "numpy.random",
-    "numpy_object_draw": "numpy", "torch_seed": "torch's default generator",
-}  # fmt: skip
+    "with_gradient": "buffer b",
+    "another_shape": "buffer b",
+    "another_dtype": "buffer n",
+    "new_buffer": "buffer q",
+    "new_parameter": "parameter linear.weight",
+    "counter": "attribute step",
+    "in_a_dict": "attribute table['s']",
+    "in_a_list": "attribute items",
+    "in_a_config": "attribute config.k",
+    "in_a_global": "CALLS",
+    "on_the_class": "on_the_class.calls",
+    "in_a_default": "seen of _helper",
+    "in_a_closure": "count of",
+    "in_a_function_that_it_holds": "calls of",
+    "running_mean": "attribute ema",
+    "running_mean_in_place": "attribute ema",
+    "first_call_only": "attribute step",
+    "left_for_others": "attribute aux",
+    "python_draw": "Python's random",
+    "python_object_draw": "python",
+    "numpy_draw": "numpy.random",
+    "numpy_object_draw": "numpy",
+    "torch_seed": "torch's default generator",
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -271,8 +292,21 @@ def test_refused_by_name_and_put_back(name):
     model = KINDS[name]()
 
     def state():
-        held = {k: repr(v) for k, v in vars(model).items()}, repr(model.config.k), CALLS, len(_helper.__defaults__[0]), KINDS[name].__dict__.get("calls")
-        return held, random.getstate(), model.python.getstate(), model.numpy.bit_generator.state, np.random.get_state()[2], torch.get_rng_state().tolist()
+        held = (
+            {k: repr(v) for k, v in vars(model).items()},
+            repr(model.config.k),
+            CALLS,
+            len(_helper.__defaults__[0]),
+            KINDS[name].__dict__.get("calls"),
+        )
+        return (
+            held,
+            random.getstate(),
+            model.python.getstate(),
+            model.numpy.bit_generator.state,
+            np.random.get_state()[2],
+            torch.get_rng_state().tolist(),
+        )
 
     before = state()
     with pytest.raises(TraceError) as error:
@@ -284,7 +318,7 @@ def test_refused_by_name_and_put_back(name):
     assert state() == before
 
 
-# ---- of no consequence -----------------------------------------------------------------------------------------------------
+# ---- of no consequence -------------------------------------------------------------------------------------
 
 
 @kind
@@ -316,7 +350,12 @@ def test_what_is_read_is_known():
 
 def test_parametrizations():
     """Of torch's own, each form: traced as it is, written buffers included, or refused."""
-    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm, nn.utils.spectral_norm):
+    for wrap in (
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ):
         model = KINDS["remembered"]()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -327,18 +366,22 @@ def test_parametrizations():
         except TraceError as error:
             assert "\n" not in str(error), wrap
             continue
-        out = traced.unflatten(traced.graph_module(*(t.clone() for t in traced.state(model)), *traced.flatten((inputs(),))))
+        out = traced.unflatten(
+            traced.graph_module(*(t.clone() for t in traced.state(model)), *traced.flatten((inputs(),)))
+        )
         torch.testing.assert_close(out, model(inputs()), msg=str(wrap))
 
 
-# ---- hooks -----------------------------------------------------------------------------------------------------------------
+# ---- hooks -------------------------------------------------------------------------------------------------
 
 HOOKS = {
     "parameter linear.weight": lambda m: m.linear.weight.register_hook(lambda g: g / 2),
     "parameter linear.bias": lambda m: m.linear.bias.register_post_accumulate_grad_hook(lambda p: None),
     "module linear": lambda m: m.linear.register_full_backward_hook(lambda *a: None),
     "module remembered": lambda m: m.register_full_backward_pre_hook(lambda *a: None),
-    "backward of all modules": lambda m: nn.modules.module.register_module_full_backward_hook(lambda *a: None),
+    "backward of all modules": lambda m: nn.modules.module.register_module_full_backward_hook(
+        lambda *a: None
+    ),
 }
 
 
@@ -359,7 +402,9 @@ def test_forward_hooks_are_kept():
         made.linear.register_forward_pre_hook(lambda m, a: (a[0] * 2,))
         made.linear.register_forward_hook(lambda m, a, k, out: out + 1, with_kwargs=True)
         made.register_forward_hook(lambda m, a, out: out * 3, always_call=True)
-        made.register_forward_pre_hook(lambda m, a, k: (a, {"x": k["x"] + 1}) if k else ((a[0] + 1,), k), with_kwargs=True)
+        made.register_forward_pre_hook(
+            lambda m, a, k: (a, {"x": k["x"] + 1}) if k else ((a[0] + 1,), k), with_kwargs=True
+        )
         return made
 
     traced = trace(model(), kwargs={"x": inputs()})

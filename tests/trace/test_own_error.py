@@ -1,4 +1,5 @@
-"""A trace that fails because the model does says so, with the model's own error; one that fails for the trace's sake says what to change."""
+"""A trace that fails because the model does says so, with the model's own error; one that fails for the
+trace's sake says what to change."""
 
 import pytest
 import torch
@@ -38,11 +39,13 @@ def asks(x):
     [
         (
             wrong_size,
-            r"the model itself fails on this input.*: RuntimeError: shape '\[2, 5, -1\]' is invalid .* \| at .*test_own_error.py:LINE \| make model\(\*\*inputs\) run",
+            r"the model itself fails on this input.*: RuntimeError: shape '\[2, 5, -1\]' is invalid .* "
+            r"\| at .*test_own_error.py:LINE \| make model\(\*\*inputs\) run",
         ),
         (
             refuses,
-            r"the model itself fails on this input.*: ValueError: hidden_size must be divisible by num_heads \| at .*test_own_error.py:LINE \|",
+            r"the model itself fails on this input.*: ValueError: hidden_size must be divisible by "
+            r"num_heads \| at .*test_own_error.py:LINE \|",
         ),
         (asks, r"cannot trace: the model's Python asks for a value .* \| at .*test_own_error.py:LINE \|"),
     ],

@@ -75,13 +75,17 @@ def packed(x):
     return (document[batch, q] == document[batch, k]) & (position[batch, k] <= position[batch, q])
 
 
-@pytest.mark.parametrize("mask", [compare, tril, minus_infinity, smallest_float, packed], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "mask", [compare, tril, minus_infinity, smallest_float, packed], ids=lambda m: m.__name__
+)
 def test_causal(mask):
     t, result = simplified(mask)
     (node,) = nodes(t, SDPA)
     assert node.args[3:] == (None, 0.0, True) and "attn_mask" not in node.kwargs
     assert result.matches == 1 and "causal" in result.notes[0]
-    assert not nodes(t, aten.arange.default) and not nodes(t, aten.index.Tensor), "the mask is not computed any more"
+    assert not nodes(t, aten.arange.default) and not nodes(t, aten.index.Tensor), (
+        "the mask is not computed any more"
+    )
 
 
 def window(width):
@@ -99,7 +103,11 @@ def test_window_loses_its_batch_dim(width):
     mask = node.kwargs.get("attn_mask") or node.args[3]
     assert f"a window of {width}" in result.notes[0]
     assert mask.meta["val"].shape[:2] == (1, 1) and mask.meta["val"].shape[2] == mask.meta["val"].shape[3]
-    assert not any(n.meta["val"].shape[0] == t.sizes["batch"] for n in t.graph_module.graph.nodes if n in mask.all_input_nodes)
+    assert not any(
+        n.meta["val"].shape[0] == t.sizes["batch"]
+        for n in t.graph_module.graph.nodes
+        if n in mask.all_input_nodes
+    )
 
 
 def test_additive_masks_outside_attention_lose_their_batch_dim():
@@ -107,7 +115,9 @@ def test_additive_masks_outside_attention_lose_their_batch_dim():
         return torch.softmax(q @ k.transpose(-1, -2) + attn_mask, -1) @ v
 
     t, result = simplified(smallest_float, by_hand)
-    (where,) = [n for n in nodes(t, aten.where.ScalarOther) + nodes(t, aten.where.Scalar) + nodes(t, aten.where.self)]
+    (where,) = [
+        n for n in nodes(t, aten.where.ScalarOther) + nodes(t, aten.where.Scalar) + nodes(t, aten.where.self)
+    ]
     assert where.meta["val"].shape[:2] == (1, 1)
     assert result.changes >= 1
 

@@ -28,7 +28,11 @@ class Net(nn.Module):
     def forward(self, input_ids, labels=None, flag=True, extra=None, *, factor=2):
         x = self.embed(input_ids) * self.scale * factor
         logits = self.head(self.norm(x) + torch.tensor([1.0, 2.0]).repeat(16))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()) if labels is not None else None
+        loss = (
+            nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            if labels is not None
+            else None
+        )
         return {"loss": loss, "logits": logits, "nothing": None, "more": [x, flag]}
 
 
@@ -53,7 +57,9 @@ def test_placeholders_and_names():
     for node in t.graph_module.graph.nodes:
         assert node.op == "output" or "val" in node.meta
     line = next(n for n in t.graph_module.graph.nodes if n.target is aten.layer_norm.default).meta
-    assert "test_trace.py" in line["stack_trace"] and any(v[0] == "norm" for v in line["nn_module_stack"].values())
+    assert "test_trace.py" in line["stack_trace"] and any(
+        v[0] == "norm" for v in line["nn_module_stack"].values()
+    )
 
 
 def test_the_graph_is_the_model():
@@ -76,7 +82,11 @@ def test_one_object_given_twice_is_two_inputs():
 def test_sizes():
     t = trace(Net())
     assert t.sizes.keys() == {"batch", "sequence"} and t.static == []
-    shape = [n for n in t.graph_module.graph.find_nodes(op="placeholder") if n.name == "labels"][0].meta["val"].shape
+    shape = (
+        [n for n in t.graph_module.graph.find_nodes(op="placeholder") if n.name == "labels"][0]
+        .meta["val"]
+        .shape
+    )
     assert [s.node.expr for s in shape] == list(t.sizes.values())
 
 
@@ -167,7 +177,9 @@ def test_the_model_is_as_it_was():
     model = Net().train()
     model.norm.eval()
     model.head.weight.requires_grad_(False)
-    tensors = {n: (t, t.clone(), t.requires_grad) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = {
+        n: (t, t.clone(), t.requires_grad) for n, t in [*model.named_parameters(), *model.named_buffers()]
+    }
     flags = [m.training for m in model.modules()]
     fields = copy.copy(vars(model))
     trace(model)
@@ -186,9 +198,13 @@ def test_a_helpers_lines_are_its_own():
         def forward(self, input_ids):
             return self.double(self.embed(input_ids))  # the line of the lookup
 
-    lines = {n.name: user_line(n) for n in trace(Helped()).graph_module.graph.nodes if n.op == "call_function"}
+    lines = {
+        n.name: user_line(n) for n in trace(Helped()).graph_module.graph.nodes if n.op == "call_function"
+    }
     source = open(__file__).read().splitlines()
-    assert {name: source[int(line.rpartition(":")[2]) - 1].rpartition("# ")[2] for name, line in lines.items()} == {"embedding": "the line of the lookup", "mul": "the line of the product"}
+    assert {
+        name: source[int(line.rpartition(":")[2]) - 1].rpartition("# ")[2] for name, line in lines.items()
+    } == {"embedding": "the line of the lookup", "mul": "the line of the product"}
 
 
 def test_the_model_is_as_it_was_after_an_error(capfd, caplog):
@@ -204,8 +220,12 @@ def test_the_model_is_as_it_was_after_an_error(capfd, caplog):
     with pytest.raises(TraceError, match="test_trace.py") as error:
         trace(model)
     assert model.embed.weight is weight and "\n" not in str(error.value)
-    assert str(error.value).startswith("cannot trace: the model's Python asks for a value that is only known when it runs | at ")
-    assert "".join(capfd.readouterr()) == "" and not [r for r in caplog.records if r.levelname != "DEBUG"]  # torch says nothing of its own
+    assert str(error.value).startswith(
+        "cannot trace: the model's Python asks for a value that is only known when it runs | at "
+    )
+    assert "".join(capfd.readouterr()) == "" and not [
+        r for r in caplog.records if r.levelname != "DEBUG"
+    ]  # torch says nothing of its own
 
 
 def test_meta_parameters():

@@ -8,16 +8,25 @@ from tests.fuzz.program import Writer, piece
 
 @piece("masks", 2)
 def masks(w: Writer):
-    mask = w.any("input_ids != 0", "input_ids > 3", "labels != -100", "(input_ids % 3 == 1) | (labels > 4)", "torch.arange(x.shape[1]) < 4", "torch.arange(x.shape[1])[None] >= (input_ids[:, :1] % 3)")
+    mask = w.any(
+        "input_ids != 0",
+        "input_ids > 3",
+        "labels != -100",
+        "(input_ids % 3 == 1) | (labels > 4)",
+        "torch.arange(x.shape[1]) < 4",
+        "torch.arange(x.shape[1])[None] >= (input_ids[:, :1] % 3)",
+    )
     w.lines(f"k@ = ({mask})[..., None]")
-    w.lines(w.any(
-        "x = torch.where(k@, x, 0.5 * x)",
-        "x = x.masked_fill(~k@, 0.1)",
-        "x = x + 0.5 * (x * k@).sum(1, keepdim=True) / k@.sum(-2, keepdim=True).clamp(min=1)",
-        "x = x + 0.5 * (x * k@).sum((0, 1)) / (k@ * torch.ones_like(x[..., :1])).sum()",
-        f"x = torch.where(k@, x, {w.parameter('other', f'torch.randn({w.hidden})')})",
-        "x = x + (x.masked_fill(~k@, -1e9)).softmax(1) * k@",
-    ))  # fmt: skip
+    w.lines(
+        w.any(
+            "x = torch.where(k@, x, 0.5 * x)",
+            "x = x.masked_fill(~k@, 0.1)",
+            "x = x + 0.5 * (x * k@).sum(1, keepdim=True) / k@.sum(-2, keepdim=True).clamp(min=1)",
+            "x = x + 0.5 * (x * k@).sum((0, 1)) / (k@ * torch.ones_like(x[..., :1])).sum()",
+            f"x = torch.where(k@, x, {w.parameter('other', f'torch.randn({w.hidden})')})",
+            "x = x + (x.masked_fill(~k@, -1e9)).softmax(1) * k@",
+        )
+    )
 
 
 @piece("masks", 3)
@@ -43,15 +52,33 @@ def attention(w: Writer):
     elif style == "plain":
         w.lines("a@ = F.scaled_dot_product_attention(q@, k@, v@)")
     elif style == "mask":
-        w.lines("m@ = (input_ids != 0)[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool)\na@ = F.scaled_dot_product_attention(q@, k@, v@, attn_mask=m@)")
+        w.lines(
+            "m@ = (input_ids != 0)[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool)\na@ = "
+            "F.scaled_dot_product_attention(q@, k@, v@, attn_mask=m@)"
+        )
     elif style == "bias":
-        w.lines(f"m@ = -(torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs() * {w.parameter('slope', f'torch.rand({n})')}[:, None, None]\na@ = F.scaled_dot_product_attention(q@, k@, v@, attn_mask=m@)")
+        w.lines(
+            "m@ = -(torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs() * "
+            f"{w.parameter('slope', f'torch.rand({n})')}[:, None, None]\na@ = "
+            "F.scaled_dot_product_attention(q@, k@, v@, attn_mask=m@)"
+        )
     else:
-        mask = "torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()" + (".triu(-2)" if style == "window" else "")
+        mask = "torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()" + (
+            ".triu(-2)" if style == "window" else ""
+        )
         w.lines(f"s@ = q@ @ k@.transpose(-1, -2) / {d} ** 0.5")
-        w.lines(w.any("", "s@ = 3 * torch.tanh(s@ / 3)", f"s@ = s@ + {w.parameter('bias', f'torch.randn({n}, 1, 1)')}"))
+        w.lines(
+            w.any(
+                "",
+                "s@ = 3 * torch.tanh(s@ / 3)",
+                f"s@ = s@ + {w.parameter('bias', f'torch.randn({n}, 1, 1)')}",
+            )
+        )
         w.lines(f"a@ = torch.softmax(s@.masked_fill(~{mask}, {w.any('-1e30', '-math.inf')}), -1) @ v@")
-    w.lines(f"x = x + {w.linear('o')}(a@.transpose(1, 2).{w.any('flatten(2)', 'reshape(x.shape)', 'contiguous().view(x.shape[0], x.shape[1], -1)')})")
+    w.lines(
+        f"x = x + {w.linear('o')}(a@.transpose(1, "
+        f"2).{w.any('flatten(2)', 'reshape(x.shape)', 'contiguous().view(x.shape[0], x.shape[1], -1)')})"
+    )
 
 
 def rotary(w: Writer) -> None:
@@ -67,7 +94,7 @@ def rotary(w: Writer) -> None:
 @piece("masks")
 def pool_attention(w: Writer):
     w.lines(f"""
-    p@ = {w.linear('score', None, 1)}(x).squeeze(-1).masked_fill(input_ids == 0, -30.0).softmax({w.any(0, 1)})
+    p@ = {w.linear("score", None, 1)}(x).squeeze(-1).masked_fill(input_ids == 0, -30.0).softmax({w.any(0, 1)})
     x = x + {w.any("torch.einsum('bs,bsh->bh', p@, x)[:, None]", "(p@[..., None] * x).sum(1, keepdim=True)", "torch.einsum('bs,bsh->h', p@, x)", "torch.bmm(p@[:, None], x)")}
     """)
 
@@ -77,12 +104,18 @@ def complex_rotary(w: Writer):
     d = w.hidden // w.heads
     w.lines(f"""
     r@ = torch.polar(torch.ones(x.shape[1], {d // 2}, dtype=x.dtype), torch.arange(x.shape[1], dtype=x.dtype)[:, None] * 0.5 ** torch.arange({d // 2}, dtype=x.dtype))
-    y@ = {w.any(f"{w.linear('lin')}(x)", 'x')}
-    z@ = torch.view_as_complex(y@.unflatten(-1, ({w.heads}, -1, 2)){w.any('', '.contiguous()')})
+    y@ = {w.any(f"{w.linear('lin')}(x)", "x")}
+    z@ = torch.view_as_complex(y@.unflatten(-1, ({w.heads}, -1, 2)){w.any("", ".contiguous()")})
     x = x + 0.5 * torch.view_as_real(z@ * r@[None, :, None]).flatten(2)
     """)
 
 
 @piece("complex", 0.5)
 def fourier(w: Writer):
-    w.lines(w.any("x = x + 0.3 * torch.fft.fft(x, dim=-1).real", "x = x + 0.3 * torch.fft.irfft(torch.fft.rfft(x, dim=-1) * 0.5, n=x.shape[-1])", "x = x + torch.complex(x, x.tanh()).abs() * 0.3"))
+    w.lines(
+        w.any(
+            "x = x + 0.3 * torch.fft.fft(x, dim=-1).real",
+            "x = x + 0.3 * torch.fft.irfft(torch.fft.rfft(x, dim=-1) * 0.5, n=x.shape[-1])",
+            "x = x + torch.complex(x, x.tanh()).abs() * 0.3",
+        )
+    )
