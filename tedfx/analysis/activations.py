@@ -24,13 +24,13 @@ from tedfx.rules.base import op_name
 
 _VIEWS = frozenset(
     """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose t permute movedim
-    swapaxes expand broadcast_to     slice select narrow alias detach chunk split
-    split_with_sizes unbind contiguous sum_gradient""".split()
+    swapaxes expand broadcast_to slice select narrow alias detach chunk split split_with_sizes
+    unbind contiguous sum_gradient""".split()
 )
 _COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
 _NOTHING = _VIEWS | frozenset(
     """add sub rsub neg sum mean cat stack to _to_copy type_as clone pad roll flip repeat tril triu
-    cumsum cumsum_batched getitem mul_size     all_reduce all_reduce_batched all_gather
+    cumsum cumsum_batched getitem mul_size all_reduce all_reduce_batched all_gather
     reduce_scatter shard partial all_to_all_single gather_lanes scatter_lanes local_counts
     send_slots return_slots gather_slots scatter_slots slot_rows route_slots axis_offset
     lift_fresh_copy gather_parameters""".split()

@@ -23,7 +23,7 @@ _LEFT_OUT = frozenset(
 )
 _OURS = frozenset(
     """route permute_rows index_rows unindex_rows pick_rows spread_lanes local_counts expert_major
-    cut_tail route_slots fill_slots combine_slots slot_linear slot_rows     shard partial
+    cut_tail route_slots fill_slots combine_slots slot_linear slot_rows shard partial
     sum_gradient""".split()
 )
 COLORS = {"model": "#eef1f5", "ours": "#dbe9d8", "collective": "#f6c7a8"}
