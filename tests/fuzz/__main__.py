@@ -5,16 +5,28 @@ from __future__ import annotations
 
 import argparse
 import collections
+import multiprocessing
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from tests.fuzz.program import Program  # noqa: E402
-from tests.fuzz.run import MESHES, default_runs, verdicts  # noqa: E402
+from tests.fuzz.run import (  # noqa: E402
+    CHUNK,
+    ENOUGH,
+    MESHES,
+    Run,
+    Verdict,
+    default_runs,
+    verdicts,
+    what_is_lacking,
+)
 
 
 def shrink(program: Program, mesh: str, outcome: str) -> Program:
@@ -39,6 +51,7 @@ def main() -> int:
         "--count", type=int, default=0, help="run so many programs, and print those that fail"
     )
     parser.add_argument("--first", type=int, default=0, help="seed of the first of them")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the programs (default: 1)")
     parser.add_argument("--keep", help="numbers of the pieces that stay, such as 0,2; none: no piece")
     parser.add_argument(
         "--plain", action="store_true", help="the plainest loss in place of the program's own"
@@ -62,23 +75,24 @@ def main() -> int:
         [],
         collections.defaultdict(collections.Counter),
     )
-    for first in range(0, len(runs), 64):
-        for (program, mesh), verdict in zip(runs[first : first + 64], verdicts(runs[first : first + 64])):
-            counts[verdict.outcome] += 1
-            for kind in verdict.kinds:
-                kinds[kind][verdict.outcome] += 1
-            bad = verdict.outcome in ("silent", "crash", "invalid")
-            if bad and args.shrink:
-                small = shrink(program, mesh, verdict.outcome)
-                verdict = verdicts([(small, mesh)])[0]
-                program = small
-            if args.seed or bad and args.shrink and args.trace:
-                print(program)
-            if args.seed or bad or args.refused and verdict.outcome == "refused":
-                print(verdict, flush=True)
-            if args.trace and verdict.trace:
-                print(verdict.trace, flush=True)
-            failed += [verdict] * bad
+    every = []
+    for program, verdict in _judged(runs, args.jobs):
+        every.append(verdict)
+        counts[verdict.outcome] += 1
+        for kind in verdict.kinds:
+            kinds[kind][verdict.outcome] += 1
+        bad = verdict.outcome in ("silent", "crash", "invalid")
+        if bad and args.shrink:
+            small = shrink(program, verdict.mesh, verdict.outcome)
+            verdict = verdicts([(small, verdict.mesh)])[0]
+            program = small
+        if args.seed or bad and args.shrink and args.trace:
+            print(program)
+        if args.seed or bad or args.refused and verdict.outcome == "refused":
+            print(verdict, flush=True)
+        if args.trace and verdict.trace:
+            print(verdict.trace, flush=True)
+        failed += [verdict] * bad
     if not args.seed:
         for kind, found in sorted(kinds.items(), key=lambda item: item[0]):
             print(f"{kind:28}", "  ".join(f"{outcome} {n}" for outcome, n in sorted(found.items())))
@@ -86,7 +100,31 @@ def main() -> int:
         f"{len(runs)} runs in {time.perf_counter() - start:.0f} s: "
         + ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())
     )
-    return 1 if failed else 0
+    lacking = what_is_lacking(every) if args.count >= ENOUGH else []
+    print(*lacking, sep="\n", end="\n" * bool(lacking))
+    return 1 if failed or lacking else 0
+
+
+def _judged(runs: list[Run], jobs: int) -> Iterator[tuple[Program, Verdict]]:
+    """Each program with its verdict, in order: `jobs` processes take a chunk at a time."""
+    chunks = [runs[first : first + CHUNK] for first in range(0, len(runs), CHUNK)]
+    if min(jobs, len(chunks)) <= 1:
+        judged = map(verdicts, chunks)
+    else:
+        executor = ProcessPoolExecutor(min(jobs, len(chunks)), multiprocessing.get_context("spawn"), _quiet)
+        judged = executor.map(
+            _verdicts, [[(p.seed, p.keep, p.frame, m) for p, m in chunk] for chunk in chunks]
+        )
+    for chunk, found in zip(chunks, judged):
+        yield from zip((program for program, _ in chunk), found)
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore")
+
+
+def _verdicts(chunk: list[tuple]) -> list[Verdict]:
+    return verdicts([(Program(seed, keep, frame), mesh) for seed, keep, frame, mesh in chunk])
 
 
 if __name__ == "__main__":

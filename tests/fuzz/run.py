@@ -34,7 +34,7 @@ from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes as verify_ranks
 from tedfx.verification.run import digests, errors, prepare, split_batch, unequal_replicas
-from tests.fuzz.program import Program
+from tests.fuzz.program import LOSSES, PIECES, Program, without
 
 MESHES = {
     "dp2xtp2": (("dp", "tp"), (2, 2)),
@@ -46,6 +46,8 @@ MESHES = {
 TOLERANCE = 1e-6
 RATES = (0.05, 0.02, 0.08, 0.01, 0.05)
 CHUNK = 32  # programs per set of forked ranks
+ENOUGH = 300  # programs that draw every kind
+SHARE_OF_PARITY = 0.6
 PATIENCE = 20.0  # seconds that a rank may take for a program before it counts as hanging
 
 
@@ -166,6 +168,23 @@ def _rows(mesh: str) -> int:
 def _line(error: BaseException) -> str:
     text = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {text[0][:300]} | at {user_line(error)}"
+
+
+def what_is_lacking(found: Sequence[Verdict]) -> list[str]:
+    """What `ENOUGH` programs must show besides parity or refusal.
+
+    Refusing everything would pass that property; so would a grammar whose kinds are never drawn.
+    """
+    parity = [v for v in found if v.outcome == "parity"]
+    lacking = []
+    if len(parity) < SHARE_OF_PARITY * len(found):
+        lacking.append(f"{len(parity)} of {len(found)} runs reach parity")
+    reached = {kind for v in found if v.outcome in ("parity", "refused") for kind in v.kinds}
+    left_out = without()
+    wanted = {p.name for t in (PIECES, LOSSES) for p in t.values() if not {p.name, p.group} & left_out}
+    if wanted - reached:
+        lacking.append(f"never drawn, or never right: {', '.join(sorted(wanted - reached))}")
+    return lacking
 
 
 # ---- many programs -----------------------------------------------------------------------------------------
