@@ -145,6 +145,7 @@ def _serve(rank: int, world: int, store: str, pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_one_device()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
@@ -167,6 +168,27 @@ def _serve(rank: int, world: int, store: str, pipe) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _share_one_device() -> None:
+    """All gloo groups of this rank on one device of gloo.
+
+    Each device has a thread that wakes a hundred times a second, used or not, and by default each group makes
+    a device: the ranks of a long session, with their hundreds of groups, would keep a core busy by waiting.
+    """
+    import torch.distributed.distributed_c10d as c10d
+
+    device = c10d.ProcessGroupGloo.create_default_device()
+
+    class OnOneDevice(c10d.ProcessGroupGloo):
+        def __init__(self, store, rank, size, timeout=None):
+            options = super()._Options()
+            options._devices, options._threads = [device], 2
+            if timeout is not None:
+                options._timeout = timeout
+            super().__init__(store, rank, size, options)
+
+    c10d.ProcessGroupGloo = OnOneDevice
 
 
 _CONTEXTS: dict[tuple, Any] = {}
