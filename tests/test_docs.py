@@ -15,7 +15,16 @@ from torch.distributed import device_mesh
 import tedfx
 
 ROOT = Path(__file__).parents[1]
-GENERATED = {"ted", "memory", "verify-2xH100", "two_nodes", "onebit", "parity", "parity-savings", "parity-zero"}
+GENERATED = {
+    "ted",
+    "memory",
+    "verify-2xH100",
+    "two_nodes",
+    "onebit",
+    "parity",
+    "parity-savings",
+    "parity-zero",
+}
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted(p for p in ROOT.glob("docs/*.md") if p.stem not in GENERATED),
@@ -107,14 +116,10 @@ def _run(page: Path) -> None:
     made = device_mesh.init_device_mesh
     device_mesh.init_device_mesh = lambda device, sizes, **names: made("cpu", [1 for _ in sizes], **names)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    names, block, first = {"__name__": "page"}, [], 0
-    for number, line, language in [*_lines(page), (0, "", None)]:
-        if language == "python" and (not block or number == first + len(block)):
-            block, first = [*block, line], first if block else number
-            continue
-        if block:
-            exec(compile("\n" * (first - 1) + "\n".join(block), str(page), "exec"), names)
-        block, first = ([line], number) if language == "python" else ([], 0)
+    names, text = {"__name__": "page"}, page.read_text()
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.S | re.M):
+        lines_before = "\n" * text[: block.start(1)].count("\n")  # so that a traceback has the page's lines
+        exec(compile(lines_before + block[1], str(page), "exec"), names)
     dist.destroy_process_group()
 
 
