@@ -8,6 +8,7 @@ from tedfx.passes.gather_parameters import GatherParameters
 from tedfx import ops
 from tedfx.compiler import pipeline
 from tedfx.errors import ConfigError
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
 from tests.passes.helpers import calls, find, placeholder, upto
@@ -88,4 +89,4 @@ def test_compiled_gathers_are_regions_of_their_own():
 )
 def test_wrong_stages(mesh, stage, message):
     with pytest.raises(ConfigError, match=message):
-        pipeline(None, Roles.resolve(MeshShape.of(mesh)), zero=stage)
+        pipeline(Options(zero=stage), Roles.resolve(MeshShape.of(mesh)))
