@@ -228,7 +228,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--check",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare loss and gradients of the first step with the plain model on one device; exit 1 where "
+        help="compare loss and gradients of the first step with the plain model on one device (of which "
+        "--capacity local is another function); exit 1 where "
         "they differ by more than "
         f"{', '.join(f'{bound:g} in {name}' for name, bound in TOLERANCE.items())}",
     )
