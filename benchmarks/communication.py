@@ -167,7 +167,7 @@ def prepare(model, traced, mesh: str, roles, options, tokens) -> Compilation:
         traced,
         Roles.resolve(MeshShape.of(mesh), roles),
         set(traced.parameters),
-        outputs=("loss",),
+        options=tedfx.Options(outputs=("loss",)),
         example=example_sizes(traced, batch_of(tokens)),
     )
     return compile_trace(made, default_passes(**options))

@@ -43,6 +43,7 @@ from tedfx.api import _groups  # private to tedfx
 from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes
 from tedfx.graph.emission import emit
 from tedfx.ops.context import RankContext, use
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 
@@ -167,10 +168,11 @@ def compiled(
 ) -> Compilation:
     source, outputs = traced(shape, count), ("loss",) if shape.kind == "mixtral" else None
     example = example_sizes(source, call(shape.batch, shape.sequence))
+    options = Options(outputs=outputs, sequence_parallel=sequence_parallel, dedup=dedup)
     program = Compilation(
-        source, Roles.resolve(MeshShape.of(mesh)), set(source.parameters), outputs=outputs, example=example
+        source, Roles.resolve(MeshShape.of(mesh)), set(source.parameters), options=options, example=example
     )
-    return compile_trace(program, default_passes(sequence_parallel=sequence_parallel, dedup=dedup))
+    return compile_trace(program, default_passes(options))
 
 
 def annotate(program: Compilation, policy: str) -> dict[int, list[fx.Node]]:

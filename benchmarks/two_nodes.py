@@ -135,6 +135,7 @@ def prepare(args) -> tuple:
     import torch
 
     from tedfx.compiler import Compilation, compile_trace, example_sizes
+    from tedfx.options import Options
     from tedfx.placement.roles import MeshShape, Roles
     from tedfx.trace.export import trace
 
@@ -146,7 +147,9 @@ def prepare(args) -> tuple:
     example = example_sizes(traced, {"input_ids": ids[: args.batch], "labels": ids[: args.batch]})
     made = {
         variant: compile_trace(
-            Compilation(traced, roles, set(traced.parameters), outputs=("loss",), example=example),
+            Compilation(
+                traced, roles, set(traced.parameters), options=Options(outputs=("loss",)), example=example
+            ),
             passes(variant),
         )
         for variant in VARIANTS

@@ -25,8 +25,9 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from policies import make_model, on_two_gpus, parser  # noqa: E402
 
-from tedfx.state.buckets import BUCKET_BYTES  # noqa: E402
 from tedfx.verification.verify import versions  # noqa: E402
+
+SETTINGS = ("checkpoint", "compile", "bucket_bytes", "prefetch")  # recorded where not given, too
 
 RUNS = [
     # (options of parallelize, options of the optimizer)
@@ -143,10 +144,7 @@ def measure(rank, args) -> None:
             times.append((time.perf_counter() - begin, backward))
         record = {
             **{
-                "checkpoint": "none",
-                "compile": False,
-                "bucket_bytes": BUCKET_BYTES,
-                "prefetch": 2,
+                **{name: getattr(tedfx.Options, name) for name in SETTINGS},
                 **options,
             },
             **kinds,

@@ -43,6 +43,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tedfx
+from tedfx import Options
 from tedfx.errors import ConfigError
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.precision import cast_model
@@ -127,50 +128,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "(PPMoE), "
         "expert=ep,tp folds both, expert_tensor= leaves each expert whole",
     )
-    group.add_argument(
-        "--dedup",
-        action=argparse.BooleanOptionalAction,
-        help="send no row to experts twice because two ranks hold its token (default: yes)",
-    )
-    group.add_argument(
-        "--sequence-parallel",
-        action=argparse.BooleanOptionalAction,
-        help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are "
-        "any)",
-    )
-    group.add_argument(
-        "--capacity",
-        metavar="WHOSE",
-        help="whose tokens the capacity of a mixture counts, where it has one: global (default), those of "
-        "the global batch, or local, those of each "
-        "batch coordinate by itself (the check of the first step then is against another function)",
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="run the local graph through torch.compile (inductor)"
-    )
-    group.add_argument(
-        "--checkpoint",
-        default="none",
-        metavar="POLICY",
-        help="what backward computes again instead of keeping it: none, comm (local work only), selective "
-        "(attention), full (whole layers) "
-        "or budget=<bytes>, e.g. budget=200MB of activations per rank (default: none)",
-    )
-    group.add_argument(
-        "--zero",
-        type=int,
-        choices=(0, 1, 2, 3),
-        help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients too, 3 parameters too, in "
-        "shares (default: 0)",
-    )
-
-    group.add_argument(
-        "--precision",
-        choices=tuple(TOLERANCE),
-        default="fp32",
-        help="dtype of parameters and compute; bf16 and fp16 have float32 master weights, and fp16 a dynamic "
-        "loss scale (default: fp32)",
-    )
+    Options.add_arguments(group, only={*Options.names()} - {"outputs"})  # validation reads the logits
 
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=150, metavar="N", help="optimizer steps (default: 150)")
@@ -270,7 +228,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--check",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare loss and gradients of the first step with the plain model on one device; exit 1 where "
+        help="compare loss and gradients of the first step with the plain model on one device (of which "
+        "--capacity local is another function); exit 1 where "
         "they differ by more than "
         f"{', '.join(f'{bound:g} in {name}' for name, bound in TOLERANCE.items())}",
     )
@@ -385,7 +344,7 @@ def meet(backend: str, timeout: timedelta) -> None:
     )
 
 
-def make_mesh(args: argparse.Namespace):
+def make_mesh(args: argparse.Namespace, options: Options):
     """(device mesh, roles), every mistake found before the first collective."""
     if "RANK" not in os.environ:
         raise ConfigError(
@@ -428,7 +387,8 @@ def make_mesh(args: argparse.Namespace):
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     meet(
-        "nccl" if kind == "cuda" else "gloo", timedelta(seconds=args.timeout or (600 if args.compile else 90))
+        "nccl" if kind == "cuda" else "gloo",
+        timedelta(seconds=args.timeout or (600 if options.compile else 90)),
     )
     return init_device_mesh(kind, shape.sizes, mesh_dim_names=shape.names), given
 
@@ -522,8 +482,10 @@ class Stop:
 
 def main(args: argparse.Namespace) -> None:
     # Step 1: mesh, data, model.
+    options = Options.from_arguments(args)
+    precision = options.precision or "fp32"  # the config's own dtype
     stop = Stop()
-    mesh, roles = make_mesh(args)
+    mesh, roles = make_mesh(args, options)
     rank, device = dist.get_rank(), mesh.device_type
     # clip_grad_norm_ sums one number over each mesh axis in turn; DTensor would say on every rank that it
     # could be one sum.
@@ -560,28 +522,22 @@ def main(args: argparse.Namespace) -> None:
         model,
         mesh,
         roles=roles,
-        compile=args.compile,
-        dedup=args.dedup,
-        sequence_parallel=args.sequence_parallel,
-        checkpoint=args.checkpoint,
-        capacity=args.capacity,
-        zero=args.zero,
-        precision=args.precision,
         example_inputs={"input_ids": example, "labels": example},
+        options=options,
     )
     say(f"parallelize: {time.perf_counter() - start:.1f} s", flush=True)
     index, count = pm.batch_coordinate
     mine = slice(index * args.batch_size // count, (index + 1) * args.batch_size // count)
-    options = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    adamw = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     # ZeRO's stages 1 and 2 need an optimizer that knows shares; at 3 the parameters are shares, and this one
     # steps them tile by tile. So do 16-bit parameters, for their float32 masters, and the loss scale of
     # float16.
-    sharded = args.zero or args.precision != "fp32"
-    scaled = dict(loss_scale="dynamic") if args.precision == "fp16" else {}
+    sharded = options.zero or precision != "fp32"
+    scaled = dict(loss_scale="dynamic") if precision == "fp16" else {}
     optimizer = (
-        tedfx.optim.ShardedOptimizer(pm, torch.optim.AdamW, **scaled, **options)
+        tedfx.optim.ShardedOptimizer(pm, torch.optim.AdamW, **scaled, **adamw)
         if sharded
-        else torch.optim.AdamW(pm.parameters(), **options)
+        else torch.optim.AdamW(pm.parameters(), **adamw)
     )
     decay = lambda step: 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -705,7 +661,7 @@ def main(args: argparse.Namespace) -> None:
             )
         if model is not None:
             gradients, scale = pm.gather_gradients(), optimizer.loss_scale if sharded else 1.0
-            if args.precision == "fp16" and not all(
+            if precision == "fp16" and not all(
                 g.isfinite().all() for g in gradients.values()
             ):  # the same on all ranks
                 say(
@@ -722,7 +678,7 @@ def main(args: argparse.Namespace) -> None:
                     if rank == 0
                     else []
                 )
-                fine = [rank != 0 or check_first_step(model, loss, gradients, whole, args.precision, scale)]
+                fine = [rank != 0 or check_first_step(model, loss, gradients, whole, precision, scale)]
                 dist.broadcast_object_list(fine)
                 if not fine[0]:
                     raise SystemExit(

@@ -1,9 +1,8 @@
 """What a pass is, and the runner.
 
-A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and three class
-variables are its contract: the properties it `requires` of the program, those it `provides`, and those it
-`conflicts` with. It takes a program (anything with a `graph_module`), changes it in place, and returns a
-`PassResult`.
+A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and two class
+variables are its contract: the properties it `requires` of the program, and those it `provides`. It takes a
+program (anything with a `graph_module`), changes it in place, and returns a `PassResult`.
 
 The runner knows no pass. It checks contracts before anything runs, then for each pass: runs it, lints the
 graph, calls the verifier, and records what happened. A program is valid between any two passes.
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from tedfx.errors import ContractError
+from tedfx.ranks.progress import now
 
 __all__ = ["Pass", "PassRecord", "PassResult", "check_contracts", "run_pipeline"]
 
@@ -40,7 +40,6 @@ class Pass:
 
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
-    conflicts: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def name(self) -> str:
@@ -50,6 +49,9 @@ class Pass:
     def __str__(self) -> str:
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
         return f"{self.name}{{{options}}}" if options else self.name
+
+    def check_compiled(self, compiled: bool) -> None:
+        """ConfigError where this pass, as it was made, is wrong for a graph that is compiled, or is not."""
 
     def __call__(self, program: Any) -> PassResult:
         raise NotImplementedError(f"{self.name} does nothing yet")
@@ -71,16 +73,13 @@ class PassRecord:
 
 
 def check_contracts(passes: Sequence[Pass], have: Iterable[str] = ()) -> None:
-    """Raise `ContractError`, naming both passes, unless each pass finds what it requires and nothing it
-    conflicts with."""
+    """Raise `ContractError`, naming both passes, unless each pass finds what it requires."""
     provider = {prop: "the input" for prop in have}
     for position, p in enumerate(passes):
         for prop in sorted(p.requires - provider.keys()):
             later = next((q.name for q in passes[position + 1 :] if prop in q.provides), None)
             where = f"{later} provides it, but runs later" if later else "no pass provides it"
             raise ContractError(f"{p.name} requires '{prop}': {where}")
-        for prop in sorted(p.conflicts & provider.keys()):
-            raise ContractError(f"{p.name} cannot run after {provider[prop]}, which provides '{prop}'")
         provider.update(dict.fromkeys(p.provides, p.name))
 
 
@@ -102,6 +101,7 @@ def run_pipeline(
         if show:
             _print(program, f"before {p}")
         start = time.perf_counter()
+        now(p.name.replace("_", " "))
         result = p(program)
         program.graph_module.graph.lint()
         if verify is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tedfx.passes.base import Pass, PassResult
 
 from tedfx.checking.full import check_program
+from tedfx.options import Options
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class CheckCapture(Pass):
     no weights (`tedfx explain`, a model on the meta device); the pass's note says what was.
     """
 
-    level: str = "full"
+    level: str = Options.check
 
     def __call__(self, program) -> PassResult:
         model, program.model = program.model, None

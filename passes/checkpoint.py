@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,10 +16,9 @@ from tedfx.analysis.cost import Cost, format_bytes
 from tedfx.analysis.layers import layers
 from tedfx.errors import ConfigError, TedfxError, user_line
 from tedfx.graph.emission import schedule
+from tedfx.options import Options, parse_policy
 from tedfx.rules.base import op_name
 
-POLICIES = ("none", "full", "selective", "comm")
-_BUDGET = re.compile(r"budget=(\d+(?:\.\d+)?) ?(B|[KMGT]B|[KMGT]iB)?")
 # Which of several comes out: chosen again, a near-tie could come out otherwise.
 _DECISIONS = frozenset(
     "topk sort argsort msort kthvalue median mode argmax argmin multinomial unique unique_consecutive "
@@ -47,7 +45,7 @@ class Checkpoint(Pass):
     decide_again      full: whether choices (top-k, sort, routing) are in the regions as well. Eager recompute
                       runs the same kernels on the same values and chooses the same; compiled kernels are
                       fused otherwise in backward, round otherwise, and could choose experts that do not fit
-                      what was exchanged. So `compile=True` sets it to False; a layer is then two regions or
+                      what was exchanged. So with `compile=True` it is False; a layer is then two regions or
                       three, and keeps what goes from one to the next.
 
     1. A node has a label: its layer if it may be recomputed, else none. Outside of all layers nothing is
@@ -60,7 +58,7 @@ class Checkpoint(Pass):
        a bare sum) is dropped.
     """
 
-    policy: str = "none"
+    policy: str = Options.checkpoint
     batch: int | None = None
     sequence: int | None = None
     decide_again: bool = True
@@ -69,10 +67,17 @@ class Checkpoint(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"regions"})
 
     def __post_init__(self):
-        parse(self.policy)
+        parse_policy(self.policy)
+
+    def check_compiled(self, compiled: bool) -> None:
+        if compiled and self.decide_again and self.policy == "full":
+            raise ConfigError(
+                "compile= and passes= with a Checkpoint('full') that decides again: compiled kernels could "
+                "choose other experts in backward; make it by tedfx.default_passes(compile=True, ..)"
+            )
 
     def __call__(self, program) -> PassResult:
-        kind, limit = parse(self.policy)
+        kind, limit = parse_policy(self.policy)
         result = PassResult()
         if kind == "none":
             return result
@@ -127,21 +132,6 @@ class Checkpoint(Pass):
             f"(none: {format_bytes(plain)}) and repeats {work / max(everything, 1):.0%} of the "
             "forward's FLOPs"
         )
-
-
-def parse(policy: str) -> tuple[str, int]:
-    """("budget", bytes) of "budget=..", else (policy, 0). ConfigError for anything else."""
-    if policy in POLICIES:
-        return policy, 0
-    match = _BUDGET.fullmatch(policy) if isinstance(policy, str) else None
-    if match is None:
-        raise ConfigError(
-            f"checkpoint={policy!r}: one of {', '.join(POLICIES)} or budget=<bytes>, such as "
-            "budget=2000000 or budget=8GiB"
-        )
-    unit = match[2] or "B"
-    base = 1024 if "i" in unit else 1000
-    return "budget", int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
 
 
 def barrier(node: fx.Node, communicating: Iterable[str]) -> str:
@@ -286,4 +276,4 @@ def _spend(ledger: Ledger, regions, sizing: Sizing, limit: int, sizes: str) -> l
     return [nodes for at, nodes in enumerate(regions) if at not in kept]
 
 
-__all__ = ["POLICIES", "Checkpoint", "assert_no_recomputed_collectives", "regions_of"]
+__all__ = ["Checkpoint", "assert_no_recomputed_collectives", "regions_of"]

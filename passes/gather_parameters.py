@@ -12,6 +12,8 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.analysis.layers import layers
+from tedfx.errors import ConfigError
+from tedfx.options import Options
 from tedfx.state.layouts import placed_on_first
 from tedfx.state.parameters import Placed
 
@@ -36,11 +38,19 @@ class GatherParameters(Pass):
        own, so that backward repeats it instead of keeping what it made.
     """
 
-    bucket_bytes: int = 256 * 2**20
+    bucket_bytes: int = Options.gather_bytes
     compiled: bool = False
 
     requires: ClassVar[frozenset[str]] = frozenset({"regions"})
     provides: ClassVar[frozenset[str]] = frozenset({"parameter_shares"})
+
+    def check_compiled(self, compiled: bool) -> None:
+        # Who scatters the gradients, the graph or the boundary, would be settled in two ways.
+        if compiled != self.compiled:
+            raise ConfigError(
+                f"compile={compiled} and passes= with GatherParameters(compiled={self.compiled}): make them "
+                f"by tedfx.default_passes(compile={compiled}, ..)"
+            )
 
     def __call__(self, program) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()

@@ -225,7 +225,6 @@ class _Placement:
 
         (given,) = node.args
         node.args = (tuple(finish(arg, i >= written) for i, arg in enumerate(given)),)
-        node.meta["types"] = [a.meta.get("type") for a in node.all_input_nodes]
 
     def boundary(self) -> None:
         """Parameters all of whose uses on an axis go through I -> R are R there, and so are casts of them

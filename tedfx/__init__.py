@@ -13,6 +13,7 @@ from tedfx.errors import (
     TraceError,
     TypeCheckError,
 )
+from tedfx.options import Options
 from tedfx.ranks.script import run
 from tedfx.saving.checkpoint import Checkpointer
 from tedfx.saving.folder import CheckpointError
@@ -25,6 +26,7 @@ __all__ = [
     "Checkpointer",
     "ConfigError",
     "ContractError",
+    "Options",
     "TedfxError",
     "TraceError",
     "TypeCheckError",

@@ -14,15 +14,16 @@ from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
 from tedfx.graph.signature import Signature, bind, flatten
 from tedfx.ops.autocast import Autocast, region
+from tedfx.options import Options
 from tedfx.passes.base import Pass
 from tedfx.placement.derived import whole_pieces
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.ranks import progress
 from tedfx.ranks.checks import told
 from tedfx.runtime.changes import Changes, fits
 from tedfx.runtime.module import ParallelModule, Program
 from tedfx.runtime.other_optimizer import remember
 from tedfx.runtime.prepared import refuse_prepared
-from tedfx.state.buckets import BUCKET_BYTES
 from tedfx.state.layouts import layouts_of, stack_name
 from tedfx.trace.export import Trace, infer_inputs, trace
 from tedfx.trace.hooks import refuse_hooks
@@ -38,24 +39,9 @@ def parallelize(
     *,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     roles: Mapping[str, Sequence[str]] | None = None,
-    passes: Sequence[Pass] | None = None,
-    checkpoint: str | None = None,
-    compile: bool = False,
-    outputs: Sequence[str] | None = None,
-    dedup: bool | None = None,
-    sequence_parallel: bool | None = None,
-    algebra: bool | None = None,
-    capacity: str | None = None,
-    zero: int | None = None,
-    precision: str | None = None,
-    gradient_dtype: torch.dtype | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
-    gather_bytes: int | None = None,
-    prefetch: int = 2,
-    check: str | None = None,
-    check_inputs: bool = True,
-    check_timeout: float = 60.0,
     traces: Sequence[Trace | Compilation] = (),
+    options: Options | None = None,
+    **given,
 ) -> ParallelModule:
     """The module that this rank runs: the single-device function of the global batch, on ``mesh``. Collective
     over the mesh.
@@ -71,47 +57,16 @@ def parallelize(
                     inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/placement/roles.py``; what is not named keeps its
                     default.
-    passes          replaces ``tedfx.default_passes()``; together with an option of it (dedup,
-                    sequence_parallel, algebra, checkpoint, capacity, zero, check) it is an error.
-    checkpoint      what backward computes again: "none" (the default), "comm", "selective", "full" or
-                    "budget=<bytes>", see ``tedfx/passes/checkpoint.py``. A budget is for activations at the
-                    sizes of example_inputs, which have to be given then, equal on all ranks.
-    compile         run the local graph through ``torch.compile(fullgraph=True)``.
-    outputs         names of the outputs to keep, e.g. ``("loss",)``: the others become None, and what only
-                    they need is never computed.
-    dedup           send no row to experts twice because two ranks hold its token (default True).
-    sequence_parallel  keep tokens cut over the tensor axes between tensor-parallel regions (default True
-                       where a tensor axis exceeds 1).
-    algebra         sums late, together and once, gathers late (default True); False is DeepSpeed-TED's own
-                    order, see ``tedfx/passes/collective_algebra.py``.
-    capacity        whose tokens a mixture with a capacity counts: "global" (the default), those of the global
-                    batch, as a single device does; "local", those of each batch coordinate by themselves, as
-                    DeepSpeed and GShard do under data parallelism: see ``tedfx/passes/local_capacity.py``.
-    zero            stage of ZeRO over the data axes, expert and other parameters each over those that their
-                    gradient is summed over: 1, optimizer states of this rank's share only
-                    (``tedfx.optim.ShardedOptimizer``); 2, gradients too; 3, parameters too, gathered where a
-                    layer uses them.
-    precision       "bf16", "fp16" or "fp32": the dtype of the floating-point parameters, and so of what is
-                    computed from them, see ``tedfx/trace/precision.py``; by default the model's own. Buffers,
-                    float inputs and what a Hugging Face model keeps in float32 stay as they are.
-    gradient_dtype  what gradients are summed over ranks and micro-batches in, by default the parameter's
-                    dtype.
-    bucket_bytes    gradients that are summed together, whole ones on a rank (default 25 MiB).
-    gather_bytes    with zero=3: whole parameters of a layer that are gathered together (default 256 MiB).
-    prefetch        with zero=3: gathers in flight beyond the one in use (default 2); a compiled graph has no
-                    use for it.
-    check           what the captured graph is compared with the model in, before anything is sharded: "full"
-                    (the default), two training steps with an update in between, in float64: outputs, every
-                    parameter's gradient and every buffer; "forward", one forward in the model's dtype;
-                    "none". ``history`` says what was done; see ``tedfx/checking/full.py``.
-    check_inputs    compare every call between ranks (one small host exchange) so that a mismatch is a line,
-                    not a hang.
     traces          traces (``tedfx.trace.export.trace``) or compilations made before, used for the
-                    signatures, roles and outputs that they fit.
+                    signatures, roles and options that they fit.
+    options         a ``tedfx.Options``, which says what there is to ask for. Each of its fields is a keyword
+                    here as well, and a keyword goes before it:
+                    ``parallelize(model, mesh, zero=3, checkpoint="full")``.
 
-    Raises ConfigError (mesh, roles, sizes), TraceError (the user's line), CaptureError (an MoE layer that is
-    not understood, or a graph that does not train as the model does).
+    Raises ConfigError (mesh, roles, options, sizes), TraceError (the user's line), CaptureError (an MoE layer
+    that is not understood, or a graph that does not train as the model does).
     """
+    options = Options.collect(options, given, parallelize)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"parallelize takes a module, not {model!r}"
@@ -119,29 +74,12 @@ def parallelize(
         )
     refuse_prepared(model)
     refuse_hooks(model)
-    if isinstance(outputs, str):
-        raise ConfigError(f"outputs={outputs!r}: pass a tuple of names, outputs=({outputs!r},)")
     shape = MeshShape.of(mesh)
     resolved = Roles.resolve(shape, roles)
-    passes = pipeline(
-        passes,
-        resolved,
-        compile,
-        checkpoint=checkpoint,
-        dedup=dedup,
-        sequence_parallel=sequence_parallel,
-        algebra=algebra,
-        capacity=capacity,
-        zero=zero,
-        gather_bytes=gather_bytes,
-        check=check,
-    )
-    for name, value, least in (("bucket_bytes", bucket_bytes, 1), ("prefetch", prefetch, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r}: a whole number, at least {least}")
-    if (checkpoint or "").startswith("budget") and example_inputs is None:
+    passes = pipeline(options, resolved)
+    if options.checkpoint.startswith("budget") and example_inputs is None:
         raise ConfigError(
-            f"checkpoint={checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as "
+            f"checkpoint={options.checkpoint!r} counts bytes at the sizes of one rank's batch: pass it as "
             "example_inputs"
         )
     if not hasattr(mesh, "device_type"):
@@ -166,23 +104,18 @@ def parallelize(
             "torch.device('meta'), or none of it"
         )
     _check_finite(model)
-    dtypes = parameter_dtypes(model, precision)
-    check_complex(dtypes, zero or 0, gradient_dtype)
-    builder = _Builder(
-        model,
-        resolved,
-        mesh.device_type,
-        passes,
-        outputs,
-        list(traces),
-        zero or 0,
-        bucket_bytes,
-        gradient_dtype,
-        dtypes,
-    )
+    dtypes = parameter_dtypes(model, options.precision)
+    check_complex(dtypes, options.zero, options.gradient_dtype)
+    builder = _Builder(model, resolved, mesh.device_type, options, passes, list(traces), dtypes)
+    with progress.line("tedfx.parallelize", options.progress and mesh.get_rank() == mesh.mesh.flatten()[0]):
+        return _parallelized(model, mesh, builder, example_inputs, empty=any(empty))
+
+
+def _parallelized(model: nn.Module, mesh, builder: _Builder, example_inputs, empty: bool) -> ParallelModule:
     call = _example(model, example_inputs)
     around = Autocast.around(mesh.device_type)
     first = builder.compile(call, model.training, around)
+    progress.now("place the weights")
     refuse_overlaps(model, first.trace.mutated_buffers)
     layouts = layouts_of(model, first, builder.frozen)
 
@@ -194,37 +127,30 @@ def parallelize(
     buffers = dict(model.named_buffers())
     pm = ParallelModule(
         layouts,
-        lambda name: state[name].detach().to(dtypes[name]),
+        lambda name: state[name].detach().to(builder.dtypes[name]),
         buffers,
         mesh,
         builder.program,
-        resolved.batch,
-        axis_groups=_groups(first, shape),
+        builder.roles.batch,
+        axis_groups=_groups(first, builder.roles.mesh),
         input_names=[
             n
             for n, p in inspect.signature(model.forward).parameters.items()
             if p.kind is p.POSITIONAL_OR_KEYWORD
         ],
-        compile=compile,
         var_keyword=any(
             p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()
         ),
         number_inputs=builder.number_inputs,
         non_persistent=[name for name in buffers if name not in persistent],
-        check_inputs=check_inputs,
-        check_timeout=check_timeout,
-        bucket_bytes=bucket_bytes,
-        zero=zero or 0,
-        gradient_dtype=gradient_dtype,
-        gathers_ahead=prefetch,
         origin=model,
-        empty=any(empty),
-        precision=precision,
+        empty=empty,
+        options=builder.options,
     )
     builder.attach(pm, layouts)
     for module in pm.modules():
         module.training = model.training
-    pm.roles = resolved
+    pm.roles = builder.roles
     flat = flatten(call)
     pm._program(
         Signature.of(flat, model.training, True, around), flat
@@ -268,22 +194,13 @@ class _Builder:
         model,
         roles: Roles,
         device: str,
-        passes,
-        outputs,
-        traces,
-        zero: int,
-        bucket_bytes: int,
-        gradient_dtype: torch.dtype | None,
+        options: Options,
+        passes: Sequence[Pass],
+        traces: Sequence[Trace | Compilation],
         dtypes: Mapping[str, torch.dtype],
     ):
-        self.zero, self.bucket_bytes, self.gradient_dtype, self.dtypes = (
-            zero,
-            bucket_bytes,
-            gradient_dtype,
-            dtypes,
-        )
         self.model, self.roles, self.device = model, roles, torch.device(device)
-        self.passes, self.outputs, self.traces = passes, outputs, traces
+        self.options, self.passes, self.traces, self.dtypes = options, passes, traces, dtypes
         self.frozen = {
             name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad
         }
@@ -304,9 +221,8 @@ class _Builder:
     ) -> Compilation:
         key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around, attributes)
         if key not in self.done:
-            outputs = tuple(self.outputs) if self.outputs else None
             for ready in self.traces:
-                if self._same(ready, outputs) and self._holds(ready.trace, call, training, around):
+                if self._same(ready) and self._holds(ready.trace, call, training, around):
                     self.changes.watch(ready.trace.observed, training == self.model.training)
                     self.done[key] = ready
                     return ready
@@ -322,6 +238,7 @@ class _Builder:
             )
             if traced is None:
                 was, flags = self.model.training, [(m, m.training) for m in self.model.modules()]
+                progress.now("trace")
                 try:
                     if was != training:
                         self.model.train(training)
@@ -341,11 +258,8 @@ class _Builder:
                 traced,
                 self.roles,
                 trainable,
-                outputs=outputs,
                 example=example_sizes(traced, call),
-                zero=self.zero,
-                bucket_bytes=self.bucket_bytes,
-                gradient_dtype=self.gradient_dtype,
+                options=self.options,
                 model=self.model,
                 dtypes=self.dtypes,
             )
@@ -353,20 +267,13 @@ class _Builder:
                 self.done[key] = compile_trace(compilation, self.passes)
         return self.done[key]
 
-    def _same(self, ready: Trace | Compilation, outputs: tuple[str, ...] | None) -> bool:
+    def _same(self, ready: Trace | Compilation) -> bool:
         """Whether a compilation made before is for these roles, passes and options, and trains what this
         model trains."""
         if not isinstance(ready, Compilation):
             return False
-        mine = (
-            self.roles,
-            outputs,
-            tuple(map(str, self.passes)),
-            self.zero,
-            self.bucket_bytes,
-            self.gradient_dtype,
-        )
-        its = (ready.roles, ready.outputs, ready.passes, ready.zero, ready.bucket_bytes, ready.gradient_dtype)
+        mine = (self.roles, tuple(map(str, self.passes)), self.options.graph())
+        its = (ready.roles, ready.passes, ready.options.graph())
         return its == mine and not ready.trained & self.frozen and ready.untrained <= self.frozen
 
     def _holds(self, traced: Trace, call, training: bool, around: Autocast | None) -> bool:

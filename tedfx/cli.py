@@ -19,6 +19,7 @@ from typing import Any
 
 from tedfx._version import __version__
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.options import Options
 
 _EXPLAIN = """\
 Compile a model for one rank of a mesh and show what that rank holds, runs and sends.
@@ -73,51 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         "function that returns a module, or (module, example inputs)",
     )
     add_model_arguments(explain)
-    explain.add_argument(
-        "--dedup",
-        action=argparse.BooleanOptionalAction,
-        help="send no row to experts twice because two ranks hold its token (default: yes)",
-    )
-    explain.add_argument(
-        "--sequence-parallel",
-        action=argparse.BooleanOptionalAction,
-        help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are "
-        "any)",
-    )
-    explain.add_argument(
-        "--algebra",
-        action=argparse.BooleanOptionalAction,
-        help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order",
-    )
-    explain.add_argument(
-        "--checkpoint",
-        metavar="POLICY",
-        default="none",
-        help="what backward computes again: none (default), comm, selective, full or budget=<bytes> at "
-        "--batch and --sequence",
-    )
-    explain.add_argument(
-        "--capacity",
-        metavar="WHOSE",
-        help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or "
-        "local, those of each batch coordinate by itself",
-    )
-    explain.add_argument(
-        "--precision",
-        metavar="P",
-        help="parallelize(precision=P): bf16, fp16 or fp32, the parameters' dtype (default: the model's own)",
-    )
-    explain.add_argument(
-        "--gradient-dtype",
-        metavar="P",
-        help="parallelize(gradient_dtype=..): what gradients are summed in, bf16, fp16 or fp32 (default: "
-        "each parameter's dtype)",
-    )
-    explain.add_argument(
-        "--zero",
-        type=int,
-        choices=(0, 1, 2, 3),
-        help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares",
+    Options.add_arguments(
+        explain.add_argument_group("options of parallelize"),
+        only={*Options.names("passes", "graph"), "compile"} - {"check"},  # there are no weights to check with
     )
     shown = explain.add_argument_group("what is shown")
     shown.add_argument(
@@ -137,11 +96,6 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         metavar="N",
         help="add what accumulating N micro-batches costs, one after another and layer by layer",
-    )
-    shown.add_argument(
-        "--outputs",
-        metavar="NAMES",
-        help="keep only these outputs, e.g. loss (then the full logits never exist)",
     )
     shown.add_argument(
         "--picture",
@@ -166,8 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     passes = commands.add_parser(
         "passes",
         help="list the pipeline",
-        description="List the passes of tedfx.default_passes() in order: options, contract, what each does.",
+        description="The passes of tedfx.default_passes(..) in order: options, contract, what each does.",
     )
+    Options.add_arguments(passes, only=[*Options.names("passes"), "compile"])
     passes.set_defaults(run=_passes)
     commands.add_parser(
         "verify",
@@ -226,7 +181,7 @@ def _explain(options) -> int:
     from tedfx.report.before_after import before_after
     from tedfx.report.explanation import default_values, explain
     from tedfx.trace.export import trace
-    from tedfx.trace.precision import cast_parameters, check_precision, parameter_dtypes
+    from tedfx.trace.precision import cast_parameters, parameter_dtypes
 
     stages, clock = {}, time.perf_counter()
 
@@ -239,35 +194,17 @@ def _explain(options) -> int:
 
         check_format(options.picture)
     roles = Roles.resolve(MeshShape.of(options.mesh), parse_roles(options.roles) if options.roles else None)
-    passes = pipeline(
-        None,
-        roles,
-        dedup=options.dedup,
-        sequence_parallel=options.sequence_parallel,
-        algebra=options.algebra,
-        checkpoint=options.checkpoint,
-        capacity=options.capacity,
-        zero=options.zero,
-    )
-    gradient_dtype = check_precision(options.gradient_dtype)
+    asked = Options.from_arguments(options)
+    passes = pipeline(asked, roles)
     model, inputs, title = make_model(options)
     done("make the model")
-    dtypes = parameter_dtypes(model, options.precision)
+    dtypes = parameter_dtypes(model, asked.precision)
     with cast_parameters(model, dtypes, values=False):
         traced = trace(model, kwargs=inputs)
     done("trace")
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
-    outputs = tuple(options.outputs.split(",")) if options.outputs else None
-    compilation = Compilation(
-        traced,
-        roles,
-        trainable,
-        outputs=outputs,
-        zero=options.zero or 0,
-        gradient_dtype=gradient_dtype,
-        dtypes=dtypes,
-    )
+    compilation = Compilation(traced, roles, trainable, options=asked, dtypes=dtypes)
     values = default_values(compilation, options.batch, options.sequence)
     compilation.example = {symbol: values[name] for name, symbol in traced.sizes.items()}
     compile_trace(compilation, passes)
@@ -487,14 +424,13 @@ def _passes(options) -> int:
 
     from tedfx.compiler import default_passes
 
-    for i, p in enumerate(default_passes(), 1):
+    for i, p in enumerate(default_passes(Options.from_arguments(options)), 1):
         fields = ", ".join(f"{f.name}={getattr(p, f.name)!r}" for f in dataclasses.fields(p))
         contract = [
             f"{word} {', '.join(sorted(props))}"
             for word, props in (
                 ("requires", p.requires),
                 ("provides", p.provides),
-                ("conflicts with", p.conflicts),
             )
             if props
         ]

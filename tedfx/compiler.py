@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 from tedfx._torch import pytree
-from tedfx.checking.full import check_level
 from tedfx.errors import ConfigError
 from tedfx.graph.signature import flatten
+from tedfx.options import Options
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, run_pipeline
 from tedfx.passes.batch_collectives import BatchCollectives
@@ -38,50 +38,14 @@ from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.factors import Factor, as_size
 from tedfx.placement.plan import Plan
 from tedfx.placement.roles import Roles
-from tedfx.state.buckets import BUCKET_BYTES
 from tedfx.trace.call_check import CallRules
 from tedfx.trace.export import Trace
 
-CAPACITIES = ("global", "local")
 
-
-def default_passes(
-    *,
-    dedup: bool = True,
-    sequence_parallel: bool = True,
-    algebra: bool = True,
-    checkpoint: str = "none",
-    capacity: str = "global",
-    zero: int = 0,
-    gather_bytes: int | None = None,
-    check: str = "full",
-) -> list[Pass]:
-    """The passes of `parallelize`, in order.
-
-    sequence_parallel  tokens stay cut over the tensor axes between tensor-parallel regions.
-    dedup              no row is sent to experts twice because two ranks hold its token; without effect where
-                       the tokens are cut already.
-    algebra            sums late, together and once; gathers late (`tedfx.passes.collective_algebra`). Off:
-                       DeepSpeed-TED's own order, to be looked at and counted.
-    checkpoint         a policy of `tedfx.passes.checkpoint`; ConfigError for one that does not exist.
-    capacity           whose tokens a capacity counts: "global", those of the global batch; "local", those of
-                       a batch coordinate, each by itself. ConfigError for anything else.
-    zero               the stage of ZeRO; as far as the graph goes, 3 gathers parameters where layers use
-                       them.
-    gather_bytes       with zero=3: whole parameters that one gather makes, see
-                       `tedfx.passes.gather_parameters`. ConfigError without it.
-    check              how the captured graph is compared with the model: "full", "forward" or "none"
-                       (`tedfx.passes.check_capture`). ConfigError for anything else.
-    """
-    if capacity not in CAPACITIES:
-        raise ConfigError(f"capacity={capacity!r}: one of {', '.join(CAPACITIES)}")
-    if gather_bytes is not None and (
-        zero != 3 or isinstance(gather_bytes, bool) or not isinstance(gather_bytes, int) or gather_bytes < 1
-    ):
-        raise ConfigError(
-            f"gather_bytes={gather_bytes!r} with zero={zero}: a whole number of bytes, at least 1, and "
-            "only with zero=3"
-        )
+def default_passes(options: Options | None = None, **given) -> list[Pass]:
+    """The passes of `parallelize`, in order, made for these options or keywords of `tedfx.Options`."""
+    options = Options.collect(options, given, default_passes)
+    compiled = bool(options.compile)
     return [
         Functionalize(),
         SimplifyMasks(),
@@ -89,52 +53,32 @@ def default_passes(
         CaptureCapacity(),
         ExpandAttention(),
         SplitLosses(),
-        CheckCapture(check_level(check)),
-        *[LocalCapacity()] * (capacity == "local"),
+        CheckCapture(options.check),
+        *[LocalCapacity()] * (options.capacity == "local"),
         Annotate(),
         ShardExperts(),
         ShardTensors(),
-        *[SequenceParallel()] * sequence_parallel,
-        *[DropDuplicateTokens()] * dedup,
-        *[CollectiveAlgebra()] * algebra,
+        *[SequenceParallel()] * options.sequence_parallel,
+        *[DropDuplicateTokens()] * options.dedup,
+        *[CollectiveAlgebra()] * options.algebra,
         Place(),
         LowerCollectives(),
         LowerExperts(),
         Localize(),
-        *[BatchCollectives()] * algebra,
-        Checkpoint(checkpoint),
-        *[GatherParameters() if gather_bytes is None else GatherParameters(gather_bytes)] * (zero == 3),
+        *[BatchCollectives()] * options.algebra,
+        Checkpoint(options.checkpoint, decide_again=not compiled),
+        *[GatherParameters(options.gather_bytes, compiled)] * (options.zero == 3),
     ]
 
 
-def pipeline(passes: Sequence[Pass] | None, roles: Roles, compile: Any = False, **options) -> list[Pass]:
-    """`passes`, or `default_passes` with those options that are not None. ConfigError where both are given,
-    or an option cannot hold on this mesh.
-
-    What is to be compiled decides once, see `Checkpoint`.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    if passes is not None and given:
-        (name, *_) = given
-        raise ConfigError(
-            f"passes= and {name}= together: the passes say it themselves; give "
-            f"passes=tedfx.default_passes({name}={given[name]!r}, ..) or leave one out"
-        )
-    if given.get("sequence_parallel") and not roles.mesh.wide(roles.tensor):
-        raise ConfigError(
-            f"sequence_parallel=True needs a tensor axis larger than 1, and mesh {roles.mesh} has none; "
-            "leave it out"
-        )
-    stage = given.get("zero", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero={stage!r}: a stage of ZeRO is 0, 1, 2 or 3")
-    if stage and not roles.mesh.wide(roles.batch):
-        raise ConfigError(
-            f"zero={stage} needs a data axis larger than 1, and mesh {roles.mesh} has none; leave it out"
-        )
-    made = list(default_passes(**given) if passes is None else passes)
-    compiled = {Checkpoint: {"decide_again": False}, GatherParameters: {"compiled": True}} if compile else {}
-    return [replace(p, **compiled.get(type(p), {})) for p in made]
+def pipeline(options: Options, roles: Roles) -> list[Pass]:
+    """The user's passes as they are, or `default_passes`. ConfigError where an option cannot hold on this
+    mesh, or a pass was made for a graph that is compiled and this one is not, or the other way round."""
+    options.check_mesh(roles)
+    passes = default_passes(options) if options.passes is None else list(options.passes)
+    for p in passes:
+        p.check_compiled(bool(options.compile))
+    return passes
 
 
 @dataclass
@@ -148,10 +92,8 @@ class Compilation:
     plan           which factors each axis shards (after `shard_experts`)
     passes         the pipeline that it went through, as text
     example        one rank's size per symbol, where an example was given; `hints` stand for the others
-    zero           ZeRO's stage: where gradients are summed to
-    bucket_bytes   gradients that are summed together
+    options        what was asked for: outputs to keep, where and how gradients are summed, the passes
     pieces         factors of inputs that an op refined, and the op's line
-    gradient_dtype what they are summed in, by default each parameter's dtype
     row_numbers    factor of routed rows -> their numbers, where something draws for each row
                    (`passes/row_numbers.py`)
     model          the user's module, for `check_capture`, which lets go of it; None where there are no
@@ -173,13 +115,10 @@ class Compilation:
     size_sources: dict = field(default_factory=dict)
     pieces: dict[Factor, str] = field(default_factory=dict)
     history: list = field(default_factory=list)
-    outputs: tuple[str, ...] | None = None
+    options: Options = Options()
     example: dict = field(default_factory=dict)
     output_names: list[str] = field(default_factory=list)
     passes: tuple[str, ...] = ()
-    zero: int = 0
-    bucket_bytes: int = BUCKET_BYTES
-    gradient_dtype: torch.dtype | None = None
     model: nn.Module | None = field(default=None, repr=False)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
     call: CallRules = field(init=False, repr=False)
@@ -230,6 +169,11 @@ class Compilation:
                 )
         lead = len(values) - len(base)
         return [v if i < lead or base[i - lead] in self.outputs else None for i, v in enumerate(values)]
+
+    outputs = property(lambda self: self.options.outputs)
+    zero = property(lambda self: self.options.zero)
+    bucket_bytes = property(lambda self: self.options.bucket_bytes)
+    gradient_dtype = property(lambda self: self.options.gradient_dtype)
 
     # what passes on the global graph read and extend
     parameters = property(lambda self: self.trace.parameters)
@@ -283,13 +227,13 @@ def example_sizes(trace: Trace, call: Mapping[str, Any]) -> dict:
 
 
 def compile_trace(compilation: Compilation, passes: Sequence[Pass] | None = None) -> Compilation:
-    """Run the pipeline; after every pass from `place` on, check the types."""
+    """Run the pipeline, by default that of its options; after every pass from `place` on, check the types."""
 
     def verify(program, p):
         if program.plan is not None and any("types" in q.provides for q in passes[: passes.index(p) + 1]):
             check_types(program, p.name)
 
-    passes = list(default_passes() if passes is None else passes)
+    passes = list(pipeline(compilation.options, compilation.roles) if passes is None else passes)
     run_pipeline(compilation, passes, compilation.history, verify=verify)
     compilation.passes = tuple(map(str, passes))
     return compilation

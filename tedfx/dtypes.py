@@ -6,7 +6,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_real", "cast_module", "has_gradient", "precision", "widest"]
+from tedfx.errors import ConfigError
+
+__all__ = [
+    "PRECISIONS",
+    "as_real",
+    "cast_module",
+    "check_precision",
+    "has_gradient",
+    "precision",
+    "widest",
+]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str | None) -> torch.dtype | None:
+    """The dtype that `precision` names; None for None."""
+    if precision is not None and (not isinstance(precision, str) or precision not in PRECISIONS):
+        raise ConfigError(
+            f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS))}, or None for the "
+            "model's own dtypes"
+        )
+    return None if precision is None else PRECISIONS[precision]
 
 
 def has_gradient(dtype: torch.dtype) -> bool:

@@ -10,7 +10,8 @@ ROOMS = [
     "dtypes",
     "_torch",
     "_transformers",
-    "_version",  # files that any room may import
+    "_version",
+    "options",  # files that any room may import
     "ops",
     "graph",
     "ranks",

@@ -27,14 +27,14 @@ from tedfx.checking.forward import check_capture, draws, on_device
 from tedfx.checking.inputs import attempts
 from tedfx.checking.sample import sample, widest
 from tedfx.checking.steps import GraphFailed, two_steps
-from tedfx.errors import CaptureError, ConfigError, warn
+from tedfx.errors import CaptureError, warn
 from tedfx.frontends import default_frontends
+from tedfx.options import Options
 from tedfx.trace.export import Trace
 from tedfx.trace.precision import cast_parameters, parameter_dtypes
 
-__all__ = ["LEVELS", "check_level", "check_program", "check_trace"]
+__all__ = ["check_program", "check_trace"]
 
-LEVELS = ("none", "forward", "full")
 WIDEST = (
     2**28
 )  # elements of the largest weight that is read in float64: 2 GiB for as long as one operator runs
@@ -45,14 +45,7 @@ _TOLERANCES = {
 }
 
 
-def check_level(level: str) -> str:
-    """ConfigError for a level that does not exist."""
-    if level not in LEVELS:
-        raise ConfigError(f"check={level!r}: one of {', '.join(LEVELS)}")
-    return level
-
-
-def check_program(program: Any, model: nn.Module, level: str = "full") -> str:
+def check_program(program: Any, model: nn.Module, level: str = Options.check) -> str:
     """The check as the pipeline makes it, on the program's graph as it stands; a line for its history.
     CaptureError for a difference.
 

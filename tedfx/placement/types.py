@@ -39,23 +39,10 @@ Placement = "str | Shard"
 Type = "dict[str, str | Shard]"
 
 
-def replicated(placement) -> bool:
-    return placement in (R, I)
-
-
 def sharding_axes(type_: Mapping, factor: Factor) -> tuple[str, ...]:
     """The axes that shard a factor, in mesh order (major first)."""
     root = factor.root()
     return tuple(a for a, p in type_.items() if isinstance(p, Shard) and p.factor.root() is root)
-
-
-def local_size(factor: Factor, type_: Mapping, sizes: Mapping[str, int]):
-    """Size of a factor on one rank. Symbols of sharded input dims stay global here; see
-    ``passes/lower.py``."""
-    size = factor.size
-    for axis in sharding_axes(type_, factor):
-        size = size // sizes[axis] if isinstance(size, int) else size / sizes[axis]
-    return size
 
 
 def find_dim(dims: Iterable, factor: Factor) -> tuple[int, int] | None:

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from torch import Tensor
 from tedfx import _torch
 from tedfx.dtypes import as_real, has_gradient
 from tedfx.ops.groups import group_among
+from tedfx.options import Options
 from tedfx.ranks.failures import (
     RankFailed,
     RanksDisagree,
@@ -61,7 +63,7 @@ _GROUPS: dict[tuple, dist.ProcessGroup] = {}
 class Meeting:
     """The ranks of a mesh, meeting on the CPU. Collective over the job to construct."""
 
-    def __init__(self, mesh, timeout: float = 60.0):
+    def __init__(self, mesh, timeout: float = Options.check_timeout):
         self.ranks = mesh.mesh.flatten().tolist()
         self.mesh, self.timeout, self._calls = mesh, timeout, 0
         self.alone = len(self.ranks) == 1 or dist.get_backend() == "fake"
@@ -209,12 +211,18 @@ def told(what: str) -> Callable:
                     with contextlib.suppress(
                         RanksDisagree
                     ):  # the others are gone; this rank's own error is raised
-                        Meeting(mesh, kwargs.get("check_timeout", 60.0)).fail(error, what)
+                        Meeting(mesh, _patience(kwargs)).fail(error, what)
                 raise
 
         return telling
 
     return decorate
+
+
+def _patience(given: Mapping[str, Any]) -> float:
+    """The check_timeout of a call's keywords, which may be what is refused."""
+    seconds = given.get("check_timeout", getattr(given.get("options"), "check_timeout", None))
+    return seconds if isinstance(seconds, (int, float)) and seconds > 0 else Options.check_timeout
 
 
 class CallCheck:

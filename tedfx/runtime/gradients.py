@@ -52,8 +52,9 @@ from torch.distributed.tensor import DTensor
 
 from tedfx import _torch
 from tedfx.errors import TedfxError
+from tedfx.options import Options
 from tedfx.runtime.leaving import Leaving
-from tedfx.state.buckets import BUCKET_BYTES, Bucket, Flight, Reduction, new_group, plan
+from tedfx.state.buckets import Bucket, Flight, Reduction, new_group, plan
 from tedfx.state.parameters import Placed
 
 
@@ -61,23 +62,17 @@ class GradientBoundary:
     """Leaves, buckets and reductions of one ParallelModule.
 
     placed: by layout name. parameter: returns the nn.Parameter (a DTensor) of a name now. Collective to
-    construct: it creates one process group per set of reduced axes. gradient_dtype: what gradients are summed
-    and kept in, by default the parameter's dtype.
+    construct: it creates one process group per set of reduced axes. options: gradient_dtype and bucket_bytes.
     """
 
     def __init__(
         self,
         placed: dict[str, Placed],
         parameter: Callable[[str], nn.Parameter],
-        bucket_bytes: int = BUCKET_BYTES,
-        gradient_dtype: torch.dtype | None = None,
+        options: Options = Options(),
     ):
-        self.placed, self.parameter, self.bucket_bytes, self.gradient_dtype = (
-            placed,
-            parameter,
-            bucket_bytes,
-            gradient_dtype,
-        )
+        self.placed, self.parameter = placed, parameter
+        self.bucket_bytes, self.gradient_dtype = options.bucket_bytes, options.gradient_dtype
         self.reductions: list[Reduction] = []
         self.synced = True
         # under ZeRO-3 a compiled graph scatters gradients itself: what its leaves get is this rank's share,

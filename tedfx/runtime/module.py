@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from tedfx._torch import functions_recompute, inductor_options, pytree
@@ -27,6 +28,8 @@ from tedfx.graph.emission import emit
 from tedfx.graph.signature import Path, Signature, bind, flatten, show
 from tedfx.ops.autocast import Autocast, region
 from tedfx.ops.context import RankContext, use
+from tedfx.options import Options
+from tedfx.ranks import progress
 from tedfx.ranks.checks import CallCheck, Meeting
 from tedfx.ranks.failures import noting
 from tedfx.runtime.asked import notice
@@ -38,7 +41,6 @@ from tedfx.runtime.mirror import Guard, Mirror
 from tedfx.runtime.program import Program
 from tedfx.runtime.state_dict import StateAccess, broadcast_from_first
 from tedfx.runtime.weights import WeightAccess
-from tedfx.state.buckets import BUCKET_BYTES
 from tedfx.state.parameters import ParameterLayout, Placed, materialize
 
 EXPORT = "to export: model.load_state_dict(pm.gather_parameters(buffers=True)), then use the plain model"
@@ -57,6 +59,7 @@ class _Ready:
     aliases: dict[
         int, tuple[int, ...]
     ]  # outputs that may share memory with operands, see `tedfx/graph/aliases.py`
+    ran: bool = False
 
 
 class ParallelModule(WeightAccess, StateAccess, Mirror):
@@ -67,13 +70,10 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
     names -> tensor; values of the first rank are taken. compile_program: `(signature, flat, training) ->
     Program`; `flat` maps paths to the leaves of this rank's call. batch_axes: axes over which tokens differ.
     axis_groups: tuples of axes whose process groups the programs use. input_names: the names of the model's
-    forward, in order; var_keyword: whether it takes others as well. compile: run programs through
-    torch.compile(fullgraph=True); a mapping adds options, e.g. {"mode": "max-autotune"}. number_inputs: names
-    whose python numbers are data, not constants: they enter as 0-dim tensors. non_persistent: buffers that
-    are no part of the state dict. check_inputs: compare each call between ranks; check_timeout: seconds to
-    wait for a rank that does not come. bucket_bytes: gradients that are summed together. zero: ZeRO's stage,
-    see `tedfx.runtime.state_dict.parameters.Placed`. gradient_dtype: what gradients are summed and kept in.
-    gathers_ahead: under ZeRO-3, gathers of parameters in flight beyond the one in use.
+    forward, in order; var_keyword: whether it takes others as well. number_inputs: names whose python numbers
+    are data, not constants: they enter as 0-dim tensors. non_persistent: buffers that are no part of the
+    state dict. origin: the user's model; empty: whether it has no weights. options: how gradients are kept
+    and summed (`tedfx.runtime.state_dict.parameters.Placed` has ZeRO's stage), and how programs run.
     """
 
     def __init__(
@@ -86,26 +86,19 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         batch_axes: Sequence[str],
         axis_groups: Iterable[tuple[str, ...]] = (),
         input_names: Sequence[str] = (),
-        compile: bool | Mapping[str, Any] = False,
         *,
         var_keyword: bool = True,
         number_inputs: Iterable[str] = (),
         non_persistent: Iterable[str] = (),
-        check_inputs: bool = True,
-        check_timeout: float = 60.0,
-        bucket_bytes: int = BUCKET_BYTES,
-        zero: int = 0,
-        gradient_dtype: torch.dtype | None = None,
-        gathers_ahead: int = 2,
         origin: nn.Module | None = None,
         empty: bool = False,
-        precision: str | None = None,
+        options: Options = Options(),
     ):
         super().__init__()
         layouts = list(layouts)
         # Step 1: groups, and agreement on what is about to be built.
         self._mesh, self._batch_axes, self._device = device_mesh, tuple(batch_axes), _device(device_mesh)
-        self._meeting = meeting = Meeting(device_mesh, check_timeout)
+        self._meeting = meeting = Meeting(device_mesh, options.check_timeout)
         shapes = [(layout, tuple(buffers)) for layout in layouts]
         kinds = (
             [
@@ -115,7 +108,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             if empty
             else ["with weights"]
         )
-        kinds += [f"precision {precision}"] * (precision is not None)
+        kinds += [f"precision {options.precision}"] * (options.precision is not None)
         meeting.agree(
             ", ".join(kinds) + " " + repr(shapes) + repr(device_mesh.mesh.tolist()),
             "the model",
@@ -126,7 +119,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         )
 
         # Step 2: parameters and buffers of the first rank, one at a time.
-        placed = {layout.name: Placed(layout, device_mesh, zero) for layout in layouts}
+        placed = {layout.name: Placed(layout, device_mesh, options.zero) for layout in layouts}
         if len(placed) != len(layouts):
             raise ConfigError("two parameter layouts have the same name")
         self._init_state(placed, set(non_persistent))
@@ -140,8 +133,8 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                 parameter = materialize(
                     each, lambda n: broadcast_from_first(n, source, meeting, group, self._device)
                 )
-            if gradient_dtype is not None:
-                parameter.grad_dtype = gradient_dtype
+            if options.gradient_dtype is not None:
+                parameter.grad_dtype = options.gradient_dtype
             for user_name in dict.fromkeys((name, *each.layout.aliases)):
                 self._place(user_name, parameter)
         for name in buffers:
@@ -163,12 +156,12 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         # Step 3: what a call needs.
         seed = meeting.exchange([torch.initial_seed() & (2**62 - 1)], "parallelize")
         self._rng_state = (seed[meeting.ranks[0]][0], 0)
-        self._boundary = GradientBoundary(placed, self._parameter, bucket_bytes, gradient_dtype)
-        self._boundary.in_graph = bool(compile)
-        self._zero, self._gathers_ahead = zero, gathers_ahead
-        self._compile_program, self._compile = compile_program, compile
+        self._boundary = GradientBoundary(placed, self._parameter, options)
+        self._boundary.in_graph = bool(options.compile)
+        self._options, self._compile_program = options, compile_program
+        self._progress = options.progress and self._meeting.ranks[0] == dist.get_rank()
         self._input_names, self._var_keyword = tuple(input_names), var_keyword
-        self._number_inputs, self._check_inputs = frozenset(number_inputs), check_inputs
+        self._number_inputs = frozenset(number_inputs)
         self._check = CallCheck(meeting, self._batch_axes)
         self._ready: dict[tuple[Signature, int], _Ready] = {}  # by call and number of micro-batches
         self._last: Signature | None = None
@@ -209,7 +202,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
     def _call(self, calls: list[tuple[tuple, Mapping[str, Any]]]) -> list[Any]:
         """The outputs of one call, or of several layer by layer. What a rank can refuse it refuses before the
         first collective, and the others raise its line."""
-        with self._meeting.telling("forward") if self._check_inputs else contextlib.nullcontext():
+        with self._meeting.telling("forward") if self._options.check_inputs else contextlib.nullcontext():
             self.require_weights("forward")
             self._guard.check()
             flats = [self._inputs(*call) for call in calls]
@@ -220,11 +213,24 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                         f"layered(): micro-batch {i} is another call than the first: {kind} and "
                         f"{kinds[0]}; run calls of different kinds one after another"
                     )
-            with region(None, self._device.type):  # the casts of the region around the call are in the graph
+            known = self._ready.get((kinds[0], len(flats)))
+            first = None if known is not None and known.ran else kinds[0]
+            with (
+                self._telling(first),
+                region(None, self._device.type),  # the casts of the region around the call are in the graph
+            ):
                 ready = self._agreed(kinds[0], flats)
-        with region(None, self._device.type), noting(self._meeting.ranks):
+        with self._telling(first), region(None, self._device.type), noting(self._meeting.ranks):
+            progress.now("compile" if self._options.compile else "run")
             self._context.ensure_groups(ready.program.groups)
-            return self._ran(ready, kinds[0], flats)
+            outputs = self._ran(ready, kinds[0], flats)
+        ready.ran = True
+        return outputs
+
+    def _telling(self, first: Signature | None):
+        """A line of progress around the first call of a kind."""
+        title = f"tedfx, first {'call' if self.training else 'evaluation'}"
+        return progress.line(title, self._progress and first is not None)
 
     def _agreed(self, signature: Signature, flats: list[dict[Path, Any]]) -> _Ready:
         """The program of this call, which all ranks make alike and which its inputs fit."""
@@ -245,7 +251,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                 rules.check_sizes(flat)
                 for fit in ready.program.fits:
                     fit.check(flat)
-        if not self._check_inputs:
+        if not self._options.check_inputs:
             return ready is None
         tensors = {
             which[m] + show(path): leaf
@@ -304,7 +310,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         ]
 
     def _run(self, ready: _Ready, operands: list, grad: bool) -> list:
-        if self._compile or not ready.gathers:
+        if self._options.compile or not ready.gathers:
             with use(self._context):
                 return list(ready.runner(*operands))
         shares = dict(zip(ready.program.parameters, operands))
@@ -313,7 +319,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             shares,
             self._context,
             self._boundary.arrived,
-            self._gathers_ahead,
+            self._options.prefetch,
             self._boundary.gradient_dtype,
         )
         with use(self._context.with_store(store)), store.notes() if grad else contextlib.nullcontext():
@@ -364,11 +370,11 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                 program = interleave(
                     self._prepared(signature, flat, 1).program,
                     count,
-                    self._boundary.gradient_dtype if self._compile else None,
+                    self._boundary.gradient_dtype if self._options.compile else None,
                 )
             runner = running = emit(program.graph_module)
-            if self._compile:
-                options = dict(self._compile) if isinstance(self._compile, Mapping) else {}
+            if self._options.compile:
+                options = dict(self._options.compile) if isinstance(self._options.compile, Mapping) else {}
                 if not options.keys() & {"mode", "options", "backend"}:
                     options["options"] = inductor_options()
                 # `forward`, not the module: an fx module's call reads tracebacks when it fails, which dynamo
@@ -494,7 +500,12 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                 "a ParallelModule has no push_to_hub(): write a folder with save_pretrained(path) and "
                 "upload that"
             )
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "dtype":  # as transformers has it; a model's own attribute of this name comes first
+                return next(p.dtype for p in self.parameters() if p.is_floating_point())
+            raise
 
 
 def allocate(placed: Placed, source: Callable[[str], Tensor], device: torch.device) -> nn.Parameter:

@@ -12,13 +12,6 @@ from torch import Tensor
 from tedfx.ops.groups import group_among
 from tedfx.state.parameters import Placed
 
-BUCKET_BYTES = 25 * 2**20
-"""Gradients that travel together by default.
-
-On two H100 sizes from 25 to 512 MiB are within 5 % of each other (benchmarks/results/zero-2xH100.jsonl);
-larger ones make the gather after the update take more.
-"""
-
 
 @dataclass(frozen=True)
 class Bucket:

@@ -136,10 +136,6 @@ class Trace:
             if p in nodes and not nodes[p].meta["val"].requires_grad
         }
 
-    @property
-    def batch_dim_symbols(self) -> dict[str, sympy.Symbol]:
-        return self.sizes
-
     def flatten(self, args: tuple = (), kwargs: dict[str, Any] | None = None) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the input placeholders; a call unlike the traced one is
         refused."""

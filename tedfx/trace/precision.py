@@ -18,19 +18,8 @@ import torch
 from torch import nn
 
 from tedfx import _transformers
+from tedfx.dtypes import check_precision
 from tedfx.errors import ConfigError
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_precision(precision: str | None) -> torch.dtype | None:
-    """The dtype that `precision` names; None for None."""
-    if precision is not None and (not isinstance(precision, str) or precision not in PRECISIONS):
-        raise ConfigError(
-            f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS))}, or None for the "
-            "model's own dtypes"
-        )
-    return None if precision is None else PRECISIONS[precision]
 
 
 def parameter_dtypes(model: nn.Module, precision: str | None) -> dict[str, torch.dtype]:
@@ -98,10 +87,8 @@ def cast_model(model: nn.Module, precision: str | None) -> nn.Module:
 
 
 __all__ = [
-    "PRECISIONS",
     "cast_model",
     "cast_parameters",
     "check_complex",
-    "check_precision",
     "parameter_dtypes",
 ]

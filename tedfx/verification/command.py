@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.options import Options
 from tedfx.verification.models import VERIFIED, factory
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -64,11 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the model as it is made (default float64, or float32 with --precision)",
     )
     parser.add_argument(
-        "--precision",
-        metavar="P",
-        help="parallelize(precision=P): bf16, fp16 or fp32; the single device's parameters are cast alike",
-    )
-    parser.add_argument(
         "--steps",
         type=int,
         default=5,
@@ -83,41 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "explain: those of one rank",
     )
     parser.add_argument("--sequence", type=int, default=12, metavar="N", help="tokens per row (default 12)")
-    parser.add_argument("--compile", action="store_true", help="run the ranks' graphs through torch.compile")
-    parser.add_argument(
-        "--dedup",
-        action=argparse.BooleanOptionalAction,
-        help="send no row to experts twice because two ranks hold its token (default: yes)",
-    )
-    parser.add_argument(
-        "--sequence-parallel",
-        action=argparse.BooleanOptionalAction,
-        help="keep tokens cut over the tensor axes between tensor-parallel regions (default: where there are "
-        "any)",
-    )
-    parser.add_argument(
-        "--algebra",
-        action=argparse.BooleanOptionalAction,
-        help="sums late and together, gathers late (default: yes); --no-algebra is DeepSpeed-TED's own order",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="POLICY",
-        help="what backward computes again: none (default), comm, selective, full or budget=<bytes> for the "
-        "rows of one rank",
-    )
-    parser.add_argument(
-        "--capacity",
-        metavar="WHOSE",
-        help="whose tokens the capacity of a mixture counts: global (default), those of the global batch, or "
-        "local, those of each batch coordinate by itself",
-    )
-    parser.add_argument(
-        "--zero",
-        type=int,
-        choices=(0, 1, 2, 3),
-        help="stage of ZeRO over the data axes: 1 optimizer states, 2 gradients, 3 parameters in shares",
-    )
+    # It compares more than the capture check does, and how long a rank is waited for follows from --timeout.
+    Options.add_arguments(parser, only={*Options.names()} - {"check", "check_timeout", "outputs"})
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU per rank"
     )
@@ -165,6 +128,7 @@ def run(args) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if bool(args.model) == args.all_models:
         raise ConfigError("verify: name one model, or pass --all-models")
+    options = Options.from_arguments(args)
     names = VERIFIED if args.all_models else (args.model,)
     status = {}
     for name in names:
@@ -174,21 +138,14 @@ def run(args) -> int:
                 args.mesh,
                 roles=parse_roles(args.roles) if args.roles else None,
                 dtype=getattr(torch, args.dtype) if args.dtype else None,
-                precision=args.precision,
                 steps=args.steps,
                 batch=args.batch,
                 sequence=args.sequence,
-                compile=args.compile,
-                dedup=args.dedup,
-                sequence_parallel=args.sequence_parallel,
-                algebra=args.algebra,
-                checkpoint=args.checkpoint,
-                capacity=args.capacity,
-                zero=args.zero,
                 device=args.device,
                 backend=args.backend,
                 seed=args.seed,
                 timeout=args.timeout,
+                options=options,
             )
             print(result, "", sep="\n", flush=True)
             status[name] = 0 if result.ok else 1

@@ -28,6 +28,7 @@ from tedfx.dtypes import cast_module, widest
 from tedfx.errors import ConfigError
 from tedfx.graph.signature import Path
 from tedfx.optim import ShardedOptimizer
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.input_sizes import is_batch
 from tedfx.trace.precision import cast_model, parameter_dtypes
@@ -39,7 +40,8 @@ KEPT = 2**24  # elements of gradients over all steps: up to that many those of e
 @dataclass(frozen=True)
 class Recipe:
     """How to train: the same on the single device and on every rank. sharded: options of the
-    `ShardedOptimizer` that ranks step with; None: torch's own AdamW, where ZeRO's stage lets it."""
+    `ShardedOptimizer` that ranks step with; None: torch's own AdamW, where ZeRO's stage lets it. options:
+    what ranks ask `parallelize` for; of it the single device has the precision."""
 
     steps: int = 5
     learning_rate: float = 1e-3
@@ -47,7 +49,7 @@ class Recipe:
     dtype: torch.dtype = torch.float64
     seed: int = 0
     sharded: Mapping[str, Any] | None = None
-    precision: str | None = None
+    options: Options = Options()
 
     def make(self, factory: Callable[[], Any]) -> tuple[nn.Module, dict[str, Any] | None]:
         """(the model, the global batch if the factory gives one)."""
@@ -258,7 +260,7 @@ def train_reference(
 ) -> Outcome:
     """The unmodified model on the whole global batch; with `groups`, see `in_groups`."""
     start = time.perf_counter()
-    cast_model(model, recipe.precision).to(device)
+    cast_model(model, recipe.options.precision).to(device)
     batches = _on(device, step_batches(batch, recipe.steps))
     with as_authored(model):
         call = model if groups == 1 else in_groups(model, batches[0], groups)
@@ -329,11 +331,12 @@ def train_rank(
     batch: Batches,
     recipe: Recipe,
     shape: MeshShape,
-    options: Mapping[str, Any],
+    call: Mapping[str, Any],
     prepared=(),
     before=None,
 ) -> Outcome:
-    """One rank's part. `model`: the module, or what makes it. `options` are those of `parallelize`.
+    """One rank's part. `model`: the module, or what makes it. `call`: `parallelize`'s roles and
+    example_inputs.
 
     `prepared`: what the parent already compiled. `before`: called first with the rank's number.
     """
@@ -342,14 +345,14 @@ def train_rank(
     if not isinstance(model, nn.Module):
         model, _ = recipe.make(model)
     start = time.perf_counter()
-    with on_mesh(rank, model, shape, options, prepared) as pm:
+    with on_mesh(rank, model, shape, recipe.options, prepared, **call) as pm:
         built = time.perf_counter()
         index, count = pm.batch_coordinate
         rows = next(iter(pm.programs.values())).call.batch_inputs
         local = _on(
             pm.device, [split_batch(each, index, count, rows) for each in step_batches(batch, recipe.steps)]
         )
-        sharded = {} if recipe.sharded is None and options.get("zero") in (1, 2) else recipe.sharded
+        sharded = {} if recipe.sharded is None and recipe.options.zero in (1, 2) else recipe.sharded
         kept = lambda: (
             _on_first(rank, pm.gather_gradients()),
             _on_first(rank, {n: b.detach().clone() for n, b in pm.named_buffers()}),
@@ -397,49 +400,48 @@ def _digest(tensor: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Mapping[str, Any], prepared=()):
-    """This rank's ParallelModule on a new mesh."""
+def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Options, prepared=(), **call):
+    """This rank's ParallelModule on a new mesh. `call`: more of `parallelize`'s own keywords."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from tedfx.api import parallelize
 
     mesh = init_device_mesh(rank.device, shape.sizes, mesh_dim_names=shape.names)
-    yield parallelize(model, mesh, **{"check_timeout": rank.timeout / 2, "traces": prepared, **options})
+    if "check_timeout" not in options.given:
+        options = options.replace(check_timeout=rank.timeout / 2)
+    yield parallelize(model, mesh, options=options, traces=prepared, **call)
 
 
 # ---- compile once, fork the ranks --------------------------------------------------------------------------
 
 
-def prepare(model: nn.Module, trace, roles: Roles, options: Mapping[str, Any], check: bool = False):
-    """The compilation that every rank would make, made once: the graph is the same on all of them. `check`:
-    with the capture check, which runs the model here."""
-    from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
+def prepare(
+    model: nn.Module,
+    trace,
+    roles: Roles,
+    options: Options,
+    example: Mapping[str, Any] | None = None,
+    check: bool = False,
+):
+    """The compilation that every rank would make, made once: the graph is the same on all of them. `example`:
+    one rank's call. `check`: with the capture check, which runs the model here."""
+    from tedfx.compiler import Compilation, compile_trace, example_sizes
 
     trainable = {
         placeholder
         for placeholder, name in trace.parameters.items()
         if model.get_parameter(name).requires_grad
     }
-    outputs = options.get("outputs")
-    switches = {
-        name: options.get(name)
-        for name in ("dedup", "sequence_parallel", "algebra", "checkpoint", "capacity", "zero")
-    }
-    passes = pipeline(options.get("passes"), roles, options.get("compile"), **switches)
-    dtypes = parameter_dtypes(model, options.get("precision"))
-    example = example_sizes(trace, options.get("example_inputs") or {})
     return compile_trace(
         Compilation(
             trace,
             roles,
             trainable,
-            outputs=tuple(outputs) if outputs else None,
-            example=example,
-            zero=options.get("zero") or 0,
+            example=example_sizes(trace, example or {}),
+            options=options,
             model=model if check else None,
-            dtypes=dtypes,
-        ),
-        passes,
+            dtypes=parameter_dtypes(model, options.precision),
+        )
     )
 
 

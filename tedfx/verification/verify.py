@@ -25,10 +25,12 @@ import torch
 from torch import nn
 
 from tedfx._version import __version__
+from tedfx.dtypes import check_precision
 from tedfx.errors import ConfigError
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
-from tedfx.trace.precision import cast_parameters, check_precision, parameter_dtypes
+from tedfx.trace.precision import cast_parameters, parameter_dtypes
 from tedfx.verification import processes as verify_ranks
 from tedfx.verification.run import (
     Batches,
@@ -151,24 +153,17 @@ def verify(
     *,
     roles: Mapping[str, Sequence[str]] | None = None,
     dtype: torch.dtype | None = None,
-    precision: str | None = None,
     steps: int = 5,
     batch: int | Mapping[str, Any] | None = None,
     sequence: int = 12,
-    compile: bool = False,
     device: str | None = None,
     backend: str | None = None,
-    passes: Sequence | None = None,
-    dedup: bool | None = None,
-    sequence_parallel: bool | None = None,
-    algebra: bool | None = None,
-    checkpoint: str | None = None,
-    capacity: str | None = None,
-    zero: int | None = None,
     seed: int = 0,
     timeout: float = 300.0,
     tolerance: Tolerance | None = None,
     before: Callable[[int], None] | None = None,
+    options: Options | None = None,
+    **given,
 ) -> VerifyResult:
     """Compare `parallelize(model_factory(), mesh)` with the model on one device, on ranks that this call
     starts and ends.
@@ -176,32 +171,32 @@ def verify(
     model_factory  makes the single-device model; called with `seed` set. Dropout must be 0: the two draw
                    differently.
     mesh_shape     axis name -> size, or "dp=2,ep=2,tp=2".
-    dtype          of the model as it is made: float64, or float32 under `precision`.
-    precision      as `parallelize` takes it; the single device's parameters are cast alike, and the tolerance
-                   is that of this dtype.
+    dtype          of the model as it is made: float64, or float32 under precision=.
     steps          AdamW steps, each with another learning rate.
     batch          rows of the global batch (default: 8, or 2 per batch rank), made anew for every step, or
                    the global batch itself as forward's keyword arguments, whose rows are turned from step to
                    step; a factory that returns (model, inputs) gives it as well. Random labels are -100 in
                    about a third of the first half of the rows and in all but one place of the second.
-    passes, dedup, sequence_parallel, algebra, checkpoint: as `parallelize` takes them; a budget is for the
-    rows of one rank.
-    capacity       "local": the single device runs the model's own graph with its tokens in as many groups as
-                   the mesh has batch coordinates (`verify_run.in_groups`).
-    zero           stage of ZeRO; at 1 and 2 the mesh steps with `tedfx.optim.ShardedOptimizer`.
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else
                    gloo.
     before         called in each rank first, with its number: a place to break something and see it found.
+    options        a `tedfx.Options`; each of its fields is a keyword here as well, as of `parallelize`. The
+                   single device's parameters are cast to its precision, and the tolerance is that of this
+                   dtype. A budget is for the rows of one rank. With capacity "local" the single device runs
+                   the model's own graph with its tokens in as many groups as the mesh has batch coordinates
+                   (`verify_run.in_groups`). With zero 1 and 2 the mesh steps with
+                   `tedfx.optim.ShardedOptimizer`.
 
     Raises ConfigError and its kin for what cannot be run, RankFailure (one line, naming the rank) for what
     did not end.
     """
     start = time.perf_counter()
+    options = Options.collect(options, given, verify)
     shape = MeshShape.of(mesh_shape)
     resolved = Roles.resolve(shape, roles)
-    parameters = check_precision(precision)
-    dtype = dtype or (torch.float64 if precision is None else torch.float32)
-    recipe = Recipe(steps=steps, dtype=dtype, seed=seed, precision=precision)
+    parameters = check_precision(options.precision)
+    dtype = dtype or (torch.float64 if parameters is None else torch.float32)
+    recipe = Recipe(steps=steps, dtype=dtype, seed=seed, options=options)
     tolerance = tolerance or TOLERANCES.get(parameters or dtype)
     if tolerance is None or steps < 1:
         raise ConfigError(
@@ -210,7 +205,7 @@ def verify(
         )
     device, backend = _place(shape.world, device, backend)
     fork = device == "cpu" and verify_ranks.can_fork()
-    if fork and compile:
+    if fork and options.compile:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the ranks are the parallelism
 
     model, inputs = recipe.make(model_factory)
@@ -224,36 +219,21 @@ def verify(
         batches = batch
     check_batch(batch, resolved)
 
-    switches = dict(
-        dedup=dedup,
-        sequence_parallel=sequence_parallel,
-        algebra=algebra,
-        checkpoint=checkpoint,
-        capacity=capacity,
-        zero=zero,
-    )
-    options = dict(
-        precision=precision,
-        roles=roles,
-        passes=passes,
-        **switches,
-        compile=compile,
-        example_inputs=_example(one_call(batch, checkpoint, shape.size(resolved.batch))),
-    )
+    example = _example(one_call(batch, options.checkpoint, shape.size(resolved.batch)))
     if fork:
-        with cast_parameters(model, parameter_dtypes(model, precision), values=False):
+        with cast_parameters(model, parameter_dtypes(model, options.precision), values=False):
             traced = trace(model, kwargs=_example(batch), device=device)
-        prepared = [prepare(model, traced, resolved, options)]
-        given = model
+        prepared = [prepare(model, traced, resolved, options, example)]
+        source = model
         # The trace of a Function runs its backward. Where torch has a device, or counts one, that started a
         # thread.
         fork = verify_ranks.can_fork()
     if not fork:
-        prepared, given = [], model_factory
+        prepared, source = [], model_factory
         _check_picklable(model_factory)
     ranks = verify_ranks.jobs(
         train_rank,
-        (given, batches, recipe, shape, options, prepared, before),
+        (source, batches, recipe, shape, {"roles": roles, "example_inputs": example}, prepared, before),
         shape.world,
         device,
         backend,
@@ -262,7 +242,7 @@ def verify(
     single = verify_ranks.Job(
         "the single device",
         _reference,
-        (given, batches, recipe, device, shape.size(resolved.batch) if capacity == "local" else 1),
+        (source, batches, recipe, device, shape.size(resolved.batch) if options.capacity == "local" else 1),
     )
     reference, *outcomes = verify_ranks.run([single, *ranks], fork, timeout)
 
@@ -277,10 +257,7 @@ def verify(
     )
     title = (
         f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, "
-        f"{'compiled' if compile else 'eager'}{f', checkpoint {checkpoint}' if checkpoint else ''}"
-        f"{f', capacity {capacity}' if capacity else ''}{f', zero {zero}' if zero else ''}"
-        f"{f', precision {precision}' if precision else ''}, "
-        ""
+        f"{'compiled' if options.compile else 'eager'}{f', {options}' if str(options) else ''}, "
         f"{shape.world} ranks on {device} ({backend})"
     )
     result = compare(title, reference, outcomes, tolerance, steps)
@@ -357,10 +334,10 @@ def _reference(rank_model, batch, recipe: Recipe, device: str, groups: int) -> O
     return train_reference(model, batch, recipe, device, groups)
 
 
-def one_call(batch: Mapping[str, Any], checkpoint: str | None, ranks: int) -> Mapping[str, Any]:
+def one_call(batch: Mapping[str, Any], checkpoint: str, ranks: int) -> Mapping[str, Any]:
     """What stands for a rank's call while compiling. A budget counts its bytes; for all else any number of
     rows will do."""
-    return split_batch(batch, 0, ranks) if (checkpoint or "").startswith("budget") else batch
+    return split_batch(batch, 0, ranks) if checkpoint.startswith("budget") else batch
 
 
 def _example(batch: Mapping[str, Any]) -> dict[str, Any]:

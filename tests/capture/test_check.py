@@ -17,6 +17,7 @@ from tedfx.checking.full import check_program, check_trace
 from tedfx.checking.sample import sample
 from tedfx.compiler import Compilation, default_passes
 from tedfx.errors import CaptureError, ConfigError
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tests.capture.silent import SILENT, Assigned, Net, parameter_hook
@@ -209,7 +210,7 @@ def test_every_output_and_not_those_that_were_not_asked_for():
     model.last.weight.register_hook(lambda grad: grad * 2)
     with pytest.raises(CaptureError, match="gradient of last.weight of step 1"):
         check_trace(model, traced)
-    program = Compilation(traced, Roles.resolve(MeshShape.of("dp=2")), set(), outputs=("0",))
+    program = Compilation(traced, Roles.resolve(MeshShape.of("dp=2")), set(), options=Options(outputs=("0",)))
     assert "no gradient reaches" in check_program(program, Two())
 
 

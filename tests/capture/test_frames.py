@@ -8,6 +8,7 @@ import torch
 
 from tedfx.compiler import Compilation, compile_trace, default_passes
 from tedfx.errors import TraceError, user_line
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tests.models import MODELS
@@ -93,7 +94,7 @@ def test_outputs_that_were_not_asked_for_are_not_compared():
     model = MODELS["mixtral"](num_hidden_layers=1)
     roles = Roles.resolve(MeshShape.of("ep=2"))
     done = compile_trace(
-        Compilation(trace(model), roles, set(), outputs=("loss",), model=model), TO_THE_CHECK
+        Compilation(trace(model), roles, set(), options=Options(outputs=("loss",)), model=model), TO_THE_CHECK
     )
     assert "largest relative difference" in done.history[-1].result.notes[0]
     assert done.model is None

@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tedfx import parallelize
 from tedfx.errors import TedfxError, TypeCheckError, user_line
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes as verify_ranks
@@ -240,9 +241,7 @@ def _prepare(program: Program, mesh: str, verdict: Verdict):
     try:
         model, example = module.make(), split_batch(module.batch(0), 0, _rows(mesh))
         roles = Roles.resolve(MeshShape.of(dict(zip(*MESHES[mesh]))))
-        compilation = prepare(
-            model, trace(model, kwargs=example), roles, {"example_inputs": example}, check=True
-        )
+        compilation = prepare(model, trace(model, kwargs=example), roles, Options(), example, check=True)
     except TypeCheckError as error:  # of tedfx's own passes, no refusal
         verdict.outcome, verdict.line, verdict.trace = "crash", _line(error), traceback.format_exc()
         return None

@@ -280,6 +280,11 @@ def loaded(name, mesh, folder, out):
     pm.load_pretrained(folder)
     if name in HF:
         expected = HF[name][0].from_pretrained(folder, dtype=torch.float32)
+        assert (type(pm.config), pm.dtype, pm.device) == (
+            type(expected.config),
+            expected.dtype,
+            expected.device,
+        )
     else:
         expected = make(name)
         expected.load_state_dict(

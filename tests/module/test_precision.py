@@ -11,7 +11,7 @@ import tedfx
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim import LossScale, ShardedOptimizer
 from tedfx.saving.folder import CheckpointError
-from tedfx.trace.precision import cast_model, check_precision, parameter_dtypes
+from tedfx.trace.precision import cast_model, parameter_dtypes
 from tests.module.mixed import Dense, Mixture, tokens
 from tests.pool import context
 
@@ -122,7 +122,7 @@ def test_a_model_without_weights_is_cast(ranks):
 def test_a_precision_that_does_not_exist():
     for precision in ("int8", torch.bfloat16):
         with pytest.raises(ConfigError, match=r"precision=.*: one of 'fp32', 'bf16', 'fp16'"):
-            check_precision(precision)
+            tedfx.Options(precision=precision)
 
 
 def test_what_a_library_model_keeps_in_float32():

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import tedfx
 from tedfx.errors import ConfigError
 from tedfx.runtime.module import ParallelModule
 from tedfx.runtime.state_dict import StateError
@@ -103,7 +104,7 @@ def make(mesh_name, seed=0, **options) -> ParallelModule:
         None,
         batch,
         non_persistent=["table"],
-        **options,
+        options=tedfx.Options(**options),
     )
 
 

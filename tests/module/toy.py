@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+import tedfx
 from tedfx.ops import convert
 from tedfx.runtime.module import ParallelModule, Program
 from tedfx.state.parameters import ParameterLayout
@@ -151,7 +152,7 @@ def parallel(mesh, model=None, seed=0, log=None, **options) -> ParallelModule:
         ("x", "labels"),
         var_keyword=False,
         non_persistent=("weigh",),
-        **options,
+        options=tedfx.Options(**options),
     )
 
 

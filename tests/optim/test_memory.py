@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+import tedfx
 from tedfx._torch import TorchDispatchMode
 from tedfx.optim import ShardedOptimizer
 from tedfx.runtime.module import ParallelModule
@@ -56,7 +57,13 @@ def experts(number, zero, dtype, names=("dp",)):
         for layout in layouts
     }
     pm = ParallelModule(
-        layouts, values.__getitem__, {}, mesh((2,), names), None, ("dp",), zero=zero, bucket_bytes=2048
+        layouts,
+        values.__getitem__,
+        {},
+        mesh((2,), names),
+        None,
+        ("dp",),
+        options=tedfx.Options(zero=zero, bucket_bytes=2048),
     )
     for name, placed in pm._placed.items():
         pm._parameter(name).grad = placed.dtensor(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes as verify_ranks
@@ -30,9 +31,9 @@ RANK_TIMEOUT = 400.0
 @dataclasses.dataclass(frozen=True)
 class Case:
     """model: a name in tests.models, tests.models_plain, tests.models_capacity or tests.models_functions.
-    change: name in `variants`, applied to the model. batch: name in `data`. sharded: options of the
-    `ShardedOptimizer` that ranks step with, see `Recipe`. calls: which signatures the ranks will make, the
-    first being the example."""
+    change: name in `variants`, applied to the model. batch: name in `data`. options: of `parallelize`.
+    sharded: options of the `ShardedOptimizer` that ranks step with, see `Recipe`. calls: which signatures the
+    ranks will make, the first being the example."""
 
     model: str
     mesh: str
@@ -42,44 +43,47 @@ class Case:
     batch: str = "uneven_labels"
     dtype: str = "float64"
     steps: int = 3
-    compile: bool | str = False  # a string names a backend
-    dedup: bool | None = None
-    sequence_parallel: bool | None = None
-    algebra: bool | None = None
-    checkpoint: str | None = None
-    capacity: str | None = None
-    zero: int | None = None
+    options: Options = Options()
     sharded: tuple[tuple[str, Any], ...] | None = None
-    outputs: tuple[str, ...] | None = None
     calls: tuple[tuple[bool, tuple[str, ...]], ...] = ((True, ("input_ids", "labels")),)
 
     def __str__(self) -> str:
         words = [self.model, self.mesh.replace(",", "x").replace("=", "")]
         words += [f"{role}={'+'.join(axes)}" for role, axes in self.roles]
         words += [f"{k}={v}" for k, v in self.overrides] + [self.change] * bool(self.change)
+        asked = self.options
         words += (
             [self.batch] * (self.batch != "uneven_labels")
             + [self.dtype] * (self.dtype != "float64")
-            + ["compiled"] * bool(self.compile)
-            + [self.checkpoint] * bool(self.checkpoint)
-            + [self.capacity] * bool(self.capacity)
-            + [f"zero{self.zero}"] * bool(self.zero)
+            + ["compiled"] * bool(asked.compile)
+            + [asked.checkpoint] * ("checkpoint" in asked.given)
+            + [asked.capacity] * ("capacity" in asked.given)
+            + [f"zero{asked.zero}"] * bool(asked.zero)
         )
         words += [f"{k}={v}" for k, v in self.sharded or ()]
         words += [
-            ("" if value else "no_") + name
+            ("" if getattr(asked, name) else "no_") + name
             for name in ("dedup", "sequence_parallel", "algebra")
-            if (value := getattr(self, name)) is not None
+            if name in asked.given
         ]
         return "-".join(words)
 
+    def asking(self, **options) -> Case:
+        """This case with other options; None for the default of one."""
+        return dataclasses.replace(self, options=self.options.replace(**options))
+
 
 def case(model: str, mesh: str, **kwargs) -> Case:
-    """Dicts for `roles`, `overrides` and `sharded`."""
+    """Dicts for `roles`, `overrides` and `sharded`; options by their names, a string for `compile` names a
+    backend."""
+    if isinstance(kwargs.get("compile"), str):
+        kwargs["compile"] = {"backend": kwargs["compile"]}
+    options = Options(**{name: kwargs.pop(name) for name in Options.names() if name in kwargs})
     if kwargs.get("sharded") is not None:
         kwargs["sharded"] = tuple(kwargs["sharded"].items())
     roles = tuple((r, (a,) if isinstance(a, str) else tuple(a)) for r, a in kwargs.pop("roles", {}).items())
-    return Case(model, mesh, roles, tuple(kwargs.pop("overrides", {}).items()), **kwargs)
+    overrides = tuple(kwargs.pop("overrides", {}).items())
+    return Case(model, mesh, roles, overrides, options=options, **kwargs)
 
 
 # ---- called by tests ---------------------------------------------------------------------------------------
@@ -147,49 +151,22 @@ def _compiled(case: Case) -> list:
     for training, names in case.calls:
         key = (case.model, case.overrides, case.change, case.dtype, training, names)
         one = _once(("trace", *key), lambda: traced(training, names))
-        options = {
-            "outputs": case.outputs,
-            **_switches(case),
-            "compile": bool(case.compile),
-            "example_inputs": {name: batch[name] for name in names},
-        }
+        example = {name: batch[name] for name in names}
         made.append(
             _once(
-                (
-                    "compiled",
-                    *key,
-                    case.mesh,
-                    case.roles,
-                    case.outputs,
-                    bool(case.compile),
-                    *_switches(case).values(),
-                ),
-                lambda: prepare(model, one, roles, options),
+                ("compiled", *key, case.mesh, case.roles, repr(case.options)),
+                lambda: prepare(model, one, roles, case.options, example),
             )
         )
     return made
 
 
-def _switches(case: Case) -> dict[str, Any]:
-    return {
-        "dedup": case.dedup,
-        "sequence_parallel": case.sequence_parallel,
-        "algebra": case.algebra,
-        "checkpoint": case.checkpoint,
-        "capacity": case.capacity,
-        "zero": case.zero,
-    }
-
-
-def _options(case: Case) -> dict[str, Any]:
+def _call(case: Case) -> dict[str, Any]:
     batch = data.counted(_model(case))
-    return dict(
-        **_switches(case),
-        roles=dict(case.roles) or None,
-        compile={"backend": case.compile} if isinstance(case.compile, str) else case.compile,
-        outputs=case.outputs,
-        example_inputs={name: batch[name] for name in case.calls[0][1]},
-    )
+    return {
+        "roles": dict(case.roles) or None,
+        "example_inputs": {name: batch[name] for name in case.calls[0][1]},
+    }
 
 
 def _recipe(case: Case) -> Recipe:
@@ -197,6 +174,7 @@ def _recipe(case: Case) -> Recipe:
         steps=case.steps,
         dtype=getattr(torch, case.dtype),
         sharded=None if case.sharded is None else dict(case.sharded),
+        options=case.options,
     )
 
 
@@ -209,9 +187,11 @@ def _fork(case: Case, function: Callable, arguments: tuple, single: list = ()) -
 def _verified(case: Case, before: Callable | None) -> VerifyResult:
     start = time.perf_counter()
     model, batch, recipe, shape = _model(case), _batch(case), _recipe(case), MeshShape.of(case.mesh)
-    options, prepared = _options(case), _compiled(case)
+    call, prepared = _call(case), _compiled(case)
     made = time.perf_counter()
-    groups = shape.size(Roles.resolve(shape, dict(case.roles)).batch) if case.capacity == "local" else 1
+    groups = (
+        shape.size(Roles.resolve(shape, dict(case.roles)).batch) if case.options.capacity == "local" else 1
+    )
     key = ("reference", case.model, case.overrides, case.change, case.dtype, case.batch, case.steps, groups)
     single = (
         []
@@ -220,7 +200,7 @@ def _verified(case: Case, before: Callable | None) -> VerifyResult:
             verify_ranks.Job("the single device", train_reference, (by_chunk(model, groups), batch, recipe))
         ]
     )
-    outcomes = _fork(case, train_rank, (model, batch, recipe, shape, options, prepared, before), single)
+    outcomes = _fork(case, train_rank, (model, batch, recipe, shape, call, prepared, before), single)
     reference = _once(key, lambda: outcomes.pop(0))
     result = compare(str(case), reference, outcomes, TOLERANCES[recipe.dtype], recipe.steps)
     result.notes.append(f"trace and compile {made - start:.1f} s, ranks {time.perf_counter() - made:.1f} s")
@@ -247,7 +227,8 @@ def _on_ranks(case: Case, body: Callable, args: tuple) -> list:
         _model(case),
         _batch(case),
         MeshShape.of(case.mesh),
-        _options(case),
+        case.options,
+        _call(case),
         _compiled(case),
         body,
         args,
@@ -255,9 +236,9 @@ def _on_ranks(case: Case, body: Callable, args: tuple) -> list:
     return _fork(case, _rank, arguments)
 
 
-def _rank(rank, model, batch, shape, options, prepared, body, args):
+def _rank(rank, model, batch, shape, options, call, prepared, body, args):
     torch.manual_seed(0)
-    with on_mesh(rank, model, shape, options, prepared) as pm:
+    with on_mesh(rank, model, shape, options, prepared, **call) as pm:
         return body(pm, batch, rank, *args)
 
 

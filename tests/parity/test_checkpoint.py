@@ -1,7 +1,6 @@
 """Recompute on ranks: the single device's numbers under each policy, and what a step repeats, counted and as
 predicted."""
 
-import dataclasses
 from collections import Counter
 
 import pytest
@@ -73,7 +72,7 @@ def test_full_repeats_what_is_predicted():
     for ran, predicted, *_ in on_ranks(this, counted):  # with tokens cut: the gathers as well
         assert ran == predicted
     for ran, predicted, events, choices in on_ranks(
-        dataclasses.replace(this, dedup=False, sequence_parallel=False), counted
+        this.asking(dedup=False, sequence_parallel=False), counted
     ):
         assert ran == predicted
         again = {key[1:]: n for key, n in ran.items() if key[0] == "recompute"}
@@ -163,11 +162,10 @@ def compiled(pm, batch, rank):
         return make_boxed_func(module.forward)
 
     plain = lambda module, inputs: make_boxed_func(module.forward)
-    pm._compile = {
-        "backend": aot_autograd(
-            fw_compiler=plain, bw_compiler=watch, partition_fn=min_cut_rematerialization_partition
-        )
-    }
+    backend = aot_autograd(
+        fw_compiler=plain, bw_compiler=watch, partition_fn=min_cut_rematerialization_partition
+    )
+    pm._options = pm._options.replace(compile={"backend": backend})
     pm._ready.clear()
     loss = pm(**split_batch(batch, *pm.batch_coordinate)).loss
     loss.backward()

@@ -78,7 +78,7 @@ def test_three_micro_batches_are_one_large_batch(case):
     ):
         assert to_apart < 1e-11 and to_together < 1e-6  # the model's own norms and softmax are in float32
         assert sums == layered_sums and overlapped
-        if case.zero == 3 and not case.compile:
+        if case.options.zero == 3 and not case.options.compile:
             assert layered_gathers and gathers == {phase: 3 * n for phase, n in layered_gathers.items()}
 
 

@@ -1,8 +1,6 @@
 """The savings, each alone and together, against the single device. The default set runs in every other test
 of this folder."""
 
-import dataclasses
-
 import pytest
 
 from tests.parity.cases import case, on_ranks, verified
@@ -63,7 +61,5 @@ def test_tokens_that_the_ranks_do_not_divide(this):
 def test_dropout_draws_do_not_depend_on_how_tokens_are_cut():
     this = case("mixtral", "ep=2,tp=2", overrides={"attention_dropout": 0.3}, batch="odd", **NEITHER)
     loss, grads, *_ = on_ranks(this, with_dropout)[0]
-    other, other_grads, *_ = on_ranks(
-        dataclasses.replace(this, dedup=None, sequence_parallel=None), with_dropout
-    )[0]
+    other, other_grads, *_ = on_ranks(this.asking(dedup=None, sequence_parallel=None), with_dropout)[0]
     assert abs(other - loss) < 1e-6 * abs(loss) and worst(other_grads, grads)[1] < 1e-5

@@ -9,6 +9,7 @@ from tedfx.passes.base import run_pipeline
 from torch import fx
 
 from tedfx.compiler import Compilation, compile_trace, default_passes
+from tedfx.options import Options
 from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.placement.types import format_type
@@ -29,7 +30,7 @@ def compilation(model, mesh: str, call: dict, roles=None, outputs=None) -> Compi
         traced,
         Roles.resolve(shape, roles),
         {p for p, n in traced.parameters.items() if n not in frozen},
-        outputs=outputs,
+        options=Options(outputs=outputs),
     )
 
 

@@ -14,7 +14,6 @@ from tedfx.passes.checkpoint import (
     assert_no_recomputed_collectives,
     barrier,
     communicating_nodes,
-    parse,
     regions_of,
 )
 from torch import fx, nn
@@ -29,6 +28,7 @@ from tedfx.analysis.layers import layer_of, path_of
 from tedfx.compiler import compile_trace, default_passes, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.graph.emission import emit, schedule
+from tedfx.options import parse_policy
 from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
 from tests.passes.helpers import compilation, find, run_ranks
@@ -356,29 +356,28 @@ def test_the_emitted_graph_on_ranks(policy):
 
 
 def test_policies():
-    assert parse("comm") == ("comm", 0) and parse("budget=12") == ("budget", 12)
+    assert parse_policy("comm") == ("comm", 0) and parse_policy("budget=12") == ("budget", 12)
     assert (
-        parse("budget=1.5KiB") == ("budget", 1536)
-        and parse("budget=2GB") == ("budget", 2 * 10**9)
-        and parse("budget=7 B") == ("budget", 7)
+        parse_policy("budget=1.5KiB") == ("budget", 1536)
+        and parse_policy("budget=2GB") == ("budget", 2 * 10**9)
+        and parse_policy("budget=7 B") == ("budget", 7)
     )
     for wrong in ("some", "budget", "budget=", "budget=-1", "budget=3XB", "", 3):
         with pytest.raises(ConfigError, match="one of none, full, selective, comm or budget=<bytes>"):
-            default_passes(checkpoint=wrong)
+            tedfx.Options(checkpoint=wrong)
 
 
 def test_passes_and_an_option_together_are_refused():
     roles = Roles.resolve(MeshShape.of("dp=2"))
-    assert pipeline(None, roles, checkpoint="comm")[-1] == Checkpoint("comm") and pipeline(None, roles)[
-        -1
-    ] == Checkpoint("none")
-    assert pipeline(default_passes(checkpoint="full"), roles)[-1] == Checkpoint("full")
+    made = lambda **options: pipeline(tedfx.Options(**options), roles)
+    assert made(checkpoint="comm")[-1] == Checkpoint("comm") and made()[-1] == Checkpoint("none")
+    assert made(passes=default_passes(checkpoint="full"))[-1] == Checkpoint("full")
     with pytest.raises(ConfigError, match="passes= and checkpoint= together"):
-        pipeline(default_passes(), roles, checkpoint="none")
+        made(passes=default_passes(), checkpoint="none")
     with pytest.raises(ConfigError, match="passes= and dedup= together"):
-        pipeline(default_passes(), roles, dedup=True)
+        made(passes=default_passes(), dedup=True)
     with pytest.raises(ConfigError, match="sequence_parallel=True needs a tensor axis larger than 1"):
-        pipeline(None, roles, sequence_parallel=True)
+        made(sequence_parallel=True)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from tedfx.passes.gather_parameters import GatherParameters
 from tedfx import ops
 from tedfx.compiler import pipeline
 from tedfx.errors import ConfigError
+from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
 from tests.passes.helpers import calls, find, placeholder, upto
@@ -50,7 +51,7 @@ def test_experts_are_cut_over_dp_and_the_rest_over_ep_too():
 def test_a_bucket_is_no_larger_than_it_may_be():
     model = m.make(m.Mlp)
     whole, _ = upto(model, "dp=2", m.inputs(), "checkpoint")
-    whole.zero = 3
+    whole.options = Options(zero=3)
     for node in whole.graph_module.graph.nodes:
         node.meta["nn_module_stack"] = {"": ("layers.0", object)}
     GatherParameters()(whole)
@@ -88,4 +89,4 @@ def test_compiled_gathers_are_regions_of_their_own():
 )
 def test_wrong_stages(mesh, stage, message):
     with pytest.raises(ConfigError, match=message):
-        pipeline(None, Roles.resolve(MeshShape.of(mesh)), zero=stage)
+        pipeline(Options(zero=stage), Roles.resolve(MeshShape.of(mesh)))

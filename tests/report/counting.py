@@ -16,7 +16,7 @@ import torch
 
 import tedfx
 from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, GATHER_PARAMETERS, Cost
-from tedfx.compiler import Compilation, compile_trace, default_passes
+from tedfx.compiler import Compilation, compile_trace
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes as verify_ranks
@@ -76,22 +76,11 @@ def prepare():
                 CAPACITY[name](layers=layers) if name in CAPACITY else MODELS[name](num_hidden_layers=layers)
             )
             traces[name] = trace(models[name])
-        shape, passes = (
-            MeshShape.of(mesh),
-            {name: value for name, value in switches.items() if name not in WIDE},
+        roles = Roles.resolve(MeshShape.of(mesh), roles)
+        program = Compilation(
+            traces[name], roles, set(traces[name].parameters), options=tedfx.Options(**switches)
         )
-        mine = {name: value for name, value in switches.items() if name in ("zero", *WIDE)}
-        made.append(
-            (
-                models[name],
-                compile_trace(
-                    Compilation(
-                        traces[name], Roles.resolve(shape, roles), set(traces[name].parameters), **mine
-                    ),
-                    default_passes(**passes),
-                ),
-            )
-        )
+        made.append((models[name], compile_trace(program)))
     return made
 
 
