@@ -1,5 +1,6 @@
 """The docs that people write: length and width, links and paths that exist, python blocks that run."""
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -94,8 +95,10 @@ def test_paths_exist(page):
 def test_readme_lists_every_option():
     cells = re.findall(r"^\|([^|]*)\|", (ROOT / "README.md").read_text(), re.M)
     table = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
-    options = inspect.signature(tedfx.parallelize).parameters.values()
-    assert not {p.name for p in options if p.kind is p.KEYWORD_ONLY} - table
+    others = inspect.signature(tedfx.parallelize).parameters.values()
+    names = {p.name for p in others if p.kind is p.KEYWORD_ONLY}
+    names |= {field.name for field in dataclasses.fields(tedfx.Options)}
+    assert not names - table
 
 
 @pytest.mark.parametrize("page", RUN)
