@@ -38,7 +38,7 @@ demo: $(VENV)/.stamp
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh ep=2,tp=2 --out out/demo $(ARGS)
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=40 $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff format --check --quiet . || { echo 'run: $(BIN)/ruff format .' >&2; exit 1; }
