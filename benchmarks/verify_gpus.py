@@ -1,5 +1,5 @@
 """`tedfx verify` on the GPUs of this machine, on record: python benchmarks/verify_gpus.py --out
-docs/verify-gpus.md
+docs/verify-2xH100.md
 
 Every model on every mesh, eager and compiled, each by the command that its section names: meshes of one axis
 where there are two GPUs, of two axes and PPMoE's and folded roles where there are four. Several commands

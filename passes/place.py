@@ -27,7 +27,7 @@ class Place(Pass):
 
     1. Inputs: the batch factor over the batch axes. Parameters: the plan's factors; otherwise R on the batch
        axes (their gradient is summed at the boundary), I elsewhere. Buffers and constants: I.
-    2. Nodes in order: per axis `placing.decide` says what each operand must be and what the output is.
+    2. Nodes in order: per axis `decide` (tedfx/decisions) says what each operand must be and what comes out.
        Conversions go one axis at a time and are made once per (value, target): the first reduction of a value
        serves all its users.
     3. Outputs: batch rows stay with their rank; everything else becomes I. A loss that is a partial sum is

@@ -61,12 +61,12 @@ class ShardExperts(Pass):
                     raise CaptureError(
                         f"UnsupportedMoE: {detail}: this style of mixture is not captured, so it cannot "
                         f"be split over {axes}: write it in a style that is "
-                        'captured (README, "What is captured"), or leave the expert axes out'
+                        "captured (docs/captured.md), or leave the expert axes out"
                     )
                 raise CaptureError(
                     f"expert axes {axes} of size {mesh.size(axes)}, but no MoE layer was found in the "
                     "model: use those ranks as dp or tp, or see the "
-                    "README's list of captured styles"
+                    "docs/captured.md"
                 )
         seen: set = set()
         for node in layers:

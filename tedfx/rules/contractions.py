@@ -14,7 +14,7 @@ ONE = (frozenset({0}),)
 
 @rule("aten.linear")
 def linear(node: fx.Node, ctx: Annotator) -> Relation:
-    """``(.., i), (o, i) -> (.., o)``. A bias makes it affine: see ``placing.split_bias``."""
+    """``(.., i), (o, i) -> (.., o)``. A bias makes it affine: see ``split_bias`` of passes/place.py."""
     x, w = node.args[:2]
     bias = argument(node, 2, "bias")
     rank = len(ctx.dims(x))

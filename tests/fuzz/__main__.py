@@ -5,25 +5,20 @@ from __future__ import annotations
 
 import argparse
 import collections
-import multiprocessing
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from tests.fuzz.program import Program  # noqa: E402
 from tests.fuzz.run import (  # noqa: E402
-    CHUNK,
     ENOUGH,
     MESHES,
-    Run,
-    Verdict,
     default_runs,
+    judged,
     verdicts,
     what_is_lacking,
 )
@@ -76,7 +71,7 @@ def main() -> int:
         collections.defaultdict(collections.Counter),
     )
     every = []
-    for program, verdict in _judged(runs, args.jobs):
+    for program, verdict in judged(runs, args.jobs):
         every.append(verdict)
         counts[verdict.outcome] += 1
         for kind in verdict.kinds:
@@ -103,28 +98,6 @@ def main() -> int:
     lacking = what_is_lacking(every) if args.count >= ENOUGH else []
     print(*lacking, sep="\n", end="\n" * bool(lacking))
     return 1 if failed or lacking else 0
-
-
-def _judged(runs: list[Run], jobs: int) -> Iterator[tuple[Program, Verdict]]:
-    """Each program with its verdict, in order: `jobs` processes take a chunk at a time."""
-    chunks = [runs[first : first + CHUNK] for first in range(0, len(runs), CHUNK)]
-    if min(jobs, len(chunks)) <= 1:
-        judged = map(verdicts, chunks)
-    else:
-        executor = ProcessPoolExecutor(min(jobs, len(chunks)), multiprocessing.get_context("spawn"), _quiet)
-        judged = executor.map(
-            _verdicts, [[(p.seed, p.keep, p.frame, m) for p, m in chunk] for chunk in chunks]
-        )
-    for chunk, found in zip(chunks, judged):
-        yield from zip((program for program, _ in chunk), found)
-
-
-def _quiet() -> None:
-    warnings.filterwarnings("ignore")
-
-
-def _verdicts(chunk: list[tuple]) -> list[Verdict]:
-    return verdicts([(Program(seed, keep, frame), mesh) for seed, keep, frame, mesh in chunk])
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ programs at a time, and call `parallelize` with that compilation; so a program c
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import time
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +207,23 @@ def verdicts(runs: Sequence[Run], chunk: int = CHUNK) -> list[Verdict]:
         for first in range(0, len(mine), chunk):
             made.update(_chunk([(i, runs[i][0]) for i in mine[first : first + chunk]], mesh))
     return [made[i] for i in range(len(runs))]
+
+
+def judged(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Program, Verdict]]:
+    """Each program with its verdict, in order: `jobs` processes take a chunk at a time."""
+    chunks = [runs[first : first + CHUNK] for first in range(0, len(runs), CHUNK)]
+    if min(jobs, len(chunks)) <= 1:
+        every = map(verdicts, chunks)
+    else:
+        executor = ProcessPoolExecutor(min(jobs, len(chunks)), multiprocessing.get_context("spawn"))
+        every = executor.map(_verdicts, [[(p.seed, p.keep, p.frame, m) for p, m in c] for c in chunks])
+    for chunk, found in zip(chunks, every):
+        yield from zip((program for program, _ in chunk), found)
+
+
+def _verdicts(chunk: list[tuple]) -> list[Verdict]:
+    warnings.filterwarnings("ignore")
+    return verdicts([(Program(seed, keep, frame), mesh) for seed, keep, frame, mesh in chunk])
 
 
 def _chunk(programs: list[tuple[int, Program]], mesh: str) -> dict[int, Verdict]:
