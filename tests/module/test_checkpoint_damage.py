@@ -276,7 +276,7 @@ def test_killed_anywhere_in_naming(run, tmp_path, monkeypatch):
 
 
 HOLDER = (
-    "import sys; from pathlib import Path; from tedfx.checkpoint_folder import Folder; f = "
+    "import sys; from pathlib import Path; from tedfx.saving.folder import Folder; f = "
     "Folder(Path(sys.argv[1]), 2); f.claim(); print('mine', flush=True); sys.stdin.read()"
 )
 
