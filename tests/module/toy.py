@@ -132,7 +132,7 @@ def compiler(batch_axes, tensor_axes, count, log=None):
     return compile_program
 
 
-def parallel(mesh, model=None, seed=0, log=None, **options) -> ParallelModule:
+def parallel(mesh, model=None, seed=0, log=None, number_inputs=(), **options) -> ParallelModule:
     """Mlp on a mesh with axes among dp, ep (batch) and tp."""
     names = mesh.mesh_dim_names
     batch, tensor = tuple(a for a in names if a != "tp"), tuple(a for a in names if a == "tp")
@@ -152,6 +152,7 @@ def parallel(mesh, model=None, seed=0, log=None, **options) -> ParallelModule:
         ("x", "labels"),
         var_keyword=False,
         non_persistent=("weigh",),
+        number_inputs=number_inputs,
         options=tedfx.Options(**options),
     )
 
