@@ -88,7 +88,7 @@ def test_rank_that_does_not_come(ranks):
     ranks(4).close()  # its groups are of no use any more
     for line, waited in (answer for answer in every if answer):
         assert "rank 2 did not come within 4 s while ranks 0, 1, 3 waited" in line and "\n" not in line
-        assert 3.5 < waited < 6
+        assert 3.5 < waited < 60  # not the ten minutes of the group
 
 
 def died():
