@@ -244,25 +244,17 @@ def one_stays_away(pm, batch, rank):
 
 
 def test_a_rank_that_does_not_come_is_named():
-    import tests.parity.cases as cases
-
     results = nursery().call(_with_timeout, 4.0, one_stays_away)
     for rank, result in enumerate(results):
         if rank != 2:
             kind, line, seconds = result
-            assert "rank 2 did not come" in line and seconds < 10, line
-    assert cases
+            assert "rank 2 did not come" in line and seconds < 60, line  # not the group's minutes
 
 
 def _with_timeout(seconds, body):
     from tests.parity import cases
 
-    options = cases._options
-    cases._options = lambda this: {**options(this), "check_timeout": seconds}
-    try:
-        return cases._on_ranks(EP_TP, body, ())
-    finally:
-        cases._options = options
+    return cases._on_ranks(EP_TP.asking(check_timeout=seconds), body, ())
 
 
 # ---- ranks that fail ---------------------------------------------------------------------------------------
