@@ -207,7 +207,7 @@ class _Builder:
         self.done: dict = {}
         self.changes = Changes(model)
         self.number_inputs = frozenset(
-            n for f in default_frontends() if f.applies(model) for n in getattr(f, "number_inputs", ())
+            n for f in default_frontends() if f.applies(model) for n in f.number_inputs
         )
         self.module: ParallelModule | None = None
         self.layouts: dict = {}

@@ -21,6 +21,11 @@ __all__ = ["Capacities", "ExpertLoops", "Frontend", "HuggingFace", "default_fron
 
 class Frontend(Protocol):
     name: str
+    number_inputs: tuple[str, ...]
+    """Arguments whose python numbers are data: they enter the graph as 0-dim tensors."""
+    memories: tuple[str, ...]
+    """Attributes of modules in which a library keeps that its first call has set something up; `prepare` sets
+    it up."""
 
     def applies(self, model: torch.nn.Module) -> bool:
         """Whether this frontend knows something about `model`."""

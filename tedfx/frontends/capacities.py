@@ -42,6 +42,8 @@ class Capacities:
     """Frontend for any model."""
 
     name = "capacities"
+    number_inputs = ()
+    memories = ()
 
     def applies(self, model: nn.Module) -> bool:
         return True

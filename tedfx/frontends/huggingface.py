@@ -69,6 +69,8 @@ class HuggingFace:
     name = "huggingface"
     # Python numbers that are data: they change from step to step, so they enter the graph as 0-dim tensors.
     number_inputs = ("num_items_in_batch",)
+    # Set by the first call that records a router's scores, for good, with the hooks that record them.
+    memories = ("_output_capturing_hooks_installed",)
 
     def applies(self, model: nn.Module) -> bool:
         # A model of the library cannot exist unless the library is loaded.
@@ -79,7 +81,7 @@ class HuggingFace:
         experts = _experts(model)
         if experts:
             _check_release()
-        with _restored(model), _registered(experts):
+        with _restored(model), _registered(experts), _recording(model):
             for config in _configs(model):
                 if vars(config).get("use_cache"):
                     config.use_cache = False
@@ -138,6 +140,32 @@ def _restored(model: nn.Module) -> Iterator[None]:
         for config, fields in saved:
             vars(config).clear()
             vars(config).update(fields)
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module) -> Iterator[None]:
+    """With the hooks that record outputs (a router's scores, for one) already installed, as from the second
+    call on: the first call is then traced as all others."""
+    from transformers.utils import output_capturing
+
+    wrapped = lambda f: getattr(f, "__globals__", None) is vars(output_capturing)
+    hooks = [(table := m._forward_hooks, dict(table)) for m in model.modules()]
+    flags = HuggingFace.memories
+    own = [(vars(m), {k: vars(m)[k] for k in flags if k in vars(m)}) for m in model.modules()]
+    try:
+        for module in model.modules():
+            if wrapped(inspect.unwrap(type(module).forward, stop=wrapped)):
+                output_capturing.maybe_install_capturing_hooks(module)
+        yield
+    finally:
+        for table, saved in hooks:
+            if len(table) != len(saved):
+                table.clear()
+                table.update(saved)
+        for attributes, saved in own:
+            for flag in flags:
+                attributes.pop(flag, None)
+            attributes.update(saved)
 
 
 @contextlib.contextmanager

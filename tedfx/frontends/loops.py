@@ -90,6 +90,8 @@ class ExpertLoops:
     """Frontend for any model: it recognises no model, only questions about how many tokens there are."""
 
     name = "loops"
+    number_inputs = ()
+    memories = ()
 
     def applies(self, model: nn.Module) -> bool:
         return True

@@ -341,6 +341,7 @@ def trace(
     free: dict[str, Any] = {name: torch.export.Dim(name) for name in sizes}
     traced = {name: size for name, (_, size) in sizes.items()}
     observation = Observation(model)
+    observation.remember([name for f in used for name in f.memories])
     with contextlib.ExitStack() as stack:
         for frontend in used:
             stack.enter_context(frontend.prepare(model, notes))
@@ -379,7 +380,7 @@ def trace(
 
             try:
                 exported = export()
-                observation.settle(lambda: str(export().graph))
+                observation.settle(str(exported.graph), lambda: str(export().graph))
                 break
             except TraceError:  # a frontend's own, with the line
                 raise

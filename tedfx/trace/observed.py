@@ -22,7 +22,7 @@ The model is as it was, also when it is refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,9 +82,13 @@ class Observation:
             before.restore()
             draws.restore()
 
-    def settle(self, graph: Callable[[], str]) -> None:
-        """Refuse what the last call changed, unless it is of no consequence. `graph` traces the call again
-        and gives its text."""
+    def remember(self, names: Sequence[str]) -> None:
+        """Attributes of modules that calls read, and that are no input: memories of a library."""
+        self._steady |= {(id(vars(m)), name) for m in self.model.modules() for name in names}
+
+    def settle(self, first: str, graph: Callable[[], str]) -> None:
+        """Refuse what the last call changed, unless it is of no consequence. `first` is its graph as text;
+        `graph` traces the call again and gives that one's."""
         changes = [change for change in self.changes if not self._passed(change)]
         if not changes:
             return
@@ -101,7 +105,6 @@ class Observation:
         for change in changes:
             if _bound_to_the_trace(change.new) or change.old is MISSING and type(change.new) is object:
                 raise _state(change)
-        first = graph()
         self._start = [c for c in self.changes if not _bound_to_the_trace(c.new)]
         try:
             second = graph()
@@ -110,7 +113,7 @@ class Observation:
             self._start = []
         if again or first != second:
             raise _state((again or changes)[0])
-        self._steady = {(change.table, change.key) for change in changes}
+        self._steady |= {(change.table, change.key) for change in changes}
 
     def _passed(self, change: Change) -> bool:
         """Whether it is set before it is read, in every call, and read in that call."""

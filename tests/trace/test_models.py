@@ -32,7 +32,7 @@ def state(model):
             for n, t in [*model.named_parameters(), *model.named_buffers()]
         },
         [m.training for m in model.modules()],
-        [vars(m).keys() for m in model.modules()],
+        [(list(vars(m)), len(m._forward_hooks)) for m in model.modules()],
     )
 
 
@@ -211,6 +211,17 @@ def test_use_cache_is_off_only_while_tracing():
     model.config.use_cache = True
     t = trace(model)
     assert model.config.use_cache is True and any("use_cache" in note for note in t.notes)
+
+
+def test_what_a_first_call_sets_up_costs_no_second_export(monkeypatch):
+    """The library hooks its modules when scores are first asked for, and remembers it in an attribute."""
+    model = MODELS["mixtral"](num_hidden_layers=1)
+    before, export, exports = state(model), torch.export.export, []
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: exports.append(1) or export(*a, **k))
+    t = trace(model)
+    assert len(exports) == 1
+    assert_as_it_was(model, before)
+    assert not any("_output_capturing_hooks_installed" in place for place in t.observed)
 
 
 def test_a_wrong_capture_is_an_error_that_names_the_module(monkeypatch):
