@@ -34,7 +34,10 @@ class Blind:
     def watching(self):
         return contextlib.nullcontext()
 
-    def settle(self, again):
+    def remember(self, names):
+        pass
+
+    def settle(self, first, again):
         pass
 
     def observed(self):
