@@ -8,8 +8,10 @@ both in processes forked for the purpose.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +21,8 @@ import torch
 from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
-from tedfx.verification import processes as verify_ranks
-from tedfx.verification.run import Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
+from tedfx.verification import processes
+from tedfx.verification.run import Outcome, Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
 from tedfx.verification.verify import TOLERANCES, VerifyResult, compare
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
@@ -91,6 +93,12 @@ def case(model: str, mesh: str, **kwargs) -> Case:
 
 def verified(case: Case, before: Callable | None = None) -> VerifyResult:
     return nursery().call(_verified, case, before)
+
+
+def verified_each(case: Case, befores: list[Callable]) -> list[VerifyResult]:
+    """As `verified` with each of `befores`, one after another on the same ranks. What one patches in tedfx is
+    put back before the next."""
+    return nursery().call(_verified_each, case, befores)
 
 
 def on_ranks(case: Case, body: Callable, *args) -> list:
@@ -180,11 +188,15 @@ def _recipe(case: Case) -> Recipe:
 
 def _fork(case: Case, function: Callable, arguments: tuple, single: list = ()) -> list:
     world = MeshShape.of(case.mesh).world
-    work = verify_ranks.jobs(function, arguments, world, "cpu", "gloo", RANK_TIMEOUT)
-    return verify_ranks.run([*single, *work], True, RANK_TIMEOUT)
+    work = processes.jobs(function, arguments, world, "cpu", "gloo", RANK_TIMEOUT)
+    return processes.run([*single, *work], True, RANK_TIMEOUT)
 
 
 def _verified(case: Case, before: Callable | None) -> VerifyResult:
+    return _verified_each(case, [before])[0]
+
+
+def _verified_each(case: Case, befores: list[Callable | None]) -> list[VerifyResult]:
     start = time.perf_counter()
     model, batch, recipe, shape = _model(case), _batch(case), _recipe(case), MeshShape.of(case.mesh)
     call, prepared = _call(case), _compiled(case)
@@ -196,15 +208,45 @@ def _verified(case: Case, before: Callable | None) -> VerifyResult:
     single = (
         []
         if key in _KEPT
-        else [
-            verify_ranks.Job("the single device", train_reference, (by_chunk(model, groups), batch, recipe))
-        ]
+        else [processes.Job("the single device", train_reference, (by_chunk(model, groups), batch, recipe))]
     )
-    outcomes = _fork(case, train_rank, (model, batch, recipe, shape, call, prepared, before), single)
+    outcomes = _fork(case, _train_each, (befores, model, batch, recipe, shape, call, prepared), single)
     reference = _once(key, lambda: outcomes.pop(0))
-    result = compare(str(case), reference, outcomes, TOLERANCES[recipe.dtype], recipe.steps)
-    result.notes.append(f"trace and compile {made - start:.1f} s, ranks {time.perf_counter() - made:.1f} s")
-    return result
+    results = [
+        compare(str(case), reference, list(of_ranks), TOLERANCES[recipe.dtype], recipe.steps)
+        for of_ranks in zip(*outcomes)
+    ]
+    note = f"trace and compile {made - start:.1f} s, ranks {time.perf_counter() - made:.1f} s"
+    for result in results:
+        result.notes.append(note)
+    return results
+
+
+def _train_each(rank, befores, model, *args) -> list[Outcome]:
+    """`train_rank` with each of `befores`, on the same weights."""
+    found = []
+    for before in befores:
+        with unpatched():
+            found.append(train_rank(rank, copy.deepcopy(model), *args, before))
+    return found
+
+
+@contextlib.contextmanager
+def unpatched():
+    """Puts back what is replaced meanwhile in tedfx's modules and classes."""
+    owners: list[Any] = [m for name, m in sys.modules.items() if name.split(".")[0] == "tedfx"]
+    owners += [
+        c
+        for module in owners
+        for c in vars(module).values()
+        if isinstance(c, type) and c.__module__.split(".")[0] == "tedfx"
+    ]
+    saved = [(owner, dict(vars(owner))) for owner in owners]
+    yield
+    for owner, before in saved:
+        for name, value in before.items():
+            if vars(owner).get(name) is not value:
+                setattr(owner, name, value)
 
 
 def by_chunk(model, groups: int):
@@ -243,8 +285,8 @@ def _rank(rank, model, batch, shape, options, call, prepared, body, args):
 
 
 def _on_single(case: Case, body: Callable, args: tuple):
-    return verify_ranks.run(
-        [verify_ranks.Job("the single device", _single, (_model(case), _batch(case), body, args))],
+    return processes.run(
+        [processes.Job("the single device", _single, (_model(case), _batch(case), body, args))],
         True,
         RANK_TIMEOUT,
     )[0]

@@ -1,85 +1,97 @@
 """Mixtures with a capacity on every kind of mesh: which tokens are dropped is decided over the global batch,
 as on a single device."""
 
+import functools
+
 import pytest
 
 from tedfx.ops import count_collectives
-from tedfx.verification.run import errors, relative, split_batch
+from tedfx.verification.run import split_batch
 from tests.parity.cases import case, on_ranks, on_single, verified
+from tests.parity.pairwise import cover, pairs_of
 
-PPMOE = {"expert": "tp"}
-FOLDED = {"expert": ("ep", "tp")}
+MESHES = {
+    "dp2": ("dp=2", {}),
+    "ep2": ("ep=2", {}),
+    "tp2": ("tp=2", {}),
+    "dp2 ep2": ("dp=2,ep=2", {}),
+    "ep2 tp2": ("ep=2,tp=2", {}),
+    "tp2 ppmoe": ("tp=2", {"expert": "tp"}),
+    "dp2 tp2 ppmoe": ("dp=2,tp=2", {"expert": "tp"}),
+    "ep2 tp2 folded": ("ep=2,tp=2", {"expert": ("ep", "tp")}),
+    "ep2 tp2 unsplit": ("ep=2,tp=2", {"expert_tensor": ()}),
+}
+CHOICES = {
+    "model": ["switch", "gshard", "signed", "compared", "selected", "grouped", "modules"],
+    "mesh": list(MESHES),
+    # whose tokens ask for an expert's places: all, or those of each batch coordinate (tests/parity/cases.py,
+    # `by_chunk`, is the reference). Slots where a group of tokens is whole on a rank, else rows with a tail.
+    "capacity": ["global", "local"],
+    "checkpoint": ["none", "comm", "full"],
+    "dedup": [True, False],
+    "sequence_parallel": [True, False],
+    "algebra": [True, False],
+    "routing": ["", "ties", "one_expert"],
+    "batch": ["all_labels", "odd", "one_token_in_second_half"],
+    "zero": [0, 3],
+}
 
 
-def one(model, mesh, **options):
+def allowed(row) -> bool:
+    return "tp" in row["mesh"] or row["sequence_parallel"]  # off is what it is there
+
+
+ASPECTS = {name: (lambda row, name=name: row[name]) for name in CHOICES} | {
+    "roles": lambda row: str(MESHES[row["mesh"]][1]),
+    "data": lambda row: "dp" in row["mesh"] or "ep" in row["mesh"],
+    "experts": lambda row: "ep" in row["mesh"],
+}
+SWITCHES = [name for name in CHOICES if name not in ("model", "mesh")]
+WANTED = [
+    *((a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]),
+    *(("mesh", what) for what in ("capacity", "routing", "sequence_parallel")),
+    *(("model", what) for what in ("data", "experts", "capacity", "routing")),
+    ("roles", "checkpoint"),
+]
+
+
+@functools.cache
+def rows():
+    return cover(CHOICES, ASPECTS, WANTED, allowed)
+
+
+def made(row):
+    mesh, roles = MESHES[row["mesh"]]
+    default = {"capacity": "global", "checkpoint": "none", "zero": 0}
     return case(
-        model,
+        f"capacity_{row['model']}",
         mesh,
-        overrides={"layers": 1, **options.pop("overrides", {})},
-        batch=options.pop("batch", "all_labels"),
-        **options,
+        roles=roles,
+        overrides={"layers": 1} | ({"expert": "normed"} if row["model"] == "modules" else {}),
+        change=row["routing"],
+        batch=row["batch"],
+        steps=2,
+        sharded={"tile": None},
+        **{
+            name: row[name]
+            for name in ("capacity", "checkpoint", "zero", "dedup", "sequence_parallel", "algebra")
+            if row[name] != default.get(name, True)
+        },
     )
 
 
-CASES = [
-    one("capacity_switch", "dp=2"),
-    one("capacity_switch", "ep=2"),
-    one("capacity_switch", "ep=2,tp=2"),
-    *(one(f"capacity_{name}", "ep=2,tp=2") for name in ("signed", "compared", "selected")),
-    one("capacity_switch", "tp=2", roles=PPMOE),
-    one("capacity_gshard", "ep=2"),
-    one("capacity_gshard", "tp=2"),
-    one("capacity_gshard", "tp=2", roles=PPMOE),
-    one("capacity_gshard", "dp=2,ep=2"),
-    one("capacity_gshard", "ep=2,tp=2", roles=FOLDED),
-]
-# Dropped assignments are not sent: rows are lanes of tensor ranks, slices, owned; experts overflow, or have
-# nothing to do.
-TAILS = [
-    one("capacity_gshard", "ep=2,tp=2", sequence_parallel=False),
-    one("capacity_gshard", "ep=2,tp=2", sequence_parallel=False, dedup=False),
-    one("capacity_gshard", "ep=2,tp=2", roles=FOLDED, sequence_parallel=False, dedup=False),
-    one("capacity_gshard", "ep=2,tp=2", change="ties", batch="odd", steps=1),
-    one("capacity_gshard", "ep=2,tp=2", change="one_expert"),
-    one("capacity_gshard", "dp=2", change="ties", steps=1),
-    one("capacity_gshard", "ep=2,tp=2", checkpoint="comm", steps=1),
-    one("capacity_gshard", "ep=2,tp=2", checkpoint="full", steps=1, batch="odd"),
-    one("capacity_gshard", "dp=2", checkpoint="full", steps=1),
-    one("capacity_gshard", "dp=2,tp=2", roles=PPMOE),
-]
-# A capacity of each batch coordinate's own; the reference is `tests.parity.cases.by_chunk`.
-LOCAL = [
-    one("capacity_gshard", "dp=2", capacity="local"),
-    one("capacity_gshard", "ep=2,tp=2", capacity="local"),
-    one("capacity_gshard", "ep=2,tp=2", capacity="local", sequence_parallel=False, batch="odd"),
-    one("capacity_gshard", "dp=2,ep=2", capacity="local", change="one_expert"),
-    one("capacity_gshard", "ep=2", capacity="local", change="ties", steps=1),
-    one("capacity_gshard", "ep=2,tp=2", capacity="local", checkpoint="comm", steps=1, batch="odd"),
-    one("capacity_gshard", "ep=2", capacity="local", checkpoint="full", steps=1),
-    one("capacity_switch", "ep=2,tp=2", capacity="local", batch="one_token_in_second_half"),
-    one("capacity_compared", "ep=2,tp=2", capacity="local"),
-    one(
-        "capacity_switch", "tp=2", roles=PPMOE, capacity="local"
-    ),  # one batch coordinate: the global function
-]
-# Rows in slots, where a group of tokens is whole on a rank: as most of the above, and a capacity per
-# sequence.
-SLOTS = [
-    one("capacity_gshard", "ep=2,tp=2", capacity="local", sequence_parallel=False, dedup=False),
-    one("capacity_gshard", "ep=2,tp=2", capacity="local", roles=FOLDED, batch="odd"),
-    one("capacity_modules", "ep=2,tp=2", capacity="local", overrides={"expert": "normed"}),
-    one("capacity_grouped", "ep=2,tp=2", batch="odd"),
-    one("capacity_grouped", "ep=2,tp=2", roles={"expert_tensor": ()}, change="one_expert"),
-    one("capacity_grouped", "dp=2,tp=2", roles=PPMOE, change="one_expert", checkpoint="comm", steps=1),
-    one("capacity_grouped", "dp=2,ep=2", checkpoint="full", steps=1, change="ties"),
-]
-
-
-@pytest.mark.parametrize("case", [*CASES, *TAILS, *LOCAL, *SLOTS], ids=str)
+@pytest.mark.parametrize("case", map(made, rows()[0]), ids=str)
 def test_matches_the_single_device(case):
     result = verified(case)
     print(result)
     assert result.ok, f"\n{result}"
+
+
+def test_every_pair_is_there():
+    found, pairs = rows()
+    assert set().union(*(pairs_of(row, ASPECTS, WANTED) for row in found)) == pairs
+    count = lambda a, b: len({pair for pair in pairs if (pair[0][0], pair[1][0]) == (a, b)})
+    assert count("mesh", "capacity") == 2 * len(MESHES) and count("model", "routing") == 3 * 7
 
 
 # ---- what is sent ------------------------------------------------------------------------------------------
@@ -112,32 +124,7 @@ def rows_sent(pm, batch, rank):
 
 @pytest.mark.parametrize("change", ["", "ties"])
 def test_only_what_is_kept_is_sent(change):
-    this = one("capacity_gshard", "ep=2", change=change)
+    this = case("capacity_gshard", "ep=2", overrides={"layers": 1}, batch="all_labels", change=change)
     ((total,), ranks) = on_single(this, kept), on_ranks(this, rows_sent)
     there, back, again, home = (sum(calls) for calls in zip(*ranks))
     assert there == back == again == home == total < 8 * 12 * 2
-
-
-# ---- compiled ----------------------------------------------------------------------------------------------
-
-
-def gradients(model, batch):
-    loss = model(**batch).loss
-    loss.backward()
-    return float(loss), {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def gradients_compiled(pm, batch, rank):
-    from torch._dynamo.utils import counters
-
-    loss = pm(**split_batch(batch, *pm.batch_coordinate)).loss
-    loss.backward()
-    return float(loss.detach()), pm.gather_gradients(), sum(counters["graph_break"].values())
-
-
-@pytest.mark.parametrize("model, mesh", [("gshard", "ep=2"), ("gshard", "dp=2"), ("grouped", "ep=2,tp=2")])
-def test_compiles(model, mesh):
-    this = one(f"capacity_{model}", mesh, compile="aot_eager", outputs=("loss",))
-    expected, grads = on_single(this, gradients)
-    for loss, got, breaks in on_ranks(this, gradients_compiled):
-        assert breaks == 0 and relative(loss, expected) < 1e-6 and max(errors(got, grads).values()) < 1e-5

@@ -4,6 +4,7 @@ Routing never recompiles; a first change of batch size, or of length, compiles o
 What counts is dynamo's part, so that test leaves inductor (minutes of C++) out; the other runs it once.
 """
 
+import pytest
 import torch
 
 from tedfx.verification.run import errors, make_batch, relative, split_batch
@@ -52,7 +53,7 @@ def compiled(pm, batch, rank):
 
 
 def test_compilations_are_counted():
-    this = case("mixtral", "ep=2,tp=2", compile="aot_eager", **ONE_LAYER)
+    this = case("mixtral", "ep=2", compile="aot_eager", **ONE_LAYER)
     expected = on_single(this, single)
     for results, breaks in on_ranks(this, compiled):
         for sizes, (loss, grads), (got_loss, got_grads, _) in zip(BATCHES, expected, results):
@@ -69,3 +70,14 @@ def test_compilations_are_counted():
 def test_inductor_computes_the_same():
     result = verified(case("mixtral", "ep=2", dtype="float32", steps=1, compile=True, **ONE_LAYER))
     assert result.ok, f"\n{result}"
+
+
+@pytest.mark.parametrize("model", ["gshard", "grouped"])
+def test_capacities_compile(model):
+    """Rows with a tail; slots."""
+    this = case(f"capacity_{model}", "ep=2", compile="aot_eager", outputs=("loss",), overrides={"layers": 1})
+    expected = on_single(this, single)
+    for results, breaks in on_ranks(this, compiled):
+        assert breaks == 0
+        for (loss, grads), (got, got_grads, _) in zip(expected, results):
+            assert relative(got, loss) < 1e-6 and max(errors(got_grads, grads).values()) < 1e-5

@@ -16,7 +16,7 @@ from tedfx.verification.verify import verify
 from tests.parity.cases import case, on_ranks
 from tests.parity.nursery import nursery
 
-EP_TP = case("mixtral", "ep=2,tp=2")
+EP_TP = case("mixtral", "ep=2,tp=2", overrides={"num_hidden_layers": 1})
 
 
 def attempt(model, mesh, kwargs, overrides):
@@ -68,11 +68,11 @@ def refused(kind, words, model, mesh, overrides=(), **kwargs):
     ids=lambda x: x.replace(",", "x") if isinstance(x, str) else "",
 )
 def test_meshes(mesh, kwargs, words):
-    refused("ConfigError", words, "mixtral", mesh, **kwargs)
+    refused("ConfigError", words, "mixtral", mesh, {"num_hidden_layers": 1}, **kwargs)
 
 
 def test_expert_axes_without_an_moe_layer():
-    refused("CaptureError", ["no MoE layer", "'ep'"], "llama", "ep=2")
+    refused("CaptureError", ["no MoE layer", "'ep'"], "llama", "ep=2", {"num_hidden_layers": 1})
 
 
 @pytest.mark.parametrize(
