@@ -12,7 +12,7 @@ from typing import Any
 
 Row = dict[str, Any]
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
-TRIES = 4  # rows of the pool for each pair of choices
+TRIES = 2  # rows of the pool for each pair of choices
 
 
 def pairs_of(row: Row, aspects: Mapping[str, Callable[[Row], Any]], wanted: Sequence[tuple[str, str]]):
@@ -40,15 +40,24 @@ def cover(
             drawn = (_drawn(choices, len(pool) + step) | {a: x, b: y} for step in range(60 * TRIES))
             pool += itertools.islice(filter(allowed, drawn), TRIES)
     numbers: dict[Pair, int] = {}
-    has = [
-        sum(1 << numbers.setdefault(pair, len(numbers)) for pair in pairs_of(row, aspects, wanted))
-        for row in pool
-    ]
+    bits = lambda row: sum(
+        1 << numbers.setdefault(pair, len(numbers)) for pair in pairs_of(row, aspects, wanted)
+    )
+    has = [bits(row) for row in pool]
     left, rows = (1 << len(numbers)) - 1, []
     while left:
-        best = max(range(len(pool)), key=lambda i: (has[i] & left).bit_count())
-        rows.append(pool[best])
-        left &= ~has[best]
+        gain = lambda covered: (covered & left).bit_count()  # noqa: B023
+        best = max(range(len(pool)), key=lambda i: gain(has[i]))
+        row, covered, better = pool[best], has[best], True
+        while better:  # and what is near to it
+            better = False
+            for name, values in choices.items():
+                for value in values:
+                    near = row | {name: value}
+                    if allowed(near) and gain(found := bits(near)) > gain(covered):
+                        row, covered, better = near, found, True
+        rows.append(row)
+        left &= ~covered
     return rows, set(numbers)
 
 

@@ -1,5 +1,5 @@
 """Models, meshes, savings, stages and batches: every pair of choices against the single device, in loss,
-gradient norm, gradients, buffers, parameters after three steps, and replicas bit by bit.
+gradient norm, gradients, buffers, parameters after two steps, and replicas bit by bit.
 
 The rows are made by `tests/parity/pairwise.py`, so a new choice is one entry here. The full products are
 `make parity`. Labels are spread unevenly over the ranks, and the router's auxiliary loss is on.
@@ -44,7 +44,6 @@ MODELS = {
     "plain_boolean": ("plain_boolean", {"layers": 1}),
     "plain_stacked": ("plain_stacked", {"layers": 1}),
     "plain_normed": ("plain_normed", {"layers": 1}),
-    "plain_switch": ("plain_switch", {"layers": 1}),
 }
 DENSE = ("llama", "llama tied")
 CHOICES = {
@@ -76,13 +75,19 @@ def mesh_of(row):
 
 def allowed(row) -> bool:
     mesh, roles = mesh_of(row)
-    tensor = "tp" in mesh
+    tensor, data = "tp" in mesh, any(axis in mesh for axis in ("dp=2", "ep=2"))
+    plain = row["model"].startswith("plain")
     return (
         not (row["model"] in DENSE and (roles or "ep" in mesh))
         and (tensor or row["sequence_parallel"])  # off is what it is there
+        and (data or not row["zero"])  # refused
+        and (row["optimizer"] != "torch" or row["zero"] in (0, 3))  # refused
+        # An expert without tokens has no gradient in a loop over experts, and zeros here; in float32 the
+        # gradients of queries and keys, which cancel, are noise.
+        and (row["batch"] != "one_token" or (not plain and row["dtype"] == "float64"))
+        and (row["batch"] != "shorter_than_ranks" or not plain)  # two positions are refused there
         and (row["dtype"] == "float64" or row["model"] in ("mixtral", "llama"))
-        and (row["optimizer"] != "torch" or row["zero"] in (0, 3))
-        # eight ranks take as long as four cases: once for each stage is enough
+        # eight ranks take as long as four cases
         and (mesh.count("2") < 3 or row["model"] in ("deepseek_v3", "mixtral"))
     )
 
@@ -107,7 +112,7 @@ WANTED = [
     *((a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]),
     *(("mesh", what) for what in ("stage", "recompute", "dedup", "sequence_parallel", "algebra")),
     *((where, "checkpoint") for where in ("dp", "ep", "tp", "roles")),
-    *((where, "batch") for where in ("dp", "ep", "tp", "roles")),
+    *((where, "batch") for where in ("dp", "ep", "tp", "experts on tp")),
     *(("model", what) for what in ("dp", "ep", "tensor", "experts on tp", "stage", "recompute")),
 ]
 
@@ -127,6 +132,7 @@ def made(row):
         overrides=overrides,
         batch=row["batch"],
         dtype=row["dtype"],
+        steps=2,
         sharded={"torch": None, "tiled": {"tile": 500}, "whole": {"tile": None}}[row["optimizer"]],
         **{
             name: row[name]
@@ -136,7 +142,7 @@ def made(row):
     )
 
 
-@pytest.mark.parametrize("this", map(made, rows()[0]), ids=str)
+@pytest.mark.parametrize("this", [made(row) for row in rows()[0]], ids=str)
 def test_matches_the_single_device(this):
     result = verified(this)
     print(result)
@@ -151,7 +157,7 @@ def test_every_pair_is_there():
     assert {name for name, _ in MODELS.values()} >= set(every)
     # The pairs are counted by hand for two kinds, so that what is left out by `allowed` is what is meant.
     count = lambda a, b: len({pair for pair in pairs if (pair[0][0], pair[1][0]) == (a, b)})
-    assert count("mesh", "stage") == len(MESHES) * 3 and count("zero", "batch") == 4 * 7
+    assert count("mesh", "stage") == len(MESHES) * 3 - 6 and count("zero", "batch") == 4 * 7  # 6: on tp alone
     assert count("model", "dp") == len(MODELS) * 2 and count("model", "ep") == len(MODELS) * 2 - len(DENSE)
 
 

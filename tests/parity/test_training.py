@@ -81,7 +81,7 @@ def logits_made(pm, batch, rank):
 
 
 def test_loss_alone_never_makes_the_full_logits():
-    this = case("mixtral", "dp=2", overrides=ONE)
+    this = case("mixtral", "tp=2", overrides=ONE)
     full = on_ranks(this, logits_made)
     alone = on_ranks(this.asking(outputs=("loss",)), logits_made)
     assert all(has and made for _, has, made, _ in full)
