@@ -66,13 +66,14 @@ def check_capture(
     if not args and not kwargs:
         kwargs = random_inputs(captured, bounds or next(attempts(model)))
     seen: dict[str, tuple] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_hook(
-            lambda m, a, k, out, name=name: seen.__setitem__(name, (a, k, out)), with_kwargs=True
-        )
-        for name in captured.captured
-    ]
     with torch.no_grad(), torch.random.fork_rng(on_gpu(captured.device)), _buffers_kept(model) as put_back:
+        # Inside: what is kept is put back as it was found, and hooks are part of it.
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda m, a, k, out, name=name: seen.__setitem__(name, (a, k, out)), with_kwargs=True
+            )
+            for name in captured.captured
+        ]
         try:
             with contextlib.ExitStack() as stack:
                 for frontend in frontends:

@@ -31,6 +31,7 @@ import torch
 import torch._dynamo.config
 from torch.distributed.device_mesh import init_device_mesh
 
+import tests.fuzz.grammar  # noqa: F401  it fills the tables
 from tedfx import parallelize
 from tedfx.errors import TedfxError, TypeCheckError, user_line
 from tedfx.options import Options

@@ -1,22 +1,21 @@
 """Random programs on dp2 x tp2 and ep2: each trains as on one device, or is refused with a line.
 
-Here are those that draw every kind once, and some with a mixture. CI runs 300, `make fuzz` thousands.
+Here are a few; CI runs 300 beside the suite, in which every kind is right at least once (`what_is_lacking`),
+`make fuzz` thousands.
 """
 
 import collections
 import copy
-import functools
 
 import pytest
 import torch
 
 from tests.fuzz.program import Program
-from tests.fuzz.run import default_runs, judge, verdicts, what_is_lacking
+from tests.fuzz.run import Verdict, default_runs, judge, verdicts, what_is_lacking
 from tests.parity.nursery import nursery
 
 # Every fourth program has the next kind (tests/fuzz/program.py); odd ones have a mixture, on ep2.
-SEEDS = sorted([*range(0, 300, 4), *range(1, 300, 20)])
-PARTS = 5
+SEEDS = sorted([*range(0, 300, 24), *range(1, 300, 40)])
 BAD = ("silent", "crash", "invalid")
 
 
@@ -27,23 +26,21 @@ def _verdicts(seeds: list[int]) -> list:
     return verdicts(default_runs(seeds))
 
 
-@functools.cache
-def _part(number: int) -> list:
-    return nursery().call(_verdicts, SEEDS[number::PARTS])
-
-
-@pytest.mark.parametrize("part", range(PARTS))
-def test_parity_or_refusal(part):
-    found = _part(part)
-    print(f"seeds {SEEDS[part::PARTS]}:", dict(collections.Counter(v.outcome for v in found)))
+def test_parity_or_refusal():
+    found = nursery().call(_verdicts, SEEDS)
+    print(f"seeds {SEEDS}:", dict(collections.Counter(v.outcome for v in found)))
     failed = [v for v in found if v.outcome in BAD]
     assert not failed, f"{len(failed)} of {len(found)} runs:\n" + "\n".join(map(str, failed))
-
-
-def test_most_programs_reach_parity_and_every_kind_is_drawn():
-    found = [v for part in range(PARTS) for v in _part(part)]
-    assert not what_is_lacking(found)
+    assert sum(v.outcome == "parity" for v in found) > len(found) / 2
     assert {v.mesh for v in found if v.outcome == "parity"} == {"dp2xtp2", "ep2"}
+
+
+def test_a_kind_that_is_never_right_is_named():
+    found = [Verdict("", 0, "dp2xtp2", "refused")]
+    assert [line.partition(":")[0] for line in what_is_lacking(found)] == [
+        "0 of 1 runs reach parity",
+        "never drawn, or never right",
+    ]
 
 
 def test_a_program_is_its_seed():
