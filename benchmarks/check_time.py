@@ -30,11 +30,13 @@ SIZES = {
 
 def measure(size: str) -> dict:
     import torch
+    from tedfx.passes.base import run_pipeline
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from tedfx.checking.full import check_program
-    from tedfx.compiler import Compilation, compile_trace, default_passes
+    from tedfx.compiler import default_passes
     from tedfx.placement.roles import MeshShape, Roles
+    from tedfx.stages.graphs import GlobalGraph
     from tedfx.trace.export import trace
 
     hidden, feed, layers, vocabulary, dtype = SIZES[size]
@@ -57,9 +59,9 @@ def measure(size: str) -> dict:
         before, clock = clock, time.process_time()
         return clock - before
 
-    program = Compilation(trace(model), Roles.resolve(MeshShape.of("ep=2")), set())
+    program = GlobalGraph.of(trace(model), Roles.resolve(MeshShape.of("ep=2")), set())
     names = [p.name for p in default_passes()]
-    compile_trace(program, default_passes()[: names.index("check_capture")])
+    run_pipeline(program, default_passes()[: names.index("check_capture")])
     traced, peak = lap(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     check_program(program, model, "forward")
     forward = lap()

@@ -36,8 +36,9 @@ from torch import nn  # noqa: E402
 import tedfx  # noqa: E402
 from tedfx._torch import fake_world  # noqa: E402
 from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Cost  # noqa: E402
-from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes  # noqa: E402
+from tedfx.compiler import compile_graph, default_passes, example_sizes  # noqa: E402
 from tedfx.placement.roles import MeshShape, Roles  # noqa: E402
+from tedfx.stages.graphs import GlobalGraph, LocalGraph  # noqa: E402
 from tedfx.trace.export import trace  # noqa: E402
 from tedfx.verification import processes as verify_ranks  # noqa: E402
 from tedfx.verification.verify import versions  # noqa: E402
@@ -162,15 +163,15 @@ def batch_of(tokens: int) -> dict:
     return {"input_ids": ids, "labels": ids}
 
 
-def prepare(model, traced, mesh: str, roles, options, tokens) -> Compilation:
-    made = Compilation(
+def prepare(model, traced, mesh: str, roles, options, tokens) -> LocalGraph:
+    made = GlobalGraph.of(
         traced,
         Roles.resolve(MeshShape.of(mesh), roles),
         set(traced.parameters),
         options=tedfx.Options(outputs=("loss",)),
         example=example_sizes(traced, batch_of(tokens)),
     )
-    return compile_trace(made, default_passes(**options))
+    return compile_graph(made, default_passes(**options))
 
 
 def step(model, compilation, mesh: str, roles, options, tokens) -> dict:

@@ -31,9 +31,10 @@ def measure(model: str, mesh: str, layers: int, overrides: list[str], profile: i
     from types import SimpleNamespace
 
     from tedfx.cli import make_model
-    from tedfx.compiler import Compilation, compile_trace
+    from tedfx.compiler import compile_graph
     from tedfx.placement.roles import MeshShape, Roles
     from tedfx.report.explanation import explain
+    from tedfx.stages.graphs import GlobalGraph
     from tedfx.trace.export import trace
 
     done("import tedfx")
@@ -47,8 +48,8 @@ def measure(model: str, mesh: str, layers: int, overrides: list[str], profile: i
 
         profiler = cProfile.Profile()
         profiler.enable()
-    compilation = compile_trace(
-        Compilation(traced, Roles.resolve(MeshShape.of(mesh)), set(traced.parameters))
+    compilation = compile_graph(
+        GlobalGraph.of(traced, Roles.resolve(MeshShape.of(mesh)), set(traced.parameters))
     )
     done("passes")
     text = str(explain(compilation))

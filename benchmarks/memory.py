@@ -40,11 +40,12 @@ from tedfx._torch import FakeTensorMode, TorchDispatchMode, fake_world, memory_t
 from tedfx.analysis.activations import Ledger, Sizing
 from tedfx.analysis.layers import layers
 from tedfx.api import _groups  # private to tedfx
-from tedfx.compiler import Compilation, compile_trace, default_passes, example_sizes
+from tedfx.compiler import compile_graph, default_passes, example_sizes
 from tedfx.graph.emission import emit
 from tedfx.ops.context import RankContext, use
 from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.stages.graphs import GlobalGraph, LocalGraph
 from tedfx.trace.export import trace
 
 # ---- the models --------------------------------------------------------------------------------------------
@@ -165,17 +166,17 @@ def traced(shape: Shape, count: int):
 @functools.cache
 def compiled(
     shape: Shape, count: int, mesh: str, sequence_parallel: bool = True, dedup: bool = True
-) -> Compilation:
+) -> LocalGraph:
     source, outputs = traced(shape, count), ("loss",) if shape.kind == "mixtral" else None
     example = example_sizes(source, call(shape.batch, shape.sequence))
     options = Options(outputs=outputs, sequence_parallel=sequence_parallel, dedup=dedup)
-    program = Compilation(
+    program = GlobalGraph.of(
         source, Roles.resolve(MeshShape.of(mesh)), set(source.parameters), options=options, example=example
     )
-    return compile_trace(program, default_passes(options))
+    return compile_graph(program, default_passes(options))
 
 
-def annotate(program: Compilation, policy: str) -> dict[int, list[fx.Node]]:
+def annotate(program: LocalGraph, policy: str) -> dict[int, list[fx.Node]]:
     """The regions of a policy, in place of those that were there."""
     regions: dict[int, list[fx.Node]] = {}
     for node in program.graph_module.graph.nodes:
@@ -191,7 +192,7 @@ def annotate(program: Compilation, policy: str) -> dict[int, list[fx.Node]]:
 
 
 @contextlib.contextmanager
-def rank_of(program: Compilation) -> Iterator[RankContext]:
+def rank_of(program: LocalGraph) -> Iterator[RankContext]:
     """The context of rank 0 of the program's mesh. Collectives run on torch's fake process group: right
     shapes, no other ranks."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -209,10 +210,10 @@ def rank_of(program: Compilation) -> Iterator[RankContext]:
         sys.excepthook = hook  # each process group adds a prefix to what is printed of an exception
 
 
-def operands(program: Compilation) -> list[torch.Tensor]:
+def operands(program: LocalGraph) -> list[torch.Tensor]:
     """A tensor of this rank's shape per placeholder: small random numbers, so that real tensors route and
     normalize."""
-    sizing, generator, made = Sizing(program.example), torch.Generator().manual_seed(0), []
+    sizing, generator, made = Sizing(program.setting.example), torch.Generator().manual_seed(0), []
     for node in program.graph_module.graph.find_nodes(op="placeholder"):
         value, shape = node.meta.get("val"), node.meta.get("local_shape")
         dtype = value.dtype if isinstance(value, torch.Tensor) else torch.int64
@@ -263,18 +264,18 @@ def balance(module: fx.GraphModule, assignments: int) -> None:
             part.recompile()
 
 
-def assignments(program: Compilation) -> int:
+def assignments(program: LocalGraph) -> int:
     """Rows that this rank sends to experts, from the first `route` of the graph."""
     for node in program.graph_module.graph.nodes:
         if node.target is ops.route:
             ids, lanes = node.args[0], node.kwargs.get("lanes", node.args[3] if len(node.args) > 3 else ())
-            return int(Sizing(program.example).elements(ids)) // math.prod(
+            return int(Sizing(program.setting.example).elements(ids)) // math.prod(
                 dict(zip(program.roles.mesh.names, program.roles.mesh.sizes))[a] for a in lanes
             )
     return 0
 
 
-def prepare(program: Compilation, real: bool) -> fx.GraphModule:
+def prepare(program: LocalGraph, real: bool) -> fx.GraphModule:
     """What runs: the regions of the program's annotation as submodules; for fake tensors, with balanced
     routing."""
     module = emit(program.graph_module)
@@ -287,7 +288,7 @@ def prepare(program: Compilation, real: bool) -> fx.GraphModule:
     return module
 
 
-def kept(program: Compilation, real: bool = False) -> int:
+def kept(program: LocalGraph, real: bool = False) -> int:
     """Bytes that forward made and that are still there when it has ended, by torch's MemTracker; outputs left
     out."""
     module, tracker = prepare(program, real), memory_tracker()
@@ -309,8 +310,8 @@ def kept(program: Compilation, real: bool = False) -> int:
         return held - sum(size for key, size in made.items() if key not in theirs)
 
 
-def predicted(program: Compilation, regions) -> float:
-    return Ledger(program.graph_module.graph, list(regions.values()), Sizing(program.example)).total
+def predicted(program: LocalGraph, regions) -> float:
+    return Ledger(program.graph_module.graph, list(regions.values()), Sizing(program.setting.example)).total
 
 
 def per_layer(
@@ -408,7 +409,7 @@ class Walk(fx.Interpreter):
         return super().run_node(node)
 
 
-def detail(program: Compilation, layer: str, real: bool = False) -> list[Storage]:
+def detail(program: LocalGraph, layer: str, real: bool = False) -> list[Storage]:
     """What a layer's nodes made and backward holds, in order."""
     module, made = prepare(program, real), Made(real)
     where = {node.name: name for node, name in layers(program.graph_module.graph).items()}

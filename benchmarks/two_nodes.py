@@ -134,9 +134,10 @@ def prepare(args) -> tuple:
     """(model, {variant: compilation}), from one trace."""
     import torch
 
-    from tedfx.compiler import Compilation, compile_trace, example_sizes
+    from tedfx.compiler import compile_graph, example_sizes
     from tedfx.options import Options
     from tedfx.placement.roles import MeshShape, Roles
+    from tedfx.stages.graphs import GlobalGraph
     from tedfx.trace.export import trace
 
     torch.manual_seed(0)
@@ -146,8 +147,8 @@ def prepare(args) -> tuple:
     roles = Roles.resolve(MeshShape.of(f"ep=2,tp={args.tp}"), None)
     example = example_sizes(traced, {"input_ids": ids[: args.batch], "labels": ids[: args.batch]})
     made = {
-        variant: compile_trace(
-            Compilation(
+        variant: compile_graph(
+            GlobalGraph.of(
                 traced, roles, set(traced.parameters), options=Options(outputs=("loss",)), example=example
             ),
             passes(variant),

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 4 examples/custom_pass.py
 
-A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and its class
-variables are its contract: the properties of the program that it needs before it and gives after it. It
+A pass is a frozen dataclass. Its fields are its options, its docstring is its algorithm, and its contract is
+`Pass[LocalGraph]`: it works on the graph that a rank runs, so it stands behind the pass that makes one. It
 changes `program.graph_module` in place and says what it saw. `TEDFX_PRINT_AFTER=name_collectives` prints the
 graph before and after it.
 """
@@ -11,7 +11,6 @@ graph before and after it.
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,13 +20,14 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import tedfx
 from tedfx.analysis.cost import Cost
+from tedfx.stages.graphs import LocalGraph
 
 
 @dataclass(frozen=True)
-class NameCollectives(Pass):
+class NameCollectives(Pass[LocalGraph]):
     """Count the collectives of each layer and name their nodes after it.
 
-    1. What a node sends is what `tedfx explain` says of it: `Cost` lists the collectives of a compilation,
+    1. What a node sends is what `tedfx explain` says of it: `Cost` lists the collectives of a local graph,
        node by node.
     2. The layer of a collective is the first number in the path of the module that its node comes from.
     3. Its node is renamed to `{prefix}{layer}_{collective}_{number in the layer}`: the printed graph shows
@@ -36,9 +36,7 @@ class NameCollectives(Pass):
 
     prefix: str = "layer"
 
-    requires: ClassVar[frozenset[str]] = frozenset({"local"})
-
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: LocalGraph) -> PassResult:
         result, counts, nodes, sent = PassResult(), Counter(), Counter(), Cost(program).by_node
         for node in program.graph_module.graph.nodes:
             number = sum(item.phase == "forward" for item in sent.get(node.name, ()))

@@ -12,14 +12,16 @@ from torch import fx
 from tedfx.dtypes import has_gradient
 from tedfx.errors import user_line
 from tedfx.placement.factors import Factor, as_size
+from tedfx.placement.plan import Plan
 from tedfx.rules import Annotator, Relation, rule_for
 from tedfx.rules.base import is_tensor, operands
+from tedfx.stages.graphs import GlobalGraph, PlannedGraph
 
 _CUTS_GRADIENT = ("detach",)
 
 
 @dataclass(frozen=True)
-class Annotate(Pass):
+class Annotate(Pass[GlobalGraph]):
     """Walk the graph once; each op's rule relates the factors of its operands to those of its outputs.
 
     1. Inputs: each size symbol is one factor, each static size a fresh one. The dims that the trace marks as
@@ -34,8 +36,9 @@ class Annotate(Pass):
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional", "row_losses"})
     provides: ClassVar[frozenset[str]] = frozenset({"factors"})
+    gives = PlannedGraph
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: GlobalGraph) -> PassResult:
         graph, trace = program.graph_module.graph, program.trace
         tensor = program.roles.mesh.size(program.roles.tensor)
         ctx = Annotator(graph, tensor)
@@ -43,6 +46,7 @@ class Annotate(Pass):
         learned = set(program.trainable)
         states = set(trace.parameters) | set(trace.buffers) | set(trace.constants)
         batch: Factor | None = None
+        pieces: dict[Factor, str] = {}
         for node in graph.nodes:  # input symbols first, so that batch comes before sequence
             if node.op == "placeholder" and node.name not in states and is_tensor(node):
                 for d, size in enumerate(node.meta["val"].shape):
@@ -69,24 +73,30 @@ class Annotate(Pass):
                 result.matches += 1
                 node.meta["differentiable"] = self._differentiable(node)
                 ctx.annotate(node, rule_for(node))
-                self._pieces(program, node, ctx)
+                self._pieces(pieces, node, ctx)
             elif node.op == "output":
                 self._rows(node, ctx, batch, len(trace.mutated_buffers))
             elif node.op != "call_function":
                 raise AssertionError(f"unexpected node {node.op} {node.target}")
         # of a size that the model's pairs refined, the part that a shard cuts
-        sequence = ctx.symbols.get(getattr(trace, "extents", {}).get("sequence"))
-        program.batch_factor, program.sequence_factor = (f and f.leaves()[0] for f in (batch, sequence))
+        sequence = ctx.symbols.get(trace.extents.get("sequence"))
+        result.next = program.then(
+            PlannedGraph,
+            plan=Plan(program.roles, hints=program.hints()),
+            batch_factor=batch and batch.leaves()[0],
+            sequence_factor=sequence and sequence.leaves()[0],
+            pieces=pieces,
+        )
         result.changes, result.notes = ctx.barriers, ctx.notes
         return result
 
     @staticmethod
-    def _pieces(program, node: fx.Node, ctx: Annotator) -> None:
+    def _pieces(pieces: dict[Factor, str], node: fx.Node, ctx: Annotator) -> None:
         """An op that takes neighbours of an input's dim together: its line, for who calls with a number of
         rows that does not fit."""
         for factor in ctx.given.values():
-            if len(factor.leaves()) > 1 and factor.leaves()[0] not in program.pieces:
-                program.pieces[factor.leaves()[0]] = user_line(node)
+            if len(factor.leaves()) > 1 and factor.leaves()[0] not in pieces:
+                pieces[factor.leaves()[0]] = user_line(node)
 
     @staticmethod
     def _rows(output: fx.Node, ctx: Annotator, batch: Factor | None, written: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
@@ -15,6 +15,7 @@ from torch import fx
 from tedfx import ops
 from tedfx.analysis.layers import layers
 from tedfx.graph.emission import schedule
+from tedfx.stages.graphs import LocalGraph
 
 
 class Kind(NamedTuple):
@@ -43,7 +44,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class BatchCollectives(Pass):
+class BatchCollectives(Pass[LocalGraph]):
     """The row "batch" of the collective algebra: all-reduces of one layer over the same axes and of one dtype
     become one, of their operands laid end to end. So do prefix sums of integers, of which the totals are
     exchanged; those with gradients stay as they are (`ops.cumsum_batched` has no backward).
@@ -59,9 +60,7 @@ class BatchCollectives(Pass):
 
     limit: int = 65536
 
-    requires: ClassVar[frozenset[str]] = frozenset({"local"})
-
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: LocalGraph) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()
         if "batch" not in program.plan.algebra:
             return result

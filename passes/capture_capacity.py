@@ -27,7 +27,7 @@ Algorithm:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from tedfx.passes.base import Pass, PassResult
@@ -44,6 +44,7 @@ from tedfx.errors import CaptureError, user_line
 from tedfx.graph.emit import emit
 from tedfx.placement.factors import as_size
 from tedfx.placement.slots import Slots
+from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["CaptureCapacity"]
 
@@ -51,20 +52,20 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class CaptureCapacity(Pass):
+class CaptureCapacity(Pass[GlobalGraph]):
     """See the module's docstring."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional"})
     provides: ClassVar[frozenset[str]] = frozenset({"capacities captured"})
 
-    def __call__(self, program: Any) -> PassResult:
-        graph, trace = program.graph_module.graph, getattr(program, "trace", program)
+    def __call__(self, program: GlobalGraph) -> PassResult:
+        graph, trace = program.graph_module.graph, program.trace
         result, known = PassResult(), slot_facts(graph)
         found = [c for c in (_slots(node, known) for node in graph.nodes) if c is not None]
         ends = [c for c in found if c.role == "combine"]
         if not found:
             return result
-        stacks = Stacks(trace, getattr(program, "trainable", None))
+        stacks = Stacks(trace, program.trainable)
         starts = {c.node: c for c in found if c.role == "dispatch"}
         for end in ends:
             _capture(graph, end, starts, stacks)

@@ -48,6 +48,7 @@ from tedfx.capture.rules import refuse
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import find_uncaptured
 from tedfx.errors import CaptureError, user_line, warn
+from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["CaptureLoops", "find_uncaptured"]
 
@@ -62,18 +63,18 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass(frozen=True)
-class CaptureLoops(Pass):
+class CaptureLoops(Pass[GlobalGraph]):
     """See the module's docstring."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional"})
     provides: ClassVar[frozenset[str]] = frozenset({"loops captured"})
 
-    def __call__(self, program: Any) -> PassResult:
-        graph, trace = program.graph_module.graph, getattr(program, "trace", program)
+    def __call__(self, program: GlobalGraph) -> PassResult:
+        graph, trace = program.graph_module.graph, program.trace
         result = PassResult()
         known = facts(graph)
         depends, ends = dependence(graph, known)
-        stacks = Stacks(trace, getattr(program, "trainable", None))
+        stacks = Stacks(trace, program.trainable)
         done: set[Routing] = set()
         for routing, end in ends:
             chain, base = chain_of(end, routing, depends)

@@ -8,10 +8,11 @@ from tedfx.passes.base import Pass, PassResult
 
 from tedfx.checking.full import check_program
 from tedfx.options import Options
+from tedfx.stages.graphs import GlobalGraph
 
 
 @dataclass(frozen=True)
-class CheckCapture(Pass):
+class CheckCapture(Pass[GlobalGraph]):
     """Run the graph as it stands and the unmodified model side by side on one random input of a few tokens,
     on the device of the weights.
 
@@ -23,10 +24,9 @@ class CheckCapture(Pass):
 
     level: str = Options.check
 
-    def __call__(self, program) -> PassResult:
-        model, program.model = program.model, None
-        if model is None:
+    def __call__(self, program: GlobalGraph) -> PassResult:
+        if program.model is None:
             return PassResult(notes=["not checked against the model: no weights at hand"])
         return PassResult(
-            matches=len(program.trace.captured), notes=[check_program(program, model, self.level)]
+            matches=len(program.trace.captured), notes=[check_program(program, program.model, self.level)]
         )

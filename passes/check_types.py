@@ -9,12 +9,13 @@ from tedfx.errors import TypeCheckError, user_line
 from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, R, Shard
 from tedfx.rules import operands
+from tedfx.stages.graphs import LocalGraph, TypedGraph
 
 # (source, target) pairs with an op of their own; S stands for any shard
 DIRECT = {(P, I), (I, R), (R, P), (I, P), (P, "S"), (R, "S"), (I, "S"), ("S", R), ("S", I)}
 
 
-def check_types(program, after="") -> int:
+def check_types(program: TypedGraph | LocalGraph, after="") -> int:
     """Re-derive every node's type from its operands' and compare; the number of nodes checked.
 
     Called by the runner after every pass once types exist. Raises TypeCheckError with the node, the axis,

@@ -18,6 +18,7 @@ from tedfx.errors import ConfigError, TedfxError, user_line
 from tedfx.graph.emission import schedule
 from tedfx.options import Options, parse_policy
 from tedfx.rules.base import op_name
+from tedfx.stages.graphs import LocalGraph
 
 # Which of several comes out: chosen again, a near-tie could come out otherwise.
 _DECISIONS = frozenset(
@@ -28,7 +29,7 @@ _HOST_COPIES = frozenset("item _local_scalar_dense exchange_counts exchange_lane
 
 
 @dataclass(frozen=True)
-class Checkpoint(Pass):
+class Checkpoint(Pass[LocalGraph]):
     """Annotates nodes that backward recomputes: `meta["region"]`, a number per region. The graph itself stays
     as it is.
 
@@ -63,7 +64,6 @@ class Checkpoint(Pass):
     sequence: int | None = None
     decide_again: bool = True
 
-    requires: ClassVar[frozenset[str]] = frozenset({"local"})
     provides: ClassVar[frozenset[str]] = frozenset({"regions"})
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ class Checkpoint(Pass):
                 "choose other experts in backward; make it by tedfx.default_passes(compile=True, ..)"
             )
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: LocalGraph) -> PassResult:
         kind, limit = parse_policy(self.policy)
         result = PassResult()
         if kind == "none":
@@ -102,9 +102,9 @@ class Checkpoint(Pass):
             assert_no_recomputed_collectives(program)
         return result
 
-    def _values(self, program) -> dict:
+    def _values(self, program: LocalGraph) -> dict:
         given = {"batch": self.batch, "sequence": self.sequence}
-        values = {**program.hints, **program.example}
+        values = {**program.plan.hints, **program.setting.example}
         return {
             **values,
             **{
@@ -114,7 +114,7 @@ class Checkpoint(Pass):
             },
         }
 
-    def _sizes(self, program) -> str:
+    def _sizes(self, program: LocalGraph) -> str:
         values = self._values(program)
         return ", ".join(
             f"{name} = {int(values[symbol])}"
@@ -122,7 +122,7 @@ class Checkpoint(Pass):
             if symbol in values
         )
 
-    def _note(self, graph, ledger, regions, sizing, program) -> str:
+    def _note(self, graph, ledger, regions, sizing, program: LocalGraph) -> str:
         work = sum(sizing.flops(n) for nodes in regions for n in repeated(nodes))
         everything = sum(sizing.flops(n) for n in graph.nodes)
         plain = Ledger(graph, [], sizing).total
@@ -159,16 +159,16 @@ def _decides(node: fx.Node) -> bool:
     return name in _DECISIONS or (name in ("max", "min") and isinstance(node.meta.get("val"), (tuple, list)))
 
 
-def communicating_nodes(program) -> set[str]:
+def communicating_nodes(program: LocalGraph) -> set[str]:
     """Names of the nodes that run a collective in forward, as `tedfx/analysis/cost.py` counts them."""
     return {item.node for item in Cost(program).items if item.phase == "forward"}
 
 
-def assert_no_recomputed_collectives(compilation) -> None:
+def assert_no_recomputed_collectives(program: LocalGraph) -> None:
     """TedfxError, naming the node, where a region of the final graph holds a collective, a routing decision
     or a host copy."""
-    communicating = communicating_nodes(compilation)
-    for node in compilation.graph_module.graph.nodes:
+    communicating = communicating_nodes(program)
+    for node in program.graph.nodes:
         if "region" in node.meta and node.op == "call_function":
             why = barrier(node, communicating)
             if why:
@@ -178,7 +178,7 @@ def assert_no_recomputed_collectives(compilation) -> None:
                 )
 
 
-def _candidates(program, kind: str, decide_again: bool) -> list[list[fx.Node]]:
+def _candidates(program: LocalGraph, kind: str, decide_again: bool) -> list[list[fx.Node]]:
     graph = program.graph_module.graph
     communicating = communicating_nodes(program)
     if kind == "selective":

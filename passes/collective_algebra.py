@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 from tedfx.passes.base import Pass, PassResult
 
 from tedfx.errors import ConfigError
+from tedfx.stages.graphs import PlannedGraph
 
 
 class Row(NamedTuple):
@@ -57,7 +58,7 @@ NAMES = frozenset(row.name for row in ROWS)
 
 
 @dataclass(frozen=True)
-class CollectiveAlgebra(Pass):
+class CollectiveAlgebra(Pass[PlannedGraph]):
     """Sums late, together and once; slices early, gathers late.
 
     rows    names of the rows of `ROWS` to use; all of them by default. Without this pass none holds: every
@@ -84,7 +85,7 @@ class CollectiveAlgebra(Pass):
                     f"{', '.join(row.name for row in ROWS)}"
                 )
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: PlannedGraph) -> PassResult:
         program.plan.algebra = frozenset(self.rows)
         return PassResult(matches=len(ROWS), changes=len(self.rows))
 

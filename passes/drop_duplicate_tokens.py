@@ -8,9 +8,11 @@ from typing import ClassVar
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.sequence_parallel import token_factor
 
+from tedfx.stages.graphs import PlannedGraph
+
 
 @dataclass(frozen=True)
-class DropDuplicateTokens(Pass):
+class DropDuplicateTokens(Pass[PlannedGraph]):
     """DeepSpeed-TED's duplicate token dropping (arXiv 2303.06318).
 
     An all-to-all over one axis of rows replicated on another moves every row as often as that axis has ranks.
@@ -25,7 +27,7 @@ class DropDuplicateTokens(Pass):
 
     requires: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: PlannedGraph) -> PassResult:
         plan, roles = program.plan, program.roles
         layers = sum(
             n.op == "call_function" and "relation" in n.meta and n.meta["relation"].kind == "dispatch"

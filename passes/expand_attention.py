@@ -13,12 +13,13 @@ from torch import fx
 from tedfx.graph.emit import emit
 from tedfx.placement.factors import as_size
 from tedfx.rules.base import argument, op_name
+from tedfx.stages.graphs import GlobalGraph
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ExpandAttention(Pass):
+class ExpandAttention(Pass[GlobalGraph]):
     """`scaled_dot_product_attention` stays whole, except with grouped heads and with dropout.
 
     1. `enable_gqa` with fewer key than query heads: keys and values are repeated by a view, as models do by
@@ -30,7 +31,7 @@ class ExpandAttention(Pass):
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional"})
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: GlobalGraph) -> PassResult:
         result, graph = PassResult(), program.graph_module.graph
         for node in list(graph.nodes):
             if node.op != "call_function" or op_name(node) != "aten.scaled_dot_product_attention":

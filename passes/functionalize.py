@@ -37,6 +37,7 @@ from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.signature import show
 from tedfx.placement.factors import as_size
+from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["Functionalize"]
 
@@ -45,12 +46,12 @@ END = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Functionalize(Pass):
+class Functionalize(Pass[GlobalGraph]):
     """In-place operators become functional ones, bitwise (see the module's docstring)."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"functional"})
 
-    def __call__(self, program: Any) -> PassResult:
+    def __call__(self, program: GlobalGraph) -> PassResult:
         graph = program.graph_module.graph
         for node in list(graph.nodes):
             _shape_alone(graph, node)
@@ -113,8 +114,8 @@ def _writes(node: fx.Node) -> list[int]:
 
 
 class _Walk:
-    def __init__(self, program: Any) -> None:
-        self.program = program
+    def __init__(self, program: GlobalGraph) -> None:
+        self.trace = program.trace
         self.graph = program.graph_module.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.looks_into: dict[fx.Node, fx.Node] = {}
@@ -153,15 +154,15 @@ class _Walk:
                     break
 
     def _what(self, root: fx.Node) -> str:
-        if root.name in self.program.parameters:
-            return f"parameter {self.program.parameters[root.name]}"
-        path = self.program.inputs.get(root.name)
+        if root.name in self.trace.parameters:
+            return f"parameter {self.trace.parameters[root.name]}"
+        path = self.trace.inputs.get(root.name)
         return f"input {show(path)}" if path else "a tensor that is neither parameter nor buffer"
 
     def finish(self) -> int:
         changed = [root for root in self.version if root.op == "placeholder"]
         for root in changed:
-            if root.name not in self.program.buffers:
+            if root.name not in self.trace.buffers:
                 raise TraceError(
                     f"the model writes into {self._what(root)} | at {user_line(self.writer[root])} | "
                     "make a new tensor "
@@ -171,7 +172,7 @@ class _Walk:
         with self.graph.inserting_before(output):
             leading = tuple(self.current(root) for root in changed)
         output.args = ((*leading, *output.args[0]),)
-        self.program.mutated_buffers.extend(self.program.buffers[root.name] for root in changed)
+        self.trace.mutated_buffers.extend(self.trace.buffers[root.name] for root in changed)
         for node in reversed(self.dead):
             self.graph.erase_node(node)
         return len(self.dead)

@@ -14,12 +14,13 @@ from tedfx import ops
 from tedfx.analysis.layers import layers
 from tedfx.errors import ConfigError
 from tedfx.options import Options
+from tedfx.stages.graphs import LocalGraph
 from tedfx.state.layouts import placed_on_first
 from tedfx.state.parameters import Placed
 
 
 @dataclass(frozen=True)
-class GatherParameters(Pass):
+class GatherParameters(Pass[LocalGraph]):
     """Stage 3 of ZeRO (arXiv 1910.02054): each parameter that the data axes replicate is an input of the
     graph in this rank's share (`tedfx.runtime.state_dict.parameters.Placed.share`).
 
@@ -52,7 +53,7 @@ class GatherParameters(Pass):
                 f"by tedfx.default_passes(compile={compiled}, ..)"
             )
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: LocalGraph) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()
         layer, position = layers(graph), {node: i for i, node in enumerate(graph.nodes)}
         names = program.parameter_names
@@ -105,13 +106,13 @@ class GatherParameters(Pass):
             size += mine
         return groups
 
-    def _gather(self, program, number: int, axes, group: list[list], region: int | None) -> None:
+    def _gather(self, program: LocalGraph, number: int, axes, group: list[list], region: int | None) -> None:
         graph = program.graph_module.graph
         first, parameters = group[0][2][0], [node for _, node, _, _ in group]
         with graph.inserting_before(first):
             cuts = tuple(tuple(placed.cut) for *_, placed in group)
             gather = graph.call_function(
-                ops.gather_parameters, (parameters, axes, cuts, number, program.gradient_dtype)
+                ops.gather_parameters, (parameters, axes, cuts, number, program.options.gradient_dtype)
             )
         gather.meta.update({k: first.meta[k] for k in ("stack_trace", "nn_module_stack") if k in first.meta})
         gather.meta["in_graph"] = (

@@ -23,7 +23,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from tedfx.passes.base import Pass, PassResult
@@ -36,6 +36,7 @@ from tedfx.capture.slots import Place, Totals
 from tedfx.errors import CaptureError, ConfigError, user_line
 from tedfx.graph.emit import emit
 from tedfx.placement.factors import as_size
+from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["LocalCapacity"]
 
@@ -44,7 +45,7 @@ _LIMITS = ("lt", "le", "gt", "ge", "clamp", "clamp_max")
 
 
 @dataclass(frozen=True)
-class LocalCapacity(Pass):
+class LocalCapacity(Pass[GlobalGraph]):
     """See the module's docstring. `groups`: 0 for as many as the mesh has batch coordinates."""
 
     groups: int = 0
@@ -52,8 +53,8 @@ class LocalCapacity(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"capacities captured"})
     provides: ClassVar[frozenset[str]] = frozenset({"local capacity"})
 
-    def __call__(self, program: Any) -> PassResult:
-        graph, trace = program.graph_module.graph, getattr(program, "trace", program)
+    def __call__(self, program: GlobalGraph) -> PassResult:
+        graph, trace = program.graph_module.graph, program.trace
         groups = self.groups or program.roles.mesh.size(program.roles.batch)
         dispatches = [n for n in graph.nodes if "slots" in n.meta]
         if not dispatches or groups == 1:

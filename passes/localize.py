@@ -19,6 +19,7 @@ from tedfx.placement.types import Shard, sharding_axes
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
 from tedfx.rules.views import piece_of, reads_bits
+from tedfx.stages.graphs import LocalGraph, TypedGraph
 
 aten = torch.ops.aten
 VIEWS = {
@@ -43,7 +44,7 @@ SIZED = {
 
 
 @dataclass(frozen=True)
-class Localize(Pass):
+class Localize(Pass[TypedGraph]):
     """Rewrite what depends on sizes, from dims and types alone.
 
     1. Views, expands, creations, pieces: their literal and symbolic sizes become local ones.
@@ -56,15 +57,15 @@ class Localize(Pass):
     5. Any other size used as a number becomes the global one. The old size arithmetic is dead and dropped.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"types", "collectives", "local_experts"})
-    provides: ClassVar[frozenset[str]] = frozenset({"local"})
+    requires: ClassVar[frozenset[str]] = frozenset({"collectives", "local_experts"})
+    gives = LocalGraph
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: TypedGraph) -> PassResult:
         return _Localizer(program).run()
 
 
 class _Localizer:
-    def __init__(self, program):
+    def __init__(self, program: TypedGraph):
         self.program, self.graph = program, program.graph_module.graph
         self.sizes, self.plan, self.result = Sizes(program), program.plan, PassResult()
         self.sites = 0
@@ -83,8 +84,11 @@ class _Localizer:
         for node in self.graph.nodes:
             if "dims" in node.meta and "type" in node.meta:
                 node.meta["local_shape"] = self.sizes.shape(node)
-        self.program.size_sources = {str(s): (n.name, d) for s, (n, d) in self.sizes.sources.items()}
-        self.program.uses_seed = self.seed is not None
+        self.result.next = self.program.then(
+            LocalGraph,
+            size_sources={str(s): (n.name, d) for s, (n, d) in self.sizes.sources.items()},
+            uses_seed=self.seed is not None,
+        )
         return self.result
 
     # one node -----------------------------------------------------------------------------------------------

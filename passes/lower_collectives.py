@@ -15,10 +15,11 @@ from tedfx.errors import TypeCheckError, user_line
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, P, R, Shard, find_dim
 from tedfx.rules.base import op_name, regroup_barrier
+from tedfx.stages.graphs import TypedGraph
 
 
 @dataclass(frozen=True)
-class LowerCollectives(Pass):
+class LowerCollectives(Pass[TypedGraph]):
     """Each `convert` becomes the op of `tedfx/ops/convert.py` for its (source, target), by the table in
     docs/design.md.
 
@@ -29,10 +30,9 @@ class LowerCollectives(Pass):
        that its mask is the slice's too.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"types"})
     provides: ClassVar[frozenset[str]] = frozenset({"collectives"})
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: TypedGraph) -> PassResult:
         graph, result, sizes = program.graph_module.graph, PassResult(), Sizes(program)
         order = program.roles.mesh.names
         for node in list(graph.nodes):

@@ -16,6 +16,7 @@ from tedfx import ops
 from tedfx.analysis.sizes import Sizes
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, P, R, Shard
+from tedfx.stages.graphs import TypedGraph
 
 
 @dataclass
@@ -34,7 +35,7 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class LowerExperts(Pass):
+class LowerExperts(Pass[TypedGraph]):
     """Each `dispatch` and its way back, by the type of its tokens on each axis that splits the experts.
 
     1. Tokens that differ there travel: `exchange_counts` (one all-gather, one host copy), `all_to_all_single`
@@ -63,10 +64,9 @@ class LowerExperts(Pass):
     The expert body between dispatch and combine is not touched: its weights are already split by their types.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"types"})
     provides: ClassVar[frozenset[str]] = frozenset({"local_experts"})
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: TypedGraph) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()
         layers: dict[fx.Node, _Layer | SlotLayer] = {}
         sizes = Sizes(program)
@@ -93,7 +93,7 @@ class LowerExperts(Pass):
         graph.eliminate_dead_code(lambda node: node in numbers or node.is_impure())
         return result
 
-    def _dispatch(self, program, graph: fx.Graph, node: fx.Node) -> _Layer:
+    def _dispatch(self, program: TypedGraph, graph: fx.Graph, node: fx.Node) -> _Layer:
         x, ids, num_experts, *tail = node.args
         experts = leaves(node.meta["dims_of"][1][0])[0]
         split = program.plan.axes_of(experts)

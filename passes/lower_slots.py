@@ -14,6 +14,7 @@ from tedfx.analysis.sizes import Sizes
 from tedfx.placement.factors import as_size, leaves
 from tedfx.placement.slots import rows_per_expert
 from tedfx.placement.types import Shard
+from tedfx.stages.graphs import TypedGraph
 
 _BODY = {
     "grouped": (ops.slot_linear, (0, 1, 3)),
@@ -30,7 +31,7 @@ class SlotLayer:
     that tell experts apart take equally many rows of each. Back: the same in reverse, and `combine_slots`.
     """
 
-    def __init__(self, program, node: fx.Node, slots, sizes: Sizes):
+    def __init__(self, program: TypedGraph, node: fx.Node, slots, sizes: Sizes):
         self.graph, self.node, mesh = program.graph_module.graph, node, program.roles.mesh
         x, ids, num_experts, *_ = node.args
         rows_type, _, order_type = node.meta["types_of"]
@@ -143,7 +144,7 @@ class SlotLayer:
         node.target, node.args = ops.combine_slots, (back, *node.args[1:])
 
 
-def in_slots(program, node: fx.Node, sizes: Sizes) -> SlotLayer | None:
+def in_slots(program: TypedGraph, node: fx.Node, sizes: Sizes) -> SlotLayer | None:
     """The layer of a dispatch, lowered; None where its groups are not whole on a rank."""
     slots = rows_per_expert(node, sizes)
     return None if slots is None else SlotLayer(program, node, slots, sizes)

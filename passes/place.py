@@ -13,6 +13,7 @@ from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, R, Shard, find_dim
 from tedfx.rules import Relation, op_name, operands
 from tedfx.rules.base import argument
+from tedfx.stages.graphs import PlannedGraph, TypedGraph
 
 
 def convert(x, axis, source, target):
@@ -22,7 +23,7 @@ def convert(x, axis, source, target):
 
 
 @dataclass(frozen=True)
-class Place(Pass):
+class Place(Pass[PlannedGraph]):
     """Give every value a type and make every misfit a `convert` node.
 
     1. Inputs: the batch factor over the batch axes. Parameters: the plan's factors; otherwise R on the batch
@@ -38,14 +39,14 @@ class Place(Pass):
 
     requires: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
     provides: ClassVar[frozenset[str]] = frozenset({"types"})
+    gives = TypedGraph
 
-    def __call__(self, program) -> PassResult:
-        self_ = _Placement(program)
-        return self_.run()
+    def __call__(self, program: PlannedGraph) -> PassResult:
+        return _Placement(program).run()
 
 
 class _Placement:
-    def __init__(self, program):
+    def __init__(self, program: PlannedGraph):
         self.program, self.graph, self.plan = program, program.graph_module.graph, program.plan
         self.made: dict[tuple, fx.Node] = {}
         self.result = PassResult()
@@ -76,6 +77,7 @@ class _Placement:
             elif node.op == "output":
                 self.outputs(node)
         self.boundary()
+        self.result.next = self.program.then(TypedGraph)
         return self.result
 
     # nodes --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, Shard
 from tedfx.rules import op_name
 from tedfx.rules.base import argument
+from tedfx.stages.graphs import TypedGraph
 
 __all__ = ["RowNumbers"]
 
@@ -28,7 +29,7 @@ class RowNumbers:
     for `passes/localize.py`, which knows local sizes and writes the factors of the tokens.
     """
 
-    def __init__(self, program, dispatch: fx.Node, order: fx.Node, make: Callable):
+    def __init__(self, program: TypedGraph, dispatch: fx.Node, order: fx.Node, make: Callable):
         self.program, self.make = program, make
         self.tokens, ids = dispatch.args[:2]
         self.top_k = ids.meta["val"].shape[1]
@@ -39,7 +40,9 @@ class RowNumbers:
         self.origin = self.now
 
     @classmethod
-    def of(cls, program, dispatch: fx.Node, order: fx.Node, make: Callable) -> "RowNumbers | None":
+    def of(
+        cls, program: TypedGraph, dispatch: fx.Node, order: fx.Node, make: Callable
+    ) -> "RowNumbers | None":
         """None where nothing is drawn. To be made where `order` is known; `make(target, *args, dims=,
         type_=)` inserts a node."""
         rows = leaves(dispatch.meta["dims_of"][0][0])[0].root()

@@ -7,8 +7,11 @@ from typing import ClassVar
 
 from tedfx.passes.base import Pass, PassResult
 
+from tedfx.placement.factors import Factor
+from tedfx.stages.graphs import PlannedGraph
 
-def token_factor(program):
+
+def token_factor(program: PlannedGraph) -> tuple[Factor | None, str]:
     """The factor that tensor axes may cut tokens along: the sequence, else the batch; None, with the reason,
     where neither can be.
 
@@ -35,7 +38,7 @@ def token_factor(program):
 
 
 @dataclass(frozen=True)
-class SequenceParallel(Pass):
+class SequenceParallel(Pass[PlannedGraph]):
     """Megatron's sequence parallelism (arXiv 2205.05198) for every row-wise stretch of the graph, whatever
     the model calls it.
 
@@ -57,7 +60,7 @@ class SequenceParallel(Pass):
 
     requires: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: PlannedGraph) -> PassResult:
         plan, roles = program.plan, program.roles
         axes = roles.mesh.wide(roles.tensor)
         if not axes:

@@ -9,10 +9,12 @@ from typing import ClassVar
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
+from tedfx.capture.uncaptured import find_uncaptured
 from tedfx.decisions.experts import expert_layout
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.placement.factors import leaves
-from tedfx.placement.plan import Plan, roots
+from tedfx.placement.plan import roots
+from tedfx.stages.graphs import PlannedGraph
 
 
 def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -20,19 +22,18 @@ def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 @dataclass(frozen=True)
-class ShardExperts(Pass):
+class ShardExperts(Pass[PlannedGraph]):
     """Batch factor over the `batch` axes; each MoE layer's expert factor over the `expert` axes.
 
     Refused: batch axes over 1 where the model fixes the size of its batch; expert axes that do not divide the
     number of experts (the sizes that fit are named); no MoE layer where expert axes exceed 1.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"factors"})
     provides: ClassVar[frozenset[str]] = frozenset({"plan"})
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: PlannedGraph) -> PassResult:
         roles, mesh = program.roles, program.roles.mesh
-        plan = program.plan = Plan(roles, hints=dict(program.hints))
+        plan = program.plan
         result = PassResult()
         batch = mesh.wide(roles.batch)
         if batch and program.batch_factor is None:
@@ -55,7 +56,7 @@ class ShardExperts(Pass):
         if axes and not layers:
             wide = [a for a in axes if a not in roles.tensor]
             if wide:
-                found = program.find_uncaptured()
+                found = find_uncaptured(program.graph)
                 detail = "; ".join(f"{style} at {line}" for style, line in found)
                 if found:
                     raise CaptureError(
@@ -86,7 +87,7 @@ class ShardExperts(Pass):
 
 
 @dataclass(frozen=True)
-class ShardTensors(Pass):
+class ShardTensors(Pass[PlannedGraph]):
     """Column / row regions over the `tensor` axes (over `expert_tensor` inside experts), grown from weights.
 
     A factor is a candidate when some weight of two or more dims carries it, its size divides by the degree,
@@ -100,9 +101,9 @@ class ShardTensors(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"plan"})
     provides: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: PlannedGraph) -> PassResult:
         graph, plan, roles = program.graph_module.graph, program.plan, program.roles
-        result = PassResult()
+        result, parameters = PassResult(), program.parameter_names
         nodes = _relation_nodes(graph)
         blocked, cost, values, together = set(), {}, {}, {}
         if program.batch_factor is not None:
@@ -119,12 +120,9 @@ class ShardTensors(Pass):
         for node in graph.nodes:
             if node.op == "placeholder" and "dims" in node.meta:
                 blocked |= self._meet(together, node.meta["dims"])
-                if node.name in program.trace.parameters or node.name in getattr(
-                    program.trace, "stacked", {}
-                ):
-                    if len(node.meta["dims"]) >= 2:
-                        for factor in roots(f for d in node.meta["dims"] for f in d):
-                            values[factor] = values.get(factor, 0.0) + plan.elements(node.meta["dims"])
+                if node.name in parameters and len(node.meta["dims"]) >= 2:
+                    for factor in roots(f for d in node.meta["dims"] for f in d):
+                        values[factor] = values.get(factor, 0.0) + plan.elements(node.meta["dims"])
         inside: set = set()
         for node in nodes:
             if node.meta["relation"].kind == "dispatch":

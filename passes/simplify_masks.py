@@ -29,6 +29,7 @@ from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.graph.emit import emit, evaluate
+from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["SimplifyMasks"]
 
@@ -70,23 +71,21 @@ _SAME = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SimplifyMasks(Pass):
+class SimplifyMasks(Pass[GlobalGraph]):
     """Masks that depend on sizes only become `is_causal`, or lose their batch dim (see the module's
     docstring)."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"functional"})
     provides: ClassVar[frozenset[str]] = frozenset({"masks"})
 
-    def __call__(self, program: Any) -> PassResult:
+    def __call__(self, program: GlobalGraph) -> PassResult:
         graph = program.graph_module.graph
         views = sum(_index_as_view(node) for node in list(graph.nodes) if node.target is aten.index.Tensor)
         placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
-        constants = {
-            placeholders[name]: value.cpu() for name, value in getattr(program, "constants", {}).items()
-        }
+        constants = {placeholders[name]: value.cpu() for name, value in program.trace.constants.items()}
         masks = list(_masks(graph, constants))
         result = PassResult(matches=len(masks), changes=views)
-        bounds = getattr(program, "bounds", {})
+        bounds = program.trace.bounds
         for mask in masks:
             try:
                 band = _prove(mask, bounds, constants)

@@ -12,12 +12,13 @@ from torch import fx
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
 from tedfx.rules.base import argument, op_name
+from tedfx.stages.graphs import GlobalGraph
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class SplitLosses(Pass):
+class SplitLosses(Pass[GlobalGraph]):
     """`cross_entropy(mean | sum)` becomes rows (`reduction='none'`), their sum, and for a mean the number of
     labels that count.
 
@@ -32,7 +33,7 @@ class SplitLosses(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"functional"})
     provides: ClassVar[frozenset[str]] = frozenset({"row_losses"})
 
-    def __call__(self, program) -> PassResult:
+    def __call__(self, program: GlobalGraph) -> PassResult:
         result, graph = PassResult(), program.graph_module.graph
         for node in list(graph.nodes):
             if node.op == "call_function" and op_name(node) == "aten.cross_entropy_loss":

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
-from tedfx.compiler import Compilation, compile_trace, example_sizes, pipeline
+from tedfx.compiler import compile_graph, example_sizes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.frontends import default_frontends
 from tedfx.graph.signature import Signature, bind, flatten
@@ -24,6 +24,7 @@ from tedfx.runtime.changes import Changes, fits
 from tedfx.runtime.module import ParallelModule, Program
 from tedfx.runtime.other_optimizer import remember
 from tedfx.runtime.prepared import refuse_prepared
+from tedfx.stages.graphs import GlobalGraph, LocalGraph
 from tedfx.state.layouts import layouts_of, stack_name
 from tedfx.trace.export import Trace, infer_inputs, trace
 from tedfx.trace.hooks import refuse_hooks
@@ -39,7 +40,7 @@ def parallelize(
     *,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     roles: Mapping[str, Sequence[str]] | None = None,
-    traces: Sequence[Trace | Compilation] = (),
+    traces: Sequence[Trace | LocalGraph] = (),
     options: Options | None = None,
     **given,
 ) -> ParallelModule:
@@ -57,7 +58,7 @@ def parallelize(
                     inferred for models that take token ids.
     roles           role name -> axis names, see ``tedfx/placement/roles.py``; what is not named keeps its
                     default.
-    traces          traces (``tedfx.trace.export.trace``) or compilations made before, used for the
+    traces          traces (``tedfx.trace.export.trace``) or local graphs made before, used for the
                     signatures, roles and options that they fit.
     options         a ``tedfx.Options``, which says what there is to ask for. Each of its fields is a keyword
                     here as well, and a keyword goes before it:
@@ -196,7 +197,7 @@ class _Builder:
         device: str,
         options: Options,
         passes: Sequence[Pass],
-        traces: Sequence[Trace | Compilation],
+        traces: Sequence[Trace | LocalGraph],
         dtypes: Mapping[str, torch.dtype],
     ):
         self.model, self.roles, self.device = model, roles, torch.device(device)
@@ -218,11 +219,15 @@ class _Builder:
 
     def compile(
         self, call: Mapping[str, Any], training: bool, around: Autocast | None = None, attributes: tuple = ()
-    ) -> Compilation:
+    ) -> LocalGraph:
         key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around, attributes)
         if key not in self.done:
             for ready in self.traces:
-                if self._same(ready) and self._holds(ready.trace, call, training, around):
+                if (
+                    isinstance(ready, LocalGraph)
+                    and self._same(ready)
+                    and self._holds(ready.trace, call, training, around)
+                ):
                     self.changes.watch(ready.trace.observed, training == self.model.training)
                     self.done[key] = ready
                     return ready
@@ -254,7 +259,7 @@ class _Builder:
                         module.training = flag
             self.changes.watch(traced.observed, training == self.model.training)
             trainable = {p for p, name in traced.parameters.items() if name not in self.frozen}
-            compilation = Compilation(
+            whole = GlobalGraph.of(
                 traced,
                 self.roles,
                 trainable,
@@ -264,17 +269,16 @@ class _Builder:
                 dtypes=self.dtypes,
             )
             with region(None, self.device.type):
-                self.done[key] = compile_trace(compilation, self.passes)
+                self.done[key] = compile_graph(whole, self.passes)
         return self.done[key]
 
-    def _same(self, ready: Trace | Compilation) -> bool:
-        """Whether a compilation made before is for these roles, passes and options, and trains what this
+    def _same(self, ready: LocalGraph) -> bool:
+        """Whether a graph made before is for these roles, passes and options, and trains what this
         model trains."""
-        if not isinstance(ready, Compilation):
-            return False
         mine = (self.roles, tuple(map(str, self.passes)), self.options.graph())
-        its = (ready.roles, ready.passes, ready.options.graph())
-        return its == mine and not ready.trained & self.frozen and ready.untrained <= self.frozen
+        its = (ready.roles, tuple(record.text for record in ready.history), ready.options.graph())
+        setting = ready.setting
+        return its == mine and not setting.trained & self.frozen and setting.untrained <= self.frozen
 
     def _holds(self, traced: Trace, call, training: bool, around: Autocast | None) -> bool:
         """Whether a trace is of such a call, and of the model as it is now."""
@@ -323,8 +327,8 @@ class _Builder:
             trace_.out_spec,
             mutated_buffers=list(trace_.mutated_buffers),
             uses_seed=compilation.uses_seed,
-            output_names=compilation.output_names,
-            call=compilation.call,
+            output_names=compilation.setting.output_names,
+            call=compilation.setting.call,
             groups=_groups(compilation, self.roles.mesh),
             history=compilation.history,
             compilation=compilation,
@@ -384,7 +388,7 @@ def _unflatten(flat: Mapping[tuple, Any]) -> dict[str, Any]:
     return finish(root)
 
 
-def _groups(compilation: Compilation, mesh: MeshShape) -> list[tuple[str, ...]]:
+def _groups(compilation: LocalGraph, mesh: MeshShape) -> list[tuple[str, ...]]:
     """All axes tuples that the local graph communicates over."""
     found: dict = {}
 

@@ -176,10 +176,11 @@ def _positive(text: str) -> int:
 
 
 def _explain(options) -> int:
-    from tedfx.compiler import Compilation, compile_trace, pipeline
+    from tedfx.compiler import compile_graph, pipeline
     from tedfx.placement.roles import MeshShape, Roles
     from tedfx.report.before_after import before_after
-    from tedfx.report.explanation import default_values, explain
+    from tedfx.report.explanation import default_size, explain
+    from tedfx.stages.graphs import GlobalGraph
     from tedfx.trace.export import trace
     from tedfx.trace.precision import cast_parameters, parameter_dtypes
 
@@ -204,10 +205,15 @@ def _explain(options) -> int:
     done("trace")
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     trainable = {p for p, name in traced.parameters.items() if name not in frozen}
-    compilation = Compilation(traced, roles, trainable, options=asked, dtypes=dtypes)
-    values = default_values(compilation, options.batch, options.sequence)
-    compilation.example = {symbol: values[name] for name, symbol in traced.sizes.items()}
-    compile_trace(compilation, passes)
+    example = {
+        symbol: default_size(
+            traced, symbol, name, {"batch": options.batch, "sequence": options.sequence}.get(name)
+        )
+        for name, symbol in traced.sizes.items()
+    }
+    compilation = compile_graph(
+        GlobalGraph.of(traced, roles, trainable, options=asked, example=example, dtypes=dtypes), passes
+    )
     if options.before is not None or options.picture:
         views = before_after(
             compilation, traced, layer=options.before or "", batch=options.batch, sequence=options.sequence
@@ -429,6 +435,8 @@ def _passes(options) -> int:
         contract = [
             f"{word} {', '.join(sorted(props))}"
             for word, props in (
+                ("takes", [f"a {p.takes.name} graph"] if p.takes else []),
+                ("gives", [f"a {p.gives.name} graph"] if p.gives else []),
                 ("requires", p.requires),
                 ("provides", p.provides),
             )

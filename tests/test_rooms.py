@@ -18,6 +18,7 @@ ROOMS = [
     "frontends",
     "placement",
     "trace",
+    "stages",
     "rules",
     "decisions",
     "state",

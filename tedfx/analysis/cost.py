@@ -311,15 +311,18 @@ class Cost:
             if not mesh.wide(axes) or any(u.meta.get("in_graph") for u in node.users):
                 continue
             flags[axes] += 1
-            placed = placed_on_first(self.compilation, node, self.compilation.zero)
-            dtype, elements = self.compilation.gradient_dtype or node.meta["val"].dtype, placed.whole.numel
+            placed = placed_on_first(self.compilation, node, self.compilation.options.zero)
+            dtype, elements = (
+                self.compilation.options.gradient_dtype or node.meta["val"].dtype,
+                placed.whole.numel,
+            )
             travels = elements if placed.cut is None else placed.cut.width * len(placed.cut.lengths)
             buckets = filling.setdefault(
                 (axes, dtype, ALL_REDUCE if placed.cut is None else REDUCE_SCATTER), [[0, 0]]
             )
-            if (buckets[-1][0] + elements) * dtype.itemsize > self.compilation.bucket_bytes and buckets[-1][
-                0
-            ]:
+            if (
+                buckets[-1][0] + elements
+            ) * dtype.itemsize > self.compilation.options.bucket_bytes and buckets[-1][0]:
                 buckets.append([0, 0])
             buckets[-1][0] += elements
             buckets[-1][1] += travels
@@ -356,8 +359,10 @@ def _reached(compilation) -> set[fx.Node]:
     """Nodes at which a cotangent of the loss arrives; of every output, where none is called loss."""
     output = next(iter(compilation.graph_module.graph.find_nodes(op="output")))
     values = list(output.args[0])
-    leaves_ = values[len(values) - len(compilation.output_names) :]
-    loss = [v for v, name in zip(leaves_, compilation.output_names) if name == "loss" and v is not None]
+    leaves_ = values[len(values) - len(compilation.setting.output_names) :]
+    loss = [
+        v for v, name in zip(leaves_, compilation.setting.output_names) if name == "loss" and v is not None
+    ]
     todo = [v for v in (loss or leaves_) if isinstance(v, fx.Node) and v.meta.get("differentiable")]
     found = set(todo)
     while todo:

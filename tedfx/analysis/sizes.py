@@ -29,6 +29,7 @@ from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.factors import Factor, as_size, dim_size, leaves
 from tedfx.placement.types import sharding_axes
 from tedfx.rules.base import is_tensor
+from tedfx.stages.graphs import LocalGraph, TypedGraph
 
 # Numbers made from sizes, through floats: a capacity of `ceil(tokens / experts * factor)`.
 _NUMBERS = {
@@ -66,8 +67,8 @@ class Share(sympy.Function):
 class Sizes:
     """Expressions and nodes for sizes of one local graph."""
 
-    def __init__(self, program):
-        self.program, self.graph, self.plan = program, program.graph_module.graph, program.plan
+    def __init__(self, program: TypedGraph | LocalGraph):
+        self.graph, self.plan = program.graph, program.plan
         self.mesh = program.roles.mesh
         self.symbols: dict = {}  # symbol -> its global value, in local symbols
         self.sources: dict = {}  # symbol -> (placeholder, dim) whose local size it is here

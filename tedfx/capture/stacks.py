@@ -10,13 +10,13 @@ out by expert; a second reader would see another layout).
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import fx
 
 from tedfx.capture.rules import refuse
 from tedfx.graph.emit import emit
+from tedfx.trace.export import Trace
 
 __all__ = ["Stacks"]
 
@@ -24,10 +24,8 @@ __all__ = ["Stacks"]
 class Stacks:
     """Parameters of the experts, stacked: one placeholder for E."""
 
-    def __init__(self, trace: Any, trainable: set[str] | None):
+    def __init__(self, trace: Trace, trainable: set[str]):
         self.trace, self.trainable = trace, trainable
-        # One trace serves any number of meshes: its own tables stay as they are.
-        trace.parameters, trace.stacked = dict(trace.parameters), dict(trace.stacked)
         self.made: dict[tuple[fx.Node, ...], fx.Node] = {}
         self.owner: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
@@ -76,7 +74,7 @@ class Stacks:
             }
             new.meta["val"] = torch.empty((len(nodes), *values[0].shape), **like)
         self.made[nodes] = new
-        if self.trainable is not None and any(node.name in self.trainable for node in nodes):
+        if any(node.name in self.trainable for node in nodes):
             if not all(node.name in self.trainable for node in nodes):
                 raise refuse(
                     f"{names[0]} is frozen in some experts and trained in others",

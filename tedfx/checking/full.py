@@ -14,9 +14,7 @@ first, as many as `FULL` elements hold; the others are constants, and no copy of
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +28,7 @@ from tedfx.checking.steps import GraphFailed, two_steps
 from tedfx.errors import CaptureError, warn
 from tedfx.frontends import default_frontends
 from tedfx.options import Options
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import Trace
 from tedfx.trace.precision import cast_parameters, parameter_dtypes
 
@@ -45,7 +44,7 @@ _TOLERANCES = {
 }
 
 
-def check_program(program: Any, model: nn.Module, level: str = Options.check) -> str:
+def check_program(program: GlobalGraph, model: nn.Module, level: str = Options.check) -> str:
     """The check as the pipeline makes it, on the program's graph as it stands; a line for its history.
     CaptureError for a difference.
 
@@ -57,10 +56,10 @@ def check_program(program: Any, model: nn.Module, level: str = Options.check) ->
     if device.type == "meta":
         return _not_checked("its parameters are on the meta device", "its architecture at a small size")
     done = program.trace.checked.setdefault(model, {})
-    key = (level, program.outputs, *(record.text for record in program.history))
+    key = (level, program.options.outputs, *(record.text for record in program.history))
     if key not in done:
         program.graph_module.recompile()
-        captured = on_device(dataclasses.replace(program.trace, graph_module=program.graph_module), device)
+        captured = on_device(program.trace, device)
         dtypes = program.dtypes or parameter_dtypes(model, None)
         check = check_trace if level == "full" else _forward
         done[key] = check(model, captured, dtypes, program.trace.device)

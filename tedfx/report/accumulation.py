@@ -73,7 +73,7 @@ def schedules(compilation, cost: Cost, values: Mapping[str, int], count: int) ->
 
 def _gradients(compilation) -> tuple[int, int]:
     """Bytes of gradients that a rank holds at most: with `no_sync`, and layer by layer."""
-    graph, stage = compilation.graph_module.graph, compilation.zero
+    graph, stage = compilation.graph_module.graph, compilation.options.zero
     place = segments(graph)
     apart = shares = 0
     layer: dict[int, int] = {}
@@ -81,7 +81,7 @@ def _gradients(compilation) -> tuple[int, int]:
         if node.name not in compilation.trainable:
             continue
         size, placed = (
-            (compilation.gradient_dtype or node.meta["val"].dtype).itemsize,
+            (compilation.options.gradient_dtype or node.meta["val"].dtype).itemsize,
             placed_on_first(compilation, node, stage),
         )
         whole, share = placed.whole.numel * size, placed.share.numel * size
@@ -94,7 +94,7 @@ def _gradients(compilation) -> tuple[int, int]:
             first = min((place[u] for u in node.users if u in place), default=0)
             layer[first] = layer.get(first, 0) + whole
     return apart, shares + max(layer.values(), default=0) + (
-        min(compilation.bucket_bytes, sum(layer.values())) if layer else 0
+        min(compilation.options.bucket_bytes, sum(layer.values())) if layer else 0
     )
 
 

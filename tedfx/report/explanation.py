@@ -47,7 +47,7 @@ def explain(
     stages: Mapping[str, float] | None = None,
     micro_batches: int | None = None,
 ) -> "Explanation":
-    """Explain a ParallelModule (its last signature) or a Compilation.
+    """Explain a ParallelModule (its last signature) or a LocalGraph.
 
     rows             "layers": each distinct layer in full, of the rest only what communicates; "all": every
                      node.
@@ -80,16 +80,21 @@ def explain(
 def default_values(
     compilation, batch: int | None = None, sequence: int | None = None, sizes: LocalSizes | None = None
 ) -> dict[str, int]:
-    """One rank's sizes by name: those given, else 1 and 4096 (less where the model allows less)."""
-    values = {}
-    for symbol, name in (sizes or LocalSizes(compilation)).names.items():
-        given = {"batch": batch, "sequence": sequence}.get(name.name)
-        high = compilation.trace.bounds.get(symbol, (1, None))[1]
-        default = DEFAULT_SIZES.get(name.name, 1)
-        values[name.name] = (
-            int(given) if given is not None else default if high is None else min(default, int(high))
-        )
-    return values
+    """One rank's sizes by name: those given, else as `default_size`."""
+    given = {"batch": batch, "sequence": sequence}
+    return {
+        name.name: default_size(compilation.trace, symbol, name.name, given.get(name.name))
+        for symbol, name in (sizes or LocalSizes(compilation)).names.items()
+    }
+
+
+def default_size(trace, symbol, name: str, given: int | None = None) -> int:
+    """The size that a symbol of the inputs has by default: 4096 for a sequence, else 1, and less where the
+    model allows less."""
+    if given is not None:
+        return int(given)
+    high, default = trace.bounds.get(symbol, (1, None))[1], DEFAULT_SIZES.get(name, 1)
+    return default if high is None else min(default, int(high))
 
 
 class Explanation:
@@ -147,7 +152,7 @@ class Explanation:
         lines = [f"{name}mesh {mesh} ({mesh.world} rank{'s' * (mesh.world > 1)}); the graph of one rank"]
         lines.append("roles       " + _roles(c.roles))
         lines.append("signature   " + self.signature)
-        lines.append("outputs     " + ", ".join(_fold_names(c.output_names)))
+        lines.append("outputs     " + ", ".join(_fold_names(c.setting.output_names)))
         lines.append(
             "sizes       "
             + ", ".join(f"{k} = {v}" for k, v in self.values.items())
@@ -398,7 +403,7 @@ class Explanation:
             "world": mesh.world,
             "roles": {role: list(getattr(c.roles, role)) for role in _ROLES},
             "signature": self.signature,
-            "outputs": list(c.output_names),
+            "outputs": list(c.setting.output_names),
             "sizes": dict(self.values),
             "parameters": self._parameters(),
             "layers": [
@@ -524,11 +529,7 @@ def segments(compilation, sizes: LocalSizes | None, fold: bool = True) -> list[S
     shared = {node for node, users in runs.items() if len(users) > 1}
     owned: set[fx.Node] = set()
     known: dict[Any, Segment] = {}
-    names = (
-        set(compilation.parameters)
-        | set(compilation.buffers)
-        | set(getattr(compilation, "trace", compilation).stacked)
-    )
+    names = compilation.parameter_names | set(compilation.trace.buffers)
     for segment in segments:
         if segment.path:
             used = dict.fromkeys(

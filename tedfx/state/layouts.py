@@ -60,7 +60,7 @@ def layout_of(
 ) -> ParameterLayout:
     """The layout of the parameter (or stack) that a placeholder stands for; `name` is what the user calls it,
     `aliases` what else each tied tensor is called."""
-    sources = tuple(getattr(compilation.trace, "stacked", {}).get(node.name, ()))
+    sources = tuple(compilation.trace.stacked.get(node.name, ()))
     shardable = {f.root() for f in compilation.shardable}
     view, where = [], {}
     for d, dim in enumerate(node.meta["dims"]):

@@ -248,11 +248,14 @@ def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callab
     from tedfx.passes.capture_capacity import CaptureCapacity
     from tedfx.passes.functionalize import Functionalize
     from tedfx.passes.local_capacity import LocalCapacity
+    from tedfx.stages.graphs import GlobalGraph
     from tedfx.trace.export import trace
 
     traced = trace(model, kwargs=dict(batch))
-    history = run_pipeline(traced, [Functionalize(), CaptureCapacity(), LocalCapacity(groups)])
-    return functools.partial(traced, model) if history[-1].result.changes else model
+    grouped = run_pipeline(
+        GlobalGraph.of(traced), [Functionalize(), CaptureCapacity(), LocalCapacity(groups)]
+    )
+    return functools.partial(grouped.trace, model) if grouped.history[-1].result.changes else model
 
 
 def train_reference(
@@ -425,15 +428,16 @@ def prepare(
 ):
     """The compilation that every rank would make, made once: the graph is the same on all of them. `example`:
     one rank's call. `check`: with the capture check, which runs the model here."""
-    from tedfx.compiler import Compilation, compile_trace, example_sizes
+    from tedfx.compiler import compile_graph, example_sizes
+    from tedfx.stages.graphs import GlobalGraph
 
     trainable = {
         placeholder
         for placeholder, name in trace.parameters.items()
         if model.get_parameter(name).requires_grad
     }
-    return compile_trace(
-        Compilation(
+    return compile_graph(
+        GlobalGraph.of(
             trace,
             roles,
             trainable,

@@ -14,6 +14,7 @@ from tedfx.passes.functionalize import Functionalize
 from torch import einsum, nn
 
 from tedfx.errors import CaptureError
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.capture.test_models import BIASES, check, operators, routers, tokens
 from tests.models_capacity import FACTORS, LAYERS
@@ -37,7 +38,8 @@ class Layer(nn.Module):
 
 def capture(model):
     traced = trace(model, kwargs={"x": torch.zeros(3, 6, H, dtype=next(model.parameters()).dtype)})
-    history = run_pipeline(traced, [Functionalize(), CaptureLoops(), CaptureCapacity()])
+    done = run_pipeline(GlobalGraph.of(traced), [Functionalize(), CaptureLoops(), CaptureCapacity()])
+    traced, history = done.trace, done.history
     return traced, history[-1].result
 
 

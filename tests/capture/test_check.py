@@ -15,10 +15,11 @@ from tedfx.checking import sample as check_sample
 from tedfx.checking import steps as check_steps
 from tedfx.checking.full import check_program, check_trace
 from tedfx.checking.sample import sample
-from tedfx.compiler import Compilation, default_passes
+from tedfx.compiler import default_passes
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.capture.silent import SILENT, Assigned, Net, parameter_hook
 
@@ -213,7 +214,9 @@ def test_every_output_and_not_those_that_were_not_asked_for():
     model.last.weight.register_hook(lambda grad: grad * 2)
     with pytest.raises(CaptureError, match="gradient of last.weight of step 1"):
         check_trace(model, traced)
-    program = Compilation(traced, Roles.resolve(MeshShape.of("dp=2")), set(), options=Options(outputs=("0",)))
+    program = GlobalGraph.of(
+        traced, Roles.resolve(MeshShape.of("dp=2")), set(), options=Options(outputs=("0",))
+    )
     assert "no gradient reaches" in check_program(program, Two())
 
 
@@ -291,17 +294,17 @@ def test_one_trace_is_checked_once(monkeypatch):
     )
     traced = trace(model, kwargs=X)
     lines = {
-        check_program(Compilation(traced, Roles.resolve(MeshShape.of(mesh)), set()), model)
+        check_program(GlobalGraph.of(traced, Roles.resolve(MeshShape.of(mesh)), set()), model)
         for mesh in ("dp=2", "tp=2", "dp=2,tp=2")
     }
     assert len(lines) == len(runs) == 1
-    check_program(Compilation(traced, Roles.resolve(MeshShape.of("dp=2")), set()), Net())  # another model
+    check_program(GlobalGraph.of(traced, Roles.resolve(MeshShape.of("dp=2")), set()), Net())  # another model
     assert len(runs) == 2
 
 
 def test_levels():
     model = parameter_hook()
-    program = Compilation(trace(model, kwargs=X), Roles.resolve(MeshShape.of("dp=2")), set())
+    program = GlobalGraph.of(trace(model, kwargs=X), Roles.resolve(MeshShape.of("dp=2")), set())
     assert check_program(program, model, "none") == "not checked against the model: check='none'"
     assert check_program(program, model, "forward").startswith(
         "checked against the model, forward alone: largest relative difference"

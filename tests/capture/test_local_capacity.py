@@ -13,6 +13,7 @@ from torch import einsum
 from tedfx import ops
 from tedfx.compiler import default_passes
 from tedfx.errors import CaptureError, ConfigError
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tedfx.verification.run import in_groups
 from tests.capture.test_capacity import Layer, Mixture, experts
@@ -25,7 +26,8 @@ E, H, GROUPS = 4, 32, 3
 
 def rewritten(model, groups=GROUPS):
     traced = trace(model, kwargs={"x": torch.zeros(3, 6, H, dtype=torch.float64)})
-    history = run_pipeline(traced, [Functionalize(), CaptureCapacity(), LocalCapacity(groups)])
+    done = run_pipeline(GlobalGraph.of(traced), [Functionalize(), CaptureCapacity(), LocalCapacity(groups)])
+    traced, history = done.trace, done.history
     return traced, history[-1].result
 
 
@@ -164,7 +166,9 @@ def test_the_option():
     plain = [p.name for p in default_passes()]
     assert plain == [p.name for p in default_passes(capacity="global")] and "local_capacity" not in plain
     traced = trace(torch.nn.Linear(H, H).double(), kwargs={"input": torch.zeros(3, H, dtype=torch.float64)})
-    (record,) = run_pipeline(traced, [LocalCapacity(GROUPS)], have=("capacities captured",))
+    (record,) = run_pipeline(
+        GlobalGraph.of(traced), [LocalCapacity(GROUPS)], have=("capacities captured",)
+    ).history
     assert "no mixture with a capacity" in record.result.notes[0]
 
 

@@ -11,6 +11,7 @@ from tedfx.passes.capture_loops import CaptureLoops
 from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.models_plain import MOES, PLAIN, Config
 
@@ -31,7 +32,8 @@ class Layer(nn.Module):
 def capture(model, **inputs):
     """The trace with its loops captured."""
     traced = trace(model, kwargs=inputs or {"x": torch.zeros(3, 6, 32, dtype=next(model.parameters()).dtype)})
-    history = run_pipeline(traced, [Functionalize(), CaptureLoops()])
+    done = run_pipeline(GlobalGraph.of(traced), [Functionalize(), CaptureLoops()])
+    traced, history = done.trace, done.history
     return traced, history[-1].result
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 import tedfx
-from tedfx.compiler import Compilation, compile_trace, default_passes
+from tedfx.compiler import compile_graph, default_passes
 from tedfx.errors import ConfigError, TraceError
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.parity import values
 from tests.pool import context, ranks  # noqa: F401
@@ -105,6 +106,7 @@ def test_other_draws_are_refused_with_their_line(name):
     with pytest.raises(
         TraceError, match=r"draws random numbers and has no counter-based form.*test_values\.py:\d+"
     ):
-        compile_trace(
-            Compilation(traced, Roles.resolve(MeshShape.of("dp=2")), set(traced.parameters)), default_passes()
+        compile_graph(
+            GlobalGraph.of(traced, Roles.resolve(MeshShape.of("dp=2")), set(traced.parameters)),
+            default_passes(),
         )

@@ -8,29 +8,31 @@ import torch
 from tedfx.passes.base import run_pipeline
 from torch import fx
 
-from tedfx.compiler import Compilation, compile_trace, default_passes
+from tedfx.compiler import compile_graph, default_passes, example_sizes
 from tedfx.options import Options
 from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.placement.types import format_type
 from tedfx.rules import op_name
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.rules.simulate import Ranks, cotangent, join, same, split
 
-_TRACES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # a Compilation works on a copy
+_TRACES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # a GlobalGraph is a copy
 
 
-def compilation(model, mesh: str, call: dict, roles=None, outputs=None) -> Compilation:
+def global_graph(model, mesh: str, call: dict, roles=None, outputs=None, example=False) -> GlobalGraph:
     shape = MeshShape.of(mesh)
     if model not in _TRACES:
         _TRACES[model] = trace(model, kwargs=call)
     traced = _TRACES[model]
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    return Compilation(
+    return GlobalGraph.of(
         traced,
         Roles.resolve(shape, roles),
         {p for p, n in traced.parameters.items() if n not in frozen},
         options=Options(outputs=outputs),
+        example=example_sizes(traced, call) if example else None,
     )
 
 
@@ -41,9 +43,9 @@ PLAIN = {"dedup": False, "sequence_parallel": False}
 def upto(model, mesh: str, call: dict, last: str, roles=None, **options):
     """The program after the pass of this name, and that pass's result. No type check runs. `options` of
     `default_passes`, by default `PLAIN`."""
-    program, passes = compilation(model, mesh, call, roles), default_passes(**{**PLAIN, **options})
+    program, passes = global_graph(model, mesh, call, roles), default_passes(**{**PLAIN, **options})
     names = [p.name for p in passes]
-    run_pipeline(program, passes[: names.index(last) + 1], program.history)
+    program = run_pipeline(program, passes[: names.index(last) + 1])
     return program, program.history[-1].result
 
 
@@ -176,7 +178,7 @@ def run_ranks(program, model, call: dict, cotangents=None):
 
 def parity(model, mesh: str, call: dict, roles=None, **options):
     """The whole pipeline on threads against the model itself: outputs, gradients. Returns the program."""
-    program = compile_trace(compilation(model, mesh, call, roles), default_passes(**{**PLAIN, **options}))
+    program = compile_graph(global_graph(model, mesh, call, roles), default_passes(**{**PLAIN, **options}))
     expected = model(**call)
     expected = list(expected) if isinstance(expected, tuple) else [expected]
     g = torch.Generator().manual_seed(5)

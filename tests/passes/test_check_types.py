@@ -1,7 +1,7 @@
 """`check_types` accepts what `place` made, and refuses every single fault put into it."""
 
 import functools
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 from tedfx.passes.check_types import check_types
@@ -32,9 +32,7 @@ def placed(name):
     """A copy to operate on: graph and types; the factors are shared."""
     program, graph = _placed(name), fx.Graph()
     graph.output(graph.graph_copy(program.graph_module.graph, {}))
-    return SimpleNamespace(
-        graph_module=fx.GraphModule({}, graph), plan=program.plan, batch_factor=program.batch_factor
-    )
+    return replace(program, trace=replace(program.trace, graph_module=fx.GraphModule({}, graph)))
 
 
 def faults(name, make):

@@ -25,13 +25,13 @@ from tedfx.analysis.activations import Ledger, Sizing, saved, saves, short_name
 from tedfx.analysis.attention_cores import attention_cores
 from tedfx.analysis.cost import Cost
 from tedfx.analysis.layers import layer_of, path_of
-from tedfx.compiler import compile_trace, default_passes, example_sizes, pipeline
+from tedfx.compiler import compile_graph, default_passes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.graph.emission import emit, schedule
 from tedfx.options import parse_policy
 from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
-from tests.passes.helpers import compilation, find, run_ranks
+from tests.passes.helpers import find, global_graph, run_ranks
 
 
 class Layers(nn.Module):
@@ -81,9 +81,8 @@ class Mix(m.MoE):
 
 def compiled(policy, mesh="ep=2,tp=2", model=None, call=None, **options):
     model, call = model or m.make(Layers), call or m.inputs()
-    program = compilation(model, mesh, call)
-    program.example = example_sizes(program.trace, call)
-    return compile_trace(program, [*default_passes()[:-1], Checkpoint(policy, **options)])
+    program = global_graph(model, mesh, call, example=True)
+    return compile_graph(program, [*default_passes()[:-1], Checkpoint(policy, **options)])
 
 
 def regions(program) -> dict[int, list[fx.Node]]:
@@ -268,7 +267,7 @@ def test_the_ledger_is_what_autograd_keeps(kind, call, policy):
     model, call = m.make(kind), call(8, 16)
     program = compiled(policy, "dp=1", model, call)
     estimate = Ledger(
-        program.graph_module.graph, list(regions(program).values()), Sizing(program.example)
+        program.graph_module.graph, list(regions(program).values()), Sizing(program.setting.example)
     ).total
     given = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     operands = []
@@ -310,7 +309,7 @@ def test_a_budget_lies_between_comm_and_none():
     for policy in ("none", "comm"):
         program = compiled(policy)
         total[policy] = Ledger(
-            program.graph_module.graph, list(regions(program).values()), Sizing(program.example)
+            program.graph_module.graph, list(regions(program).values()), Sizing(program.setting.example)
         ).total
     all_of_them = len(regions(program))
     assert total["comm"] < 0.8 * total["none"]
@@ -320,7 +319,9 @@ def test_a_budget_lies_between_comm_and_none():
         program = compiled(f"budget={limit}")
         counts.append(len(regions(program)))
         assert (
-            Ledger(program.graph_module.graph, list(regions(program).values()), Sizing(program.example)).total
+            Ledger(
+                program.graph_module.graph, list(regions(program).values()), Sizing(program.setting.example)
+            ).total
             <= limit
         )
     assert (
@@ -345,7 +346,7 @@ def test_a_budget_lies_between_comm_and_none():
 def test_the_emitted_graph_on_ranks(policy):
     program = compiled(policy)
     expected, gradients = run_ranks(program, m.make(Layers), m.inputs())
-    program.graph_module = emit(program.graph_module)
+    program.trace.graph_module = emit(program.graph_module)
     assert program.graph_module.graph.find_nodes(op="call_module", target="region_0")
     outputs, recomputed = run_ranks(program, m.make(Layers), m.inputs())
     assert torch.equal(outputs[0], expected[0]) and gradients.keys() == recomputed.keys()

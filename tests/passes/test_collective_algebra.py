@@ -12,14 +12,15 @@ from tedfx.passes.check_types import check_types
 from tedfx.passes.collective_algebra import ROWS, CollectiveAlgebra
 
 from tedfx.analysis.cost import Cost
-from tedfx.compiler import Compilation, compile_trace
+from tedfx.compiler import compile_graph
 from tedfx.errors import ConfigError, TypeCheckError
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.placement.types import I
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.models_capacity import CAPACITY
 from tests.passes import models as m
-from tests.passes.helpers import PLAIN, compilation, count, default_passes, find, parity
+from tests.passes.helpers import PLAIN, count, default_passes, find, global_graph, parity
 
 H, INNER, ROWS_PER_RANK = 8, 32, 12  # of m.inputs() on one batch rank: 4 x 3 tokens, float64
 
@@ -27,12 +28,12 @@ H, INNER, ROWS_PER_RANK = 8, 32, 12  # of m.inputs() on one batch rank: 4 x 3 to
 def compiled(model, mesh, rows, call=None, **options):
     """The local graph with these rows of the algebra only, and {(phase, collective, axes): (how many,
     bytes)}."""
-    program = compilation(model, mesh, call or m.inputs())
+    program = global_graph(model, mesh, call or m.inputs())
     passes = [
         CollectiveAlgebra(rows) if isinstance(p, CollectiveAlgebra) else p
         for p in default_passes(**{**PLAIN, **options})
     ]
-    run_pipeline(program, passes, program.history)
+    program = run_pipeline(program, passes)
     ranks = program.roles.mesh.size(program.roles.mesh.wide(program.roles.batch))
     cost, values = (
         Cost(program),
@@ -262,8 +263,8 @@ def test_batch_prefix_sums_that_are_small_and_of_one_integer_dtype(fn, batched):
 def test_batch_the_queues_of_a_layer_that_chooses_two_experts():
     """GShard numbers first and second choices by themselves: one gather per layer, of the totals of both."""
     traced = trace(CAPACITY["capacity_gshard"](layers=2))
-    program = compile_trace(
-        Compilation(traced, Roles.resolve(MeshShape.of("dp=2,ep=2"), None), set(traced.parameters)),
+    program = compile_graph(
+        GlobalGraph.of(traced, Roles.resolve(MeshShape.of("dp=2,ep=2"), None), set(traced.parameters)),
         default_passes(),
     )
     batched = find(program, "cumsum_batched")

@@ -61,14 +61,14 @@ def test_dropout_takes_the_parts_apart(kind):
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2"])
 def test_dropout_draws_the_same_on_any_mesh(mesh):
     """The loss on a mesh is the loss of the same local program on one rank: draws follow global positions."""
-    from tedfx.compiler import compile_trace
-    from tests.passes.helpers import compilation, run_ranks
+    from tedfx.compiler import compile_graph
+    from tests.passes.helpers import global_graph, run_ranks
     from tests.rules.simulate import same
 
     model = m.make(m.Attention, dropout=0.5)
     runs = []
     for each in ("dp=1", mesh):
-        program = compile_trace(compilation(model, each, m.inputs()))
+        program = compile_graph(global_graph(model, each, m.inputs()))
         assert program.uses_seed
         runs.append(run_ranks(program, model, m.inputs()))
     (one, one_gradients), (many, gradients) = runs

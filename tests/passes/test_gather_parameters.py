@@ -51,7 +51,6 @@ def test_experts_are_cut_over_dp_and_the_rest_over_ep_too():
 def test_a_bucket_is_no_larger_than_it_may_be():
     model = m.make(m.Mlp)
     whole, _ = upto(model, "dp=2", m.inputs(), "checkpoint")
-    whole.options = Options(zero=3)
     for node in whole.graph_module.graph.nodes:
         node.meta["nn_module_stack"] = {"": ("layers.0", object)}
     GatherParameters()(whole)

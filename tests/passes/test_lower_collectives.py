@@ -1,8 +1,6 @@
 """`lower_collectives`: the table of conversions, one axis on top of another, and what the ops then
 compute."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tedfx.passes.lower_collectives import LowerCollectives
@@ -11,15 +9,14 @@ from torch import fx
 from torch.nn import functional
 
 from tedfx import ops
-from tedfx.compiler import compile_trace, default_passes
+from tedfx.compiler import compile_graph, default_passes
 from tedfx.errors import TypeCheckError
 from tedfx.placement.factors import Factor
-from tedfx.placement.plan import Plan
-from tedfx.placement.roles import MeshShape, Roles
 from tedfx.placement.types import I, P, R, Shard
 from tedfx.rules.base import op_name
+from tests.graphs import typed_graph
 from tests.passes import models as m
-from tests.passes.helpers import compilation, find, run_ranks, upto
+from tests.passes.helpers import find, global_graph, run_ranks, upto
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split
 
 B, O, F = "batch", "outer", "inner"
@@ -51,9 +48,7 @@ def chain(mesh: str, start: dict, steps):
     used = {index for index, _, _ in steps}
     outputs = [v for i, v in enumerate(values) if i not in used]
     graph.output(tuple(outputs))
-    shape = MeshShape.of(mesh)
-    roles = Roles.resolve(shape)
-    return SimpleNamespace(graph_module=fx.GraphModule({}, graph), roles=roles, plan=Plan(roles))
+    return typed_graph(graph, mesh)
 
 
 def compare(program, mesh: str):
@@ -167,7 +162,7 @@ def test_a_dropout_draws_on_the_slice_that_is_left(length):
     model = m.Fn(lambda s, x: block(s, block(s, x)).square().mean(), up=(8, 16), down=(16, 8), norm=(8,))
     runs = []
     for mesh in ("tp=1", "tp=2"):
-        program = compile_trace(compilation(model, mesh, m.inputs(length=length)), default_passes())
+        program = compile_graph(global_graph(model, mesh, m.inputs(length=length)), default_passes())
         runs.append(run_ranks(program, model, m.inputs(length=length)))
     first, second = find(
         program, "dropout"

@@ -4,8 +4,9 @@ import functools
 
 import pytest
 
-from tedfx.compiler import Compilation, compile_trace, default_passes
+from tedfx.compiler import compile_graph, default_passes
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.models import MODELS
 
@@ -18,8 +19,8 @@ def traced(name, layers):
 @functools.cache
 def compiled(name, mesh, layers=3, **options):
     each = traced(name, layers)
-    return compile_trace(
-        Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)),
+    return compile_graph(
+        GlobalGraph.of(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)),
         default_passes(**{"dedup": False, "sequence_parallel": False, **options}),
     )
 

@@ -16,8 +16,9 @@ import torch
 
 import tedfx
 from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, GATHER_PARAMETERS, Cost
-from tedfx.compiler import Compilation, compile_trace
+from tedfx.compiler import compile_graph
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tedfx.verification import processes as verify_ranks
 from tests.models import MODELS
@@ -77,10 +78,10 @@ def prepare():
             )
             traces[name] = trace(models[name])
         roles = Roles.resolve(MeshShape.of(mesh), roles)
-        program = Compilation(
+        program = GlobalGraph.of(
             traces[name], roles, set(traces[name].parameters), options=tedfx.Options(**switches)
         )
-        made.append((models[name], compile_trace(program)))
+        made.append((models[name], compile_graph(program)))
     return made
 
 

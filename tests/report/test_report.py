@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tedfx.compiler import Compilation, compile_trace, default_passes
+from tedfx.compiler import compile_graph, default_passes
 from tedfx.errors import ConfigError
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.report import picture
 from tedfx.report.before_after import before_after
 from tedfx.report.explanation import WIDTH, explain
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.state.parameters import ParameterLayout
 from tedfx.trace.export import trace
 from tests.report import toy
@@ -35,8 +36,8 @@ def check(text, *patterns):
 
 def compile_toy(mesh="dp=2,tp=2", model=None, inputs=None, **options):
     each = trace(model or toy.make(**options), kwargs=inputs)
-    return compile_trace(
-        Compilation(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)),
+    return compile_graph(
+        GlobalGraph.of(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)),
         default_passes(dedup=False, sequence_parallel=False),
     )
 
@@ -370,7 +371,7 @@ def test_notes_and_frozen():
     """A frozen parameter is not reduced; what the model fixes is noted."""
     each = trace(toy.make())
     trainable = {p for p, name in each.parameters.items() if "embed" not in name}
-    told = explain(compile_trace(Compilation(each, Roles.resolve(MeshShape.of("dp=2")), trainable)))
+    told = explain(compile_graph(GlobalGraph.of(each, Roles.resolve(MeshShape.of("dp=2")), trainable)))
     free = explain(compile_toy("dp=2"))
     size = lambda e: sum(t.payload for t in e.cost.totals(["boundary"]))
     assert size(free) - size(told) == 20 * 16 * 4 + 4

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.utils._pytree as pytree
 from tedfx.passes.annotate import Annotate
+from tedfx.passes.base import run_pipeline
 from tedfx.passes.check_types import DIRECT
 from tedfx.passes.collective_algebra import NAMES
 from tedfx.passes.localize import Localize
@@ -19,10 +19,11 @@ from torch import fx
 from tedfx.decisions.decide import decide
 from tedfx.dtypes import has_gradient
 from tedfx.placement.factors import leaves
-from tedfx.placement.plan import Plan, differentiable
-from tedfx.placement.roles import MeshShape, Roles
+from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, R, Shard
 from tedfx.rules import op_name, operands
+from tedfx.stages.graphs import PlannedGraph, TypedGraph
+from tests.graphs import global_graph
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split
 
 MESH = {"tp": 2}
@@ -47,8 +48,22 @@ class Case:
     meets: object = lambda program, types: True  # which placements of the operands can occur
 
 
-def build(case: Case, trainable="all") -> SimpleNamespace:
-    """A stand-in for a Compilation with one call."""
+@dataclass
+class OneOp:
+    """A graph with factors and one call; `values` of its placeholders."""
+
+    case: Case
+    planned: PlannedGraph
+    call: fx.Node
+    values: dict
+
+    graph_module = property(lambda self: self.planned.graph_module)
+    plan = property(lambda self: self.planned.plan)
+    trainable = property(lambda self: self.planned.trainable)
+
+
+def build(case: Case, trainable="all") -> OneOp:
+    """A case's operands and call, up to the factors."""
     graph, values, made = fx.Graph(), {}, {}
     flat, spec = pytree.tree_flatten((case.args, case.kwargs))
     nodes = []
@@ -75,30 +90,11 @@ def build(case: Case, trainable="all") -> SimpleNamespace:
     graph.output(tuple(outputs))
     floats = [n for n, v in values.items() if has_gradient(v.dtype) and int(n[1:]) not in case.frozen]
     learned = {"all": floats, "first": floats[:1], "rest": floats[1:], "none": []}[trainable]
-    program = SimpleNamespace(
-        graph_module=fx.GraphModule({}, graph),
-        trace=SimpleNamespace(
-            parameters={n: n for n in floats},
-            buffers={},
-            constants={},
-            sizes={},
-            stacked={},
-            mutated_buffers=[],
-        ),
-        roles=Roles.resolve(MeshShape.of(MESH)),
-        trainable=set(learned),
-        is_batch_input=lambda node: False,
-        batch_factor=None,
-        plan=None,
-        hints={},
-        row_numbers={},
-        values=values,
-        call=call,
-        case=case,
+    planned = run_pipeline(
+        global_graph(graph, MESH, floats, learned), [Annotate()], have={"functional", "row_losses"}
     )
-    Annotate()(program)
-    program.plan = Plan(program.roles, algebra=NAMES)
-    return program
+    planned.plan.algebra = NAMES
+    return OneOp(case, planned, next(n for n in planned.graph.nodes if n.name == call.name), values)
 
 
 def choices(node: fx.Node) -> list:
@@ -191,10 +187,9 @@ def localized(program, final, outs):
         call.meta["type"] = {AXIS: outs[0]}
     for node in graph.find_nodes(op="placeholder"):
         node.meta.setdefault("type", {AXIS: I})
-    program = SimpleNamespace(**{**vars(program), "graph_module": fx.GraphModule({}, graph)})
-    Localize()(program)
-    graph.lint()
-    return program.graph_module
+    own = replace(program.planned.trace, graph_module=fx.GraphModule({}, graph))
+    typed = replace(program.planned, trace=own, history=[]).then(TypedGraph)
+    return run_pipeline(typed, [Localize()], have={"collectives", "local_experts"}).graph_module
 
 
 def flow(module, values: dict, learned: set, cotangents=None):

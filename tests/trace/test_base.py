@@ -1,20 +1,28 @@
-"""The pass protocol and the runner, in pure python: the program is a stand-in."""
+"""The pass protocol and the runner."""
 
 import dataclasses
-import types
 from typing import ClassVar
 
 import pytest
 from tedfx.passes.base import Pass, PassResult, check_contracts, run_pipeline
 from torch import fx
 
+from tedfx.compiler import compile_graph
 from tedfx.errors import ContractError
+from tedfx.placement.plan import Plan
+from tedfx.stages.graphs import GlobalGraph, PlannedGraph
+from tests.graphs import global_graph
 
 
 def program():
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
-    return types.SimpleNamespace(graph_module=fx.GraphModule({}, graph), seen=[])
+    return global_graph(graph)
+
+
+def seen(program) -> list:
+    """What steps wrote down: the notes of the trace."""
+    return program.trace.notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Step(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"stepped"})
 
     def __call__(self, program):
-        program.seen.append(self.option)
+        seen(program).append(self.option)
         return PassResult(matches=1, changes=2, notes=["walked"])
 
 
@@ -61,9 +69,10 @@ def test_a_pass_is_frozen_and_compares_by_its_options():
 
 
 def test_the_runner_records_every_pass():
-    p, history = program(), []
-    assert run_pipeline(p, [Step(1), Step(2), AfterStep()], history) is history
-    assert p.seen == [1, 2]
+    p = program()
+    assert run_pipeline(p, [Step(1), Step(2), AfterStep()]) is p
+    assert seen(p) == [1, 2]
+    history = p.history
     assert [r.name for r in history] == ["step", "step", "after_step"]
     assert history[0].result.notes == ["walked"] and history[0].seconds >= 0
     assert str(history[0]).startswith("step{option=1}: 1 matched, 2 changed")
@@ -77,8 +86,61 @@ def test_contracts_are_checked_before_anything_runs():
         run_pipeline(p, [AfterStep(), Step()])
     with pytest.raises(ContractError, match="no pass provides it"):
         check_contracts([AfterStep()])
-    assert p.seen == []
+    assert seen(p) == []
     check_contracts([AfterStep()], have={"stepped"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Plans(Pass[GlobalGraph]):
+    gives = PlannedGraph
+
+    def __call__(self, program):
+        return PassResult(changes=1, next=program.then(PlannedGraph, plan=Plan(program.roles)))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnThePlan(Pass[PlannedGraph]):
+    requires: ClassVar[frozenset[str]] = frozenset({"planned"})
+
+    def __call__(self, program):
+        program.plan.sequence = ("tp",)
+        return PassResult()
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgets(Pass[GlobalGraph]):
+    gives = PlannedGraph
+
+    def __call__(self, program):
+        return PassResult()
+
+
+def test_a_pass_may_make_the_next_stage():
+    p = program()
+    planned = run_pipeline(p, [Step(), Plans(), OnThePlan(), Step()])
+    assert isinstance(planned, PlannedGraph) and planned.plan.sequence == ("tp",)
+    assert planned.graph_module is p.graph_module and planned.setting is p.setting
+    assert [r.name for r in planned.history] == ["step", "plans", "on_the_plan", "step"]
+    with pytest.raises(ContractError, match="forgets gives a planned graph, and its result has none"):
+        run_pipeline(program(), [Forgets()])
+
+
+def test_the_order_of_stages_is_checked_before_anything_runs():
+    p = program()
+    for passes, line in (
+        (
+            [Step(), OnThePlan(), Plans()],
+            "on_the_plan works on a planned graph, .* a global one: put it behind plans",
+        ),
+        ([Step(), OnThePlan()], "on_the_plan works on a planned graph, .* no pass gives one"),
+        ([Step(), Plans(), Plans()], "plans works on a global graph, .* a planned one: put it before plans"),
+    ):
+        with pytest.raises(ContractError, match=line):
+            run_pipeline(p, passes)
+    assert seen(p) == []
+    assert check_contracts([Plans(), OnThePlan()]) is PlannedGraph
+    with pytest.raises(ContractError, match="end with a planned graph, and a rank runs a local one"):
+        compile_graph(p, [Plans()])
 
 
 def test_an_invalid_graph_is_found_where_it_is_made():
@@ -87,9 +149,9 @@ def test_an_invalid_graph_is_found_where_it_is_made():
 
 
 def test_the_verifier_runs_after_every_pass():
-    seen = []
-    run_pipeline(program(), [Step(), AfterStep()], verify=lambda prog, p: seen.append(p.name))
-    assert seen == ["step", "after_step"]
+    verified = []
+    run_pipeline(program(), [Step(), AfterStep()], verify=lambda prog, p: verified.append(p.name))
+    assert verified == ["step", "after_step"]
 
 
 @pytest.mark.parametrize("setting, shown", [("all", True), ("step", True), ("other", False), ("", False)])

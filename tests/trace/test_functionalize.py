@@ -7,6 +7,7 @@ from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ def functional(function, x=None):
     torch.manual_seed(0)
     model = Model(function)
     t = trace(model, kwargs={"x": torch.randn(6, 10, 8) if x is None else x})
-    run_pipeline(t, [Functionalize()])
+    t = run_pipeline(GlobalGraph.of(t), [Functionalize()]).trace
     assert not any(
         getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in t.graph_module.graph.nodes
     )
@@ -270,7 +271,7 @@ def test_a_copy_of_what_came_in_stays():
             return x[:, 1:].clone().exp() + y.clone()[:, 1:]
 
     t = trace(Copies(), kwargs={"x": torch.randn(6, 10)})
-    run_pipeline(t, [Functionalize()])
+    t = run_pipeline(GlobalGraph.of(t), [Functionalize()]).trace
     assert targets(t).count(aten.clone.default) == 1
 
 
@@ -317,7 +318,7 @@ def test_a_write_into_an_input_is_refused():
 
     t = trace(Writes(), kwargs={"x": torch.randn(6, 10)})
     with pytest.raises(TraceError, match=r"writes into input x \| at .*test_functionalize.py"):
-        run_pipeline(t, [Functionalize()])
+        t = run_pipeline(GlobalGraph.of(t), [Functionalize()]).trace
 
 
 def test_a_shape_asked_of_a_value_is_no_use_of_it():

@@ -15,6 +15,7 @@ from tedfx.passes.simplify_masks import SimplifyMasks  # noqa: E402
 from tedfx.checking.forward import check_capture  # noqa: E402
 from tedfx.errors import CaptureError, ConfigError, TraceError  # noqa: E402
 from tedfx.frontends import HuggingFace, huggingface  # noqa: E402
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace  # noqa: E402
 from tests.models import MODELS  # noqa: E402
 
@@ -86,7 +87,8 @@ def test_loss_and_gradients_in_float64(name):
     assert check_capture(model, t) < 1e-12
     assert_as_it_was(model, before)
 
-    notes = run_pipeline(t, PASSES)[1].result.notes
+    done = run_pipeline(GlobalGraph.of(t), PASSES)
+    t, notes = done.trace, done.history[1].result.notes
     assert any("causal" in note for note in notes)
     assert any("window" in note for note in notes) == (name == "gpt_oss")
     code = t.graph_module.code
@@ -116,11 +118,12 @@ def test_passes_are_bitwise_in_float32(name):
     t, inputs = trace(model), batch(3, 9)
     raw = step(model, lambda **kw: t(model, **kw), **inputs)
     expected = step(model, lambda **kw: eager(model, **kw), **inputs)
-    run_pipeline(t, PASSES[:1])
+    functional = run_pipeline(GlobalGraph.of(t), PASSES[:1])
+    t = functional.trace
     out, grads = step(model, lambda **kw: t(model, **kw), **inputs)
     assert torch.equal(out.loss, raw[0].loss) and torch.equal(out.logits, raw[0].logits)
     assert all(torch.equal(grads[n], raw[1][n]) for n in grads if grads[n] is not None)
-    run_pipeline(t, PASSES[1:], have={"functional"})
+    t = run_pipeline(functional, PASSES[1:], have={"functional"}).trace
     assert_close(step(model, lambda **kw: t(model, **kw), **inputs), expected, 1e-5)
 
 
@@ -144,7 +147,7 @@ def test_variants_of_a_family():
     t = trace(model)
     assert t.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "lm_head.weight" not in t.parameters.values()
-    run_pipeline(t, PASSES)
+    t = run_pipeline(GlobalGraph.of(t), PASSES).trace
     inputs = batch(3, 7)
     results = []
     for run in (lambda **kw: eager(model, **kw), lambda **kw: t(model, **kw)):
@@ -156,12 +159,12 @@ def test_variants_of_a_family():
 def test_dropout_while_training():
     model = MODELS["gpt_oss"](num_hidden_layers=1, attention_dropout=0.2).train()
     t = trace(model)
-    run_pipeline(t, PASSES)
+    t = run_pipeline(GlobalGraph.of(t), PASSES).trace
     nodes = t.graph_module.graph.find_nodes(op="call_function", target=aten.dropout.default)
     assert nodes and all(n.args[1:] == (0.2, True) for n in nodes)
     model = MODELS["mixtral"](num_hidden_layers=1, attention_dropout=0.2).train()
     t = trace(model)
-    run_pipeline(t, PASSES)
+    t = run_pipeline(GlobalGraph.of(t), PASSES).trace
     (node,) = t.graph_module.graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     )
@@ -173,7 +176,7 @@ def test_a_padding_mask_is_an_input():
     inputs = {**batch(3, 7), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
     inputs["attention_mask"][0, :2] = 0
     t = trace(model, kwargs={k: torch.ones(6, 10, dtype=torch.long) for k in inputs})
-    run_pipeline(t, PASSES)
+    t = run_pipeline(GlobalGraph.of(t), PASSES).trace
     assert "is_causal" not in t.graph_module.code and len(t.inputs) == 3
     torch.testing.assert_close(t(model, **inputs).loss, eager(model, **inputs).loss)
 

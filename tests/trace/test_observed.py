@@ -14,6 +14,7 @@ from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 
 CALLS = 0
@@ -85,7 +86,7 @@ def test_an_assigned_buffer_is_written(name):
     model = KINDS[name]()
     before = dict(model.named_buffers())
     traced = trace(model, kwargs={"x": inputs()})
-    run_pipeline(traced, [Functionalize()])
+    traced = run_pipeline(GlobalGraph.of(traced), [Functionalize()]).trace
     assert all(b is before[n] for n, b in model.named_buffers())
     other = KINDS[name]()
     for step in range(3):
@@ -362,7 +363,7 @@ def test_parametrizations():
             wrap(model.linear)
         try:
             traced = trace(model, kwargs={"x": inputs()})
-            run_pipeline(traced, [Functionalize()])
+            traced = run_pipeline(GlobalGraph.of(traced), [Functionalize()]).trace
         except TraceError as error:
             assert "\n" not in str(error), wrap
             continue

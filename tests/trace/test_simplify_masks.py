@@ -8,6 +8,7 @@ from tedfx.passes.simplify_masks import SimplifyMasks
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 
 aten = torch.ops.aten
@@ -31,7 +32,8 @@ def simplified(mask, use=attend):
     torch.manual_seed(0)
     model = Attention(mask, use)
     t = trace(model, kwargs={"x": torch.randn(6, 10, 8)})
-    history = run_pipeline(t, [Functionalize(), SimplifyMasks()])
+    done = run_pipeline(GlobalGraph.of(t), [Functionalize(), SimplifyMasks()])
+    t, history = done.trace, done.history
     for shape in ((3, 7, 8), (2, 19, 8), (1, 1, 8)):
         x = torch.randn(shape)
         torch.testing.assert_close(t(model, x=x), model(x=x), rtol=1e-5, atol=1e-6)
@@ -155,7 +157,7 @@ def test_queries_after_a_prefix_are_not_causal():
 
     model = Attention(tril, longer_keys)
     t = trace(model, kwargs={"x": torch.randn(6, 10, 8)})
-    run_pipeline(t, [Functionalize(), SimplifyMasks()])
+    t = run_pipeline(GlobalGraph.of(t), [Functionalize(), SimplifyMasks()]).trace
     x = torch.randn(2, 12, 8)
     torch.testing.assert_close(t(model, x=x), model(x=x))
 
@@ -174,6 +176,7 @@ def test_a_window_wider_than_every_allowed_sequence_is_causal():
             return self.inner(x + self.table[: x.shape[1]])
 
     t = trace(Bounded(), kwargs={"x": torch.randn(6, 10, 8)})
-    history = run_pipeline(t, [Functionalize(), SimplifyMasks()])
+    done = run_pipeline(GlobalGraph.of(t), [Functionalize(), SimplifyMasks()])
+    t, history = done.trace, done.history
     assert any("at most 32" in s or "32" in s for s in t.static)
     assert "causal" in history[1].result.notes[0]

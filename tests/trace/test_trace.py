@@ -9,6 +9,7 @@ from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError, user_line
+from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import infer_inputs, trace
 
 aten = torch.ops.aten
@@ -274,11 +275,11 @@ def test_no_grad_regions():
 def test_dropout_stays_dropout():
     model = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.3))
     t = trace(model, args=(torch.randn(6, 10, 32),))
-    run_pipeline(t, [Functionalize()])
+    t = run_pipeline(GlobalGraph.of(t), [Functionalize()]).trace
     (node,) = t.graph_module.graph.find_nodes(op="call_function", target=aten.dropout.default)
     assert node.args[1:] == (0.3, True) and t.training
     t = trace(model.eval(), args=(torch.randn(6, 10, 32),))
-    run_pipeline(t, [Functionalize()])
+    t = run_pipeline(GlobalGraph.of(t), [Functionalize()]).trace
     assert not t.graph_module.graph.find_nodes(op="call_function", target=aten.dropout.default)
 
 
