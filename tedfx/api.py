@@ -26,7 +26,9 @@ from tedfx.runtime.other_optimizer import remember
 from tedfx.runtime.prepared import refuse_prepared
 from tedfx.stages.graphs import GlobalGraph, LocalGraph
 from tedfx.state.layouts import layouts_of, stack_name
-from tedfx.trace.export import Trace, infer_inputs, trace
+from tedfx.trace.calls import infer_inputs
+from tedfx.trace.export import trace
+from tedfx.trace.global_graph import Trace
 from tedfx.trace.hooks import refuse_hooks
 from tedfx.trace.input_sizes import with_room
 from tedfx.trace.overlaps import refuse_overlaps

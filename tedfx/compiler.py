@@ -34,7 +34,7 @@ from tedfx.passes.split_losses import SplitLosses
 from tedfx.placement.derived import symbol_of
 from tedfx.placement.roles import Roles
 from tedfx.stages.graphs import GlobalGraph, LocalGraph, Stage, TypedGraph
-from tedfx.trace.export import Trace
+from tedfx.trace.global_graph import Trace
 
 
 def default_passes(options: Options | None = None, **given) -> list[Pass]:

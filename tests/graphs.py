@@ -12,7 +12,7 @@ from tedfx._torch import pytree
 from tedfx.placement.plan import Plan
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.stages.graphs import GlobalGraph, PlannedGraph, TypedGraph
-from tedfx.trace.export import Trace
+from tedfx.trace.global_graph import Trace
 
 
 def global_graph(graph: fx.Graph, mesh="dp=1", parameters: Iterable[str] = (), trainable=()) -> GlobalGraph:

@@ -16,7 +16,7 @@ from torch import fx
 
 from tedfx.capture.rules import refuse
 from tedfx.graph.emit import emit
-from tedfx.trace.export import Trace
+from tedfx.trace.global_graph import Trace
 
 __all__ = ["Stacks"]
 

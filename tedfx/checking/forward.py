@@ -17,7 +17,7 @@ from tedfx.dtypes import precision, widest
 from tedfx.errors import CaptureError
 from tedfx.ops.autocast import region
 from tedfx.rules.base import argument
-from tedfx.trace.export import Trace
+from tedfx.trace.global_graph import Trace
 from tedfx.trace.observed import kept
 from tedfx.trace.restored import on_gpu
 

@@ -29,7 +29,7 @@ from tedfx.errors import CaptureError, warn
 from tedfx.frontends import default_frontends
 from tedfx.options import Options
 from tedfx.stages.graphs import GlobalGraph
-from tedfx.trace.export import Trace
+from tedfx.trace.global_graph import Trace
 from tedfx.trace.precision import cast_parameters, parameter_dtypes
 
 __all__ = ["check_program", "check_trace"]

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tedfx._torch import pytree
-from tedfx.trace.export import Trace, leaves_with_path
+from tedfx.trace.calls import leaves_with_path
+from tedfx.trace.global_graph import Trace
 
 __all__ = ["attempts", "random_inputs"]
 

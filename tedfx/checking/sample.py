@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from tedfx.analysis.layers import layer_of
-from tedfx.trace.export import Trace
+from tedfx.trace.global_graph import Trace
 
 __all__ = ["FULL", "sample", "widest"]
 

@@ -29,7 +29,7 @@ from tedfx.checking.compare import Found, Step, Tolerance, compare
 from tedfx.checking.float64 import reading, wide
 from tedfx.checking.inputs import FEWEST, SIZES, random_inputs
 from tedfx.ops.autocast import region
-from tedfx.trace.export import Trace
+from tedfx.trace.global_graph import Trace
 from tedfx.trace.restored import on_gpu, untouched
 
 __all__ = ["GraphFailed", "two_steps"]

@@ -21,9 +21,9 @@ from torch import nn
 
 from tedfx import _torch
 from tedfx.errors import ConfigError
-from tedfx.trace.held import is_plain, is_scalar
 from tedfx.trace.named import MISSING, Named, named_outside
 from tedfx.trace.reads import CODE, Place, equal, freeze, look
+from tedfx.trace.values import is_plain, is_scalar
 
 
 def name_of(place: Place) -> str:

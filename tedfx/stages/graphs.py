@@ -28,7 +28,7 @@ from tedfx.placement.roles import MeshShape, Roles
 from tedfx.stages.history import PassRecord
 from tedfx.stages.setting import Setting, asked_for, name_outputs
 from tedfx.trace.call_check import CallRules
-from tedfx.trace.export import Trace
+from tedfx.trace.global_graph import Trace
 
 __all__ = ["GlobalGraph", "LocalGraph", "PlannedGraph", "Stage", "TypedGraph"]
 

@@ -6,9 +6,7 @@ number, and torch's guards say about which sizes the Python code asked. Dims of 
 size share a symbol where the body wants them equal; a body that only runs at the given sizes is traced at
 those.
 
-Refused, with the line: a tensor that is not among the arguments (a module's weight: its gradient would come
-from nowhere), a draw, a write into an argument or a cotangent, and what cannot run
-without values.
+What a body must not do is refused (`tedfx/trace/body_watch.py`), and so is what cannot run without values.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,51 +25,24 @@ from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tedfx._torch import (
-    TorchDispatchMode,
     enable_python_dispatcher,
-    pytree,
     quiet_export,
     restricted,
     scratch_mode,
     symbolic_tensor,
-    written,
 )
-from tedfx.errors import TedfxError, TraceError, line_of_definition, model_frames, user_line
+from tedfx.errors import TedfxError, TraceError, user_line
 from tedfx.ops.function import Kept, kept_of
 from tedfx.placement.factors import as_size
+from tedfx.trace.body_watch import Watch
+from tedfx.trace.casts import number_of
 
 __all__ = ["Body", "bodies_of"]
 
 aten = torch.ops.aten
-_PRIMES = (
-    11,
-    13,
-    17,
-    19,
-    23,
-    29,
-    31,
-    37,
-    41,
-    43,
-    47,
-    53,
-    59,
-    61,
-    67,
-    71,
-    73,
-    79,
-    83,
-    89,
-    97,
-    101,
-    103,
-    107,
-    109,
-    113,
+_PRIMES = tuple(
+    map(int, "11 13 17 19 23 29 31 37 41 43 47 53 59 61 67 71 73 79 83 89 97 101 103 107 109 113".split())
 )
-_CONSTANTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default, aten._to_copy.default)
 
 
 @dataclass
@@ -122,8 +92,7 @@ def bodies_of(node: fx.Node) -> list[Body]:
     return kept.studied[key]
 
 
-# ---- tracing -------------------------------------------------------------------------------------------
-# ------------------
+# ---- tracing ---------------------------------------------------------------------------------------------
 
 
 def _variants(kept: Kept, values: list, used: tuple[int, ...], line: str) -> list[Body]:
@@ -189,20 +158,14 @@ def _apart(values: list) -> list:
 
 def _given(values: list) -> list:
     """As above, with the traced numbers and one symbol per size."""
-    number = lambda s: 1 if as_size(s) == 1 else ((as_size(s),), _number(s))
+    number = lambda s: 1 if as_size(s) == 1 else ((as_size(s),), number_of(s))
     return [[number(s) for s in v.shape] if isinstance(v, Tensor) else None for v in values]
-
-
-def _number(size: Any) -> int:
-    from tedfx.trace.casts import _number as number
-
-    return number(size)
 
 
 def _attempt(kept: Kept, values: list, sizes: list, used: tuple[int, ...], line: str) -> Body:
     mode, known = scratch_mode(), {}
     given = [
-        symbolic_tensor(mode, s, v.dtype, v.device, known) if isinstance(v, Tensor) else _number(v)
+        symbolic_tensor(mode, s, v.dtype, v.device, known) if isinstance(v, Tensor) else number_of(v)
         for v, s in zip(values, sizes)
     ]
     tensors = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
@@ -215,7 +178,7 @@ def _attempt(kept: Kept, values: list, sizes: list, used: tuple[int, ...], line:
         out = kept(*call)
         return inside, [out] if isinstance(out, Tensor) else list(out)
 
-    watch = _Watch(kept, line)
+    watch = Watch(kept, line)
     # The dispatcher: see `tedfx.passes.base.evaluate`.
     with mode, enable_python_dispatcher(), torch.enable_grad(), _materializing() as asked:
         with watch.over([given[i] for i in tensors]):
@@ -271,67 +234,3 @@ def _materializing() -> Iterator[list]:
 def _line(error: BaseException, otherwise: str) -> str:
     found = user_line(error)
     return otherwise if found == "an unknown line" else found
-
-
-class _Watch(TorchDispatchMode):
-    """Sees every operator of a body, and refuses what the module's docstring says."""
-
-    def __init__(self, kept: Kept, line: str):
-        super().__init__()
-        self.kept, self.call, self.part = kept, line, "forward"
-        self.known: dict[int, Tensor] = {}
-        self.memory: set = set()
-        self.given: set = set()
-
-    def over(self, tensors: list[Tensor]) -> "_Watch":
-        self.known = {id(x): x for x in tensors}
-        self.given = {_memory(x) for x in tensors}
-        self.memory = set(self.given)
-        return self
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.refuse(f"draws random numbers ({func})", "draw outside of it and hand it the result")
-        for x in pytree.tree_leaves((args, kwargs)):
-            if (
-                isinstance(x, Tensor)
-                and id(x) not in self.known
-                and _memory(x) not in self.memory
-                and func not in _CONSTANTS
-            ):
-                self.refuse(
-                    f"reads a tensor {tuple(x.shape)} that is not among its arguments",
-                    "hand it to apply, so that its gradient has a place",
-                )
-        for x in written(func, args, kwargs):
-            for each in pytree.tree_leaves(x):
-                if isinstance(each, Tensor) and _memory(each) in self.given:
-                    self.refuse(
-                        "writes into "
-                        f"{'an argument' if self.part == 'forward' else 'a tensor that it was given'} "
-                        f"({func})",
-                        "make a new tensor instead",
-                    )
-        out = func(*args, **kwargs)
-        for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.known[id(x)] = x
-                self.memory.add(_memory(x))
-        return out
-
-    def refuse(self, what: str, instead: str) -> None:
-        frames = traceback.extract_stack()
-        while frames[-1].filename == __file__:  # this one, and that which asked for it
-            frames.pop()
-        inside = model_frames(frames, __file__)  # none where the engine runs backward on a thread of its own
-        where = (
-            f"{inside[-1].filename}:{inside[-1].lineno}"
-            if inside
-            else line_of_definition(getattr(self.kept.function, self.part))
-        )
-        raise TraceError(f"{self.kept.name}.{self.part} {what} | at {where} | {instead}")
-
-
-def _memory(x: Tensor) -> Any:
-    return x.untyped_storage()._cdata

@@ -196,17 +196,17 @@ def _concrete(value: Any) -> Any:
     with the graph."""
     if isinstance(value, Tensor):
         return torch.empty_strided(
-            [_number(n) for n in value.shape],
-            [_number(n) for n in value.stride()],
+            [number_of(n) for n in value.shape],
+            [number_of(n) for n in value.stride()],
             dtype=value.dtype,
             device=value.device,
         )
     if isinstance(value, torch.SymInt):
-        return _number(value)
+        return number_of(value)
     return True if isinstance(value, torch.SymBool) else 1.0 if isinstance(value, torch.SymFloat) else value
 
 
-def _number(size: int | torch.SymInt) -> int:
+def number_of(size: int | torch.SymInt) -> int:
     """A size with a number for each of its symbols: the traced one, or 8 where it is data."""
     if not isinstance(size, torch.SymInt):
         return int(size)

@@ -12,101 +12,17 @@ all else by identity. At most `LIMIT` things are kept, nearest first.
 from __future__ import annotations
 
 import collections
-import enum
-import inspect
-import itertools
-import random
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from tedfx import _torch
+from tedfx.trace.cells import Cell, cell_of, module_cell
 from tedfx.trace.named import MISSING, Named, named_outside
+from tedfx.trace.values import OPAQUE, is_scalar, same
 
 LIMIT = 300_000
-SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, range)
-# Their contents are their own affair: nothing that a forward computes with.
-_OPAQUE = (
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    torch.Generator,
-    random.Random,
-    enum.Enum,
-    torch.optim.Optimizer,
-)
-_FOREIGN = (
-    "torch.",
-    "logging",
-    "threading",
-    "_thread",
-    "concurrent.",
-    "multiprocessing.",
-    "queue",
-    "io",
-    "_io",
-    "weakref",
-    "functools",
-    "_abc",
-    "re",
-    "typing",
-)
-
-
-def is_scalar(value: Any) -> bool:
-    return type(value) in SCALARS or isinstance(value, enum.Enum)
-
-
-def is_plain(value: Any) -> bool:
-    """Whether an object is of a class that somebody wrote to hold attributes, such as a config."""
-    if isinstance(
-        value,
-        (nn.Module, torch.Tensor, *_OPAQUE, *SCALARS, list, dict, tuple, set, frozenset, collections.deque),
-    ):
-        return False
-    place = type(value).__module__ or ""
-    return (
-        isinstance(getattr(value, "__dict__", None), dict)
-        and place != "torch"
-        and not place.startswith(_FOREIGN)
-    )
-
-
-def same(a: Any, b: Any, depth: int = 6) -> bool:
-    """Whether two values are one, or equal ones of plain types. Never asks a symbolic size."""
-    if a is b:
-        return True
-    if type(a) is not type(b) or depth == 0:
-        return False
-    if is_scalar(a):
-        return a == b or (isinstance(a, float) and a != a and b != b)
-    if isinstance(a, (list, tuple, collections.deque)):
-        return len(a) == len(b) and all(same(x, y, depth - 1) for x, y in zip(a, b))
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[k], b[k], depth - 1) for k in a)
-    if isinstance(a, (set, frozenset)):
-        return len(a) == len(b) and all(is_scalar(x) for x in (*a, *b)) and a == b
-    if is_plain(a):
-        return same(vars(a), vars(b), depth - 1)
-    return False
-
-
-@dataclass
-class _Cell:
-    """One mutable thing: its name, a copy of what it holds, how to read that and how to put it back."""
-
-    path: str
-    saved: Any
-    read: Callable[[], Any]
-    write: Callable[[Any], None]
-    shown: Callable[[Any], str]
-    owner: Any = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +42,7 @@ class Snapshot:
     """What `model` holds now."""
 
     def __init__(self, model: nn.Module):
-        self._cells: list[_Cell] = []
+        self._cells: list[Cell] = []
         self._seen: dict[int, Any] = {}
         self.complete = True
         todo: collections.deque = collections.deque()
@@ -142,102 +58,24 @@ class Snapshot:
 
     # ---- taking it -----------------------------------------------------------------------------------------
 
-    def _module(self, name: str, module: nn.Module, todo) -> None:
+    def _module(self, name: str, module: nn.Module, todo: collections.deque) -> None:
         table = vars(module)
-        if id(table) in self._seen:
-            return
-        self._seen[id(table)] = table
-        path = f"{name}." if name else ""
-        own = lambda: {k: v for k, v in table.items() if k == "training" or k not in _torch.MODULE_ATTRIBUTES}
+        if id(table) not in self._seen:
+            self._seen[id(table)] = table
+            cell = module_cell(name, module)
+            self._cells.append(cell)
+            todo.extend((cell.shown(key), value) for key, value in cell.saved.items())
 
-        def write(saved: dict) -> None:
-            for key in [k for k in own() if k not in saved]:
-                del table[key]
-            table.update(saved)
-
-        self._cells.append(_Cell(path, own(), own, write, lambda key: path + str(key), table))
-        todo.extend((path + str(key), value) for key, value in self._cells[-1].saved.items())
-
-    def _named(self, named: Named, todo) -> None:
-        self._cells.append(_Cell("", named.read(), named.read, named.write, str))
+    def _named(self, named: Named, todo: collections.deque) -> None:
+        self._cells.append(Cell("", named.read(), named.read, named.write, str))
         todo.extend(self._cells[-1].saved.items())
 
-    def _visit(self, path: str, value: Any, todo) -> None:
-        if is_scalar(value) or isinstance(value, (_OPAQUE, nn.Module)) or id(value) in self._seen:
+    def _visit(self, path: str, value: Any, todo: collections.deque) -> None:
+        if is_scalar(value) or isinstance(value, (OPAQUE, nn.Module)) or id(value) in self._seen:
             return
         if isinstance(value, (nn.Parameter, nn.Buffer)):
             return
-        entries: Iterator[tuple[str, Any]] = iter(())
-        cell = None
-        if isinstance(value, torch.Tensor):
-            if type(value) is torch.Tensor and not value.is_inference():
-                cell = _Cell(
-                    path,
-                    _torch.version_of(value),
-                    lambda: _torch.version_of(value),
-                    lambda saved: None,
-                    lambda key: path,
-                )
-        elif isinstance(value, dict):
-            cell = _Cell(
-                path,
-                _items(value),
-                lambda: _items(value),
-                lambda saved: _set_items(value, saved),
-                lambda key: f"{path}[{key!r}]",
-            )
-            entries = ((f"{path}[{key!r}]", v) for key, v in cell.saved.items())
-        elif isinstance(value, (list, collections.deque)):
-
-            def put(saved: list) -> None:
-                value.clear()
-                value.extend(saved)
-
-            cell = _Cell(path, list(value), lambda: list(value), put, lambda key: path)
-            entries = ((f"{path}[{i}]", v) for i, v in enumerate(value))
-        elif isinstance(value, set):
-
-            def put(saved: set) -> None:
-                value.clear()
-                value.update(saved)
-
-            cell = _Cell(path, set(value), lambda: value, put, lambda key: path)
-        elif isinstance(value, (tuple, frozenset)):
-            entries = ((f"{path}[{i}]", v) for i, v in enumerate(value))
-        elif type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
-            if value.nbytes <= 2**24:
-                cell = _Cell(
-                    path,
-                    value.copy(),
-                    lambda: value,
-                    lambda saved: value.__setitem__(..., saved),
-                    lambda key: path,
-                )
-        elif isinstance(value, itertools.count):
-            cell = _Cell(
-                path,
-                repr(value),
-                lambda: repr(value),
-                lambda saved, fresh=eval(repr(value), {"count": itertools.count}): self._replace(
-                    value, fresh
-                ),
-                lambda key: path,
-            )
-        elif isinstance(value, types.GeneratorType):
-            at = lambda: repr((value.gi_frame and value.gi_frame.f_lasti, inspect.getgeneratorlocals(value)))
-            cell = _Cell(path, at(), at, lambda saved: None, lambda key: path)
-        elif is_plain(value):
-            table = vars(value)
-
-            cell = _Cell(
-                path,
-                dict(table),
-                lambda: table,
-                lambda saved: _set_items(table, saved),
-                lambda key: f"{path}.{key}",
-                table,
-            )
-            entries = ((f"{path}.{key}", v) for key, v in table.items())
+        cell, entries = cell_of(path, value, self._replace)
         self._seen[id(value)] = value  # kept, so that its id stays its own
         if cell is not None:
             self._cells.append(cell)
@@ -305,23 +143,7 @@ class Snapshot:
                 cell.write(cell.saved)
 
 
-def _items(value: dict) -> dict:
-    """The entries of a dict as it holds them, whatever its class makes of them."""
-    return dict(dict.items(value))
-
-
-def _set_items(value: dict, saved: dict) -> None:
-    base = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
-    now = _items(value)
-    for key in now:
-        if key not in saved:
-            base.__delitem__(value, key)
-    for key, its in saved.items():
-        if key not in now or now[key] is not its:
-            base.__setitem__(value, key, its)
-
-
-def _putter(cell: _Cell, key: Any, new: Any) -> Callable[[], None]:
+def _putter(cell: Cell, key: Any, new: Any) -> Callable[[], None]:
     def put() -> None:
         now = dict(cell.read())
         now.pop(key, None)
@@ -330,6 +152,3 @@ def _putter(cell: _Cell, key: Any, new: Any) -> Callable[[], None]:
         cell.write(now)
 
     return put
-
-
-__all__ = ["Change", "MISSING", "SCALARS", "Snapshot", "is_plain", "is_scalar", "same"]

@@ -31,8 +31,10 @@ from torch import nn
 from tedfx._torch import MODULE_ATTRIBUTES, around_call, pytree
 from tedfx.errors import TraceError
 from tedfx.trace.draws import Draws
-from tedfx.trace.held import MISSING, Change, Snapshot, is_scalar
+from tedfx.trace.held import Change, Snapshot
+from tedfx.trace.named import MISSING
 from tedfx.trace.reads import Place, Reads, observed
+from tedfx.trace.values import is_scalar
 
 
 class Observation:

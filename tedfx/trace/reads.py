@@ -4,7 +4,7 @@ While `recording` is open, modules (and the plain objects that they hold, config
 attribute that is read or written. What was read before it was written is what the traced graph depends on:
 `observed` says where it is, by names that hold for any instance of the model, and its value now.
 
-A value is compared as in `tedfx/trace/held.py`; containers by content; what is compared by identity is kept
+A value is compared as in `tedfx/trace/values.py`; containers by content; what is compared by identity is kept
 as it is.
 """
 
@@ -21,8 +21,8 @@ from torch import nn
 
 from tedfx import _torch
 from tedfx.errors import is_installed
-from tedfx.trace.held import MISSING, is_plain, is_scalar
-from tedfx.trace.named import named_outside
+from tedfx.trace.named import MISSING, named_outside
+from tedfx.trace.values import is_plain, is_scalar
 
 
 class Reads:

@@ -10,7 +10,8 @@ from torch import nn
 
 from tedfx.errors import TraceError, user_line
 from tedfx.stages.graphs import GlobalGraph
-from tedfx.trace.export import infer_inputs, trace
+from tedfx.trace.calls import infer_inputs
+from tedfx.trace.export import trace
 
 aten = torch.ops.aten
 

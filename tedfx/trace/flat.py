@@ -1,0 +1,237 @@
+"""The exported program, made flat: one plain graph whose placeholders are parameters, buffers, constants and
+tensor inputs, in that order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind, OutputKind
+
+from tedfx.errors import TraceError, user_line
+from tedfx.graph.emit import emit, evaluate
+from tedfx.placement.derived import symbol_of
+from tedfx.trace.calls import Subject, leaves_with_path
+from tedfx.trace.casts import explicit_casts
+from tedfx.trace.functions import keep_calls
+from tedfx.trace.global_graph import Trace
+from tedfx.trace.regions import inline_regions
+from tedfx.trace.stand_ins import tied_names
+
+aten = torch.ops.aten
+
+# Operators that only assert: they shape no value.
+_ASSERTIONS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping[str, Any]) -> Trace:
+    """free: name -> the Dim of each size that is free."""
+    graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
+    graph, static = graph_module.graph, list(subject.static)
+    inline_regions(graph_module)
+    lowered = keep_calls(graph)
+    conditions = _conditions(
+        graph, {s for n in graph.find_nodes(op="placeholder") for s in _free_symbols(n.meta.get("val"))}
+    )
+    static += [f"the model only accepts sizes with {c}" for c in conditions]
+    _count_into_fixed_bins(graph)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    tied = tied_names(subject.model)
+    state = _State(exported, graph, tied)
+    lowered |= explicit_casts(graph, subject.device.type, subject.around)
+    inputs, values, roles = _inputs(graph, state.user, subject)
+
+    graph.eliminate_dead_code()
+    state.drop_unread_buffers(graph)
+    graph_module.delete_all_unused_submodules()
+    graph.lint()
+    graph_module.recompile()
+
+    extents = _extents(roles)
+    symbols = {name: symbol_of(size) for name, size in extents.items()}
+    return Trace(
+        graph_module=graph_module,
+        parameters=state.parameters,
+        tied=tied,
+        buffers=state.buffers,
+        constants=state.constants,
+        inputs=inputs,
+        in_spec=exported.call_spec.in_spec,
+        out_spec=exported.call_spec.out_spec,
+        training=subject.model.training,
+        signature=subject.signature,
+        sizes=symbols,
+        extents={name: size.node.expr for name, size in extents.items()},
+        bounds={symbol: _bounds(free.get(name)) for name, symbol in symbols.items()},
+        static=static,
+        notes=subject.notes,
+        values=values,
+        device=subject.device,
+        captured=subject.captured,
+        conditions=conditions,
+        autocast=subject.around,
+        lowered=lowered,
+    )
+
+
+class _State:
+    """The placeholders of an exported program: parameters and buffers (by FQN, tied ones once), constants
+    (with their tensor), and those of the user's inputs."""
+
+    def __init__(self, exported: torch.export.ExportedProgram, graph: fx.Graph, tied: Mapping[str, str]):
+        self.parameters: dict[str, str] = {}
+        self.buffers: dict[str, str] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.user: list[fx.Node] = []
+        self._nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
+        owner: dict[str, fx.Node] = {}
+        for spec in exported.graph_signature.input_specs:
+            name = spec.arg.name
+            node = self._nodes[name]
+            if spec.kind is InputKind.USER_INPUT:
+                self.user.append(node)
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                target = str(spec.target)
+                fqn = tied.get(target, target)
+                if fqn in owner:
+                    node.replace_all_uses_with(owner[fqn])
+                    graph.erase_node(node)
+                    continue
+                owner[fqn] = node
+                (self.parameters if spec.kind is InputKind.PARAMETER else self.buffers)[name] = fqn
+            elif spec.kind is InputKind.CONSTANT_TENSOR:
+                self.constants[name] = exported.constants[str(spec.target)]
+            else:
+                where = user_line(next(iter(node.users), node))
+                raise TraceError(
+                    f"input {name} is a {spec.kind.name.lower()} (a torch.Generator is one) | at {where} | "
+                    "only tensors can enter the graph: draw without a generator of your own"
+                )
+        for spec in exported.graph_signature.output_specs:
+            if spec.kind is not OutputKind.USER_OUTPUT:
+                raise TraceError(
+                    f"output {spec.arg.name} is a {spec.kind.name.lower()}, which tedfx does not expect"
+                )
+
+    def drop_unread_buffers(self, graph: fx.Graph) -> None:
+        """An unread buffer, or constant, needs no placeholder."""
+        for name in [n for n in self._nodes if n in self.buffers or n in self.constants]:
+            if not self._nodes[name].users:
+                self.buffers.pop(name, None)
+                self.constants.pop(name, None)
+                graph.erase_node(self._nodes[name])
+
+
+def _inputs(graph: fx.Graph, user: Sequence[fx.Node], subject: Subject):
+    """(placeholder -> path of the tensor inputs, path -> value of the others, node -> roles of its dims)."""
+    inputs: dict[str, tuple] = {}
+    values: dict[tuple, Any] = {}
+    roles_of: dict[fx.Node, dict[int, str]] = {}
+    for node, (path, value), roles in zip(user, leaves_with_path(subject.call), subject.roles, strict=True):
+        if isinstance(value, torch.Tensor):
+            node = _renamed(graph, node)
+            inputs[node.name] = path
+            roles_of[node] = roles or {}
+        else:
+            values[path] = value
+            graph.erase_node(node)
+    return inputs, values, roles_of
+
+
+def _extents(roles_of: Mapping[fx.Node, Mapping[int, str]]) -> dict[str, torch.SymInt]:
+    """The sizes that are free, by name."""
+    found = {}
+    for node, roles in roles_of.items():
+        for dim, name in roles.items():
+            size = node.meta["val"].shape[dim]
+            if isinstance(size, torch.SymInt) and symbol_of(size) is not None:
+                found[name] = size
+    return found
+
+
+def _bounds(dim: Any) -> tuple[int, int | None]:
+    """The smallest and the largest size of a Dim that export allows: below 3 it only specialises."""
+    low, high = getattr(dim, "min", None), getattr(dim, "max", None)
+    return (
+        low if isinstance(low, int) and low > 2 else 1,
+        high if isinstance(high, int) and high < 2**62 else None,
+    )
+
+
+def _renamed(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A placeholder whose name a copy of the graph would keep: `input`, `id` and other names of Python's own
+    get a number there."""
+    kept = fx.Graph().placeholder(node.name).name
+    if kept == node.name:
+        return node
+    with graph.inserting_before(node):
+        made = graph.placeholder(kept)
+    made.meta = node.meta
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+    return made
+
+
+def _free_symbols(val: Any) -> set[sympy.Symbol]:
+    sizes = val.shape if isinstance(val, torch.Tensor) else ()
+    return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+
+
+def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
+    """What the graph asserts of the sizes of its inputs, less what holds of all of a sample (`min(8 s, 16 s)
+    == 8 s`)."""
+    found: dict[sympy.Basic, None] = {}
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        val = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+        expr = val.node.expr if isinstance(val, torch.SymBool) else None
+        if isinstance(expr, sympy.Basic) and expr.free_symbols and expr.free_symbols <= of:
+            symbols = sorted(expr.free_symbols, key=str)
+            samples = itertools.product((1, 2, 3, 4, 7, 8, 9, 16, 61, 512, 4097), repeat=len(symbols))
+            if not all(expr.subs(dict(zip(symbols, sample))) == sympy.true for sample in samples):
+                found[expr] = None
+    return list(found)
+
+
+def _bins(node: fx.Node) -> tuple[Any, int]:
+    """(weights, minlength) of a bincount."""
+    return tuple(
+        node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
+        for i, name, default in ((1, "weights", None), (2, "minlength", 0))
+    )
+
+
+def _count_into_fixed_bins(graph: fx.Graph) -> None:
+    """bincount(ids, minlength=E) has a size that is data. Where the graph asserts it to be E, it is a
+    histogram of E bins."""
+    asserted = {}
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        val = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+        expr = val.node.expr if isinstance(val, torch.SymBool) else None
+        if isinstance(expr, sympy.Eq) and expr.lhs.is_Symbol and expr.rhs.is_Integer:
+            asserted[expr.lhs] = int(expr.rhs)
+    stale: set[fx.Node] = set()  # their fake values still have the size that is data
+    for node in list(graph.nodes):
+        weights, bins = _bins(node) if node.target is aten.bincount.default else (None, 0)
+        if bins and weights is None and asserted.get(node.meta["val"].shape[0].node.expr) == bins:
+            with graph.inserting_before(node):
+                exact = emit(graph, aten.to.dtype, (node.args[0], torch.float64), like=node)
+                counts = emit(graph, aten.histc.default, (exact, bins, 0, bins), like=node)
+                counts = emit(graph, aten.to.dtype, (counts, torch.int64), like=node)
+            node.replace_all_uses_with(counts)
+            stale.update(counts.users)
+        elif node in stale and node.op == "call_function" and node.target not in _ASSERTIONS:
+            node.meta["val"] = evaluate(graph, node.target, node.args, node.kwargs)
+            stale.update(node.users)
