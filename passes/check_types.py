@@ -15,14 +15,19 @@ from tedfx.stages.graphs import LocalGraph, TypedGraph
 DIRECT = {(P, I), (I, R), (R, P), (I, P), (P, "S"), (R, "S"), (I, "S"), ("S", R), ("S", I)}
 
 
-def check_types(program: TypedGraph | LocalGraph, after="") -> int:
+def check_types(
+    program: TypedGraph | LocalGraph, after="", fine: dict[fx.Node, tuple[list, list]] | None = None
+) -> int:
     """Re-derive every node's type from its operands' and compare; the number of nodes checked.
 
     Called by the runner after every pass once types exist. Raises TypeCheckError with the node, the axis,
     what it has, what its rule says, and the user's line. Independent of how the types came about: a pass that
     drops, doubles or misplaces a conversion is found here.
+
+    fine: what was found right before, filled by this; where nothing that a check reads is another, it is not
+    made again.
     """
-    checked = 0
+    checked, fine = 0, {} if fine is None else fine
     for node in program.graph_module.graph.nodes:
         if node.op == "output":
             _check_output(program, node, after)
@@ -36,9 +41,33 @@ def check_types(program: TypedGraph | LocalGraph, after="") -> int:
             and ("type" in node.meta or "types_of" in node.meta)
             and all("type" in n.meta for n in operands(node))
         ):
-            _check_node(program, node, after)
+            read = _read(program, node)
+            if not _same(fine.get(node), read):
+                _check_node(program, node, after)
+                fine[node] = read
             checked += 1
     return checked
+
+
+def _read(program, node: fx.Node) -> tuple[list, list]:
+    """All that the check of a node reads: things that are compared by identity, and placements."""
+    plan = program.plan
+    things = [node.target, node.args, node.kwargs, node.meta["relation"], plan.tokens]
+    equal = [plan.sequence, plan.dedup, plan.algebra, {a: list(f) for a, f in plan.factors.items()}]
+    for each in (node, *operands(node)):
+        things += [each, each.meta.get("dims")]
+        types = each.meta.get("types_of") or (each.meta.get("type"),)
+        equal += [differentiable(each), [t and dict(t) for t in types]]
+    return things, equal
+
+
+def _same(known: tuple[list, list] | None, now: tuple[list, list]) -> bool:
+    return (
+        known is not None
+        and len(known[0]) == len(now[0])
+        and all(a is b for a, b in zip(known[0], now[0]))
+        and known[1] == now[1]
+    )
 
 
 def _fail(node: fx.Node, axis, text: str, after: str):

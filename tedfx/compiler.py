@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Mapping, Sequence
 
 import torch
+from torch import fx
 
 from tedfx.errors import ContractError
 from tedfx.graph.signature import flatten
@@ -93,9 +94,11 @@ def compile_graph(program: GlobalGraph, passes: Sequence[Pass] | None = None) ->
 
     ContractError where the passes do not fit each other, or do not end with a local graph."""
 
+    fine: dict[fx.Node, tuple[list, list]] = {}
+
     def verify(program: Stage, p: Pass) -> None:
         if isinstance(program, (TypedGraph, LocalGraph)):
-            check_types(program, p.name)
+            check_types(program, p.name, fine)
 
     passes = list(pipeline(program.options, program.roles) if passes is None else passes)
     end = check_contracts(passes)

@@ -7,6 +7,7 @@ part of that under ZeRO: one dim of it, cut over the axes that its gradient is s
 
 from __future__ import annotations
 
+import functools
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -133,7 +134,8 @@ def strides(shape) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def intervals(size: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+@functools.cache
+def intervals(size: int, sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(start, length) of each rank's piece of a dim that DTensor shards over axes of these sizes, major
     first: pieces of the rounded-up quotient, the last ones shorter."""
     pieces = [(0, size)]
@@ -144,7 +146,7 @@ def intervals(size: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
             for start, length in pieces
             for i in range(n)
         ]
-    return pieces
+    return tuple(pieces)
 
 
 def share_dim(shape, view, groups, lengths, sharded: dict[int, int], ranks: int) -> tuple[int | None, bool]:

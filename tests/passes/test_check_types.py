@@ -117,6 +117,15 @@ def test_the_message_names_the_node_the_axis_and_the_line():
         check_types(program, "surgery")
 
 
+def test_what_was_fine_is_looked_at_again_when_it_changed():
+    program, fine = placed("lm"), {}
+    assert check_types(program, "", fine) == check_types(program, "", fine) > len(fine) > 5
+    node = next(n for n in fine if isinstance(n.meta["type"]["tp"], Shard))
+    node.meta["type"]["tp"] = P
+    with pytest.raises(TypeCheckError, match="on axis tp"):
+        check_types(program, "", fine)
+
+
 @pytest.mark.parametrize("source, target", [(P, R), (R, I), ("S", P), ("S", "S")])
 def test_there_are_conversions_without_an_op(source, target):
     program = placed("attention")
