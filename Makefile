@@ -35,7 +35,7 @@ $(VENV)/.stamp: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.stamp
-	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh ep=2,tp=2 --out out/demo $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh ep=2,tp=2 --out out/demo $(ARGS)
 
 test: $(VENV)/.stamp
 	$(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=40 $(ARGS)

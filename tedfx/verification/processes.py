@@ -13,6 +13,7 @@ anew; CUDA needs them.
 from __future__ import annotations
 
 import datetime
+import logging
 import multiprocessing
 import os
 import pickle
@@ -80,6 +81,8 @@ def jobs(
 
 def in_group(rank: Rank, function: Callable, arguments: tuple):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    # A norm is one number, summed over each mesh axis in turn; every rank would remark that one sum could do.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if rank.device == "cuda":
         torch.cuda.set_device(rank.index % torch.cuda.device_count())
     dist.init_process_group(
