@@ -35,7 +35,14 @@ from torch import nn  # noqa: E402
 
 import tedfx  # noqa: E402
 from tedfx._torch import fake_world  # noqa: E402
-from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COUNTED, REDUCE_SCATTER, Cost  # noqa: E402
+from tedfx.analysis.communication import (  # noqa: E402
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    COUNTED,
+    REDUCE_SCATTER,
+)
+from tedfx.analysis.cost import Cost  # noqa: E402
 from tedfx.compiler import compile_graph, default_passes, example_sizes  # noqa: E402
 from tedfx.placement.roles import MeshShape, Roles  # noqa: E402
 from tedfx.stages.graphs import GlobalGraph, LocalGraph  # noqa: E402

@@ -30,10 +30,10 @@ def measure(model: str, mesh: str, layers: int, overrides: list[str], profile: i
 
     from types import SimpleNamespace
 
-    from tedfx.cli import make_model
     from tedfx.compiler import compile_graph
     from tedfx.placement.roles import MeshShape, Roles
     from tedfx.report.explanation import explain
+    from tedfx.report.full_models import make_model
     from tedfx.stages.graphs import GlobalGraph
     from tedfx.trace.export import trace
 

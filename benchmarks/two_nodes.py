@@ -175,7 +175,8 @@ def crossing(compilation, args) -> list[Message]:
     through the ranks in order, node by node, and so crosses the link once in each direction; what passes
     there is what one rank sends.
     """
-    from tedfx.analysis.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Cost
+    from tedfx.analysis.communication import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL
+    from tedfx.analysis.cost import Cost
 
     cost, found = Cost(compilation), []
     orders = {ALL_REDUCE: RECEIVE_FIRST, ALL_GATHER: SEND_FIRST, ALL_TO_ALL: SEND_FIRST}
@@ -395,7 +396,7 @@ def measure(index: int, args, model, compilations) -> dict:
 
 def report(args, compilations, measured: dict) -> list[dict]:
     """One record per speed and variant."""
-    from tedfx.analysis.cost import PHASES
+    from tedfx.analysis.communication import PHASES
     from tedfx.verification.verify import versions
 
     median = {key: statistics.median(times) for key, times in measured["steps"].items()}

@@ -10,10 +10,12 @@ import torch
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
-from tedfx.analysis.activations import Ledger, Sizing, repeated, saves, short_name
+from tedfx.analysis.activations import Ledger, Sizing
 from tedfx.analysis.attention_cores import attention_cores
-from tedfx.analysis.cost import Cost, format_bytes
+from tedfx.analysis.cost import Cost
 from tedfx.analysis.layers import layers
+from tedfx.analysis.saved import repeated, saves, short_name
+from tedfx.analysis.text import format_bytes
 from tedfx.errors import ConfigError, TedfxError, user_line
 from tedfx.graph.emission import schedule
 from tedfx.options import Options, parse_policy

@@ -124,6 +124,9 @@ class GatherParameters(Pass[LocalGraph]):
             with graph.inserting_after(after):
                 whole = after = graph.call_function(operator.getitem, (gather, index))
             whole.meta.update({k: v for k, v in node.meta.items() if k != "relation"})
+            whole.meta.update(
+                {k: gather.meta[k] for k in ("stack_trace", "nn_module_stack") if k in gather.meta}
+            )
             whole.meta["parameter"] = True
             for user in users:
                 user.replace_input_with(node, whole)

@@ -20,10 +20,10 @@ import torch
 from tedfx.dtypes import PRECISIONS, check_precision
 from tedfx.errors import ConfigError
 
-__all__ = ["POLICIES", "Options", "parse_policy"]
+__all__ = ["POLICIES", "Options", "bytes_of", "parse_policy"]
 
 POLICIES = ("none", "full", "selective", "comm")
-_BUDGET = re.compile(r"budget=(\d+(?:\.\d+)?) ?(B|[KMGT]B|[KMGT]iB)?")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?(B|[KMGT]B|[KMGT]iB)?")
 
 # What an option is read by: the passes when they are made, the compilation of a graph, or the module that
 # runs it.
@@ -34,15 +34,30 @@ def parse_policy(policy: str) -> tuple[str, int]:
     """("budget", bytes) of "budget=..", else (policy, 0). ConfigError for anything else."""
     if policy in POLICIES:
         return policy, 0
-    match = _BUDGET.fullmatch(policy) if isinstance(policy, str) else None
-    if match is None:
+    limit = _bytes(policy.removeprefix("budget=")) if str(policy).startswith("budget=") else None
+    if limit is None:
         raise ConfigError(
             f"checkpoint={policy!r}: one of {', '.join(POLICIES)} or budget=<bytes>, such as "
             "budget=2000000 or budget=8GiB"
         )
+    return "budget", limit
+
+
+def bytes_of(name: str, text: str) -> int:
+    """The bytes that an option's text stands for. ConfigError, with the option's name, for anything else."""
+    found = _bytes(text)
+    if not found:
+        raise ConfigError(f"{name} {text!r}: a number of bytes, such as 80GiB, 40GB or 2000000")
+    return found
+
+
+def _bytes(text: str) -> int | None:
+    match = _BYTES.fullmatch(text)
+    if match is None:
+        return None
     unit = match[2] or "B"
     base = 1024 if "i" in unit else 1000
-    return "budget", int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
+    return int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
 
 
 def _option(default: Any, by: str, help: str = "", **metadata: Any) -> Any:

@@ -11,7 +11,8 @@ ROOMS = [
     "_torch",
     "_transformers",
     "_version",
-    "options",  # files that any room may import
+    "options",
+    "arguments",  # files that any room may import
     "ops",
     "graph",
     "ranks",
@@ -42,7 +43,6 @@ DOWN = {
         "decisions.decide",
     ): "the rule of a Function decides over its body, which is a graph itself",
     ("runtime.module", "report.explanation"): "pm.explain()",
-    ("verification.command", "cli"): "options that all commands have are parsed in one place",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.analysis.activations import CONTRACTIONS, short_name
+from tedfx.analysis.saved import CONTRACTIONS, short_name
 
 _PRODUCTS = frozenset(["matmul", "bmm"])
 _SOFTMAX = frozenset(["softmax", "_softmax"])

@@ -41,3 +41,12 @@ def layers(graph: fx.Graph) -> dict[fx.Node, str]:
             layer[i] = where[node.args[0]]
         where[node] = layer[i]
     return where
+
+
+def regions(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """The nodes of each region that backward recomputes, by its number."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if "region" in node.meta:
+            found.setdefault(node.meta["region"], []).append(node)
+    return found

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tabulate import tabulate
-from torch import fx
 
 from tedfx.analysis.activations import Ledger, Sizing
-from tedfx.analysis.cost import GATHER_PARAMETERS, SCATTER_GRADIENTS, Cost, format_bytes, parameter_nodes
+from tedfx.analysis.communication import GATHER_PARAMETERS, SCATTER_GRADIENTS
+from tedfx.analysis.cost import Cost, parameter_nodes
+from tedfx.analysis.layers import regions
+from tedfx.analysis.text import format_bytes
 from tedfx.placement.types import R
 from tedfx.runtime.layered import segments
 from tedfx.state.layouts import placed_on_first
@@ -40,11 +42,7 @@ def schedules(compilation, cost: Cost, values: Mapping[str, int], count: int) ->
     micro-batch's sizes on a rank, by name."""
     graph = compilation.graph_module.graph
     sizing = Sizing({symbol: values[name.name] for symbol, name in cost.sizes.names.items()})
-    regions: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if "region" in node.meta:
-            regions.setdefault(node.meta["region"], []).append(node)
-    kept = Ledger(graph, list(regions.values()), sizing).total
+    kept = Ledger(graph, list(regions(graph).values()), sizing).total
 
     def sent(*ops, phases=("forward", "recompute", "backward", "boundary")):
         items = [i for i in cost.items if i.op in ops and i.phase in phases]

@@ -13,7 +13,10 @@ from torch import fx
 from tedfx import ops
 from tedfx.analysis.layers import layer_of, path_of
 from tedfx.errors import ConfigError
-from tedfx.report.explanation import explain, line_of, op_of, segments, state_name, tabulated
+from tedfx.report.explanation import explain
+from tedfx.report.folding import segments
+from tedfx.report.tables import tabulated
+from tedfx.report.words import line_of, op_of, state_name
 
 __all__ = ["Step", "Views", "before_after"]
 
@@ -118,7 +121,7 @@ def before_after(
 def _global(trace, path: str, names: Mapping) -> list[Step]:
     renamed = {symbol: names.get(symbol, symbol) for symbol in trace.sizes.values()}
     found = []
-    for segment in (s for s in segments(trace, None, fold=False) if s.path == layer_of(path)):
+    for segment in (s for s in segments(trace, trace.graph_module.graph) if s.path == layer_of(path)):
         short = {n: state_name(trace, n, path) for n in segment.parameters}
         for n in segment.nodes:
             value = n.meta.get("val")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tedfx.analysis.cost import format_bytes
+from tedfx.analysis.text import format_bytes
 from tedfx.errors import ConfigError
 from tedfx.report.before_after import Step
 

@@ -7,10 +7,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 
 import torch
 
+from tedfx.arguments import add_mesh_arguments, parse_overrides, parse_roles
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.options import Options
 from tedfx.verification.models import VERIFIED, factory
@@ -26,7 +26,16 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_to(commands) -> None:
+    """Add the command to the subparsers of `tedfx`."""
+    parser = commands.add_parser(
+        "verify",
+        help="run single device and ranks, compare loss, gradients and an optimizer step",
+        description="Train a model on a single device and on the local ranks of a mesh, and compare loss, "
+        "gradient norm, gradients, parameters and replicas.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "model",
         nargs="?",
@@ -36,29 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-models", action="store_true", help=f"instead of one model: {', '.join(VERIFIED)}"
     )
-    parser.add_argument(
-        "--mesh",
-        required=True,
-        metavar="AXES",
-        help="axis sizes, major first: dp=2,ep=2,tp=2; one local process per rank",
-    )
-    parser.add_argument(
-        "--roles",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="ROLE=AXES",
-        help="axes of a role, e.g. expert=tp or expert=ep,tp; what is not named keeps its default",
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="override the tiny config (or the factory's arguments), e.g. hidden_size=64",
-    )
+    add_mesh_arguments(parser, "dp=2,ep=2,tp=2; one local process per rank", "the tiny config")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
@@ -100,26 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traceback", action="store_true", help="where a rank fails, print its traceback as well"
     )
-
-
-def verify_main(argv: Sequence[str]) -> int:
-    """`tedfx verify ...`: the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tedfx verify",
-        description="Train a model on a single device and on the local ranks of a mesh, and compare loss, "
-        "gradient "
-        "norm, gradients, parameters and replicas.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    parser.set_defaults(run=run)
 
 
 def run(args) -> int:
     """0 where everything is within its tolerance, 1 where it is not or a rank fails, 2 where it is
     refused."""
-    from tedfx.cli import parse_overrides, parse_roles
     from tedfx.verification.processes import RankFailure
     from tedfx.verification.verify import verify
 

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from tedfx.analysis.cost import COUNTED, Cost
+from tedfx.analysis.communication import COUNTED
+from tedfx.analysis.cost import Cost
 from tedfx.ops import count_collectives, count_events
 from tedfx.verification.run import errors, relative, split_batch
 from tests.parity.cases import case, on_ranks, on_single

@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tedfx
-from tedfx.analysis.activations import Ledger, Sizing, saved, saves, short_name
+from tedfx.analysis.activations import Ledger, Sizing
 from tedfx.analysis.attention_cores import attention_cores
 from tedfx.analysis.cost import Cost
 from tedfx.analysis.layers import layer_of, path_of
+from tedfx.analysis.saved import saved, saves, short_name
 from tedfx.compiler import compile_graph, default_passes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.graph.emission import emit, schedule

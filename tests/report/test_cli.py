@@ -8,8 +8,10 @@ import re
 import pytest
 
 import tedfx
-from tedfx.cli import main, parse_overrides, parse_roles
+from tedfx.arguments import parse_overrides, parse_roles
+from tedfx.cli import main
 from tedfx.errors import ConfigError
+from tedfx.verification import command
 
 TOY = "tests.report.toy:make"
 TINY = (
@@ -227,12 +229,25 @@ def test_arguments():
 
 
 def test_verify_is_handed_on(monkeypatch):
-    """`tedfx verify` is the module's own parser and run."""
-    import sys
-    import types
+    monkeypatch.setattr(command, "run", lambda options: 1 if options.model == "bad" else 0)
+    asked = [["verify", name, "--mesh", "dp=2"] for name in ("good", "bad")]
+    assert [*map(main, asked), main(["verify", "good"])] == [0, 1, 2]
 
-    fake = types.ModuleType("tedfx.verification.command", "Compare.")
-    fake.add_arguments = lambda parser: parser.add_argument("model")
-    fake.run = lambda options: 1 if options.model == "bad" else 0
-    monkeypatch.setitem(sys.modules, "tedfx.verification.command", fake)
-    assert (main(["verify", "good"]), main(["verify", "bad"]), main(["verify"])) == (0, 1, 2)
+
+def test_memory(capsys):
+    """What a rank holds is told in one line; where that is too much, in two."""
+    arguments = ["explain", TOY, "--mesh", "dp=2", "--batch", 2, "--sequence", 8]
+    held = r"\nmemory +~[\d.]+ KiB at the peak of a training step: parameters [\d.]+ KiB, gradients"
+    for limit, warned in (("1MiB", False), ("10kB", False), ("10KB", True)):
+        status, out, err = run(capsys, *arguments, "--memory", limit)
+        if limit == "10kB":  # no unit
+            assert (status, out) == (2, "") and "--memory '10kB': a number of bytes, such as 80GiB" in err
+            continue
+        assert status == 0 and re.search(held, out)
+        assert (
+            bool(re.search(r"\nwarning +that is ~[\d.]+ KiB more than the 9.766 KiB that a rank has\n", out))
+            == warned
+        )
+    status, out, _ = run(capsys, *arguments, "--format", "json")
+    memory = json.loads(out)["memory"]
+    assert memory["peak"] == sum(value for name, value in memory.items() if name != "peak")

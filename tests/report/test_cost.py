@@ -11,7 +11,7 @@ import pytest
 import sympy
 import torch
 
-from tedfx.analysis.cost import (
+from tedfx.analysis.communication import (
     ALL_GATHER,
     ALL_REDUCE,
     ALL_TO_ALL,
@@ -20,10 +20,9 @@ from tedfx.analysis.cost import (
     REDUCE_SCATTER,
     SCATTER_GRADIENTS,
     Communication,
-    Cost,
-    format_bytes,
-    format_formula,
 )
+from tedfx.analysis.cost import Cost
+from tedfx.analysis.text import format_bytes, format_formula
 from tests.report.counting import CASES, SLOTS
 
 

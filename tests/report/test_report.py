@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tedfx.compiler import compile_graph, default_passes
+from tedfx.compiler import compile_graph
 from tedfx.errors import ConfigError
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.report import picture
 from tedfx.report.before_after import before_after
-from tedfx.report.explanation import WIDTH, explain
+from tedfx.report.explanation import explain
+from tedfx.report.tables import WIDTH
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.state.parameters import ParameterLayout
 from tedfx.trace.export import trace
 from tests.report import toy
+from tests.report.toy import check, compile_toy
 
 MESH = "dp=4,ep=2,tp=2"
-
-
-def check(text, *patterns):
-    """Each pattern matches a line after the line of the one before it (as FileCheck does)."""
-    lines, at = str(text).splitlines(), 0
-    for pattern in patterns:
-        found = next((i for i in range(at, len(lines)) if re.search(pattern, lines[i])), None)
-        assert found is not None, f"no line after {at} matches {pattern!r}:\n" + "\n".join(
-            lines[at : at + 60]
-        )
-        at = found + 1
-
-
-def compile_toy(mesh="dp=2,tp=2", model=None, inputs=None, **options):
-    each = trace(model or toy.make(**options), kwargs=inputs)
-    return compile_graph(
-        GlobalGraph.of(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)),
-        default_passes(dedup=False, sequence_parallel=False),
-    )
 
 
 def test_mixtral(compilations):
@@ -116,26 +98,6 @@ def test_long_mesh_stays_narrow(compilations):
     assert max(map(len, str(told).splitlines())) <= WIDTH
 
 
-def test_layers_that_alternate(compilations):
-    """GPT-OSS: sliding and full attention in turn."""
-    told = explain(compilations("gpt_oss", "ep=2,tp=2"))
-    check(told, r"^-- model.layers.0  x2: layers 0, 2$", r"^-- model.layers.1$")
-    assert [s["members"] for s in told.to_json()["layers"] if s["path"]] == [
-        ["model.layers.0", "model.layers.2"],
-        ["model.layers.1"],
-    ]
-
-
-def test_folding_is_not_fooled():
-    same, other = explain(compile_toy()), explain(compile_toy(wide=2))
-    check(same, r"^-- blocks.0  x4: layers 0-3$")
-    check(other, r"^-- blocks.0  x3: layers 0-1, 3$", r"^-- blocks.2$")
-    # one more user of a block's input inside one block is another graph
-    model = toy.make()
-    model.blocks[1].forward = lambda x, b=model.blocks[1]: x + b.down(torch.relu(b.up(b.norm(x))))
-    check(explain(compile_toy(model=model)), r"^-- blocks.0  x3: layers 0, 2-3$", r"^-- blocks.1$")
-
-
 def test_model_without_layers():
     model, inputs = toy.flat()
     text = str(explain(compile_toy("dp=2", model, inputs)))
@@ -209,6 +171,7 @@ SCHEMA = {
         "outputs",
         "sizes",
         "parameters",
+        "memory",
         "layers",
         "totals",
         "accumulation",

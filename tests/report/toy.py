@@ -1,8 +1,16 @@
 """Plain modules that trace in a moment, for the report and the command line."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from tedfx.compiler import compile_graph
+from tedfx.options import Options
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.stages.graphs import GlobalGraph
+from tedfx.trace.export import trace
 
 
 class Block(nn.Module):
@@ -59,3 +67,22 @@ def fails():
 
 def a_string():
     return "model"
+
+
+def check(text, *patterns):
+    """Each pattern matches a line after the line of the one before it (as FileCheck does)."""
+    lines, at = str(text).splitlines(), 0
+    for pattern in patterns:
+        found = next((i for i in range(at, len(lines)) if re.search(pattern, lines[i])), None)
+        assert found is not None, f"no line after {at} matches {pattern!r}:\n" + "\n".join(
+            lines[at : at + 60]
+        )
+        at = found + 1
+
+
+def compile_toy(mesh="dp=2,tp=2", model=None, inputs=None, frozen="", options=None, **shape):
+    """shape: of `Stack`, where no model is given. frozen: parameters with this in their names."""
+    each = trace(model or make(**shape), kwargs=inputs)
+    trainable = {p for p, name in each.parameters.items() if not frozen or frozen not in name}
+    options = Options(**{"dedup": False, "sequence_parallel": False, **(options or {})})
+    return compile_graph(GlobalGraph.of(each, Roles.resolve(MeshShape.of(mesh)), trainable, options=options))

@@ -1,0 +1,227 @@
+"""What each operator of a local graph sends, forward and backward: its own collective and its adjoint's (the
+table in docs/design.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import fx
+
+from tedfx import ops
+from tedfx.analysis.communication import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    GATHER_PARAMETERS,
+    REDUCE_SCATTER,
+    SCATTER_GRADIENTS,
+    Communication,
+    Size,
+)
+from tedfx.analysis.local_names import LocalSizes
+from tedfx.ops.cuts import Cut
+from tedfx.placement.factors import leaves
+from tedfx.placement.roles import MeshShape
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What a count needs to know beside the node: the mesh, and a rank's sizes by name."""
+
+    mesh: MeshShape
+    sizes: LocalSizes
+
+    def make(
+        self,
+        node: fx.Node,
+        op: str,
+        axes,
+        phase: str,
+        elements: Size,
+        dtype: torch.dtype,
+        ragged: bool = False,
+    ) -> list[Communication]:
+        """A collective over those of `axes` that have more than one rank; none where none has."""
+        axes = self.mesh.wide(axes)
+        if not axes:
+            return []
+        return [Communication(node.name, op, axes, self.mesh.size(axes), phase, elements, dtype, ragged)]
+
+
+def _value(node: fx.Node, index: int = 0) -> fx.Node:
+    return node.args[index]
+
+
+def _option(node: fx.Node, index: int, name: str, default):
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    """Of a node, or of the value that it moves."""
+    while not isinstance(node.meta.get("val"), torch.Tensor):
+        node = node.args[0]
+    return node.meta["val"].dtype
+
+
+def _ragged(node: fx.Node) -> bool:
+    return any(f.ragged for dim in node.meta.get("dims") or () for f in leaves(dim))
+
+
+def _moves(forward, backward):
+    """An op with one operand; which collective runs over which value ("in" or "out"), each way."""
+
+    def count(node, counting, reached):
+        made = []
+        for phase, plan in (("forward", forward(node)), ("backward", backward(node) if reached else None)):
+            if plan is not None:
+                op, where = plan
+                value = node if where == "out" else _value(node)
+                made += counting.make(
+                    node,
+                    op,
+                    _option(node, 1, "axes", ()),
+                    phase,
+                    counting.sizes.elements(value),
+                    _dtype(value),
+                    _ragged(value),
+                )
+        return made
+
+    return count
+
+
+def _cross_entropy(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
+    """A maximum per row, then the sum of exponentials and the label's logit, packed; at least in float32."""
+    logits = _value(node)
+    rows, dtype = counting.sizes.shape(logits)[0], _dtype(logits)
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
+    axes = _option(node, 2, "axes", ())
+    return counting.make(node, ALL_REDUCE, axes, "forward", rows, wide) + counting.make(
+        node, ALL_REDUCE, axes, "forward", 2 * rows, wide
+    )
+
+
+def _exchange_counts(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
+    counts = _value(node)
+    if counts.meta.get("local_shape") is not None:
+        experts = counting.sizes.elements(counts)
+    else:  # an item of route(ids, num_experts, ..)
+        experts = _value(counts).args[1]
+    return counting.make(node, ALL_GATHER, _option(node, 1, "axes", ()), "forward", experts, torch.int64)
+
+
+def _all_to_all(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
+    axes, made = _option(node, 3, "axes", ()), []
+    for phase in ("forward", "backward") if reached else ("forward",):
+        made += counting.make(
+            node, ALL_TO_ALL, axes, phase, counting.sizes.elements(node), _dtype(_value(node)), True
+        )
+    return made
+
+
+def _cumsum(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
+    """The totals of this rank's runs."""
+    x, dim, axes = node.args[:3]
+    made = []
+    for phase in ("forward", "backward") if reached else ("forward",):
+        made += counting.make(
+            node,
+            ALL_GATHER,
+            axes,
+            phase,
+            _totals(counting, x, dim, counting.sizes(node.meta["runs"])),
+            _dtype(node),
+        )
+    return made
+
+
+def _cumsum_batched(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
+    values, axes, dims, outers, dtype = node.args
+    return counting.make(
+        node,
+        ALL_GATHER,
+        axes,
+        "forward",
+        sum(_totals(counting, *each) for each in zip(values, dims, outers)),
+        dtype,
+    )
+
+
+def _totals(counting, x, dim, runs):
+    shape = counting.sizes.shape(x)
+    return prod(shape[:dim]) * runs * prod(shape[dim + 1 :])
+
+
+def _all_reduce_batched(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
+    values, axes = node.args
+    return counting.make(
+        node, ALL_REDUCE, axes, "forward", sum(counting.sizes.elements(v) for v in values), _dtype(values[0])
+    )
+
+
+def _gather_parameters(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
+    """The row of this rank's shares; in a compiled graph its adjoint scatters rows of all ranks."""
+    _, axes, cuts, _, summed_in = node.args
+    row, dtype = sum(Cut(*cut).width for cut in cuts), _dtype(node.args[0][0])
+    made = counting.make(node, GATHER_PARAMETERS, axes, "forward", row, dtype)
+    if reached and node.meta["in_graph"]:
+        made += counting.make(
+            node,
+            SCATTER_GRADIENTS,
+            axes,
+            "backward",
+            row * counting.mesh.size(axes),
+            summed_in or dtype,
+        )
+    return made
+
+
+def _nothing(node):
+    return None
+
+
+SENDS: dict[Callable, Callable[[fx.Node, Counting, bool], list[Communication]]] = {
+    ops.all_reduce: _moves(lambda n: (ALL_REDUCE, "in"), _nothing),
+    ops.all_reduce_batched: _all_reduce_batched,
+    ops.sum_gradient: _moves(_nothing, lambda n: (ALL_REDUCE, "in")),
+    ops.all_gather: _moves(
+        lambda n: (ALL_GATHER, "in"),
+        lambda n: (REDUCE_SCATTER, "out") if _option(n, 4, "to", "R") == "R" else None,
+    ),
+    ops.reduce_scatter: _moves(lambda n: (REDUCE_SCATTER, "in"), lambda n: (ALL_GATHER, "out")),
+    ops.shard: _moves(
+        _nothing, lambda n: (ALL_GATHER, "out") if _option(n, 4, "source", "R") == "I" else None
+    ),
+    ops.vocab_parallel_cross_entropy: _cross_entropy,
+    ops.exchange_counts: _exchange_counts,
+    ops.exchange_lanes: _exchange_counts,
+    ops.gather_lanes: _moves(
+        lambda n: (ALL_GATHER, "in"),
+        lambda n: (REDUCE_SCATTER, "out") if _option(n, 3, "to", "R") == "R" else None,
+    ),
+    ops.scatter_lanes: _moves(
+        lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None,
+        lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None,
+    ),
+    ops.all_to_all_single: _all_to_all,
+    **dict.fromkeys(
+        (ops.send_slots, ops.return_slots), _moves(lambda n: (ALL_TO_ALL, "in"), lambda n: (ALL_TO_ALL, "in"))
+    ),
+    ops.gather_slots: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out")),
+    ops.scatter_slots: _moves(
+        lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None,
+        lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None,
+    ),
+    ops.gather_parameters: _gather_parameters,
+    ops.cumsum: _cumsum,
+    ops.cumsum_batched: _cumsum_batched,
+}
+
+
+def sent(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
+    """The collectives of a node in forward and, where a cotangent arrives (`reached`), in backward."""
+    count = SENDS.get(node.target) if node.op == "call_function" else None
+    return count(node, counting, reached) if count else []
