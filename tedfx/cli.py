@@ -84,3 +84,7 @@ def _summary(kind: type) -> str:
     if text.startswith("See the module"):
         text = (sys.modules[kind.__module__].__doc__ or "").strip()
     return text.split("\n\n")[0].rstrip().replace(" (see the module's docstring)", "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
