@@ -1,5 +1,5 @@
 # make demo    an unmodified Mixtral trains on 4 local ranks (ep=2, tp=2), on the standard library's own source
-# make test    the test suite
+# make test    the test suite; make test-slow: what takes minutes (inductor); make test-all: both
 # make lint    ruff: format at 110 columns, and its checks
 # make parity  every model on every mesh against the single device; writes docs/parity.md
 # make fuzz    random small programs against the single device: ARGS="--count 2000 --first 1000" (that is the default); ARGS="17 --trace" is one of them
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test lint parity fuzz clean
+.PHONY: help setup demo test test-slow test-all lint parity fuzz clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -37,8 +37,16 @@ $(VENV)/.stamp: pyproject.toml
 demo: $(VENV)/.stamp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node 4 examples/pretrain.py --mesh ep=2,tp=2 --out out/demo $(ARGS)
 
+PYTEST := $(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -q --timeout 600 -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=40 $(ARGS)
+	$(PYTEST) -m "not slow" --durations=40 $(ARGS)
+
+test-slow: $(VENV)/.stamp
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: $(VENV)/.stamp
+	$(PYTEST) --durations=40 $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff format --check --quiet . || { echo 'run: $(BIN)/ruff format .' >&2; exit 1; }

@@ -1,11 +1,9 @@
 """The ops inside one compiled graph: no breaks, the numbers of eager, and new row counts do not recompile.
 
 aot_eager traces everything that inductor would be given. Inductor itself (a minute of C++ compilation) and
-four ranks that trace at once run when TEDFX_SLOW is set; not so the hash of the random draws under inductor,
-whose integer arithmetic must wrap there as well.
+four ranks that trace at once are `slow`; not so the hash of the random draws under inductor, whose integer
+arithmetic must wrap there as well.
 """
-
-import os
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from tedfx.ops import all_reduce_batched, context, convert, cumsum_batched, rand
 from tests import pool
 from tests.ops.layers import E, F, H, K, Roles, local
 
-SLOW = pytest.mark.skipif(not os.environ.get("TEDFX_SLOW"), reason="set TEDFX_SLOW to run it")
 LAYOUTS = {
     "exchange": ((2,), ("ep",), Roles(("ep",), tokens=("ep",), exchange=("ep",))),
     "owned": ((2,), ("tp",), Roles(("tp",), owned=("tp",))),
@@ -65,14 +62,16 @@ def _layer_on_rank(shape, names, roles, backend):
     return graphs
 
 
-@pytest.mark.parametrize("layout", ["exchange", "owned", "folded", pytest.param("reordered", marks=SLOW)])
+@pytest.mark.parametrize(
+    "layout", ["exchange", "owned", "folded", pytest.param("reordered", marks=pytest.mark.slow)]
+)
 def test_new_counts_do_not_recompile(ranks, layout):
     shape, names, roles = LAYOUTS[layout]
     world = torch.Size(shape).numel()
     assert ranks(world).run(_layer_on_rank, shape, names, roles, "aot_eager") == [[1, 1, 1, 1]] * world
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["exchange", "owned"])
 def test_inductor(ranks, layout):
     shape, names, roles = LAYOUTS[layout]
@@ -116,7 +115,7 @@ def _everything_on_rank(shape):
     return _graphs()
 
 
-@pytest.mark.parametrize("shape", [(1, 2), pytest.param((2, 2), marks=SLOW)])
+@pytest.mark.parametrize("shape", [(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_conversions_vocabulary_and_dropout_trace_whole(ranks, shape):
     world = torch.Size(shape).numel()
     assert ranks(world).run(_everything_on_rank, shape) == [1] * world

@@ -1,7 +1,7 @@
 """compile=True: the same numbers, and a count of compilations.
 
 Routing never recompiles; a first change of batch size, or of length, compiles once more and then no further.
-What counts is dynamo's part, so that test leaves inductor (minutes of C++) out; the other runs it once.
+What counts is dynamo's part, so that test leaves inductor (minutes of C++) out; a slow one runs it once.
 """
 
 import pytest
@@ -67,6 +67,7 @@ def test_compilations_are_counted():
         assert counts[4:] == [counts[3]] * 2, f"sizes never seen compile again: {counts}"
 
 
+@pytest.mark.slow
 def test_inductor_computes_the_same():
     result = verified(case("mixtral", "ep=2", dtype="float32", steps=1, compile=True, **ONE_LAYER))
     assert result.ok, f"\n{result}"
