@@ -11,6 +11,7 @@ from torch import fx
 
 from tedfx.dtypes import has_gradient
 from tedfx.errors import user_line
+from tedfx.graph.facts import DIFFERENTIABLE, DIMS, RELATION, VAL
 from tedfx.placement.factors import Factor, as_size
 from tedfx.placement.plan import Plan
 from tedfx.rules import Annotator, Relation, rule_for
@@ -49,7 +50,7 @@ class Annotate(Pass[GlobalGraph]):
         pieces: dict[Factor, str] = {}
         for node in graph.nodes:  # input symbols first, so that batch comes before sequence
             if node.op == "placeholder" and node.name not in states and is_tensor(node):
-                for d, size in enumerate(node.meta["val"].shape):
+                for d, size in enumerate(VAL[node].shape):
                     size = as_size(size)
                     if d == 0 and program.is_batch_input(node):
                         batch = batch or Factor(size, "B")
@@ -59,19 +60,19 @@ class Annotate(Pass[GlobalGraph]):
                         ctx.give(size, Factor(size, str(size)))
         for node in list(graph.nodes):
             if node.op == "placeholder":
-                node.meta["differentiable"] = node.name in learned
+                DIFFERENTIABLE[node] = node.name in learned
                 if is_tensor(node):
                     state, dims = node.name in states, []
-                    for d, size in enumerate(node.meta["val"].shape):
+                    for d, size in enumerate(VAL[node].shape):
                         if d == 0 and not state and program.is_batch_input(node):
                             dims.append((batch,))
                         else:
                             dims.append(ctx.dim_of(size, node.name if state else ""))
-                    node.meta["dims"] = dims
-                    node.meta["relation"] = Relation(out=dims)
+                    DIMS[node] = dims
+                    RELATION[node] = Relation(out=dims)
             elif node.op == "call_function" and self._has_tensor(node):
                 result.matches += 1
-                node.meta["differentiable"] = self._differentiable(node)
+                DIFFERENTIABLE[node] = self._differentiable(node)
                 ctx.annotate(node, rule_for(node))
                 self._pieces(pieces, node, ctx)
             elif node.op == "output":
@@ -104,9 +105,9 @@ class Annotate(Pass[GlobalGraph]):
         a rule lost the factor."""
         given = list(output.args[0])
         for i, value in enumerate(given):
-            if batch is None or i < written or not is_tensor(value) or not value.meta["val"].dim():
+            if batch is None or i < written or not is_tensor(value) or not VAL[value].dim():
                 continue
-            rows = ctx.dim_of(value.meta["val"].shape[0])
+            rows = ctx.dim_of(VAL[value].shape[0])
             if any(f.root() is batch.root() for f in rows) and not any(
                 f.root() is batch.root() for dim in ctx.dims(value) for f in dim
             ):
@@ -116,14 +117,14 @@ class Annotate(Pass[GlobalGraph]):
 
     @staticmethod
     def _has_tensor(node: fx.Node) -> bool:
-        value = node.meta.get("val")
+        value = VAL.get(node)
         return isinstance(value, torch.Tensor) or (
             isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value)
         )
 
     @staticmethod
     def _differentiable(node: fx.Node) -> bool:
-        value = node.meta["val"]
+        value = VAL[node]
         values = (
             [value] if isinstance(value, torch.Tensor) else [v for v in value if isinstance(v, torch.Tensor)]
         )
@@ -135,4 +136,4 @@ class Annotate(Pass[GlobalGraph]):
         if not any(has_gradient(v.dtype) for v in values):
             return False
         sources = operands(node) or [n for n in node.all_input_nodes]
-        return any(n.meta.get("differentiable", False) for n in sources)
+        return any(DIFFERENTIABLE.get(n, False) for n in sources)

@@ -15,6 +15,8 @@ from torch import fx
 from tedfx import ops
 from tedfx.analysis.layers import layers
 from tedfx.graph.emission import schedule
+from tedfx.graph.emit import insert
+from tedfx.graph.facts import DIFFERENTIABLE, LOCAL_SHAPE, RUNS, VAL, take_over
 from tedfx.stages.graphs import LocalGraph
 
 
@@ -28,17 +30,17 @@ class Kind(NamedTuple):
 
 
 def _totals(node: fx.Node) -> tuple:
-    shape, dim = node.meta["local_shape"], node.args[1]
-    return (*shape[:dim], node.meta["runs"], *shape[dim + 1 :])
+    shape, dim = LOCAL_SHAPE[node], node.args[1]
+    return (*shape[:dim], RUNS[node], *shape[dim + 1 :])
 
 
 KINDS = {
-    ops.all_reduce: Kind(lambda n: n.args[1], lambda n: n.meta["local_shape"], lambda nodes: ()),
+    ops.all_reduce: Kind(lambda n: n.args[1], lambda n: LOCAL_SHAPE[n], lambda nodes: ()),
     ops.cumsum: Kind(
         lambda n: n.args[2],
         _totals,
-        lambda nodes: ([n.args[1] for n in nodes], [n.args[3] for n in nodes], nodes[0].meta["val"].dtype),
-        may=lambda n: not n.meta["val"].dtype.is_floating_point and not n.meta["val"].dtype.is_complex,
+        lambda nodes: ([n.args[1] for n in nodes], [n.args[3] for n in nodes], VAL[nodes[0]].dtype),
+        may=lambda n: not VAL[n].dtype.is_floating_point and not VAL[n].dtype.is_complex,
     ),
 }
 
@@ -70,7 +72,7 @@ class BatchCollectives(Pass[LocalGraph]):
         keys: dict[tuple, list[fx.Node]] = {}
         for node in small:
             keys.setdefault(
-                (node.target, KINDS[node.target].axes(node), node.meta["val"].dtype, layer[node]), []
+                (node.target, KINDS[node.target].axes(node), VAL[node].dtype, layer[node]), []
             ).append(node)
         for nodes in keys.values():
             while nodes:
@@ -84,10 +86,7 @@ class BatchCollectives(Pass[LocalGraph]):
 
     def _small(self, node: fx.Node) -> bool:
         shape = KINDS[node.target].operand(node)
-        return (
-            all(isinstance(s, int) for s in shape)
-            and prod(shape) * node.meta["val"].dtype.itemsize <= self.limit
-        )
+        return all(isinstance(s, int) for s in shape) and prod(shape) * VAL[node].dtype.itemsize <= self.limit
 
 
 def _independent(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -117,16 +116,20 @@ def _followers(node: fx.Node) -> set[fx.Node]:
 def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     last, kind = nodes[-1], KINDS[nodes[0].target]
     with graph.inserting_after(last):
-        batched = graph.call_function(
-            ops.BATCHED[last.target], ([n.args[0] for n in nodes], kind.axes(last), *kind.arguments(nodes))
+        batched = insert(
+            graph,
+            ops.BATCHED[last.target],
+            [n.args[0] for n in nodes],
+            kind.axes(last),
+            *kind.arguments(nodes),
+            like=last,
         )
-    batched.meta.update({k: last.meta[k] for k in ("stack_trace", "nn_module_stack") if k in last.meta})
-    batched.meta["differentiable"] = any(n.meta.get("differentiable") for n in nodes)
+    DIFFERENTIABLE[batched] = any(DIFFERENTIABLE.get(n) for n in nodes)
     after = batched
     for index, node in enumerate(nodes):
         with graph.inserting_after(after):
             after = graph.call_function(operator.getitem, (batched, index))
-        after.meta.update(node.meta)
+        take_over(node, after)
         node.replace_all_uses_with(after)
         graph.erase_node(node)
 

@@ -42,6 +42,7 @@ from tedfx.capture.slots import Mask, Term, shared_slot, sizes_of
 from tedfx.capture.stacks import Stacks
 from tedfx.errors import CaptureError, user_line
 from tedfx.graph.emit import emit
+from tedfx.graph.facts import VAL
 from tedfx.placement.factors import as_size
 from tedfx.placement.slots import Slots
 from tedfx.stages.graphs import GlobalGraph
@@ -288,8 +289,8 @@ def _tokens(graph: fx.Graph, start: _Product, routing) -> fx.Node:
 
 def _shaped(graph: fx.Graph, out: fx.Node, start: _Product, end: _Product, routing) -> fx.Node:
     """[N, H] as the model has it: its dims and dtype."""
-    val = end.node.meta["val"]
-    if out.meta["val"].dtype != val.dtype:
+    val = VAL[end.node]
+    if VAL[out].dtype != val.dtype:
         out = emit(graph, aten.to.dtype, (out, val.dtype), like=end.node)
     given = [end.labels.get(letter) for letter in end.out]
     order = sorted(

@@ -48,6 +48,7 @@ from tedfx.capture.rules import refuse
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import find_uncaptured
 from tedfx.errors import CaptureError, user_line, warn
+from tedfx.graph.facts import STACK_TRACE, VAL
 from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["CaptureLoops", "find_uncaptured"]
@@ -86,7 +87,7 @@ class CaptureLoops(Pass[GlobalGraph]):
             f
             for node, found in depends.items()
             if done & found.keys()
-            for f in _FRAME.findall(node.meta.get("stack_trace") or "")
+            for f in _FRAME.findall(STACK_TRACE.get(node) or "")
         }
         _erase(graph, depends)
         stacks.finish()
@@ -130,14 +131,14 @@ def _capture(
                 "multiply it by a gate made from the router's choice: (w * (ids == e)).sum(-1, keepdim=True)",
             )
         rows = value.node
-        if rows.meta["val"].dim() != 2:
+        if VAL[rows].dim() != 2:
             rows = bodies.emit(aten.reshape.default, (rows, [-1, shape_of(rows)[-1]]), {}, end)
         weights = bodies.weights(value.of if value.kind == "weighted" else None, end)
         out = bodies.emit(torch.ops.tedfx.combine.default, (rows, bodies.sorted, weights), {}, end)
-        if out.meta["val"].dtype != end.meta["val"].dtype:
-            out = bodies.emit(aten.to.dtype, (out, end.meta["val"].dtype), {}, end)
-        if end.meta["val"].dim() > 2:
-            like = bodies.x if bodies.x.meta["val"].dim() == end.meta["val"].dim() else base
+        if VAL[out].dtype != VAL[end].dtype:
+            out = bodies.emit(aten.to.dtype, (out, VAL[end].dtype), {}, end)
+        if VAL[end].dim() > 2:
+            like = bodies.x if VAL[bodies.x].dim() == VAL[end].dim() else base
             if like is None:
                 raise refuse(
                     "tokens that were flattened and are summed unflattened",
@@ -145,9 +146,7 @@ def _capture(
                     "start the sum from zeros_like(x)",
                 )
             like = like.args[0] if name_of(like) == "zeros_like" else like
-            sizes = [
-                bodies.emit(aten.sym_size.int, (like, d), {}, end) for d in range(end.meta["val"].dim() - 1)
-            ]
+            sizes = [bodies.emit(aten.sym_size.int, (like, d), {}, end) for d in range(VAL[end].dim() - 1)]
             out = bodies.emit(aten.reshape.default, (out, [*sizes, shape_of(end)[-1]]), {}, end)
         if base is not None and not is_zero(base):
             out = bodies.emit(aten.add.Tensor, (base, out), {}, end)
@@ -251,7 +250,7 @@ def _masks(node: fx.Node) -> list[fx.Node]:
     ):
         return [node.args[-1] if name == "masked_select" else node.args[0]]
     if name in ("index", "index_put"):
-        return [m for m in node.args[1] if isinstance(m, fx.Node) and m.meta["val"].dtype == torch.bool]
+        return [m for m in node.args[1] if isinstance(m, fx.Node) and VAL[m].dtype == torch.bool]
     return []
 
 

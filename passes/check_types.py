@@ -6,6 +6,7 @@ from torch import fx
 
 from tedfx.decisions.decide import decide
 from tedfx.errors import TypeCheckError, user_line
+from tedfx.graph.facts import CONVERSION, DIMS, RELATION, TYPE, TYPES_OF
 from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, R, Shard
 from tedfx.rules import operands
@@ -33,13 +34,11 @@ def check_types(
             _check_output(program, node, after)
         if node.op != "call_function":
             continue
-        if "conversion" in node.meta:
+        if node in CONVERSION:
             _check_conversion(node, after)
             checked += 1
         elif (
-            "relation" in node.meta
-            and ("type" in node.meta or "types_of" in node.meta)
-            and all("type" in n.meta for n in operands(node))
+            node in RELATION and (node in TYPE or node in TYPES_OF) and all(n in TYPE for n in operands(node))
         ):
             read = _read(program, node)
             if not _same(fine.get(node), read):
@@ -52,11 +51,11 @@ def check_types(
 def _read(program, node: fx.Node) -> tuple[list, list]:
     """All that the check of a node reads: things that are compared by identity, and placements."""
     plan = program.plan
-    things = [node.target, node.args, node.kwargs, node.meta["relation"], plan.tokens]
+    things = [node.target, node.args, node.kwargs, RELATION[node], plan.tokens]
     equal = [plan.sequence, plan.dedup, plan.algebra, {a: list(f) for a, f in plan.factors.items()}]
     for each in (node, *operands(node)):
-        things += [each, each.meta.get("dims")]
-        types = each.meta.get("types_of") or (each.meta.get("type"),)
+        things += [each, DIMS.get(each)]
+        types = TYPES_OF.get(each) or (TYPE.get(each),)
         equal += [differentiable(each), [t and dict(t) for t in types]]
     return things, equal
 
@@ -78,18 +77,18 @@ def _fail(node: fx.Node, axis, text: str, after: str):
 
 
 def _check_node(program, node: fx.Node, after: str) -> None:
-    relation = node.meta["relation"]
-    if relation.kind in ("getitem",) and "types_of" not in node.args[0].meta:
+    relation = RELATION[node]
+    if relation.kind in ("getitem",) and node.args[0] not in TYPES_OF:
         return
     nodes = operands(node)
     if relation.kind in ("grouped", "expert_rows", "combine", "dispatch") and any(
-        n.meta.get("dims") is None for n in nodes
+        DIMS.get(n) is None for n in nodes
     ):
         return
     for axis in program.plan.axes:
-        types = [n.meta["type"][axis] for n in nodes]
+        types = [TYPE[n][axis] for n in nodes]
         decision = decide(node, axis, types, program.plan, lambda i: False)
-        have = [t[axis] for t in node.meta["types_of"]] if relation.several else [node.meta["type"][axis]]
+        have = [t[axis] for t in TYPES_OF[node]] if relation.several else [TYPE[node][axis]]
         for operand, current, target in zip(nodes, types, decision.targets):
             if (
                 target is not None
@@ -102,14 +101,14 @@ def _check_node(program, node: fx.Node, after: str) -> None:
 
 
 def _check_conversion(node: fx.Node, after: str) -> None:
-    axes, source, target = node.meta["conversion"]
+    axes, source, target = CONVERSION[node]
     axes = (axes,) if isinstance(axes, str) else axes
     value = operands(node)[0]
     kind = lambda p: "S" if isinstance(p, Shard) else p
     if (kind(source), kind(target)) not in DIRECT:
         _fail(node, axes, f"there is no conversion {source} -> {target}", after)
-    for axis, placement in node.meta["type"].items():
-        before = value.meta["type"][axis]
+    for axis, placement in TYPE[node].items():
+        before = TYPE[value][axis]
         if axis in axes:
             if before != source or placement != target:
                 _fail(
@@ -127,7 +126,7 @@ def _check_conversion(node: fx.Node, after: str) -> None:
 def _check_output(program, node: fx.Node, after: str) -> None:
     factor = program.batch_factor
     for value in node.all_input_nodes:
-        for axis, placement in value.meta.get("type", {}).items():
+        for axis, placement in TYPE.get(value, {}).items():
             rows = (
                 isinstance(placement, Shard)
                 and factor is not None

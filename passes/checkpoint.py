@@ -14,20 +14,21 @@ from tedfx.analysis.activations import Ledger, Sizing
 from tedfx.analysis.attention_cores import attention_cores
 from tedfx.analysis.cost import Cost
 from tedfx.analysis.layers import layers
-from tedfx.analysis.saved import repeated, saves, short_name
+from tedfx.analysis.saved import repeated, saves
 from tedfx.analysis.text import format_bytes
 from tedfx.errors import ConfigError, TedfxError, user_line
 from tedfx.graph.emission import schedule
+from tedfx.graph.facts import REGION, VAL
+from tedfx.graph.nodes import op_name, short_name
+from tedfx.ops.properties import properties
 from tedfx.options import Options, parse_policy
-from tedfx.rules.base import op_name
 from tedfx.stages.graphs import LocalGraph
 
-# Which of several comes out: chosen again, a near-tie could come out otherwise.
+# Operators of torch that choose (`Op.decides` of tedfx/ops/properties.py, which no tag says).
 _DECISIONS = frozenset(
     "topk sort argsort msort kthvalue median mode argmax argmin multinomial unique unique_consecutive "
-    "nonzero route route_slots".split()
+    "nonzero".split()
 )
-_HOST_COPIES = frozenset("item _local_scalar_dense exchange_counts exchange_lanes".split())
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Checkpoint(Pass[LocalGraph]):
             regions = _spend(ledger, regions, sizing, limit, self._sizes(program))
         for number, nodes in enumerate(regions):
             for node in nodes:
-                node.meta["region"] = number
+                REGION[node] = number
         result.changes = len(regions)
         result.notes.append(self._note(graph, ledger, regions, sizing, program))
         schedule(graph)
@@ -139,14 +140,14 @@ class Checkpoint(Pass[LocalGraph]):
 def barrier(node: fx.Node, communicating: Iterable[str]) -> str:
     """Why a node must not run twice; "" for one that may. `communicating`: names of nodes that communicate in
     forward."""
-    target, name = node.target, short_name(node)
+    target, ours = node.target, properties(node.target)
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
     if node.name in communicating:
         return "communicates"
     if _decides(node):
         return "decides a routing or an order"
     if (
-        name in _HOST_COPIES
+        (ours is not None and ours.waits)
         or torch.Tag.data_dependent_output in tags
         or torch.Tag.dynamic_output_shape in tags
     ):
@@ -157,8 +158,10 @@ def barrier(node: fx.Node, communicating: Iterable[str]) -> str:
 
 
 def _decides(node: fx.Node) -> bool:
-    name = short_name(node)
-    return name in _DECISIONS or (name in ("max", "min") and isinstance(node.meta.get("val"), (tuple, list)))
+    ours, name = properties(node.target), short_name(node)
+    if ours is not None:
+        return ours.decides
+    return name in _DECISIONS or (name in ("max", "min") and isinstance(VAL.get(node), (tuple, list)))
 
 
 def communicating_nodes(program: LocalGraph) -> set[str]:
@@ -171,12 +174,11 @@ def assert_no_recomputed_collectives(program: LocalGraph) -> None:
     or a host copy."""
     communicating = communicating_nodes(program)
     for node in program.graph.nodes:
-        if "region" in node.meta and node.op == "call_function":
+        if node in REGION and node.op == "call_function":
             why = barrier(node, communicating)
             if why:
                 raise TedfxError(
-                    f"{node.name} is recomputed in region {node.meta['region']}, but it {why} "
-                    f"({user_line(node)})"
+                    f"{node.name} is recomputed in region {REGION[node]}, but it {why} ({user_line(node)})"
                 )
 
 

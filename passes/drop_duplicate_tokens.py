@@ -8,6 +8,7 @@ from typing import ClassVar
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.sequence_parallel import token_factor
 
+from tedfx.graph.facts import RELATION
 from tedfx.stages.graphs import PlannedGraph
 
 
@@ -30,7 +31,7 @@ class DropDuplicateTokens(Pass[PlannedGraph]):
     def __call__(self, program: PlannedGraph) -> PassResult:
         plan, roles = program.plan, program.roles
         layers = sum(
-            n.op == "call_function" and "relation" in n.meta and n.meta["relation"].kind == "dispatch"
+            n.op == "call_function" and n in RELATION and RELATION[n].kind == "dispatch"
             for n in program.graph_module.graph.nodes
         )
         batch = roles.mesh.wide(roles.batch)

@@ -11,8 +11,10 @@ from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.graph.emit import emit
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import op_name
 from tedfx.placement.factors import as_size
-from tedfx.rules.base import argument, op_name
+from tedfx.rules.base import argument
 from tedfx.stages.graphs import GlobalGraph
 
 aten = torch.ops.aten
@@ -38,8 +40,8 @@ class ExpandAttention(Pass[GlobalGraph]):
                 continue
             result.matches += 1
             q, k, v = node.args[:3]
-            gqa = argument(node, 7, "enable_gqa", False) and as_size(q.meta["val"].shape[-3]) != as_size(
-                k.meta["val"].shape[-3]
+            gqa = argument(node, 7, "enable_gqa", False) and as_size(VAL[q].shape[-3]) != as_size(
+                VAL[k].shape[-3]
             )
             dropout = argument(node, 4, "dropout_p", 0.0)
             if not gqa and not dropout:
@@ -48,7 +50,7 @@ class ExpandAttention(Pass[GlobalGraph]):
             make = lambda target, *args, **kwargs: emit(graph, target, args, kwargs, like=node)
             with graph.inserting_before(node):
                 if gqa:
-                    groups = int(q.meta["val"].shape[-3]) // int(k.meta["val"].shape[-3])
+                    groups = int(VAL[q].shape[-3]) // int(VAL[k].shape[-3])
                     k, v = self._repeat(make, k, groups), self._repeat(make, v, groups)
                 mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
                 scale = argument(node, 6, "scale")
@@ -72,23 +74,21 @@ class ExpandAttention(Pass[GlobalGraph]):
         return make(
             aten.reshape.default,
             wide,
-            [sizes[0], int(x.meta["val"].shape[1]) * groups, sizes[1], x.meta["val"].shape[3]],
+            [sizes[0], int(VAL[x].shape[1]) * groups, sizes[1], VAL[x].shape[3]],
         )
 
     @staticmethod
     def _written_out(make, q, k, v, mask, dropout, causal, scale) -> fx.Node:
-        scale = 1.0 / math.sqrt(int(q.meta["val"].shape[-1])) if scale is None else scale
+        scale = 1.0 / math.sqrt(int(VAL[q].shape[-1])) if scale is None else scale
         scores = make(
             aten.mul.Tensor, make(aten.matmul.default, q, make(aten.transpose.int, k, -2, -1)), scale
         )
         if causal:
             queries, keys = (
-                make(aten.sym_size.int, q, q.meta["val"].dim() - 2),
-                make(aten.sym_size.int, k, k.meta["val"].dim() - 2),
+                make(aten.sym_size.int, q, VAL[q].dim() - 2),
+                make(aten.sym_size.int, k, VAL[k].dim() - 2),
             )
-            ones = make(
-                aten.full.default, [queries, keys], True, dtype=torch.bool, device=q.meta["val"].device
-            )
+            ones = make(aten.full.default, [queries, keys], True, dtype=torch.bool, device=VAL[q].device)
             scores = make(
                 aten.masked_fill.Scalar,
                 scores,
@@ -96,7 +96,7 @@ class ExpandAttention(Pass[GlobalGraph]):
                 float("-inf"),
             )
         if mask is not None:
-            if mask.meta["val"].dtype == torch.bool:
+            if VAL[mask].dtype == torch.bool:
                 scores = make(
                     aten.masked_fill.Scalar, scores, make(aten.logical_not.default, mask), float("-inf")
                 )

@@ -35,6 +35,7 @@ from torch import fx
 
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
+from tedfx.graph.facts import VAL
 from tedfx.graph.signature import show
 from tedfx.placement.factors import as_size
 from tedfx.stages.graphs import GlobalGraph
@@ -92,13 +93,13 @@ def _shape_alone(graph: fx.Graph, node: fx.Node) -> None:
                 emit(graph, aten.sym_size.int, (like, d), like=node)
                 if isinstance(size, torch.SymInt)
                 else size
-                for d, size in enumerate(like.meta["val"].shape)
+                for d, size in enumerate(VAL[like].shape)
             ]
         node.target, node.args = _LIKE[node.target], (x, sizes)
 
 
 def _storage(node: fx.Node) -> Any:
-    val = node.meta.get("val")
+    val = VAL.get(node)
     val = val[0] if isinstance(val, (tuple, list)) and val else val
     if not isinstance(val, torch.Tensor) or val.layout is not torch.strided:
         return None
@@ -140,8 +141,8 @@ class _Walk:
             if positions:
                 return self._write(node, positions)
             node.args, node.kwargs = fx.map_arg(original, self.current)
-        if isinstance(node.meta.get("val"), torch.SymInt):
-            self.sizes.setdefault(node.meta["val"].node.expr, node)
+        if isinstance(VAL.get(node), torch.SymInt):
+            self.sizes.setdefault(VAL[node].node.expr, node)
         storage = _storage(node)
         if node.op == "call_function" and storage is not None:
             for operand in _nodes(original):
@@ -217,7 +218,7 @@ class _Walk:
 
     def _functional(self, node: fx.Node, target: Any, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
         old = args[0]
-        val = old.meta["val"]
+        val = VAL[old]
         name = target._schema.name.removeprefix("aten::")
         if name == "copy_":
             new = self._like(args[1], old, node)
@@ -229,28 +230,28 @@ class _Walk:
             new = self._like(args[1], old, node)
         else:
             new = emit(self.graph, _counterpart(node), tuple(args), kwargs, like=node)
-        if new.meta["val"].dtype != val.dtype:
+        if VAL[new].dtype != val.dtype:
             new = emit(self.graph, aten.to.dtype, (new, val.dtype), like=node)
-        if not _same_sizes(new.meta["val"].shape, val.shape):
+        if not _same_sizes(VAL[new].shape, val.shape):
             raise _refusal(node, "changes the shape of its operand")
         return new
 
     def _like(self, source: Any, old: fx.Node, node: fx.Node) -> fx.Node:
         """`source` with the dtype, device, shape and strides of `old`: what `old.copy_(source)` leaves in
         `old`."""
-        val = old.meta["val"]
-        if source.meta["val"].dtype != val.dtype:
+        val = VAL[old]
+        if VAL[source].dtype != val.dtype:
             source = emit(self.graph, aten.to.dtype, (source, val.dtype), like=node)
-        if source.meta["val"].device != val.device:
+        if VAL[source].device != val.device:
             source = emit(self.graph, aten.to.device, (source, val.device, val.dtype), like=node)
-        if not _same_sizes(source.meta["val"].shape, val.shape):
+        if not _same_sizes(VAL[source].shape, val.shape):
             source = emit(self.graph, aten.expand.default, (source, self._sizes(old, node)), like=node)
         return source
 
     def _sizes(self, of: fx.Node, like: fx.Node) -> list[Any]:
         """The sizes of a value as arguments: ints, and nodes that hold symbolic sizes."""
         found = []
-        for dim, size in enumerate(of.meta["val"].shape):
+        for dim, size in enumerate(VAL[of].shape):
             if isinstance(size, torch.SymInt):
                 known = self.sizes.get(size.node.expr)
                 found.append(known or emit(self.graph, aten.sym_size.int, (of, dim), like=like))
@@ -272,12 +273,12 @@ class _Walk:
             self._store(parent, self._write_back(node, view, whole, new, why), why)
             # A dense result where the model has a strided view would be summed in another order: look again,
             # when asked.
-            if _same_sizes(new.meta["val"].stride(), node.meta["val"].stride()):
+            if _same_sizes(VAL[new].stride(), VAL[node].stride()):
                 self.value[node] = new
                 self.made_at[node] = self.version[self.root(node)]
         else:
-            old = node.meta["val"]
-            if old.is_contiguous() and not new.meta["val"].is_contiguous():
+            old = VAL[node]
+            if old.is_contiguous() and not VAL[new].is_contiguous():
                 new = emit(self.graph, aten.contiguous.default, (new,), like=why)
             self.version[node] = self.version.get(node, 0) + 1
             self.writer[node] = why
@@ -317,7 +318,7 @@ class _Walk:
             index = node.args[1]
             if name == "unbind":
                 return put(aten.select_scatter.default, whole, new, dim, index)
-            widths = [part.shape[dim] for part in view.meta["val"]]
+            widths = [part.shape[dim] for part in VAL[view]]
             if any(isinstance(w, torch.SymInt) for w in widths[: index + 1]):
                 raise _refusal(why, f"writes into a part of {name} along a size that is not fixed")
             start = sum(widths[:index])
@@ -345,12 +346,12 @@ class _Walk:
                 forward = [d % rank for d in args[1]]
                 return put(aten.permute.default, new, [forward.index(d) for d in range(rank)])
             case "unsqueeze":
-                rank = view.meta["val"].dim()
+                rank = VAL[view].dim()
                 return put(aten.squeeze.dim, new, args[1] % rank)
             case "view" | "reshape" | "flatten" | "unflatten" | "_unsafe_view" | "squeeze" | "_reshape_alias":
                 return put(aten.reshape.default, new, self._sizes(whole, why))
             case "alias" | "detach" | "contiguous" | "to" | "expand" | "dropout" | "type_as" | "_to_copy":
-                if _same_sizes(new.meta["val"].shape, whole.meta["val"].shape):
+                if _same_sizes(VAL[new].shape, VAL[whole].shape):
                     return new
         raise _refusal(why, f"writes through a view that tedfx cannot undo ({view.target})")
 
@@ -410,7 +411,7 @@ def _tile(node: fx.Node) -> int:
         u.target is aten.slice_scatter.default and u.args[0] is node for u in node.users
     ):
         return 0
-    size_of, dim = node.meta["val"].shape, None
+    size_of, dim = VAL[node].shape, None
     parts: list[tuple[int, int, fx.Node]] = []
     below: Any = node
     while isinstance(below, fx.Node) and below.target is aten.slice_scatter.default:
@@ -482,7 +483,7 @@ def _looked_into(node: fx.Node) -> fx.Node:
 
 def _does_nothing(node: fx.Node) -> bool:
     name = getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
-    old, new = node.args[0].meta.get("val"), node.meta.get("val")
+    old, new = VAL.get(node.args[0]), VAL.get(node)
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return False
     if name in _COPIES:
@@ -519,6 +520,6 @@ def _is_whole(node: fx.Node) -> bool:
         and (
             stop is None
             or stop == END
-            or (isinstance(stop, int) and as_size(node.args[0].meta["val"].shape[dim]) == stop)
+            or (isinstance(stop, int) and as_size(VAL[node.args[0]].shape[dim]) == stop)
         )
     )

@@ -13,6 +13,18 @@ from torch import fx
 from tedfx import ops
 from tedfx.analysis.layers import layers
 from tedfx.errors import ConfigError
+from tedfx.graph.emit import insert
+from tedfx.graph.facts import (
+    DIFFERENTIABLE,
+    IN_GRAPH,
+    LOCAL_SHAPE,
+    PARAMETER,
+    REGION,
+    TYPE,
+    VAL,
+    copy_provenance,
+    copy_value,
+)
 from tedfx.options import Options
 from tedfx.stages.graphs import LocalGraph
 from tedfx.state.layouts import placed_on_first
@@ -60,7 +72,7 @@ class GatherParameters(Pass[LocalGraph]):
         buckets: dict[tuple, list[list]] = {}
         shares: dict[fx.Node, Placed] = {}
         for node in graph.find_nodes(op="placeholder"):
-            if node.name not in names or "type" not in node.meta:
+            if node.name not in names or node not in TYPE:
                 continue
             placed = placed_on_first(program, node, 3)
             if placed.cut is None:
@@ -73,10 +85,10 @@ class GatherParameters(Pass[LocalGraph]):
                     units.setdefault(self._unit(user, node, layer), []).append(user)
             for unit, users in units.items():
                 users.sort(key=position.get)
-                buckets.setdefault((unit, placed.reduce_axes, node.meta["val"].dtype), []).append(
+                buckets.setdefault((unit, placed.reduce_axes, VAL[node].dtype), []).append(
                     [position[users[0]], node, users, placed]
                 )
-        regions = 1 + max((n.meta["region"] for n in graph.nodes if "region" in n.meta), default=-1)
+        regions = 1 + max((REGION[n] for n in graph.nodes if n in REGION), default=-1)
         order = []
         for (unit, axes, _), members in buckets.items():
             for group in self._filled(sorted(members, key=lambda m: m[0])):
@@ -88,17 +100,17 @@ class GatherParameters(Pass[LocalGraph]):
             self._gather(program, number, axes, group, region)
             result.changes += 1
         for node, placed in shares.items():
-            node.meta["local_shape"] = placed.share.shape
+            LOCAL_SHAPE[node] = placed.share.shape
         return result
 
     @staticmethod
     def _unit(user: fx.Node, parameter: fx.Node, layer: dict):
-        return user.meta.get("region", layer.get(user) or parameter.name)
+        return REGION.get(user, layer.get(user) or parameter.name)
 
     def _filled(self, members: list[list]) -> list[list[list]]:
         groups, size = [], 0
         for member in members:
-            mine = member[3].whole.numel * member[1].meta["val"].dtype.itemsize
+            mine = member[3].whole.numel * VAL[member[1]].dtype.itemsize
             if not groups or size + mine > self.bucket_bytes:
                 groups.append([])
                 size = 0
@@ -111,26 +123,30 @@ class GatherParameters(Pass[LocalGraph]):
         first, parameters = group[0][2][0], [node for _, node, _, _ in group]
         with graph.inserting_before(first):
             cuts = tuple(tuple(placed.cut) for *_, placed in group)
-            gather = graph.call_function(
-                ops.gather_parameters, (parameters, axes, cuts, number, program.options.gradient_dtype)
+            gather = insert(
+                graph,
+                ops.gather_parameters,
+                parameters,
+                axes,
+                cuts,
+                number,
+                program.options.gradient_dtype,
+                like=first,
             )
-        gather.meta.update({k: first.meta[k] for k in ("stack_trace", "nn_module_stack") if k in first.meta})
-        gather.meta["in_graph"] = (
+        IN_GRAPH[gather] = (
             self.compiled
         )  # whether backward scatters the gradients there, or leaves it to the boundary
-        gather.meta["differentiable"] = any(p.meta.get("differentiable") for p in parameters)
+        DIFFERENTIABLE[gather] = any(DIFFERENTIABLE.get(p) for p in parameters)
         after = gather
         for index, (_, node, users, _) in enumerate(group):
             with graph.inserting_after(after):
                 whole = after = graph.call_function(operator.getitem, (gather, index))
-            whole.meta.update({k: v for k, v in node.meta.items() if k != "relation"})
-            whole.meta.update(
-                {k: gather.meta[k] for k in ("stack_trace", "nn_module_stack") if k in gather.meta}
-            )
-            whole.meta["parameter"] = True
+            copy_value(node, whole)
+            copy_provenance(gather, whole)
+            PARAMETER[whole] = True
             for user in users:
                 user.replace_input_with(node, whole)
             if region is not None:
-                whole.meta["region"] = region
+                REGION[whole] = region
         if region is not None:
-            gather.meta["region"] = region
+            REGION[gather] = region

@@ -35,6 +35,7 @@ from tedfx.capture.slot_facts import slot_facts
 from tedfx.capture.slots import Place, Totals
 from tedfx.errors import CaptureError, ConfigError, user_line
 from tedfx.graph.emit import emit
+from tedfx.graph.facts import SLOTS, VAL
 from tedfx.placement.factors import as_size
 from tedfx.stages.graphs import GlobalGraph
 
@@ -56,7 +57,7 @@ class LocalCapacity(Pass[GlobalGraph]):
     def __call__(self, program: GlobalGraph) -> PassResult:
         graph, trace = program.graph_module.graph, program.trace
         groups = self.groups or program.roles.mesh.size(program.roles.batch)
-        dispatches = [n for n in graph.nodes if "slots" in n.meta]
+        dispatches = [n for n in graph.nodes if n in SLOTS]
         if not dispatches or groups == 1:
             return PassResult(
                 notes=["a single batch coordinate: local is global"]
@@ -70,7 +71,7 @@ class LocalCapacity(Pass[GlobalGraph]):
             )
         found = _Groups(graph, groups, trace.sizes.get("batch"), _upstream(dispatches)).rewrite()
         for node in dispatches:
-            node.meta["slots"] = _regrouped(node.meta["slots"], trace.sizes.get("batch"))
+            SLOTS[node] = _regrouped(SLOTS[node], trace.sizes.get("batch"))
         graph.eliminate_dead_code()
         notes = (
             [f"{groups} groups of tokens, each with a capacity of its own"]
@@ -132,7 +133,7 @@ class _Groups:
                 dim,
                 self.groups,
                 self._outer(fact.dims[dim], fact.queue.routing, node),
-                node.meta["val"].dtype,
+                VAL[node].dtype,
             )
             node.replace_all_uses_with(emit(self.graph, ops.group_cumsum, args, like=node))
             return True
@@ -236,7 +237,7 @@ class _Groups:
 
     def _number(self, value: fx.Node, like: fx.Node) -> fx.Node:
         """A number made from sizes, for one group's share of the batch."""
-        val = value.meta.get("val")
+        val = VAL.get(value)
         if isinstance(val, torch.Tensor):
             raise _refuse(
                 "the capacity is a tensor", like, "compute it from sizes: int(factor * tokens / experts)"
@@ -248,14 +249,12 @@ class _Groups:
         return self.numbers[value]
 
     def _computed(self, value: fx.Node, like: fx.Node) -> fx.Node:
-        numbers = [
-            n for n in value.all_input_nodes if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat))
-        ]
+        numbers = [n for n in value.all_input_nodes if isinstance(VAL.get(n), (torch.SymInt, torch.SymFloat))]
         if numbers:
             swap = lambda arg: self._number(arg, like) if isinstance(arg, fx.Node) else arg
             args, kwargs = fx.node.map_aggregate((value.args, dict(value.kwargs)), swap)
             return emit(self.graph, value.target, args, kwargs, like=value)
-        size = as_size(value.meta["val"])  # of a tensor: as many times the batch as it is tokens
+        size = as_size(VAL[value])  # of a tensor: as many times the batch as it is tokens
         if (size / self.batch).has(self.batch):
             raise _refuse(
                 f"the capacity is made from a size of {size}, which is no multiple of the batch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,35 +13,17 @@ from torch import fx
 from tedfx import ops
 from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TraceError, user_line
+from tedfx.graph.facts import DIMS, DIMS_OF, LOCAL_SHAPE, RELATION, RUNS, TYPE, TYPES_OF, VAL, copy_value
+from tedfx.graph.nodes import REGROUPS, op_name, operand
 from tedfx.ops.random import NUMBERED, SHARE
 from tedfx.placement.factors import as_size, leaves
 from tedfx.placement.plan import roots
 from tedfx.placement.types import Shard, sharding_axes
-from tedfx.rules import op_name
 from tedfx.rules.base import argument
 from tedfx.rules.views import piece_of, reads_bits
 from tedfx.stages.graphs import LocalGraph, TypedGraph
 
 aten = torch.ops.aten
-VIEWS = {
-    "aten.view",
-    "aten.reshape",
-    "aten._unsafe_view",
-    "aten.flatten",
-    "aten.unflatten",
-    "aten.squeeze",
-    "aten._reshape_copy",
-}
-SIZED = {
-    "aten.zeros",
-    "aten.ones",
-    "aten.full",
-    "aten.empty",
-    "aten.new_zeros",
-    "aten.new_ones",
-    "aten.new_full",
-    "aten.new_empty",
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class _Localizer:
 
     def run(self) -> PassResult:
         for node in list(self.graph.nodes):
-            if node.op != "call_function" or "relation" not in node.meta:
+            if node.op != "call_function" or node not in RELATION:
                 continue
             before, self.sizes.current = (node.target, node.args, node.kwargs), node
             self.visit(node)
@@ -82,8 +65,8 @@ class _Localizer:
             self.result.changes += (node.target, node.args, node.kwargs) != before
         self.graph.eliminate_dead_code()
         for node in self.graph.nodes:
-            if "dims" in node.meta and "type" in node.meta:
-                node.meta["local_shape"] = self.sizes.shape(node)
+            if node in DIMS and node in TYPE:
+                LOCAL_SHAPE[node] = self.sizes.shape(node)
         self.result.next = self.program.then(
             LocalGraph,
             size_sources={str(s): (n.name, d) for s, (n, d) in self.sizes.sources.items()},
@@ -93,79 +76,71 @@ class _Localizer:
 
     # one node -----------------------------------------------------------------------------------------------
     def visit(self, node: fx.Node) -> None:
-        name = op_name(node)
-        if name in VIEWS and not reads_bits(node):
-            if name not in ("aten.view", "aten._unsafe_view"):
-                node.target = aten.reshape.default
-            node.args, node.kwargs = (node.args[0], self.view_shape(node)), {}
-        elif name in ("aten.expand", "aten.broadcast_to"):
-            node.target, node.args, node.kwargs = aten.expand.default, (node.args[0], self.shape(node)), {}
-        elif name in SIZED:
-            at = 1 if name.startswith("aten.new_") else 0
-            node.args = (*node.args[:at], self.shape(node), *node.args[at + 1 :])
-        elif name == "aten.arange":
-            self.arange(node)
-        elif name in ("aten.slice", "aten.narrow"):
-            self.slice(node)
-        elif name in ("aten.split", "aten.split_with_sizes", "aten.tensor_split"):
-            self.split(node)
-        elif name == "aten.mean":
-            self.mean(node)
-        elif name == "aten.embedding":
-            axes = self.contracted_axes(node, node.args[0], 0)
-            if axes:
-                padding = argument(node, 2, "padding_idx", -1)
-                node.target, node.kwargs = ops.vocab_parallel_embedding, {}
-                node.args = (
-                    node.args[0],
-                    node.args[1],
-                    axes,
-                    None if padding is None or padding < 0 else padding,
-                )
-        elif name == "aten.cross_entropy_loss":
-            axes = self.contracted_axes(node, node.args[0], 1)
-            if axes:
-                node.target, node.kwargs, ignore = (
-                    ops.vocab_parallel_cross_entropy,
-                    {},
-                    argument(node, 4, "ignore_index", -100),
-                )
-                node.args = (node.args[0], node.args[1], axes, ignore)
-        elif name == "aten.cumsum":
-            self.cumsum(node)
-        elif name in ("group_cumsum", "group_total"):
-            self.groups(node)
-        elif name == "aten.dropout":
-            self.dropout(node)
-        elif (
+        rewrite = REWRITES.get(op_name(node))
+        if rewrite is not None:
+            rewrite(self, node)
+        else:
+            self.draw(node)
+
+    def draw(self, node: fx.Node) -> None:
+        """TraceError for an op that draws: of those only dropout and attention have a form for a rank."""
+        if (
             isinstance(node.target, torch._ops.OpOverload)
             and torch.Tag.nondeterministic_seeded in node.target.tags
-            and name != "aten.scaled_dot_product_attention"
+            and op_name(node) != "aten.scaled_dot_product_attention"
         ):
             raise TraceError(
-                f"{name} draws random numbers and has no counter-based form, so replicas would not "
-                "agree; remove it or use dropout "
-                f"({user_line(node)})"
+                f"{op_name(node)} draws random numbers and has no counter-based form, so replicas would not "
+                f"agree; remove it or use dropout ({user_line(node)})"
             )
+
+    def view(self, node: fx.Node) -> None:
+        if reads_bits(node):
+            return
+        if op_name(node) not in ("aten.view", "aten._unsafe_view"):
+            node.target = aten.reshape.default
+        node.args, node.kwargs = (node.args[0], self.view_shape(node)), {}
+
+    def expand(self, node: fx.Node) -> None:
+        node.target, node.args, node.kwargs = aten.expand.default, (node.args[0], self.shape(node)), {}
+
+    def create(self, node: fx.Node) -> None:
+        at = 1 if op_name(node).startswith("aten.new_") else 0
+        node.args = (*node.args[:at], self.shape(node), *node.args[at + 1 :])
+
+    def embedding(self, node: fx.Node) -> None:
+        table, ids = operand(node, 0), operand(node, 1)
+        axes = self.contracted_axes(table, 0)
+        if axes:
+            padding = argument(node, 2, "padding_idx", -1)
+            padding = None if padding is None or padding < 0 else padding
+            node.target, node.kwargs = ops.vocab_parallel_embedding, {}
+            node.args = (table, ids, axes, padding)
+
+    def cross_entropy(self, node: fx.Node) -> None:
+        logits, labels = operand(node, 0), operand(node, 1)
+        axes = self.contracted_axes(logits, 1)
+        if axes:
+            ignore = argument(node, 4, "ignore_index", -100)
+            node.target, node.kwargs = ops.vocab_parallel_cross_entropy, {}
+            node.args = (logits, labels, axes, ignore)
 
     def shape(self, node: fx.Node) -> list:
         return [self.sizes.node(s) for s in self.sizes.shape(node)]
 
     def view_shape(self, node: fx.Node) -> list:
         """How many rows a rank has after an exchange is data: the rest of what there is."""
-        ragged = [any(f.ragged for f in leaves(dim)) for dim in node.meta["dims"]]
+        ragged = [any(f.ragged for f in leaves(dim)) for dim in DIMS[node]]
         return [-1 if rows else size for size, rows in zip(self.shape(node), ragged)]
 
-    def contracted_axes(self, node: fx.Node, operand: fx.Node, dim: int) -> tuple[str, ...]:
-        found: list[str] = []
-        for leaf in leaves(operand.meta["dims"][dim]):
-            found += sharding_axes(operand.meta["type"], leaf)
-        return tuple(found)
+    def contracted_axes(self, value: fx.Node, dim: int) -> tuple[str, ...]:
+        """The axes that shard a dim of an operand."""
+        return tuple(a for leaf in leaves(DIMS[value][dim]) for a in sharding_axes(TYPE[value], leaf))
 
     def arange(self, node: fx.Node) -> None:
-        if not node.meta["dims"] or node.meta["dims"][0] == ():
+        if not DIMS[node] or DIMS[node][0] == ():
             return
-        axes = [a for leaf in leaves(node.meta["dims"][0]) for a in sharding_axes(node.meta["type"], leaf)]
+        axes = [a for leaf in leaves(DIMS[node][0]) for a in sharding_axes(TYPE[node], leaf)]
         (length,) = self.shape(node)
         overload = node.target._overloadname
         if not axes:
@@ -179,7 +154,7 @@ class _Localizer:
         node.target, node.args, node.kwargs = (
             aten.arange.default,
             (length,),
-            {**node.kwargs, "dtype": node.meta["val"].dtype},
+            {**node.kwargs, "dtype": VAL[node].dtype},
         )
         self.after(
             node,
@@ -191,27 +166,24 @@ class _Localizer:
     def after(self, node: fx.Node, steps: list) -> None:
         """Chain ops on a node's result; users see the last."""
         last, users = node, list(node.users)
-        for target, operand in steps:
-            with self.graph.inserting_after(
-                last
-                if last is not node
-                else (operand if isinstance(operand, fx.Node) and operand > node else node)
-            ):
-                new = self.graph.call_function(target, (last, operand))
-            new.meta.update({k: v for k, v in node.meta.items() if k != "relation"})
+        for target, value in steps:
+            behind = value if last is node and isinstance(value, fx.Node) and value > node else last
+            with self.graph.inserting_after(behind):
+                new = self.graph.call_function(target, (last, value))
+            copy_value(node, new)
             last = new
         for user in users:
             user.replace_input_with(node, last)
 
     def slice(self, node: fx.Node) -> None:
         x = node.args[0]
-        rank = len(x.meta["dims"])
+        rank = len(DIMS[x])
         narrow = op_name(node) == "aten.narrow"
         d = (node.args[1] if narrow else argument(node, 1, "dim", 0)) % rank
-        whole, local = as_size(x.meta["val"].shape[d]), self.sizes.dim(x.meta["dims"][d], x.meta["type"])
-        if not any(sharding_axes(x.meta["type"], f) for f in leaves(x.meta["dims"][d])):
+        whole, local = as_size(VAL[x].shape[d]), self.sizes.dim(DIMS[x][d], TYPE[x])
+        if not any(sharding_axes(TYPE[x], f) for f in leaves(DIMS[x][d])):
             return
-        length = self.sizes.dim(node.meta["dims"][d], node.meta["type"])
+        length = self.sizes.dim(DIMS[node][d], TYPE[node])
         if length == local:  # all of the dim
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
@@ -219,10 +191,10 @@ class _Localizer:
             (node.args[2], 1) if narrow else (argument(node, 2, "start") or 0, argument(node, 4, "step", 1))
         )
         if step == 1:
-            start = as_size(start.meta["val"] if isinstance(start, fx.Node) else start)
+            start = as_size(VAL[start] if isinstance(start, fx.Node) else start)
             index = piece_of(
                 start + whole if isinstance(start, int) and start < 0 else start,
-                as_size(node.meta["val"].shape[d]),
+                as_size(VAL[node].shape[d]),
                 whole,
             )
             start, end = self.sizes.node(index * length), self.sizes.node((index + 1) * length)
@@ -232,23 +204,23 @@ class _Localizer:
 
     def split(self, node: fx.Node) -> None:
         x = node.args[0]
-        d = argument(node, 2, "dim", 0) % len(x.meta["dims"])
+        d = argument(node, 2, "dim", 0) % len(DIMS[x])
         lengths = [
             self.sizes.node(self.sizes.dim(dims[d], type_))
-            for dims, type_ in zip(node.meta["dims_of"], node.meta["types_of"])
+            for dims, type_ in zip(DIMS_OF[node], TYPES_OF[node])
         ]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (x, lengths, d), {}
 
     def mean(self, node: fx.Node) -> None:
         x = node.args[0]
-        gone = roots(node.meta["relation"].contracted)
-        if not any(isinstance(p, Shard) and p.factor.root() in gone for p in x.meta["type"].values()):
+        gone = roots(RELATION[node].contracted)
+        if not any(isinstance(p, Shard) and p.factor.root() in gone for p in TYPE[x].values()):
             return
         count = 1
-        for factor in leaves(node.meta["relation"].contracted):
+        for factor in leaves(RELATION[node].contracted):
             count = count * self.sizes.whole(factor.size)
         dims, keep = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
-        dtype = node.kwargs.get("dtype") or node.meta["val"].dtype
+        dtype = node.kwargs.get("dtype") or VAL[node].dtype
         if node.target._overloadname == "default":
             node.target, node.args, node.kwargs = aten.sum.default, (x,), {"dtype": dtype}
         else:
@@ -258,13 +230,13 @@ class _Localizer:
 
     def cumsum(self, node: fx.Node) -> None:
         x = node.args[0]
-        if not x.meta["dims"]:
+        if not DIMS[x]:
             return
-        dim, outer, sharded = argument(node, 1, "dim") % len(x.meta["dims"]), 1, []
-        for leaf in leaves(x.meta["dims"][dim]):
-            if sharding_axes(x.meta["type"], leaf):
-                sharded.append((sharding_axes(x.meta["type"], leaf), outer))
-            outer = outer * self.sizes.factor(leaf, x.meta["type"])
+        dim, outer, sharded = argument(node, 1, "dim") % len(DIMS[x]), 1, []
+        for leaf in leaves(DIMS[x][dim]):
+            if sharding_axes(TYPE[x], leaf):
+                sharded.append((sharding_axes(TYPE[x], leaf), outer))
+            outer = outer * self.sizes.factor(leaf, TYPE[x])
         if len(sharded) > 1:
             raise TraceError(
                 "a cumsum along a dim of which two factors are sharded has no parallel form "
@@ -272,7 +244,7 @@ class _Localizer:
             )
         if sharded:
             ((axes, outer),) = sharded
-            node.meta["runs"] = outer  # the size of what is exchanged: tedfx/analysis/cost.py
+            RUNS[node] = outer  # the size of what is exchanged: tedfx/analysis/cost.py
             node.target, node.args, node.kwargs = (
                 ops.cumsum,
                 (x, dim, axes, self.sizes.node(outer), node.kwargs.get("dtype")),
@@ -284,12 +256,12 @@ class _Localizer:
         the runs before it are local."""
         x, *given, groups, outer, dtype = node.args
         before, local, degree, batch = 1, 1, 1, self.program.batch_factor.root()
-        for leaf in leaves(x.meta["dims"][given[-1]]):
-            axes = sharding_axes(x.meta["type"], leaf)
+        for leaf in leaves(DIMS[x][given[-1]]):
+            axes = sharding_axes(TYPE[x], leaf)
             if leaf.root() is batch:
                 degree = self.plan.roles.mesh.size(axes)
                 break
-            before, local = before * leaf.size, local * self.sizes.factor(leaf, x.meta["type"])
+            before, local = before * leaf.size, local * self.sizes.factor(leaf, TYPE[x])
         if before != outer or groups % degree:
             raise TraceError(
                 "capacity='local': tokens are numbered with the batch behind another dim; put the "
@@ -302,17 +274,17 @@ class _Localizer:
         if not argument(node, 2, "train") or p == 0:
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
-        factors = [self.parts(node, d, node.meta["type"]) for d in range(len(node.meta["dims"]))]
+        factors = [self.parts(node, d, TYPE[node]) for d in range(len(DIMS[node]))]
         if self.seed is None:
             placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
             with self.graph.inserting_after(placeholders[-1]):
                 self.seed = self.graph.placeholder("seed")
-            self.seed.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
+            VAL[self.seed] = torch.empty((), dtype=torch.int64, device="meta")
         node.target, node.kwargs, node.args = ops.dropout, {}, (x, p, self.seed, self.sites, tuple(factors))
         self.sites += 1
 
     def parts(self, node: fx.Node, d: int, type_) -> tuple[tuple, ...]:
-        return tuple(part for f in leaves(node.meta["dims"][d]) for part in self.place(node, f, type_))
+        return tuple(part for f in leaves(DIMS[node][d]) for part in self.place(node, f, type_))
 
     def place(self, x: fx.Node, factor, type_) -> list[tuple]:
         """Where this rank's part of a factor lies in the whole, as `tedfx/ops/random.py` wants it."""
@@ -320,7 +292,7 @@ class _Localizer:
         if factor.root() in self.program.row_numbers:
             numbers, origin, tokens, top_k = self.program.row_numbers[factor.root()]
             if not origin.args[2]:
-                origin.args = (*origin.args[:2], self.parts(tokens, 0, tokens.meta["type"]))
+                origin.args = (*origin.args[:2], self.parts(tokens, 0, TYPE[tokens]))
             return [(numbers, origin.args[2], top_k, NUMBERED)]
         if factor.ragged:
             raise TraceError(
@@ -341,9 +313,9 @@ class _Localizer:
 
     def number(self, arg):
         """The global value of a size used as a number; anything else as it is."""
-        if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)):
-            expr = arg.meta["val"].node.expr
-            if isinstance(arg.meta["val"], torch.SymFloat):
+        if isinstance(arg, fx.Node) and isinstance(VAL.get(arg), (torch.SymInt, torch.SymFloat)):
+            expr = VAL[arg].node.expr
+            if isinstance(VAL[arg], torch.SymFloat):
                 return self.float_of(arg)
             return self.sizes.node(self.sizes.whole(expr))
         return arg
@@ -353,15 +325,15 @@ class _Localizer:
         if arg.target is torch.sym_float:
             inner = arg.args[0]
             value = (
-                self.sizes.node(self.sizes.whole(inner.meta["val"].node.expr))
+                self.sizes.node(self.sizes.whole(VAL[inner].node.expr))
                 if isinstance(inner, fx.Node)
                 else inner
             )
         elif arg.op == "call_function":
             parts = [
                 self.float_of(a)
-                if isinstance(a, fx.Node) and isinstance(a.meta["val"], torch.SymFloat)
-                else self.sizes.node(self.sizes.whole(a.meta["val"].node.expr))
+                if isinstance(a, fx.Node) and isinstance(VAL[a], torch.SymFloat)
+                else self.sizes.node(self.sizes.whole(VAL[a].node.expr))
                 if isinstance(a, fx.Node)
                 else a
                 for a in arg.args
@@ -370,3 +342,26 @@ class _Localizer:
         else:
             raise TraceError(f"a number of the form {arg} cannot be written for one rank")
         return value if not isinstance(value, fx.Node) else self.sizes._call(torch.sym_float, value)
+
+
+# How an op is rewritten for a rank, by its name; the others are the same on shards.
+REWRITES: dict[str, Callable[[_Localizer, fx.Node], None]] = {
+    **dict.fromkeys(
+        (*(f"aten.{name}" for name in REGROUPS), "aten._reshape_copy"),
+        _Localizer.view,
+    ),
+    **dict.fromkeys(("aten.expand", "aten.broadcast_to"), _Localizer.expand),
+    **dict.fromkeys(
+        (f"aten.{new}{what}" for new in ("", "new_") for what in ("zeros", "ones", "full", "empty")),
+        _Localizer.create,
+    ),
+    "aten.arange": _Localizer.arange,
+    **dict.fromkeys(("aten.slice", "aten.narrow"), _Localizer.slice),
+    **dict.fromkeys(("aten.split", "aten.split_with_sizes", "aten.tensor_split"), _Localizer.split),
+    "aten.mean": _Localizer.mean,
+    "aten.embedding": _Localizer.embedding,
+    "aten.cross_entropy_loss": _Localizer.cross_entropy,
+    "aten.cumsum": _Localizer.cumsum,
+    **dict.fromkeys(("group_cumsum", "group_total"), _Localizer.groups),
+    "aten.dropout": _Localizer.dropout,
+}

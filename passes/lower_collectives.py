@@ -12,9 +12,11 @@ from torch import fx
 from tedfx import ops
 from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TypeCheckError, user_line
+from tedfx.graph.facts import CONVERSION, DIMS, LOWERED, TYPE, take_over
+from tedfx.graph.nodes import op_name
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, P, R, Shard, find_dim
-from tedfx.rules.base import op_name, regroup_barrier
+from tedfx.rules.base import regroup_barrier
 from tedfx.stages.graphs import TypedGraph
 
 
@@ -42,21 +44,21 @@ class LowerCollectives(Pass[TypedGraph]):
             elif node.target is convert:
                 result.matches += 1
                 sizes.current = node
-                axis, source, target = node.meta["conversion"]
+                axis, source, target = CONVERSION[node]
                 if source == P and isinstance(target, Shard):
                     node = self._before_dropout(node)
                 fn, axes, extra = self._op(node, axis, source, target, sizes)
                 below = node.args[0]
-                if below.meta.get("lowered", (None,))[:2] == (fn, extra) and len(below.users) == 1:
-                    axes = tuple(a for a in order if a in axes + below.meta["lowered"][2])
+                if LOWERED.get(below, (None,))[:2] == (fn, extra) and len(below.users) == 1:
+                    axes = tuple(a for a in order if a in axes + LOWERED[below][2])
                     value = below.args[0]
                 else:
                     below, value = None, below
                 with graph.inserting_before(node):
                     new = graph.call_function(fn, (value, axes, *extra))
-                new.meta.update(node.meta)
-                new.meta["lowered"] = (fn, extra, axes)
-                new.meta["conversion"] = (axes, source, target)
+                take_over(node, new)
+                LOWERED[new] = (fn, extra, axes)
+                CONVERSION[new] = (axes, source, target)
                 node.replace_all_uses_with(new)
                 graph.erase_node(node)
                 if below is not None:
@@ -69,18 +71,18 @@ class LowerCollectives(Pass[TypedGraph]):
     def _before_dropout(node: fx.Node) -> fx.Node:
         """scatter(dropout(x)) -> dropout(scatter(x)), where nobody else sees the dropout, which stays where
         it stood. The scatter."""
-        dropout, type_ = node.args[0], node.meta["type"]
+        dropout, type_ = node.args[0], TYPE[node]
         if (
             op_name(dropout) != "aten.dropout"
             or len(dropout.users) > 1
-            or dropout.args[0].meta["type"] != dropout.meta["type"]
+            or TYPE[dropout.args[0]] != TYPE[dropout]
         ):
             return node
         node.replace_all_uses_with(dropout)
         node.replace_input_with(dropout, dropout.args[0])
         dropout.replace_input_with(dropout.args[0], node)
         dropout.prepend(node)
-        dropout.meta["type"] = dict(type_)
+        TYPE[dropout] = dict(type_)
         return node
 
     @staticmethod
@@ -89,10 +91,10 @@ class LowerCollectives(Pass[TypedGraph]):
         would interleave the pieces."""
         for node in graph.nodes:
             if node.target is ops.all_gather:
-                axes, source, _ = node.meta["conversion"]
+                axes, source, _ = CONVERSION[node]
                 left = [
                     a
-                    for a, p in node.meta["type"].items()
+                    for a, p in TYPE[node].items()
                     if p == source and order.index(a) > min(order.index(x) for x in axes)
                 ]
                 if left:
@@ -111,20 +113,20 @@ class LowerCollectives(Pass[TypedGraph]):
         if target == P:
             return ops.partial, axes, (source,)
         factor = (source if isinstance(source, Shard) else target).factor
-        dim, place = find_dim(node.meta["dims"], factor)
+        dim, place = find_dim(DIMS[node], factor)
         outer, inner = (
-            sizes.dim(part, node.meta["type"])
-            for part in (leaves(node.meta["dims"][dim])[:place], leaves(node.meta["dims"][dim])[place + 1 :])
+            sizes.dim(part, TYPE[node])
+            for part in (leaves(DIMS[node][dim])[:place], leaves(DIMS[node][dim])[place + 1 :])
         )
         at, split = (
             (dim, sizes.node(outer)),
-            (node.args[0] if isinstance(source, Shard) else node).meta["type"],
+            TYPE[node.args[0] if isinstance(source, Shard) else node],
         )
         behind = (
             (sizes.node(inner),) if isinstance(sizes.factor(factor, split), Share) and inner != 1 else ()
         )  # a share need not be an equal piece
         if isinstance(source, Shard):
-            whole = sizes.factor(factor, node.meta["type"])
+            whole = sizes.factor(factor, TYPE[node])
             return (
                 ops.all_gather,
                 axes,

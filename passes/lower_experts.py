@@ -14,6 +14,19 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.analysis.sizes import Sizes
+from tedfx.graph.emit import insert
+from tedfx.graph.facts import (
+    DIFFERENTIABLE,
+    DIMS,
+    DIMS_OF,
+    RELATION,
+    TYPE,
+    TYPES_OF,
+    VAL,
+    copy_provenance,
+    copy_value,
+    set_value,
+)
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, P, R, Shard
 from tedfx.stages.graphs import TypedGraph
@@ -71,9 +84,9 @@ class LowerExperts(Pass[TypedGraph]):
         layers: dict[fx.Node, _Layer | SlotLayer] = {}
         sizes = Sizes(program)
         for node in list(graph.nodes):
-            if node.op != "call_function" or "relation" not in node.meta:
+            if node.op != "call_function" or node not in RELATION:
                 continue
-            kind, sizes.current = node.meta["relation"].kind, node
+            kind, sizes.current = RELATION[node].kind, node
             if kind == "dispatch" and (slotted := in_slots(program, node, sizes)) is not None:
                 layers[slotted.order] = slotted
                 result.matches += 1
@@ -95,12 +108,12 @@ class LowerExperts(Pass[TypedGraph]):
 
     def _dispatch(self, program: TypedGraph, graph: fx.Graph, node: fx.Node) -> _Layer:
         x, ids, num_experts, *tail = node.args
-        experts = leaves(node.meta["dims_of"][1][0])[0]
+        experts = leaves(DIMS_OF[node][1][0])[0]
         split = program.plan.axes_of(experts)
-        travel = tuple(a for a in split if isinstance(x.meta["type"][a], Shard))
+        travel = tuple(a for a in split if isinstance(TYPE[x][a], Shard))
         stay = tuple(a for a in split if a not in travel)
-        rows_type, counts_type, order_type = node.meta["types_of"]
-        rows_dims, counts_dims, order_dims = node.meta["dims_of"]
+        rows_type, counts_type, order_type = TYPES_OF[node]
+        rows_dims, counts_dims, order_dims = DIMS_OF[node]
         lanes = tuple(
             a
             for a in program.plan.axes
@@ -124,14 +137,9 @@ class LowerExperts(Pass[TypedGraph]):
         lane_type = {**unsliced, **striped}
 
         def make(target, *args, dims=None, type_=None, **kwargs):
-            new = graph.call_function(target, args, kwargs)
-            for key in ("stack_trace", "nn_module_stack"):
-                if key in node.meta:
-                    new.meta[key] = node.meta[key]
+            new = insert(graph, target, *args, like=node, **kwargs)
             if dims is not None:
-                new.meta.update(
-                    dims=dims, type=type_, differentiable=dims is rows_dims and node.meta["differentiable"]
-                )
+                set_value(new, dims, type_, dims is rows_dims and DIFFERENTIABLE[node])
             return new
 
         with graph.inserting_before(node):
@@ -147,9 +155,7 @@ class LowerExperts(Pass[TypedGraph]):
             counts = make(operator.getitem, routed, 1)
 
             def permuted():
-                made = make(
-                    ops.permute_rows, x, order, ids.meta["val"].shape[1], dims=rows_dims, type_=unsliced
-                )
+                made = make(ops.permute_rows, x, order, VAL[ids].shape[1], dims=rows_dims, type_=unsliced)
                 return (
                     make(
                         ops.shard,
@@ -216,13 +222,13 @@ class LowerExperts(Pass[TypedGraph]):
             if numbers is not None:
                 numbers.arrive()
             for new in (rows, counts, order):
-                new.meta.setdefault("val", None)
+                VAL.setdefault(new, None)
         if any(tail) and split:
             _without_tail(node)
         for user in list(node.users):
             user.replace_all_uses_with({0: rows, 1: counts, 2: order}[user.args[1]])
             new = {0: rows, 1: counts, 2: order}[user.args[1]]
-            new.meta["val"] = user.meta["val"]
+            VAL[new] = VAL[user]
             graph.erase_node(user)
         graph.erase_node(node)
         return layer
@@ -231,24 +237,22 @@ class LowerExperts(Pass[TypedGraph]):
         rows = node.args[0]
         if layer.exchange:
 
-            def make(target, *args, type_=rows.meta["type"]):
+            def make(target, *args, type_=TYPE[rows]):
                 new = graph.call_function(target, args)
-                new.meta.update(
-                    {k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")},
-                    type=type_,
-                )
+                copy_value(rows, new)
+                TYPE[new] = type_
                 return new
 
             with graph.inserting_before(node):
                 if layer.lanes:
-                    placements = {rows.meta["type"][a] for a in layer.lanes}
+                    placements = {TYPE[rows][a] for a in layer.lanes}
                     assert len(placements) == 1 and placements <= {P, R, I}, (node, placements)
-                    row_factor = leaves(rows.meta["dims"][0])[0]
-                    own = {**rows.meta["type"], **{a: Shard(row_factor) for a in layer.lanes}}
+                    row_factor = leaves(DIMS[rows][0])[0]
+                    own = {**TYPE[rows], **{a: Shard(row_factor) for a in layer.lanes}}
                     back = make(ops.spread_lanes, rows, layer.index, layer.totals)
                     back = make(ops.scatter_lanes, back, layer.lanes, layer.totals, *placements, type_=own)
                 else:
-                    own, back = rows.meta["type"], make(ops.unindex_rows, rows, layer.index)
+                    own, back = TYPE[rows], make(ops.unindex_rows, rows, layer.index)
                 back = make(ops.all_to_all_single, back, layer.send, layer.recv, layer.exchange, type_=own)
                 if layer.stripes:
                     whole = graph.call_function(torch.ops.aten.sym_size.int, (layer.order, 0))
@@ -260,11 +264,9 @@ class LowerExperts(Pass[TypedGraph]):
                         1,
                         *placements,
                         whole,
-                        type_={**own, **{a: rows.meta["type"][a] for a in layer.stripes}},
+                        type_={**own, **{a: TYPE[rows][a] for a in layer.stripes}},
                     )
-            for key in ("stack_trace", "nn_module_stack"):
-                if key in node.meta:
-                    back.meta[key] = node.meta[key]
+            copy_provenance(node, back)
             node.replace_input_with(rows, back)
 
 
@@ -272,6 +274,6 @@ def _without_tail(dispatch: fx.Node) -> None:
     """What reads the counts of a dispatch whose tail is cut off has no tail to pass over."""
     for counts in [u for u in dispatch.users if u.args[1:] == (1,)]:
         for user in list(counts.users):
-            kind = user.meta["relation"].kind
+            kind = RELATION[user].kind
             if kind in ("grouped", "expert_rows"):
                 user.args = user.args[: 4 if kind == "grouped" else 3]

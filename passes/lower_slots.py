@@ -11,6 +11,17 @@ from torch import fx
 from tedfx import ops
 from tedfx._torch import FloorDiv
 from tedfx.analysis.sizes import Sizes
+from tedfx.graph.emit import emit_typed
+from tedfx.graph.facts import (
+    DIFFERENTIABLE,
+    DIMS_OF,
+    RELATION,
+    TYPE,
+    TYPES_OF,
+    VAL,
+    copy_provenance,
+    copy_value,
+)
 from tedfx.placement.factors import as_size, leaves
 from tedfx.placement.slots import rows_per_expert
 from tedfx.placement.types import Shard
@@ -34,15 +45,15 @@ class SlotLayer:
     def __init__(self, program: TypedGraph, node: fx.Node, slots, sizes: Sizes):
         self.graph, self.node, mesh = program.graph_module.graph, node, program.roles.mesh
         x, ids, num_experts, *_ = node.args
-        rows_type, _, order_type = node.meta["types_of"]
-        rows_dims, _, order_dims = node.meta["dims_of"]
-        experts = leaves(node.meta["dims_of"][1][0])[0]
+        rows_type, _, order_type = TYPES_OF[node]
+        rows_dims, _, order_dims = DIMS_OF[node]
+        experts = leaves(DIMS_OF[node][1][0])[0]
         split = program.plan.axes_of(experts)
-        self.travel = any(isinstance(x.meta["type"][a], Shard) for a in split)
+        self.travel = any(isinstance(TYPE[x][a], Shard) for a in split)
         alike = tuple(
             a
             for a in program.plan.axes
-            if isinstance(order_type[a], Shard) and not isinstance(x.meta["type"][a], Shard)
+            if isinstance(order_type[a], Shard) and not isinstance(TYPE[x][a], Shard)
         )
         owned, lanes = ((), alike) if self.travel else (alike, ())
         self.split = split if self.travel else ()
@@ -64,7 +75,7 @@ class SlotLayer:
                 differentiable=False,
             )
             rows = self._make(
-                ops.fill_slots, x, self.order, ids.meta["val"].shape[1], dims=rows_dims, type_=self.lane_type
+                ops.fill_slots, x, self.order, VAL[ids].shape[1], dims=rows_dims, type_=self.lane_type
             )
             numbers = RowNumbers.of(program, node, self.order, self._make)
             moved = numbers.move if numbers is not None else lambda *args, type_: None
@@ -84,7 +95,7 @@ class SlotLayer:
         for user in list(node.users):
             if user.args[1] != 1:
                 new = (rows, None, self.order)[user.args[1]]
-                new.meta["val"] = user.meta["val"]
+                VAL[new] = VAL[user]
                 user.replace_all_uses_with(new)
             self.graph.erase_node(user)
         self.graph.erase_node(node)
@@ -98,20 +109,22 @@ class SlotLayer:
         rows.ragged, rows.everywhere = False, as_size(share * (num_experts // mesh.size(owned)) * over)
 
     def _make(self, target, *args, dims, type_, differentiable=None) -> fx.Node:
-        new = self.graph.call_function(target, args)
-        new.meta.update({k: v for k, v in self.node.meta.items() if k in ("stack_trace", "nn_module_stack")})
-        new.meta.update(
+        new = emit_typed(
+            self.graph,
+            target,
+            *args,
+            like=self.node,
             dims=dims,
-            type=type_,
-            differentiable=self.node.meta["differentiable"] if differentiable is None else differentiable,
-            val=None,
+            type_=type_,
+            differentiable=DIFFERENTIABLE[self.node] if differentiable is None else differentiable,
         )
+        VAL[new] = None
         return new
 
     def _body(self) -> None:
         for counts in [u for u in self.node.users if u.args[1:] == (1,)]:
             for user in list(counts.users):
-                target, kept = _BODY[user.meta["relation"].kind]
+                target, kept = _BODY[RELATION[user].kind]
                 user.target, user.args = target, tuple(user.args[i] for i in kept if i < len(user.args))
 
     def combine(self, node: fx.Node) -> None:
@@ -119,17 +132,15 @@ class SlotLayer:
 
         def make(target, *args, type_):
             new = self.graph.call_function(target, args)
-            new.meta.update(
-                {k: v for k, v in rows.meta.items() if k not in ("relation", "conversion", "lowered")},
-                type=type_,
-            )
-            new.meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})
+            copy_value(rows, new)
+            copy_provenance(node, new)
+            TYPE[new] = type_
             return new
 
         with self.graph.inserting_before(node):
             back = rows
             if self.gathered:
-                placements = {rows.meta["type"][a] for a in self.gathered}
+                placements = {TYPE[rows][a] for a in self.gathered}
                 assert len(placements) == 1, (node, placements)
                 back = make(
                     ops.scatter_slots,
@@ -137,10 +148,10 @@ class SlotLayer:
                     self.gathered,
                     self.experts,
                     *placements,
-                    type_={**rows.meta["type"], **{a: self.lane_type[a] for a in self.gathered}},
+                    type_={**TYPE[rows], **{a: self.lane_type[a] for a in self.gathered}},
                 )
             if self.travel:
-                back = make(ops.return_slots, back, self.split, self.experts, type_=back.meta["type"])
+                back = make(ops.return_slots, back, self.split, self.experts, type_=TYPE[back])
         node.target, node.args = ops.combine_slots, (back, *node.args[1:])
 
 

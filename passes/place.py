@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.decisions.decide import decide
+from tedfx.graph.emit import emit_typed, insert
+from tedfx.graph.facts import CONVERSION, DIMS, RELATION, TYPE, TYPES_OF, VAL, copy_value
+from tedfx.graph.nodes import op_name
 from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, R, Shard, find_dim
-from tedfx.rules import Relation, op_name, operands
-from tedfx.rules.base import argument
+from tedfx.rules import Relation, operands
+from tedfx.rules.base import argument, is_tensor
 from tedfx.stages.graphs import PlannedGraph, TypedGraph
 
 
@@ -56,10 +60,10 @@ class _Placement:
         states = set(self.program.trace.buffers) | set(self.program.trace.constants)
         params = self.program.parameter_names
         for node in list(self.graph.nodes):
-            if node.op == "placeholder" and "dims" in node.meta:
+            if node.op == "placeholder" and node in DIMS:
                 type_ = {}
                 for axis in self.plan.axes:
-                    factor = self.plan.chosen(axis, node.meta["dims"])
+                    factor = self.plan.chosen(axis, DIMS[node])
                     batch_factor = self.program.batch_factor and self.program.batch_factor.root()
                     if node.name not in params and factor is not None and factor.root() is not batch_factor:
                         # a call's inputs and the buffers are whole but for the batch; they are sliced where
@@ -71,8 +75,8 @@ class _Placement:
                         type_[axis] = (
                             R if node.name in params and axis in batch and differentiable(node) else I
                         )
-                node.meta["type"] = type_
-            elif node.op == "call_function" and "relation" in node.meta:
+                TYPE[node] = type_
+            elif node.op == "call_function" and node in RELATION:
                 self.place(node)
             elif node.op == "output":
                 self.outputs(node)
@@ -102,11 +106,11 @@ class _Placement:
         self._substitute(
             node, [self.convert_all(n, targets, node) for n, targets in zip(operands(node), wanted)]
         )
-        outs = outs or [{} for _ in (node.meta["relation"].out if node.meta["relation"].several else [0])]
-        if node.meta["relation"].several:
-            node.meta["types_of"] = outs
+        outs = outs or [{} for _ in (RELATION[node].out if RELATION[node].several else [0])]
+        if RELATION[node].several:
+            TYPES_OF[node] = outs
         else:
-            node.meta["type"] = outs[0]
+            TYPE[node] = outs[0]
 
     def decide(self, node, axis, types):
         nodes = operands(node)
@@ -117,7 +121,7 @@ class _Placement:
         return decide(node, axis, types, self.plan, reduced)
 
     def _type(self, node: fx.Node) -> dict:
-        return node.meta["type"]
+        return TYPE[node]
 
     @staticmethod
     def _needs_split(node, axis, types, decision) -> bool:
@@ -126,24 +130,16 @@ class _Placement:
     def split_bias(self, node: fx.Node) -> None:
         """linear(x, w, b) -> linear(x, w) + b, where the product is a partial sum: the bias must be added
         once, not once per rank."""
-        import torch
-
         x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-        relation = node.meta["relation"]
+        relation = RELATION[node]
         node.args, node.kwargs = (x, w), {}
-        node.meta["relation"] = Relation(
+        RELATION[node] = Relation(
             out=relation.out, contracted=relation.contracted, linear=(frozenset({0}), frozenset({1}))
         )
         with self.graph.inserting_after(node):
-            total = self.graph.call_function(torch.ops.aten.add.Tensor, (node, bias))
-        total.meta.update(
-            {
-                k: v
-                for k, v in node.meta.items()
-                if k in ("val", "stack_trace", "nn_module_stack", "differentiable", "dims")
-            }
-        )
-        total.meta["relation"] = Relation(out=relation.out, linear=(frozenset({0, 1}),))
+            total = insert(self.graph, torch.ops.aten.add.Tensor, node, bias, like=node)
+        copy_value(node, total)
+        RELATION[total] = Relation(out=relation.out, linear=(frozenset({0, 1}),))
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         self.place(node)
         self.place(total)
@@ -161,7 +157,7 @@ class _Placement:
     def converted(self, value: fx.Node, axis: str, target, user: fx.Node) -> fx.Node:
         """The value with this placement on this axis; through intermediate placements where there is no
         direct op."""
-        current = value.meta["type"][axis]
+        current = TYPE[value][axis]
         if current == target or (current in (R, I) and target in (R, I) and not differentiable(value)):
             return value
         if (
@@ -179,9 +175,7 @@ class _Placement:
     def convert_all(self, value: fx.Node, targets: dict, user: fx.Node) -> fx.Node:
         """Several axes of one value: shards are gathered minor axis first (a factor over dp and ep lies
         dp-major), everything else in mesh order."""
-        opens = lambda axis: (
-            isinstance(value.meta["type"][axis], Shard) and value.meta["type"][axis] != targets[axis]
-        )
+        opens = lambda axis: isinstance(TYPE[value][axis], Shard) and TYPE[value][axis] != targets[axis]
         order = [a for a in reversed(list(targets)) if opens(a)]
         for axis in order + [a for a in targets if a not in order]:
             value = self.converted(value, axis, targets[axis], user)
@@ -190,17 +184,22 @@ class _Placement:
     def step(self, value: fx.Node, axis: str, target, user: fx.Node) -> fx.Node:
         key = (value, axis, target)
         if key not in self.made:
-            source = value.meta["type"][axis]
-            place = user
-            with self.graph.inserting_before(place):
-                node = self.graph.call_function(convert, (value, axis, _label(source), _label(target)))
-            node.meta.update({k: v for k, v in value.meta.items() if k in ("val", "differentiable")})
-            for k in ("stack_trace", "nn_module_stack"):
-                if k in user.meta:
-                    node.meta[k] = user.meta[k]
-            node.meta["dims"] = value.meta["dims"]
-            node.meta["type"] = {**value.meta["type"], axis: target}
-            node.meta["conversion"] = (axis, source, target)
+            source = TYPE[value][axis]
+            with self.graph.inserting_before(user):
+                node = emit_typed(
+                    self.graph,
+                    convert,
+                    value,
+                    axis,
+                    _label(source),
+                    _label(target),
+                    like=user,
+                    dims=DIMS[value],
+                    type_={**TYPE[value], axis: target},
+                    differentiable=differentiable(value),
+                )
+            VAL[node] = VAL[value]
+            CONVERSION[node] = (axis, source, target)
             self.made[key] = node
             self.result.changes += 1
         return self.made[key]
@@ -213,13 +212,11 @@ class _Placement:
         )
 
         def finish(arg, rows: bool):
-            if not isinstance(arg, fx.Node) or "dims" not in arg.meta:
+            if not isinstance(arg, fx.Node) or arg not in DIMS:
                 return arg
             factor = self.program.batch_factor
-            rows = rows and factor is not None and find_dim(arg.meta["dims"], factor) is not None
-            cut = lambda axis: (
-                isinstance(p := arg.meta["type"][axis], Shard) and p.factor.root() is factor.root()
-            )
+            rows = rows and factor is not None and find_dim(DIMS[arg], factor) is not None
+            cut = lambda axis: isinstance(p := TYPE[arg][axis], Shard) and p.factor.root() is factor.root()
             if rows and all(cut(axis) for axis in batch):
                 return self.convert_all(arg, {axis: I for axis in self.plan.axes if axis not in batch}, node)
             arg = self.convert_all(arg, {axis: I for axis in self.plan.axes}, node)
@@ -237,13 +234,13 @@ class _Placement:
             while (
                 (uses := _uses(node))
                 and all(user.target is convert for user in uses)
-                and len({user.meta["conversion"] for user in uses}) == 1
+                and len({CONVERSION[user] for user in uses}) == 1
             ):
-                axis, source, target = uses[0].meta["conversion"]
+                axis, source, target = CONVERSION[uses[0]]
                 if (source, target) != (I, R):
                     break
                 for value in {node, *(user.args[0] for user in uses)}:
-                    value.meta["type"] = {**value.meta["type"], axis: R}
+                    TYPE[value] = {**TYPE[value], axis: R}
                 for user in uses:
                     user.replace_all_uses_with(user.args[0])
                     self.graph.erase_node(user)
@@ -275,8 +272,6 @@ def route(value: fx.Node, current, target, scatters: bool = True) -> list:
 
 
 def _counts(node: fx.Node) -> bool:
-    from tedfx.rules.base import is_tensor
-
     return is_tensor(node)
 
 

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from torch import fx
 
 from tedfx import ops
+from tedfx.graph.facts import DIFFERENTIABLE, DIMS, DIMS_OF, TYPE, VAL
+from tedfx.graph.nodes import op_name
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, Shard
-from tedfx.rules import op_name
 from tedfx.rules.base import argument
 from tedfx.stages.graphs import TypedGraph
 
@@ -32,11 +33,11 @@ class RowNumbers:
     def __init__(self, program: TypedGraph, dispatch: fx.Node, order: fx.Node, make: Callable):
         self.program, self.make = program, make
         self.tokens, ids = dispatch.args[:2]
-        self.top_k = ids.meta["val"].shape[1]
-        self.dims = [dispatch.meta["dims_of"][0][0]]
+        self.top_k = VAL[ids].shape[1]
+        self.dims = [DIMS_OF[dispatch][0][0]]
         self.factor = leaves(self.dims[0])[0].root()
-        self.now = self._made(ops.row_numbers, order, self.top_k, (), type_=order.meta["type"])
-        self.now.meta["val"] = dispatch.meta["val"][2]
+        self.now = self._made(ops.row_numbers, order, self.top_k, (), type_=TYPE[order])
+        VAL[self.now] = VAL[dispatch][2]
         self.origin = self.now
 
     @classmethod
@@ -45,9 +46,9 @@ class RowNumbers:
     ) -> "RowNumbers | None":
         """None where nothing is drawn. To be made where `order` is known; `make(target, *args, dims=,
         type_=)` inserts a node."""
-        rows = leaves(dispatch.meta["dims_of"][0][0])[0].root()
+        rows = leaves(DIMS_OF[dispatch][0][0])[0].root()
         drawn = any(
-            _draws(n) and any(f.root() is rows for dim in n.meta["dims"] for f in leaves(dim))
+            _draws(n) and any(f.root() is rows for dim in DIMS[n] for f in leaves(dim))
             for n in program.graph_module.graph.nodes
         )
         return cls(program, dispatch, order, make) if drawn else None
@@ -65,8 +66,8 @@ class RowNumbers:
             for axis, p in type_.items()
         }
         new = self.make(target, *args, dims=self.dims, type_=rows)
-        new.meta["differentiable"] = False
-        new.meta.setdefault("val", None)
+        DIFFERENTIABLE[new] = False
+        VAL.setdefault(new, None)
         return new
 
 

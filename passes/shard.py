@@ -12,13 +12,14 @@ from torch import fx
 from tedfx.capture.uncaptured import find_uncaptured
 from tedfx.decisions.experts import expert_layout
 from tedfx.errors import CaptureError, ConfigError
+from tedfx.graph.facts import DIMS, DIMS_OF, RELATION
 from tedfx.placement.factors import leaves
 from tedfx.placement.plan import roots
 from tedfx.stages.graphs import PlannedGraph
 
 
 def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "call_function" and "relation" in n.meta]
+    return [n for n in graph.nodes if n.op == "call_function" and n in RELATION]
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,7 @@ class ShardExperts(Pass[PlannedGraph]):
             plan.take(batch, program.batch_factor)
             result.changes += 1
         axes = mesh.wide(roles.expert)
-        layers = [
-            n for n in _relation_nodes(program.graph_module.graph) if n.meta["relation"].kind == "dispatch"
-        ]
+        layers = [n for n in _relation_nodes(program.graph_module.graph) if RELATION[n].kind == "dispatch"]
         result.matches = len(layers)
         if axes and not layers:
             wide = [a for a in axes if a not in roles.tensor]
@@ -71,7 +70,7 @@ class ShardExperts(Pass[PlannedGraph]):
                 )
         seen: set = set()
         for node in layers:
-            experts = leaves(node.meta["dims_of"][1][0])[0]
+            experts = leaves(DIMS_OF[node][1][0])[0]
             if experts in seen:
                 continue
             seen.add(experts)
@@ -109,7 +108,7 @@ class ShardTensors(Pass[PlannedGraph]):
         if program.batch_factor is not None:
             blocked |= roots([program.batch_factor])
         for node in nodes:
-            relation = node.meta["relation"]
+            relation = RELATION[node]
             for factors in relation.whole.values():
                 blocked |= roots(factors)
             outs = relation.out if relation.several else [relation.out]
@@ -118,17 +117,17 @@ class ShardTensors(Pass[PlannedGraph]):
             for dims in outs:
                 blocked |= self._meet(together, dims)
         for node in graph.nodes:
-            if node.op == "placeholder" and "dims" in node.meta:
-                blocked |= self._meet(together, node.meta["dims"])
-                if node.name in parameters and len(node.meta["dims"]) >= 2:
-                    for factor in roots(f for d in node.meta["dims"] for f in d):
-                        values[factor] = values.get(factor, 0.0) + plan.elements(node.meta["dims"])
+            if node.op == "placeholder" and node in DIMS:
+                blocked |= self._meet(together, DIMS[node])
+                if node.name in parameters and len(DIMS[node]) >= 2:
+                    for factor in roots(f for d in DIMS[node] for f in d):
+                        values[factor] = values.get(factor, 0.0) + plan.elements(DIMS[node])
         inside: set = set()
         for node in nodes:
-            if node.meta["relation"].kind == "dispatch":
+            if RELATION[node].kind == "dispatch":
                 experts, met = expert_layout(node, plan)
                 inside |= met
-                blocked |= {experts.root()} | roots(node.meta["dims_of"][0][0])
+                blocked |= {experts.root()} | roots(DIMS_OF[node][0][0])
         candidates = sorted(
             (f for f in values if f not in blocked and isinstance(f.size, int) and f.size > 1),
             key=lambda f: (cost.get(f, 0.0) / values[f], f.uid),

@@ -29,6 +29,7 @@ from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.graph.emit import emit, evaluate
+from tedfx.graph.facts import VAL
 from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["SimplifyMasks"]
@@ -107,7 +108,7 @@ class SimplifyMasks(Pass[GlobalGraph]):
 
 def _index_as_view(node: fx.Node) -> int:
     operand, indices = node.args[0], node.args[1]
-    shape = operand.meta["val"].shape
+    shape = VAL[operand].shape
     if len(indices) != len(shape):
         return 0
     places = []  # where each dim of the operand lands, counted from the right
@@ -118,7 +119,7 @@ def _index_as_view(node: fx.Node) -> int:
         places.append(place)
     if len(set(places)) != len(places):
         return 0
-    rank = node.meta["val"].dim()
+    rank = VAL[node].dim()
     graph = node.graph
     with graph.inserting_before(node):
         value = operand
@@ -137,13 +138,13 @@ def _range_place(node: Any, size: Any) -> int | None:
     """If `node` is arange(size) with unsqueezes around it: the (negative) dim along which it runs."""
     unsqueezed = []
     while isinstance(node, fx.Node) and node.target is aten.unsqueeze.default:
-        unsqueezed.append(node.args[1] % node.meta["val"].dim())
+        unsqueezed.append(node.args[1] % VAL[node].dim())
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.target not in (aten.arange.default, aten.arange.start):
         return None
     if node.target is aten.arange.start and node.args[0] != 0:
         return None
-    if node.meta["val"].is_floating_point() or not _same(node.meta["val"].shape[0], size):
+    if VAL[node].is_floating_point() or not _same(VAL[node].shape[0], size):
         return None
     place = 0
     for dim in reversed(unsqueezed):
@@ -181,7 +182,7 @@ def _masks(graph: fx.Graph, constants: dict[fx.Node, torch.Tensor]) -> Iterator[
     fixed: set[fx.Node] = set(constants)
     square: set[fx.Node] = set()
     for node in graph.nodes:
-        val = node.meta.get("val")
+        val = VAL.get(node)
         if node.op != "call_function" or isinstance(
             val, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
         ):
@@ -202,13 +203,13 @@ def _masks(graph: fx.Graph, constants: dict[fx.Node, torch.Tensor]) -> Iterator[
 
 
 def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return isinstance(VAL.get(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _prove(
     mask: fx.Node, bounds: dict[Any, tuple[int, int | None]], constants: dict[fx.Node, torch.Tensor]
 ) -> _Band:
-    val = mask.meta["val"]
+    val = VAL[mask]
     if val.dtype is not torch.bool and not val.is_floating_point():
         raise _Unproven("it holds integers")
     nodes = _inputs(mask)
@@ -291,7 +292,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def _symbols(node: fx.Node) -> set[Any]:
-    val = node.meta["val"]
+    val = VAL[node]
     sizes = [val] if _is_size(node) else list(val.shape)
     return set().union(
         *(getattr(x.node.expr, "free_symbols", set()) for x in sizes if hasattr(x, "node")), set()
@@ -319,7 +320,7 @@ class _Run:
 
     def whole(self, node: fx.Node) -> Any:
         if node not in self.known:
-            val = node.meta["val"]
+            val = VAL[node]
             if _is_size(node):
                 self.known[node] = _number(val.node.expr.subs(self.sizes))
             else:
@@ -336,14 +337,14 @@ class _Run:
         return self.known_rows[node]
 
     def _is_square(self, node: fx.Node) -> bool:
-        shape = node.meta["val"].shape
+        shape = VAL[node].shape
         return len(shape) >= 2 and _same(shape[-1], shape[-2]) and self._size(shape[-1]) == self.size
 
     def _size(self, size: Any) -> int:
         return int(_expr(size).subs(self.sizes)) if isinstance(size, torch.SymInt) else size
 
     def _square(self, node: fx.Node) -> torch.Tensor:
-        target, val = node.target, node.meta["val"]
+        target, val = node.target, VAL[node]
         shape = [self._size(s) for s in val.shape]
         shape[-2] = len(self.rows)
         if target in _CREATE:
@@ -367,7 +368,7 @@ class _Run:
     def _operand(self, node: fx.Node) -> Any:
         if _is_size(node):
             return self.whole(node)
-        shape = node.meta["val"].shape
+        shape = VAL[node].shape
         if self._is_square(node):
             return self.square(node)
         value = self.whole(node)
@@ -393,7 +394,7 @@ def _use(mask: fx.Node, band: _Band) -> int:
     if band.window is None:
         for user in list(mask.users):
             changed += _attend_causally(user, mask)
-    shape = mask.meta["val"].shape
+    shape = VAL[mask].shape
     if mask.users and any(not _same(s, 1) for s in shape[:-2]):
         graph = mask.graph
         with graph.inserting_after(mask):
@@ -418,17 +419,17 @@ def _attend_causally(node: fx.Node, mask: fx.Node) -> int:
     kwargs = dict(node.kwargs)
     given = kwargs.pop("attn_mask", given)
     dropout, causal = kwargs.pop("dropout_p", dropout), kwargs.pop("is_causal", causal)
-    if given is not mask or not _same(query.meta["val"].shape[-2], key.meta["val"].shape[-2]):
+    if given is not mask or not _same(VAL[query].shape[-2], VAL[key].shape[-2]):
         return 0
     node.args, node.kwargs = (query, key, value, None, dropout, True), kwargs
     return 1
 
 
 def _write_out(mask: fx.Node, band: _Band) -> fx.Node:
-    graph, val = mask.graph, mask.meta["val"]
+    graph, val = mask.graph, VAL[mask]
     size: Any = val.shape[-1]
     if isinstance(size, torch.SymInt):
-        known = [n for n in _inputs(mask) if _is_size(n) and _same(n.meta["val"], size)]
+        known = [n for n in _inputs(mask) if _is_size(n) and _same(VAL[n], size)]
         size = known[0] if known else emit(graph, aten.sym_size.int, (mask, val.dim() - 1), like=mask)
 
     def put(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -451,7 +452,7 @@ def _write_out(mask: fx.Node, band: _Band) -> fx.Node:
 def _take(user: fx.Node, mask: fx.Node, plain: fx.Node) -> int:
     """Let `user` read `plain`, which broadcasts where `mask` was written out, if that gives the same
     shape."""
-    old = user.meta.get("val")
+    old = VAL.get(user)
     broadcasts = user.target is _SDPA or (
         isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
     )

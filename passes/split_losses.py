@@ -11,7 +11,9 @@ from torch import fx
 
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
-from tedfx.rules.base import argument, op_name
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import op_name
+from tedfx.rules.base import argument
 from tedfx.stages.graphs import GlobalGraph
 
 aten = torch.ops.aten
@@ -38,7 +40,7 @@ class SplitLosses(Pass[GlobalGraph]):
         for node in list(graph.nodes):
             if node.op == "call_function" and op_name(node) == "aten.cross_entropy_loss":
                 result.matches += 1
-                if argument(node, 3, "reduction", 1) != 0 or node.args[0].meta["val"].dim() != 2:
+                if argument(node, 3, "reduction", 1) != 0 or VAL[node.args[0]].dim() != 2:
                     self._rewrite(graph, node)
                     result.changes += 1
         graph.eliminate_dead_code()
@@ -48,14 +50,14 @@ class SplitLosses(Pass[GlobalGraph]):
         logits, labels = node.args[:2]
         weight, reduction = argument(node, 2, "weight"), argument(node, 3, "reduction", 1)
         ignore, smoothing = argument(node, 4, "ignore_index", -100), argument(node, 5, "label_smoothing", 0.0)
-        if labels.meta["val"].dtype.is_floating_point:
+        if VAL[labels].dtype.is_floating_point:
             raise TraceError(
                 "cross_entropy with class probabilities is not supported; use class indices "
                 f"({user_line(node)})"
             )
         make = lambda target, *args, **kwargs: emit(graph, target, args, kwargs, like=node)
         with graph.inserting_before(node):
-            rank = logits.meta["val"].dim()
+            rank = VAL[logits].dim()
             if rank == 1:
                 logits, labels = (
                     make(aten.unsqueeze.default, logits, 0),
@@ -66,7 +68,7 @@ class SplitLosses(Pass[GlobalGraph]):
                 logits = make(
                     aten.reshape.default,
                     make(aten.permute.default, logits, order),
-                    [-1, logits.meta["val"].shape[1]],
+                    [-1, VAL[logits].shape[1]],
                 )
                 labels = make(aten.reshape.default, labels, [-1])
             if weight is not None and smoothing:
@@ -76,7 +78,7 @@ class SplitLosses(Pass[GlobalGraph]):
                 )
             rows = make(aten.cross_entropy_loss.default, logits, labels, weight, 0, ignore, smoothing)
             if reduction == 0:
-                shape = node.args[1].meta["val"].shape
+                shape = VAL[node.args[1]].shape
                 if len(shape) == 1:
                     raise AssertionError(node)
                 sizes = [
@@ -92,6 +94,6 @@ class SplitLosses(Pass[GlobalGraph]):
                         safe = make(aten.mul.Tensor, labels, valid)
                         valid = make(aten.mul.Tensor, make(aten.index.Tensor, weight, [safe]), valid)
                     count = make(aten.sum.default, valid)
-                    new = make(aten.div.Tensor, new, make(aten.to.dtype, count, rows.meta["val"].dtype))
+                    new = make(aten.div.Tensor, new, make(aten.to.dtype, count, VAL[rows].dtype))
         node.replace_all_uses_with(new)
         graph.erase_node(node)

@@ -43,6 +43,10 @@ DOWN = {
         "decisions.decide",
     ): "the rule of a Function decides over its body, which is a graph itself",
     ("runtime.module", "report.explanation"): "pm.explain()",
+    **{
+        ("graph.facts", other): "the types of facts, for annotations alone"
+        for other in ("placement.factors", "placement.slots", "placement.types", "rules.base")
+    },
 }
 
 

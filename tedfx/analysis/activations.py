@@ -19,16 +19,8 @@ from math import prod
 import sympy
 from torch import fx
 
-from tedfx.analysis.saved import (
-    CONTRACTIONS,
-    COPIES,
-    VIEWS,
-    dtype_of,
-    hidden,
-    is_value,
-    saved,
-    short_name,
-)
+from tedfx.analysis.saved import CONTRACTIONS, COPIES, dtype_of, hidden, is_value, is_view, saved
+from tedfx.graph.nodes import operand, short_name
 
 
 class Sizing:
@@ -61,12 +53,12 @@ class Sizing:
         if node not in self._roots:
             source, name = node, short_name(node)
             if name == "getitem":
-                viewed = short_name(node.args[0]) in VIEWS
-                source = self.root(node.args[0].args[0]) if viewed else node
-            elif name in VIEWS or (
-                name == "to" and is_value(node.args[0]) and dtype_of(node) == dtype_of(node.args[0])
+                several = operand(node, 0)
+                source = self.root(operand(several, 0)) if is_view(several) else node
+            elif is_view(node) or (
+                name == "to" and is_value(node.args[0]) and dtype_of(node) == dtype_of(operand(node, 0))
             ):
-                source = self.root(node.args[0])
+                source = self.root(operand(node, 0))
                 if name in COPIES and self.elements(source) < self.elements(node):
                     source = node
             self._roots[node] = source
@@ -78,14 +70,16 @@ class Sizing:
         if node.op != "call_function" or not is_value(node):
             return 0.0
         name = short_name(node)
-        if name in VIEWS or name == "getitem":
+        if is_view(node) or name == "getitem":
             return 0.0
         out = self.elements(node)
         if name == "scaled_dot_product_attention":
-            queries, keys = node.args[:2]
+            queries, keys = operand(node, 0), operand(node, 1)
             return 4.0 * self.elements(queries) * self.number(keys.meta["local_shape"][-2])
         if name in CONTRACTIONS:
-            first = next(n for n in node.all_input_nodes if is_value(n)) if name != "addmm" else node.args[1]
+            first = (
+                next(n for n in node.all_input_nodes if is_value(n)) if name != "addmm" else operand(node, 1)
+            )
             return 2.0 * out * self.number(first.meta["local_shape"][-1])
         return out
 

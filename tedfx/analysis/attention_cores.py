@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.analysis.saved import CONTRACTIONS, short_name
+from tedfx.analysis.saved import CONTRACTIONS
+from tedfx.graph.nodes import short_name
 
 _PRODUCTS = frozenset(["matmul", "bmm"])
 _SOFTMAX = frozenset(["softmax", "_softmax"])

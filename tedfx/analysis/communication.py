@@ -14,12 +14,17 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from tedfx.ops.properties import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    GATHER_PARAMETERS,
+    REDUCE_SCATTER,
+    SCATTER_GRADIENTS,
+)
+
 Size = int | sympy.Expr
 
-ALL_REDUCE, ALL_GATHER = "all_reduce", "all_gather_into_tensor"
-REDUCE_SCATTER, ALL_TO_ALL = "reduce_scatter_tensor", "all_to_all_single"
-# ZeRO-3's, told apart from those of activations.
-GATHER_PARAMETERS, SCATTER_GRADIENTS = "gather_parameters", "scatter_gradients"
 # What the run-time counter (`tedfx.ops.count_collectives`) calls them.
 COUNTED = {
     GATHER_PARAMETERS: GATHER_PARAMETERS,

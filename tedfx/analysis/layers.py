@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from torch import fx
 
+from tedfx.graph.facts import CONVERSION, MODULES
 from tedfx.placement.types import P
 
 
 def path_of(node: fx.Node) -> str:
     """The path of the innermost module that a node was traced in; "" where there is none."""
-    stack = node.meta.get("nn_module_stack")
+    stack = MODULES.get(node)
     return next(reversed(stack.values()))[0] if stack else ""
 
 
@@ -35,9 +36,9 @@ def layers(graph: fx.Graph) -> dict[fx.Node, str]:
     where = dict(zip(nodes, layer))
     for i, node in enumerate(nodes):
         around = (layer[i - 1] if i else "", layer[i + 1] if i + 1 < len(nodes) else "")
-        if around[0] == around[1] and ("conversion" in node.meta or not path_of(node)):
+        if around[0] == around[1] and (node in CONVERSION or not path_of(node)):
             layer[i] = around[0]
-        elif "conversion" in node.meta and node.meta["conversion"][1] == P and node.args[0] in where:
+        elif node in CONVERSION and CONVERSION[node][1] == P and node.args[0] in where:
             layer[i] = where[node.args[0]]
         where[node] = layer[i]
     return where

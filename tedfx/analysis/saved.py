@@ -1,4 +1,5 @@
-"""Which values the backward of an op reads, from a table by op.
+"""Which values the backward of an op reads: what an op of ours says (`tedfx/ops/properties.py`), of torch's a
+table by op.
 
 An op that is not in the table is taken to keep its operands and its result.
 """
@@ -11,20 +12,15 @@ import sympy
 import torch
 from torch import fx
 
-from tedfx.rules.base import op_name
+from tedfx.graph.aliases import may_alias
+from tedfx.graph.nodes import op_name, short_name
+from tedfx.ops.properties import Op, properties
 
-VIEWS = frozenset(
-    """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose t permute movedim
-    swapaxes expand broadcast_to slice select narrow alias detach chunk split split_with_sizes
-    unbind contiguous sum_gradient""".split()
-)
 COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
-_NOTHING = VIEWS | frozenset(
+# Ops that are no views, and whose backward needs nothing but sizes.
+_NOTHING = frozenset(
     """add sub rsub neg sum mean cat stack to _to_copy type_as clone pad roll flip repeat tril triu
-    cumsum cumsum_batched getitem mul_size all_reduce all_reduce_batched all_gather
-    reduce_scatter shard partial all_to_all_single gather_lanes scatter_lanes local_counts
-    send_slots return_slots gather_slots scatter_slots slot_rows route_slots axis_offset
-    lift_fresh_copy gather_parameters""".split()
+    cumsum getitem lift_fresh_copy""".split()
 )
 _RESULT = frozenset(
     "exp sigmoid tanh softmax _softmax log_softmax _log_softmax sqrt rsqrt reciprocal relu".split()
@@ -44,24 +40,11 @@ _WHERE = {
     "where": 0,
     "scatter": 2,
     "scatter_add": 2,
-    "permute_rows": 1,
-    "fill_slots": 1,
-    "index_rows": 1,
-    "unindex_rows": 1,
-    "pick_rows": 1,
-    "spread_lanes": 1,
-    "expert_rows": 1,
-    "vocab_parallel_embedding": 1,
 }
 CONTRACTIONS = frozenset(
     """linear matmul mm bmm addmm baddbmm einsum grouped_linear slot_linear
     scaled_dot_product_attention""".split()
 )
-
-
-def short_name(node: fx.Node) -> str:
-    """The op without its namespace: `linear`, `combine`, `getitem`."""
-    return op_name(node).rpartition(".")[2]
 
 
 def is_value(node) -> bool:
@@ -71,13 +54,17 @@ def is_value(node) -> bool:
     )
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a call's result, or each of its results, looks into the memory of its first operand. A cast is
+    none: where it does nothing, `Sizing.root` knows by the dtypes."""
+    return node.op == "call_function" and may_alias(node) and short_name(node) != "to"
+
+
 def viewed(node: fx.Node) -> fx.Node:
     """What a node is, or may be, a view of."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         source = node.args[0]
-        if short_name(node) not in VIEWS and not (
-            short_name(node) == "getitem" and short_name(source) in VIEWS
-        ):
+        if not is_view(node) and not (short_name(node) == "getitem" and is_view(source)):
             break
         node = source
     return node
@@ -88,8 +75,11 @@ def saved(node: fx.Node) -> list[fx.Node]:
     through it."""
     if node.op != "call_function" or not node.meta.get("differentiable"):
         return []
-    name, inputs = short_name(node), node.all_input_nodes
-    if name in _NOTHING:
+    values = [n for n in node.all_input_nodes if is_value(n)]
+    if (ours := properties(node.target)) is not None:
+        return _said(node, ours, values)
+    name = short_name(node)
+    if name in _NOTHING or may_alias(node):
         return []
     if name in _WHERE:
         where = node.args[_WHERE[name]]
@@ -102,16 +92,20 @@ def saved(node: fx.Node) -> list[fx.Node]:
         return _factors(node, name)
     if name == "dropout":
         return []  # its mask is no node: see `hidden`
-    if name == "vocab_parallel_cross_entropy":
-        return [node.args[0]]
     if isinstance(node.meta.get("val"), (tuple, list)) and name in ("topk", "sort", "max", "min", "kthvalue"):
         return [u for u in node.users if u.args[1:] == (1,)]
-    values = [n for n in inputs if is_value(n)]
     if name == "cross_entropy_loss":
         return values[1:]  # of the logits their log-softmax: see `hidden`
-    if name in ("grouped_linear", "slot_linear", "combine", "combine_slots", "layer_norm"):
+    return values if name == "layer_norm" else [*values, node]
+
+
+def _said(node: fx.Node, ours: Op, values: list[fx.Node]) -> list[fx.Node]:
+    """What the backward of an op of ours reads, in its own words."""
+    if ours.saves == "operands":
         return values
-    return [*values, node]
+    if ours.saves == "all":
+        return [*values, node]
+    return [n for i in ours.saves if isinstance(n := node.args[i], fx.Node)]
 
 
 def _factors(node: fx.Node, name: str) -> list[fx.Node]:

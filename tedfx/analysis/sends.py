@@ -16,13 +16,13 @@ from tedfx.analysis.communication import (
     ALL_REDUCE,
     ALL_TO_ALL,
     GATHER_PARAMETERS,
-    REDUCE_SCATTER,
     SCATTER_GRADIENTS,
     Communication,
     Size,
 )
 from tedfx.analysis.local_names import LocalSizes
 from tedfx.ops.cuts import Cut
+from tedfx.ops.properties import argument, properties
 from tedfx.placement.factors import leaves
 from tedfx.placement.roles import MeshShape
 
@@ -55,10 +55,6 @@ def _value(node: fx.Node, index: int = 0) -> fx.Node:
     return node.args[index]
 
 
-def _option(node: fx.Node, index: int, name: str, default):
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _dtype(node: fx.Node) -> torch.dtype:
     """Of a node, or of the value that it moves."""
     while not isinstance(node.meta.get("val"), torch.Tensor):
@@ -70,35 +66,12 @@ def _ragged(node: fx.Node) -> bool:
     return any(f.ragged for dim in node.meta.get("dims") or () for f in leaves(dim))
 
 
-def _moves(forward, backward):
-    """An op with one operand; which collective runs over which value ("in" or "out"), each way."""
-
-    def count(node, counting, reached):
-        made = []
-        for phase, plan in (("forward", forward(node)), ("backward", backward(node) if reached else None)):
-            if plan is not None:
-                op, where = plan
-                value = node if where == "out" else _value(node)
-                made += counting.make(
-                    node,
-                    op,
-                    _option(node, 1, "axes", ()),
-                    phase,
-                    counting.sizes.elements(value),
-                    _dtype(value),
-                    _ragged(value),
-                )
-        return made
-
-    return count
-
-
 def _cross_entropy(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
     """A maximum per row, then the sum of exponentials and the label's logit, packed; at least in float32."""
     logits = _value(node)
     rows, dtype = counting.sizes.shape(logits)[0], _dtype(logits)
     wide = torch.float32 if dtype.itemsize < 4 else dtype
-    axes = _option(node, 2, "axes", ())
+    axes = argument(node, "axes")
     return counting.make(node, ALL_REDUCE, axes, "forward", rows, wide) + counting.make(
         node, ALL_REDUCE, axes, "forward", 2 * rows, wide
     )
@@ -110,11 +83,11 @@ def _exchange_counts(node: fx.Node, counting: Counting, reached: bool) -> list[C
         experts = counting.sizes.elements(counts)
     else:  # an item of route(ids, num_experts, ..)
         experts = _value(counts).args[1]
-    return counting.make(node, ALL_GATHER, _option(node, 1, "axes", ()), "forward", experts, torch.int64)
+    return counting.make(node, ALL_GATHER, argument(node, "axes"), "forward", experts, torch.int64)
 
 
 def _all_to_all(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
-    axes, made = _option(node, 3, "axes", ()), []
+    axes, made = argument(node, "axes"), []
     for phase in ("forward", "backward") if reached else ("forward",):
         made += counting.make(
             node, ALL_TO_ALL, axes, phase, counting.sizes.elements(node), _dtype(_value(node)), True
@@ -179,42 +152,13 @@ def _gather_parameters(node: fx.Node, counting: Counting, reached: bool) -> list
     return made
 
 
-def _nothing(node):
-    return None
-
-
-SENDS: dict[Callable, Callable[[fx.Node, Counting, bool], list[Communication]]] = {
-    ops.all_reduce: _moves(lambda n: (ALL_REDUCE, "in"), _nothing),
+# Ops whose amount is that of no operand (`Moves.operand` is "other").
+OTHER: dict[Callable, Callable[[fx.Node, Counting, bool], list[Communication]]] = {
     ops.all_reduce_batched: _all_reduce_batched,
-    ops.sum_gradient: _moves(_nothing, lambda n: (ALL_REDUCE, "in")),
-    ops.all_gather: _moves(
-        lambda n: (ALL_GATHER, "in"),
-        lambda n: (REDUCE_SCATTER, "out") if _option(n, 4, "to", "R") == "R" else None,
-    ),
-    ops.reduce_scatter: _moves(lambda n: (REDUCE_SCATTER, "in"), lambda n: (ALL_GATHER, "out")),
-    ops.shard: _moves(
-        _nothing, lambda n: (ALL_GATHER, "out") if _option(n, 4, "source", "R") == "I" else None
-    ),
     ops.vocab_parallel_cross_entropy: _cross_entropy,
     ops.exchange_counts: _exchange_counts,
     ops.exchange_lanes: _exchange_counts,
-    ops.gather_lanes: _moves(
-        lambda n: (ALL_GATHER, "in"),
-        lambda n: (REDUCE_SCATTER, "out") if _option(n, 3, "to", "R") == "R" else None,
-    ),
-    ops.scatter_lanes: _moves(
-        lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None,
-        lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None,
-    ),
     ops.all_to_all_single: _all_to_all,
-    **dict.fromkeys(
-        (ops.send_slots, ops.return_slots), _moves(lambda n: (ALL_TO_ALL, "in"), lambda n: (ALL_TO_ALL, "in"))
-    ),
-    ops.gather_slots: _moves(lambda n: (ALL_GATHER, "in"), lambda n: (REDUCE_SCATTER, "out")),
-    ops.scatter_slots: _moves(
-        lambda n: (REDUCE_SCATTER, "in") if _option(n, 3, "source", "P") == "P" else None,
-        lambda n: (ALL_GATHER, "out") if _option(n, 3, "source", "P") != "R" else None,
-    ),
     ops.gather_parameters: _gather_parameters,
     ops.cumsum: _cumsum,
     ops.cumsum_batched: _cumsum_batched,
@@ -222,6 +166,23 @@ SENDS: dict[Callable, Callable[[fx.Node, Counting, bool], list[Communication]]] 
 
 
 def sent(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
-    """The collectives of a node in forward and, where a cotangent arrives (`reached`), in backward."""
-    count = SENDS.get(node.target) if node.op == "call_function" else None
-    return count(node, counting, reached) if count else []
+    """The collectives of a node in forward and, where a cotangent arrives (`reached`), in backward: what its
+    op says that it moves (`tedfx/ops/properties.py`)."""
+    what, made = properties(node.target) if node.op == "call_function" else None, []
+    if what is None:
+        return made
+    if node.target in OTHER:
+        return OTHER[node.target](node, counting, reached)
+    for phase, moves in (("forward", what.forward), ("backward", what.backward if reached else None)):
+        if moves is not None and all(argument(node, name) in values for name, values in moves.when.items()):
+            value = node if moves.operand == "out" else _value(node)
+            made += counting.make(
+                node,
+                moves.collective,
+                argument(node, "axes"),
+                phase,
+                counting.sizes.elements(value),
+                _dtype(value),
+                _ragged(value),
+            )
+    return made

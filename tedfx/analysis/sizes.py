@@ -25,6 +25,7 @@ from torch import fx
 from tedfx import ops
 from tedfx._torch import size_max, size_min
 from tedfx.errors import TraceError, user_line
+from tedfx.graph.facts import DIMS, TYPE, VAL
 from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.factors import Factor, as_size, dim_size, leaves
 from tedfx.placement.types import sharding_axes
@@ -79,13 +80,13 @@ class Sizes:
         self.last, self.current = None, None
         for node in self.graph.find_nodes(op="placeholder"):
             self.last = node
-            for d, dim in enumerate(node.meta.get("dims", ())):
+            for d, dim in enumerate(DIMS.get(node, ())):
                 size = dim_size(leaves(dim))
                 symbol = symbol_of(size)
                 if symbol is not None and (
                     symbol not in self.sources or (symbol == size and self.symbols[symbol][1] != size)
                 ):
-                    axes = [sharding_axes(node.meta["type"], f) for f in leaves(dim)]
+                    axes = [sharding_axes(TYPE[node], f) for f in leaves(dim)]
                     self.given.update((f.root(), a) for f, a in zip(leaves(dim), axes))
                     self.sources[symbol] = (node, d)
                     self.symbols[symbol] = (solve(size, symbol * math.prod(map(self.mesh.size, axes))), size)
@@ -133,7 +134,7 @@ class Sizes:
     def shape(self, node: fx.Node) -> list:
         """Local shape of a node, as expressions."""
         self.current = node
-        return [self.dim(d, node.meta["type"]) for d in node.meta["dims"]]
+        return [self.dim(d, TYPE[node]) for d in DIMS[node]]
 
     # nodes --------------------------------------------------------------------------------------------------
     def node(self, expr):
@@ -160,7 +161,7 @@ class Sizes:
         for node in self.graph.nodes:
             if node is self.current:
                 break
-            for d, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            for d, size in enumerate(getattr(VAL.get(node), "shape", ())):
                 if as_size(size) == symbol and is_tensor(node):
                     return node, d
         raise TraceError(

@@ -21,7 +21,8 @@ import torch
 from torch import fx
 
 from tedfx.capture.gates import masked_fill, multiply, scatter, softmax, where
-from tedfx.capture.routing import VIEWS, Dims, Fact, argument, dim_of, moved, name_of, origin, shape_of
+from tedfx.capture.routing import Dims, Fact, argument, dim_of, moved, name_of, origin, shape_of
+from tedfx.graph.nodes import REGROUPS
 
 __all__ = ["facts"]
 
@@ -55,7 +56,7 @@ def _derive(node: fx.Node, known: dict) -> Fact | None:
     if fact.kind == "search" and fact.column is None:
         return _column(node, name, fact)
     if fact.kind == "search":
-        same = name in _SAME or (name in VIEWS and len(shape_of(node)) == 1)
+        same = name in _SAME or (name in REGROUPS and len(shape_of(node)) == 1)
         return fact if same else None
     dims = _layout(node, name, fact)
     return replace(fact, dims=dims) if dims is not None else None

@@ -28,10 +28,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from tedfx.graph.nodes import REGROUPS
 from tedfx.placement.factors import as_size
 
 __all__ = [
-    "VIEWS",
     "Fact",
     "Routing",
     "argument",
@@ -146,13 +146,10 @@ def relabel(dims: Dims, sizes: dict, shape: list) -> Dims | None:
     return tuple(out) if position == len(flat) else None
 
 
-VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze")
-
-
 def moved(node: fx.Node, name: str, dims: Dims, sizes: dict) -> Dims | None:
     """The dims after a change of layout; None where `node` is something else or cuts a dim."""
     rank = len(dims)
-    if name in VIEWS:
+    if name in REGROUPS:
         return relabel(dims, sizes, shape_of(node))
     if name == "permute":
         return tuple(dims[d % rank] for d in node.args[1])

@@ -28,6 +28,7 @@ from torch import fx
 from tedfx._torch import pytree
 from tedfx.capture.routing import argument, name_of, product
 from tedfx.errors import CaptureError, user_line
+from tedfx.graph.nodes import REGROUPS
 from tedfx.ops.function import kept_of
 from tedfx.placement.factors import as_size
 
@@ -119,7 +120,6 @@ _OVER = {
     "linalg_vector_norm",
     "norm",
 }
-_VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"}
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -140,7 +140,7 @@ def apply_rule(batch, like: fx.Node, args: tuple, kwargs: dict) -> Batched:
         return linear(batch, like, name, args)
     if name in ("layer_norm", "rms_norm"):
         return norm(batch, like, name, args, kwargs)
-    if name in _VIEWS:
+    if name in REGROUPS:
         return _view(batch, like, args[0])
     if name in ("cat", "stack"):
         return _cat(batch, like, name, args, kwargs)

@@ -42,29 +42,33 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
     experts, met = expert_layout(node, plan)
     met = {f for f in met if f is not experts.root() and plan.shards(axis, f)}
     split, cut = plan.shards(axis, experts), plan.cuts(axis)
-    cut = cut if cut in tokens else None
-    if (
-        cut is not None and _travels(node, axis, plan, experts) and in_slots(node, plan)
-    ):  # each rank sends a share of the slots, and needs the tokens of all
-        return Decision([R, I], [R if met else Shard(rows), I, Shard(rows)])
-    sliced, commute = cut is not None and x == Shard(cut), "commute" in plan.algebra or any(node.args[3:])
-    if isinstance(x, Shard) and x.factor.root() in tokens and not sliced:
-        return Decision([None, Shard(x.factor)], [Shard(rows), I, Shard(rows)])
-    if (
-        cut is not None
-        and _travels(node, axis, plan, experts)
-        and (sliced or (axis in plan.dedup and commute))
-    ):
-        arrived = R if "scatter" in plan.algebra else I
-        return Decision([Shard(cut), Shard(cut)], [arrived if met else Shard(rows), I, Shard(rows)])
-    if sliced and not split and not met:
-        return Decision([None, Shard(cut)], [Shard(rows), I, Shard(rows)])
-    ids_target = I if ids == P or isinstance(ids, Shard) else None
-    if split:
-        return Decision([R, ids_target], [Shard(rows), I, Shard(rows)])
-    if (met and commute) or x == R or isinstance(x, Shard):
-        return Decision([R, ids_target], [R, I, I])
-    return Decision([I, ids_target], [I, I, I])
+    piece = Shard(cut) if cut is not None and cut in tokens else None
+    sends_piece = piece is not None and _travels(node, axis, plan, experts)
+    sliced, commute = piece is not None and x == piece, "commute" in plan.algebra or any(node.args[3:])
+    apart, arrived = Shard(rows), R if "scatter" in plan.algebra else I
+    whole_ids = I if ids == P or isinstance(ids, Shard) else None
+    # the first that holds: (when, tokens and ids as they have to be, what rows, counts and order are)
+    ways = [
+        # each rank sends a share of the slots, and needs the tokens of all
+        (sends_piece and in_slots(node, plan), [R, I], [R if met else apart, I, apart]),
+        # tokens differ: each rank's stay its own
+        (isinstance(x, Shard) and x.factor.root() in tokens and not sliced, [None, x], [apart, I, apart]),
+        # each rank sends a slice of the tokens
+        (
+            sends_piece and (sliced or (axis in plan.dedup and commute)),
+            [piece, piece],
+            [arrived if met else apart, I, apart],
+        ),
+        # tokens are sliced, and no expert is: as where tokens differ
+        (sliced and not split and not met, [None, piece], [apart, I, apart]),
+        # each rank owns some experts and takes their rows of the same tokens
+        (split, [R, whole_ids], [apart, I, apart]),
+        # all ranks have all rows, of which each computes a part
+        ((met and commute) or x == R or isinstance(x, Shard), [R, whole_ids], [R, I, I]),
+        # all ranks do the same
+        (True, [I, whole_ids], [I, I, I]),
+    ]
+    return next(Decision(targets, out) for holds, targets, out in ways if holds)
 
 
 def _travels(node: fx.Node, axis: str, plan: Plan, experts: Factor) -> bool:

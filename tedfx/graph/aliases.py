@@ -18,11 +18,29 @@ each call, from those of the tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["apart", "possible_aliases"]
+from tedfx.graph.facts import VAL
+from tedfx.ops.properties import properties
+
+__all__ = ["apart", "may_alias", "possible_aliases", "returns_alias"]
+
+
+def returns_alias(target: Any) -> bool:
+    """Whether an operator's schema says that what it returns may share memory with an argument."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether a call's result may be its first operand, or look into the memory of that."""
+    if node.target is torch.ops.aten._unsafe_view.default:
+        return True  # its schema is silent, since nobody else has the operand
+    ours = properties(node.target)
+    return returns_alias(node.target) if ours is None else ours.alias
 
 
 def possible_aliases(graph: fx.Graph, skip: int) -> dict[int, tuple[int, ...]]:
@@ -69,9 +87,7 @@ def _sources(value: fx.Node, position: dict[fx.Node, int]) -> set[int]:
 def _shares(node: fx.Node, operand: fx.Node) -> bool:
     """Whether an operator's result may lie in its operand's memory; conversions and other plain functions are
     asked at run time."""
-    a, b = node.meta.get("val"), operand.meta.get("val")
+    a, b = VAL.get(node), VAL.get(operand)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return a is None or isinstance(a, (tuple, list))
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata or any(
-        r.alias_info is not None for r in node.target._schema.returns
-    )
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata or returns_alias(node.target)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from tedfx.errors import TedfxError, user_line
+from tedfx.graph.facts import REGION
 from tedfx.ops import context
 
 
@@ -49,8 +50,8 @@ def emit(flat: fx.GraphModule) -> fx.GraphModule:
     none."""
     regions: dict[int, list[fx.Node]] = {}
     for node in flat.graph.nodes:
-        if "region" in node.meta:
-            regions.setdefault(node.meta["region"], []).append(node)
+        if node in REGION:
+            regions.setdefault(REGION[node], []).append(node)
     if not regions:
         return flat
     root, graph, new = nn.Module(), fx.Graph(), {}
@@ -89,7 +90,7 @@ def schedule(graph: fx.Graph) -> list:
     """
     position, unit_of, waits, users = {}, {}, {}, {}
     for index, node in enumerate(graph.nodes):
-        unit = unit_of[node] = node.meta.get("region", node)
+        unit = unit_of[node] = REGION.get(node, node)
         position.setdefault(unit, index)
     for node, unit in unit_of.items():
         waits.setdefault(unit, set()).update(unit_of[i] for i in node.all_input_nodes)
@@ -110,7 +111,7 @@ def schedule(graph: fx.Graph) -> list:
                 heapq.heappush(ready, position[user])
     if len(order) < len(waits):
         stuck = next(unit for unit, needed in waits.items() if needed and isinstance(unit, int))
-        node = next(n for n in graph.nodes if n.meta.get("region") == stuck)
+        node = next(n for n in graph.nodes if REGION.get(n) == stuck)
         raise TedfxError(
             f"region {stuck} is not convex: a path leaves it and comes back ({node.name}, {user_line(node)})"
         )

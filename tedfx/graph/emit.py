@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch import fx
 
 from tedfx._torch import enable_python_dispatcher
 from tedfx.errors import TedfxError
+from tedfx.graph.facts import VAL, copy_provenance, set_value
 
-__all__ = ["emit", "evaluate", "fake_mode"]
+__all__ = ["emit", "emit_typed", "evaluate", "fake_mode", "insert"]
 
 
 def fake_mode(graph: fx.Graph) -> Any:
     """The mode that the graph's fake values belong to."""
     for node in graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        mode = getattr(VAL.get(node), "fake_mode", None)
         if mode is not None:
             return mode
     return contextlib.nullcontext()
@@ -30,7 +31,7 @@ def evaluate(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict) -> An
 
     Python decompositions come before the kernels of composite operators, as in torch.export: some of those
     kernels (matmul's before torch 2.13) ask for sizes as numbers."""
-    args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta.get("val"))
+    args, kwargs = fx.map_arg((args, kwargs), VAL.get)
     mode = fake_mode(graph)
     env = getattr(mode, "shape_env", None)
     fixed = len(env.replacements) if env is not None else 0
@@ -48,8 +49,32 @@ def emit(
     `like`."""
     kwargs = kwargs or {}
     node = graph.call_function(target, args, kwargs)
-    for key in ("stack_trace", "nn_module_stack"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-    node.meta["val"] = evaluate(graph, target, args, kwargs)
+    copy_provenance(like, node)
+    VAL[node] = evaluate(graph, target, args, kwargs)
+    return node
+
+
+def insert(graph: fx.Graph, target: Callable, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    """Insert a call that comes from where `like` does; nothing is said of its value."""
+    node = graph.call_function(target, args, kwargs)
+    copy_provenance(like, node)
+    return node
+
+
+def emit_typed(
+    graph: fx.Graph,
+    target: Callable,
+    *args: Any,
+    like: fx.Node,
+    dims: list,
+    type_: Mapping[str, Any],
+    differentiable: bool,
+    **kwargs: Any,
+) -> fx.Node:
+    """Insert a call into a typed graph: what it makes has these factors per dim and this type.
+
+    Its fake value is not computed, since ops of ours run on local sizes; where it is that of another node the
+    caller says so."""
+    node = insert(graph, target, *args, like=like, **kwargs)
+    set_value(node, dims, type_, differentiable)
     return node

@@ -7,8 +7,10 @@ from tedfx.ops import context
 from tedfx.ops.context import Axes
 from tedfx.ops.convert import all_reduce, gather_pieces, sum_over
 from tedfx.ops.prefix import behind_totals, check_runs, cumsum, run_totals
+from tedfx.ops.properties import ALL_GATHER, ALL_REDUCE, Moves, op
 
 
+@op(forward=Moves(ALL_REDUCE, "other"), saves=())
 def all_reduce_batched(values: list[Tensor], axes: Axes) -> list[Tensor]:
     """P -> I of each: the values, of any shapes and one dtype, laid end to end for one all-reduce. Backward
     is the identity.
@@ -28,6 +30,7 @@ def all_reduce_batched(values: list[Tensor], axes: Axes) -> list[Tensor]:
     return list(_AllReduce.apply(span, *values))
 
 
+@op(forward=Moves(ALL_GATHER, "other"), saves=())
 def cumsum_batched(
     values: list[Tensor], axes: Axes, dims: list[int], outers: list[int], dtype: torch.dtype
 ) -> list[Tensor]:

@@ -28,8 +28,10 @@ from torch import Tensor
 from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.context import Axes, Span
+from tedfx.ops.properties import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Moves, op
 
 
+@op(forward=Moves(ALL_REDUCE, "in"), saves=())
 def all_reduce(x: Tensor, axes: Axes) -> Tensor:
     """P -> I. Sum over the ranks; the cotangent is already whole everywhere, so backward is the identity."""
     span = context.span(axes)
@@ -40,12 +42,14 @@ def all_reduce(x: Tensor, axes: Axes) -> Tensor:
     return _AllReduce.apply(x, span)
 
 
+@op(backward=Moves(ALL_REDUCE, "in"), saves=(), alias=True)
 def sum_gradient(x: Tensor, axes: Axes) -> Tensor:
     """I -> R. The identity; in backward every rank holds a part of the cotangent and they are summed."""
     span = context.span(axes)
     return x if span.size == 1 else _SumGradient.apply(x, span)
 
 
+@op(forward=Moves(ALL_GATHER, "in"), backward=Moves(REDUCE_SCATTER, "out", {"to": ("R",)}), saves=())
 def all_gather(
     x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R", whole: int | None = None, inner: int = 1
 ) -> Tensor:
@@ -62,6 +66,7 @@ def all_gather(
     return _along(x, dim, inner, lambda x, dim: _AllGather.apply(x, span, dim, outer, to, whole))
 
 
+@op(forward=Moves(REDUCE_SCATTER, "in"), backward=Moves(ALL_GATHER, "out"), saves=())
 def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1, inner: int = 1) -> Tensor:
     """P -> S. Sum over the ranks and keep this rank's piece.
 
@@ -76,6 +81,7 @@ def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1, inner: int =
     return _along(x, dim, inner, lambda x, dim: _ReduceScatter.apply(x, span, dim, outer))
 
 
+@op(backward=Moves(ALL_GATHER, "out", {"source": ("I",)}), saves=())
 def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, source: str = "R", inner: int = 1) -> Tensor:
     """R -> S or I -> S. This rank's piece, a copy: [.., outer * whole, ..] -> [.., outer * piece, ..].
 
@@ -100,6 +106,7 @@ def _along(x: Tensor, dim: int, inner: int, convert) -> Tensor:
     )
 
 
+@op(saves=())
 def partial(x: Tensor, axes: Axes, source: str = "R") -> Tensor:
     """R -> P or I -> P. x on coordinate 0, zeros elsewhere, so that the sum over the ranks is x.
 

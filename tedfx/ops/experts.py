@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tedfx import _torch
+from tedfx.ops.properties import Op, describe
 
 
 def dispatch(x: Tensor, ids: Tensor, num_experts: int, tail: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -372,3 +373,9 @@ def _combine_backward(ctx, grad):
 
 
 _combine.register_autograd(_combine_backward, setup_context=_combine_setup)
+
+
+_ops = torch.ops.tedfx
+describe(_ops.grouped_linear.default, Op(saves="operands"))
+describe(_ops.expert_rows.default, Op(saves=(1,)))
+describe(_ops.combine.default, Op(saves="operands"))

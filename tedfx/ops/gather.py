@@ -15,10 +15,12 @@ from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.context import Axes, Span
 from tedfx.ops.cuts import Cut
+from tedfx.ops.properties import GATHER_PARAMETERS, SCATTER_GRADIENTS, Moves, op
 
 GATHER, SCATTER = "gather_parameters", "scatter_gradients"  # as they are counted
 
 
+@op(forward=Moves(GATHER_PARAMETERS, "other"), backward=Moves(SCATTER_GRADIENTS, "other"), saves=())
 def gather_parameters(
     shares: list[Tensor],
     axes: Axes,

@@ -1,22 +1,26 @@
 """Where this rank's piece of a dim begins in the whole, and how long it is."""
 
 from tedfx.ops import context
+from tedfx.ops.properties import op
 
 __all__ = ["axis_offset", "share", "share_offset"]
 
 
+@op(saves=())
 def axis_offset(length, axes):
     """Global index of the first local element of a dim of local `length` that is split over `axes` (major
     first)."""
     return context.span(axes).index * length
 
 
+@op(saves=())
 def share(whole, axes):
     """Length of this rank's piece of a dim of `whole` that the ranks over `axes` need not divide."""
     span = context.span(axes)
     return whole * (span.index + 1) // span.size - whole * span.index // span.size
 
 
+@op(saves=())
 def share_offset(whole, axes):
     """Index in the whole of the first element of this rank's `share`."""
     span = context.span(axes)

@@ -26,10 +26,12 @@ from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.context import Axes
 from tedfx.ops.convert import gather_pieces, scatter_sum
+from tedfx.ops.properties import ALL_GATHER, REDUCE_SCATTER, Moves, op
 
 __all__ = ["exchange_lanes", "gather_lanes", "lane_index", "pick_rows", "scatter_lanes", "spread_lanes"]
 
 
+@op(forward=Moves(ALL_GATHER, "other"), saves=(), waits=True)
 def exchange_lanes(
     counts: Tensor, axes: Axes, split: Axes
 ) -> tuple[list[int], list[int], list[int], Tensor, Tensor]:
@@ -66,6 +68,7 @@ def exchange_lanes(
     return send, recv, totals, received, received.sum(0)
 
 
+@op(saves=())
 def lane_index(received: Tensor, totals: list[int]) -> Tensor:
     """index[M]: where in the gathered lanes stands the m-th row in the order (expert, lane, source); M =
     sum(totals)."""
@@ -82,6 +85,7 @@ def lane_index(received: Tensor, totals: list[int]) -> Tensor:
     return position + (starts - (stops - counts)).index_select(0, run)
 
 
+@op(forward=Moves(ALL_GATHER, "in"), backward=Moves(REDUCE_SCATTER, "out", {"to": ("R",)}), saves=())
 def gather_lanes(rows: Tensor, axes: Axes, totals: list[int], to: str = "R") -> Tensor:
     """rows[totals[lane],..] -> [T * max(totals),..]: all lanes' rows, each from a multiple of the largest on;
     the gaps are zero.
@@ -94,6 +98,11 @@ def gather_lanes(rows: Tensor, axes: Axes, totals: list[int], to: str = "R") -> 
     return _Gather.apply(rows, context.span(axes), _room(totals), to)
 
 
+@op(
+    forward=Moves(REDUCE_SCATTER, "in", {"source": ("P",)}),
+    backward=Moves(ALL_GATHER, "out", {"source": ("P", "I")}),
+    saves=(),
+)
 def scatter_lanes(rows: Tensor, axes: Axes, totals: list[int], source: str = "P") -> Tensor:
     """rows[T * max(totals),..] -> [totals[lane],..]. source="P": summed over the ranks (reduce-scatter /
     all-gather); "R": this lane's (slice / zero-pad); "I": the same, gathered in backward."""
@@ -103,11 +112,13 @@ def scatter_lanes(rows: Tensor, axes: Axes, totals: list[int], source: str = "P"
     return _Scatter.apply(rows, span, _room(totals), totals[span.index], source)
 
 
+@op(saves=(1,))
 def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows[L,..], index[M] without repetitions -> rows[index]."""
     return _Pick.apply(rows, index)
 
 
+@op(saves=(1,))
 def spread_lanes(rows: Tensor, index: Tensor, totals: list[int]) -> Tensor:
     """The transpose of `pick_rows` on gathered lanes: rows[M,..] -> [T * max(totals),..], out[index] = rows,
     zeros elsewhere."""

@@ -41,6 +41,7 @@ from tedfx.ops.experts import (
     sum_choices,
     unsort,
 )
+from tedfx.ops.properties import ALL_GATHER, ALL_TO_ALL, Moves, op
 
 __all__ = [
     "all_to_all_single",
@@ -59,6 +60,7 @@ __all__ = [
 ]
 
 
+@op(saves=(), decides=True)
 def route(
     ids: Tensor,
     num_experts: int,
@@ -112,6 +114,7 @@ def _striped(flat: Tensor, num_experts: int, span: context.Span) -> tuple[Tensor
     return order, counts.narrow(0, span.index * num_experts, num_experts)
 
 
+@op(saves=())
 def local_counts(counts: Tensor, axes: Axes, outer: int = 1) -> Tensor:
     """counts[E] -> [E / size]: those of this coordinate's experts, the expert dim seen as (outer, size,
     rest)."""
@@ -123,6 +126,7 @@ def local_counts(counts: Tensor, axes: Axes, outer: int = 1) -> Tensor:
     return counts.view(outer, span.size, -1)[:, span.index].reshape(-1)
 
 
+@op(forward=Moves(ALL_GATHER, "other"), saves=(), waits=True)
 def exchange_counts(counts: Tensor, axes: Axes) -> tuple[list[int], list[int], Tensor, Tensor]:
     """counts[E] -> (send_splits, recv_splits, recv_counts[G,E/G], counts[E/G]); one all-gather, one host
     copy.
@@ -147,6 +151,7 @@ def exchange_counts(counts: Tensor, axes: Axes) -> tuple[list[int], list[int], T
     return splits[: span.size], splits[span.size :], recv_counts, recv_counts.sum(0)
 
 
+@op(saves=())
 def cut_tail(order: Tensor, send_splits: list[int]) -> Tensor:
     """order[M] -> [sum(send_splits)]: the assignments that travel, without those that a capacity dropped,
     which stand last. No host copy of its own."""
@@ -155,11 +160,13 @@ def cut_tail(order: Tensor, send_splits: list[int]) -> Tensor:
     return order.narrow(0, 0, rows)
 
 
+@op(saves=(1,))
 def permute_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     """x[N,H], order[M] -> rows[M,H]: the row of assignment order[m] is x[order[m] // top_k]."""
     return _Permute.apply(x, order, top_k)
 
 
+@op(forward=Moves(ALL_TO_ALL, "other"), backward=Moves(ALL_TO_ALL, "other"), saves=())
 def all_to_all_single(rows: Tensor, recv_splits: list[int], send_splits: list[int], axes: Axes) -> Tensor:
     """rows[sum(send_splits),..] -> [sum(recv_splits),..]: the g-th run of rows goes to coordinate g. The
     adjoint swaps the splits. ValueError when the splits do not sum to the rows."""
@@ -174,6 +181,7 @@ def all_to_all_single(rows: Tensor, recv_splits: list[int], send_splits: list[in
     return _AllToAll.apply(rows, span, *recv_splits, *send_splits)
 
 
+@op(saves=())
 def expert_major(recv_counts: Tensor, recv_splits: list[int]) -> Tensor:
     """recv_counts[G,E] -> index[M]: where in rows sorted by (source, expert) stands the m-th by (expert,
     source).
@@ -192,11 +200,13 @@ def expert_major(recv_counts: Tensor, recv_splits: list[int]) -> Tensor:
     return position + (starts_received - (stops - counts)).index_select(0, run)
 
 
+@op(saves=(1,))
 def index_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows[M,..], index[M] a permutation -> rows[index]."""
     return _Index.apply(rows, index)
 
 
+@op(saves=(1,))
 def unindex_rows(rows: Tensor, index: Tensor) -> Tensor:
     """The inverse of `index_rows`: out[index] = rows."""
     return _Unindex.apply(rows, index)

@@ -19,8 +19,10 @@ from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.context import Axes, Span
 from tedfx.ops.convert import gather_pieces
+from tedfx.ops.properties import ALL_GATHER, Moves, op
 
 
+@op(forward=Moves(ALL_GATHER, "other"), backward=Moves(ALL_GATHER, "other"), saves=())
 def cumsum(x: Tensor, dim: int, axes: Axes, outer: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """S -> S: the cumsum along `dim` of the whole.
 
@@ -46,6 +48,7 @@ def check_runs(x: Tensor, dim: int, outer: int) -> None:
         raise ValueError(f"cumsum along dim {dim} of a tensor of shape {tuple(x.shape)} in {outer} runs")
 
 
+@op(saves=())
 def group_cumsum(
     x: Tensor, dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -54,6 +57,7 @@ def group_cumsum(
     return _ungrouped(torch.cumsum(grouped, dim + 1, dtype=dtype), x, dim, groups, outer)
 
 
+@op(saves=())
 def group_total(
     x: Tensor, dims: list[int], dim: int, groups: int, outer: int = 1, dtype: torch.dtype | None = None
 ) -> Tensor:

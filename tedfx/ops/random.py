@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tedfx.ops import context
+from tedfx.ops.properties import op
 
 Factors = tuple[tuple[tuple, ...], ...]
 SHARE, NUMBERED = "share", "numbered"
@@ -32,6 +33,7 @@ SHARE, NUMBERED = "share", "numbered"
 _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
+@op(saves=())
 def uniform(
     factors: Factors,
     seed: Tensor,
@@ -51,6 +53,7 @@ def uniform(
     return _shift_right(hashed, 64 - bits).to(dtype) * 2.0**-bits
 
 
+@op(saves=())
 def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> Tensor:
     """x with each element kept with probability 1 - p and scaled by 1 / (1 - p), else zero.
 
@@ -73,6 +76,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> T
     return torch.where(keep, x * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), 0)
 
 
+@op(saves=())
 def row_numbers(order: Tensor, top_k: int, tokens: tuple[tuple, ...]) -> Tensor:
     """order[M], assignments of this rank's tokens -> [M] int64: their numbers in the global batch, token *
     top_k + choice.

@@ -29,6 +29,7 @@ from tedfx.ops import context, convert
 from tedfx.ops.context import Axes
 from tedfx.ops.experts import sort_by_expert, sum_choices
 from tedfx.ops.moe import _exchange
+from tedfx.ops.properties import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER, Moves, op
 
 __all__ = [
     "combine_slots",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 
+@op(saves=(), decides=True)
 def route_slots(ids: Tensor, num_experts: int, slots: int, owned: Axes = (), lanes: Axes = ()) -> Tensor:
     """ids[N,K] -> order[E * share]: for each expert the assignments in its slots, in the order of the tokens;
     N * K in an empty one.
@@ -66,11 +68,13 @@ def route_slots(ids: Tensor, num_experts: int, slots: int, owned: Axes = (), lan
     return torch.cat([order, order.new_full((1,), order.shape[0])]).index_select(0, stood)
 
 
+@op(saves=(1,))
 def fill_slots(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     """x[N,H], order[M] -> rows[M,H]: the token of the assignment in each slot, zeros in an empty one."""
     return _Fill.apply(x, order, top_k)
 
 
+@op(forward=Moves(ALL_TO_ALL, "in"), backward=Moves(ALL_TO_ALL, "in"), saves=())
 def send_slots(rows: Tensor, axes: Axes, experts: int) -> Tensor:
     """rows[E * share,..] of all experts -> [experts * G * share,..] of this coordinate's, from all: sorted by
     expert, then source."""
@@ -78,17 +82,24 @@ def send_slots(rows: Tensor, axes: Axes, experts: int) -> Tensor:
     return rows if span.size == 1 else _Slots.apply(rows, span, experts, True)
 
 
+@op(forward=Moves(ALL_TO_ALL, "in"), backward=Moves(ALL_TO_ALL, "in"), saves=())
 def return_slots(rows: Tensor, axes: Axes, experts: int) -> Tensor:
     """The inverse of `send_slots`, and its adjoint."""
     span = context.span(axes)
     return rows if span.size == 1 else _Slots.apply(rows, span, experts, False)
 
 
+@op(forward=Moves(ALL_GATHER, "in"), backward=Moves(REDUCE_SCATTER, "out"), saves=())
 def gather_slots(rows: Tensor, axes: Axes, experts: int) -> Tensor:
     """S -> R on the slots: rows[experts * share,..] of each lane -> [experts * T * share,..]."""
     return convert.all_gather(_by_expert(rows, experts), axes, 1).flatten(0, 1)
 
 
+@op(
+    forward=Moves(REDUCE_SCATTER, "in", {"source": ("P",)}),
+    backward=Moves(ALL_GATHER, "out", {"source": ("P", "I")}),
+    saves=(),
+)
 def scatter_slots(rows: Tensor, axes: Axes, experts: int, source: str = "P") -> Tensor:
     """To this lane's share of the slots. source="P": summed over the ranks (reduce-scatter); "R", "I": a
     slice."""
@@ -100,18 +111,21 @@ def scatter_slots(rows: Tensor, axes: Axes, experts: int, source: str = "P") -> 
     ).flatten(0, 1)
 
 
+@op(saves="operands")
 def slot_linear(rows: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
     """`grouped_linear` where all experts have equally many rows: one batched matmul."""
     right = weight if transposed else weight.mT
     return torch.bmm(_by_expert(rows, weight.shape[0]), right).flatten(0, 1)
 
 
+@op(saves=())
 def slot_rows(param: Tensor, rows: Tensor) -> Tensor:
     """`expert_rows` where all experts have equally many rows."""
     experts = param.shape[0]
     return param.unsqueeze(1).expand(experts, rows.shape[0] // experts, *param.shape[1:]).flatten(0, 1)
 
 
+@op(saves="operands")
 def combine_slots(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """rows[M,H], order[M], weights[N,K] -> [N,H]: `combine`, empty slots left out."""
     return _Combine.apply(rows, order, weights)

@@ -13,8 +13,10 @@ from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.context import Axes
 from tedfx.ops.convert import sum_over
+from tedfx.ops.properties import ALL_REDUCE, Moves, op
 
 
+@op(saves=(1,))
 def vocab_parallel_embedding(
     weight_local: Tensor, ids: Tensor, axes: Axes, padding_idx: int | None = None
 ) -> Tensor:
@@ -41,6 +43,7 @@ def vocab_parallel_embedding(
     return torch.where(mine.unsqueeze(-1), rows, 0)
 
 
+@op(forward=Moves(ALL_REDUCE, "other"), saves=(0,))
 def vocab_parallel_cross_entropy(
     logits_local: Tensor, labels: Tensor, axes: Axes, ignore_index: int = -100
 ) -> Tensor:

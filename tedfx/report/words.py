@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterable
 from types import SimpleNamespace
 
-import torch
 from torch import fx
 
 from tedfx.analysis.communication import Communication
 from tedfx.analysis.text import format_bytes
 from tedfx.errors import user_line
+from tedfx.graph.nodes import short_name
 from tedfx.placement.roles import Roles
 from tedfx.state.layouts import stack_name
 
@@ -43,12 +43,7 @@ def signature_of(compilation) -> str:
 
 def op_of(node: fx.Node) -> str:
     """The operator without its namespace; "" for a placeholder."""
-    target = node.target
-    if node.op == "placeholder":
-        return ""
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
-    return getattr(target, "__name__", str(target))
+    return "" if node.op == "placeholder" else short_name(node)
 
 
 def state_name(trace, node: fx.Node, path: str = "") -> str:

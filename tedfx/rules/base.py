@@ -20,6 +20,8 @@ import torch
 from torch import fx
 
 from tedfx import ops
+from tedfx.graph.facts import DIFFERENTIABLE, VAL, copy_provenance
+from tedfx.graph.nodes import op_name
 from tedfx.placement.factors import (
     Factor,
     as_size,
@@ -76,14 +78,6 @@ def rule(*names: str):
         return fn
 
     return register
-
-
-def op_name(node: fx.Node) -> str:
-    """``aten.linear`` for any overload; ``getitem``; the function's name for plain functions."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
-    return getattr(target, "__name__", str(target))
 
 
 def is_tensor(node) -> bool:
@@ -214,13 +208,10 @@ class Annotator:
         old = [leaves(d) for d in current.meta["dims"]]
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(regroup_barrier, (current,))
-        new.meta.update(
-            {
-                k: v
-                for k, v in current.meta.items()
-                if k in ("val", "stack_trace", "nn_module_stack", "differentiable")
-            }
-        )
+        copy_provenance(current, new)
+        for key in (VAL, DIFFERENTIABLE):
+            if current in key:
+                key[new] = key[current]
         new.meta["dims"] = [(fresh or self.fresh(d)) if i == dim else d for i, d in enumerate(old)]
         new.meta["relation"] = Relation(
             out=new.meta["dims"], whole={0: old[dim]}, linear=(frozenset({0}),), created=new.meta["dims"][dim]

@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx, nn
 
+from tedfx.graph.facts import VAL
 from tedfx.options import Options
 from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.factors import Factor, as_size
@@ -138,7 +139,7 @@ class GlobalGraph(Stage):
         same for every call signature."""
         found = {}
         for node in self.graph.find_nodes(op="placeholder"):
-            value = node.meta.get("val")
+            value = VAL.get(node)
             if isinstance(value, torch.Tensor):
                 for size in value.shape:
                     symbol = symbol_of(size)
@@ -150,7 +151,7 @@ class GlobalGraph(Stage):
         """Whether dim 0 of an input placeholder is the batch."""
         if node.name not in self.trace.inputs:
             return False
-        value = node.meta["val"]
+        value = VAL[node]
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return False
         batch = self.trace.extents.get("batch")
@@ -219,6 +220,7 @@ def _copy(source: fx.GraphModule, names: list[str], options: Options) -> fx.Grap
     (old,) = source.graph.find_nodes(op="output")
     new = graph.output(result)
     new.meta.update(old.meta)
-    new.args = (asked_for(new.args[0], names, options.outputs),)
+    assert isinstance(result, (tuple, list)), result
+    new.args = (asked_for(result, names, options.outputs),)
     graph.eliminate_dead_code()
     return fx.GraphModule(source, graph)

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from tedfx.errors import CallError, user_line
+from tedfx.graph.nodes import short_name
 from tedfx.graph.signature import Path, show
 
 aten = torch.ops.aten
 
-# Operators whose result has only values of their operand, and constants that a pad writes.
-_VIEWS = frozenset(
+# Operators whose result has only values of their operand, and constants that a pad writes: more than views.
+_MOVES = frozenset(
     """
     view reshape flatten unflatten slice select narrow permute transpose t unsqueeze squeeze expand
     expand_as contiguous clone alias detach lift_fresh lift_fresh_copy pad constant_pad_nd to
@@ -124,7 +125,7 @@ def _add(
     leaves = [n for n in ancestors if n.op in ("placeholder", "get_attr")]
     if any(n.name not in trace.inputs for n in leaves):
         return
-    sizes_of = {n for n in ancestors if _name(n) == "sym_size"}
+    sizes_of = {n for n in ancestors if n.op == "call_function" and short_name(n) == "sym_size"}
     data = [n for n in leaves if any(u in before and u not in sizes_of for u in n.users) or n is index]
     computed = [
         n
@@ -132,7 +133,7 @@ def _add(
         if n.op == "call_function" and isinstance(n.meta.get("val"), (Tensor, list, tuple))
     ]
     batch = trace.sizes.get("batch")
-    if len(data) == 1 and all(_name(n) in _VIEWS or _name(n) == "getitem" for n in computed):
+    if len(data) == 1 and all(short_name(n) in _MOVES or short_name(n) == "getitem" for n in computed):
         path = trace.inputs[data[0].name]
     elif not data and computed and not any(n.target in _RANDOM or _mentions(n, batch) for n in computed):
         path = None
@@ -150,15 +151,6 @@ def _add(
             [trace.inputs[n.name] for n in leaves],
             _extracted(ancestors, index),
         )
-
-
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return (
-        target._schema.name.split("::")[1]
-        if isinstance(target, torch._ops.OpOverload)
-        else getattr(target, "__name__", "")
-    )
 
 
 def _mentions(node: fx.Node, batch: sympy.Symbol | None) -> bool:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from tedfx._torch import set_grad_enabled_function
 from tedfx.dtypes import has_gradient
 from tedfx.errors import TraceError, line_below, user_line
+from tedfx.graph.aliases import returns_alias
 from tedfx.graph.emit import emit, evaluate
 from tedfx.trace.casts import mark
 
@@ -172,10 +173,7 @@ def _detach_written(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _aliases(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return node.target is operator.getitem
-    return any(r.alias_info is not None for r in schema.returns)
+    return node.target is operator.getitem or returns_alias(node.target)
 
 
 def _check_no_grad_writes(region: fx.GraphModule, operands: list[Any]) -> None:

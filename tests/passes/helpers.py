@@ -9,11 +9,11 @@ from tedfx.passes.base import run_pipeline
 from torch import fx
 
 from tedfx.compiler import compile_graph, default_passes, example_sizes
+from tedfx.graph.nodes import op_name
 from tedfx.options import Options
 from tedfx.placement.derived import solve, symbol_of
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.placement.types import format_type
-from tedfx.rules import op_name
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.rules.simulate import Ranks, cotangent, join, same, split

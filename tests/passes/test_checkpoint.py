@@ -25,10 +25,11 @@ from tedfx.analysis.activations import Ledger, Sizing
 from tedfx.analysis.attention_cores import attention_cores
 from tedfx.analysis.cost import Cost
 from tedfx.analysis.layers import layer_of, path_of
-from tedfx.analysis.saved import saved, saves, short_name
+from tedfx.analysis.saved import saved, saves
 from tedfx.compiler import compile_graph, default_passes, pipeline
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.graph.emission import emit, schedule
+from tedfx.graph.nodes import short_name
 from tedfx.options import parse_policy
 from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m

@@ -11,9 +11,9 @@ from torch.nn import functional
 from tedfx import ops
 from tedfx.compiler import compile_graph, default_passes
 from tedfx.errors import TypeCheckError
+from tedfx.graph.nodes import op_name
 from tedfx.placement.factors import Factor
 from tedfx.placement.types import I, P, R, Shard
-from tedfx.rules.base import op_name
 from tests.graphs import typed_graph
 from tests.passes import models as m
 from tests.passes.helpers import find, global_graph, run_ranks, upto

@@ -18,10 +18,11 @@ from torch import fx
 
 from tedfx.decisions.decide import decide
 from tedfx.dtypes import has_gradient
+from tedfx.graph.nodes import op_name
 from tedfx.placement.factors import leaves
 from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, R, Shard
-from tedfx.rules import op_name, operands
+from tedfx.rules import operands
 from tedfx.stages.graphs import PlannedGraph, TypedGraph
 from tests.graphs import global_graph
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split

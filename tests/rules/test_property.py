@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tedfx.rules import RULES, complexes, op_name, rule_for
+from tedfx.graph.nodes import op_name
+from tedfx.rules import RULES, complexes, rule_for
 from tests.rules.cases import CASES
 from tests.rules.one_op import build, compare, decisions, words
 
