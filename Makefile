@@ -1,6 +1,6 @@
 # make demo    an unmodified Mixtral trains on 4 local ranks (ep=2, tp=2), on the standard library's own source
 # make test    the test suite; make test-slow: what takes minutes (inductor); make test-all: both
-# make lint    ruff: format at 110 columns, and its checks
+# make lint    ruff: format at 110 columns, and its checks; pyright: types
 # make parity  every model on every mesh against the single device; writes docs/parity.md
 # make fuzz    random small programs against the single device: ARGS="--count 2000 --first 1000" (that is the default); ARGS="17 --trace" is one of them
 #
@@ -51,6 +51,7 @@ test-all: $(VENV)/.stamp
 lint: $(VENV)/.stamp
 	$(BIN)/ruff format --check --quiet . || { echo 'run: $(BIN)/ruff format .' >&2; exit 1; }
 	$(BIN)/ruff check .
+	$(BIN)/pyright
 
 parity: $(VENV)/.stamp
 	$(BIN)/python benchmarks/parity.py $(ARGS)

@@ -30,11 +30,11 @@ SIZES = {
 
 def measure(size: str) -> dict:
     import torch
-    from tedfx.passes.base import run_pipeline
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from tedfx.checking.full import check_program
     from tedfx.compiler import default_passes
+    from tedfx.passes.base import run_pipeline
     from tedfx.placement.roles import MeshShape, Roles
     from tedfx.stages.graphs import GlobalGraph
     from tedfx.trace.export import trace

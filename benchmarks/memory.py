@@ -32,7 +32,6 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
-from tedfx.passes.checkpoint import Checkpoint
 from torch import fx, nn
 
 from tedfx import ops
@@ -44,6 +43,7 @@ from tedfx.compiler import compile_graph, default_passes, example_sizes
 from tedfx.graph.emission import emit
 from tedfx.ops.context import RankContext, use
 from tedfx.options import Options
+from tedfx.passes.checkpoint import Checkpoint
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.stages.graphs import GlobalGraph, LocalGraph
 from tedfx.trace.export import trace

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from tedfx.passes.base import Pass, PassResult
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import tedfx
 from tedfx.analysis.cost import Cost
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import LocalGraph
 
 

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.dtypes import has_gradient
 from tedfx.errors import user_line
 from tedfx.graph.facts import DIFFERENTIABLE, DIMS, RELATION, VAL
-from tedfx.placement.factors import Factor, as_size
+from tedfx.graph.nodes import is_tensor, operands
+from tedfx.passes.base import Pass, PassResult
+from tedfx.placement.factors import Factor
 from tedfx.placement.plan import Plan
+from tedfx.placement.sizes import as_size
 from tedfx.rules import Annotator, Relation, rule_for
-from tedfx.rules.base import is_tensor, operands
 from tedfx.stages.graphs import GlobalGraph, PlannedGraph
 
 _CUTS_GRADIENT = ("detach",)

@@ -9,7 +9,6 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
@@ -17,6 +16,7 @@ from tedfx.analysis.layers import layers
 from tedfx.graph.emission import schedule
 from tedfx.graph.emit import insert
 from tedfx.graph.facts import DIFFERENTIABLE, LOCAL_SHAPE, RUNS, VAL, take_over
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import LocalGraph
 
 

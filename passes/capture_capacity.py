@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.capture.choices import Choices
@@ -43,7 +42,8 @@ from tedfx.capture.stacks import Stacks
 from tedfx.errors import CaptureError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
-from tedfx.placement.factors import as_size
+from tedfx.passes.base import Pass, PassResult
+from tedfx.placement.sizes import as_size
 from tedfx.placement.slots import Slots
 from tedfx.stages.graphs import GlobalGraph
 

@@ -37,18 +37,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
+from tedfx.capture.batched import refuse
 from tedfx.capture.bodies import Bodies
 from tedfx.capture.chains import Step, chain_of, dependence, is_zero
 from tedfx.capture.masks import facts
 from tedfx.capture.routing import Routing, name_of, shape_of
-from tedfx.capture.rules import refuse
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import find_uncaptured
 from tedfx.errors import CaptureError, user_line, warn
 from tedfx.graph.facts import STACK_TRACE, VAL
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["CaptureLoops", "find_uncaptured"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tedfx.passes.base import Pass, PassResult
-
 from tedfx.checking.full import check_program
 from tedfx.options import Options
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
 

@@ -7,13 +7,13 @@ from torch import fx
 from tedfx.decisions.decide import decide
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.graph.facts import CONVERSION, DIMS, RELATION, TYPE, TYPES_OF
+from tedfx.graph.nodes import operands
 from tedfx.placement.plan import differentiable
-from tedfx.placement.types import I, P, R, Shard
-from tedfx.rules import operands
+from tedfx.placement.types import I, R, Shard, kind
 from tedfx.stages.graphs import LocalGraph, TypedGraph
 
-# (source, target) pairs with an op of their own; S stands for any shard
-DIRECT = {(P, I), (I, R), (R, P), (I, P), (P, "S"), (R, "S"), (I, "S"), ("S", R), ("S", I)}
+# (source, target) pairs with an op of their own, S for any shard
+DIRECT = {"P>I", "I>R", "R>P", "I>P", "P>S", "R>S", "I>S", "S>R", "S>I"}
 
 
 def check_types(
@@ -104,8 +104,7 @@ def _check_conversion(node: fx.Node, after: str) -> None:
     axes, source, target = CONVERSION[node]
     axes = (axes,) if isinstance(axes, str) else axes
     value = operands(node)[0]
-    kind = lambda p: "S" if isinstance(p, Shard) else p
-    if (kind(source), kind(target)) not in DIRECT:
+    if f"{kind(source)}>{kind(target)}" not in DIRECT:
         _fail(node, axes, f"there is no conversion {source} -> {target}", after)
     for axis, placement in TYPE[node].items():
         before = TYPE[value][axis]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.analysis.activations import Ledger, Sizing
@@ -22,6 +21,7 @@ from tedfx.graph.facts import REGION, VAL
 from tedfx.graph.nodes import op_name, short_name
 from tedfx.ops.properties import properties
 from tedfx.options import Options, parse_policy
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import LocalGraph
 
 # Operators of torch that choose (`Op.decides` of tedfx/ops/properties.py, which no tag says).

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from tedfx.passes.base import Pass, PassResult
-
 from tedfx.errors import ConfigError
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import PlannedGraph
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tedfx.graph.facts import RELATION
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.sequence_parallel import token_factor
-
-from tedfx.graph.facts import RELATION
 from tedfx.stages.graphs import PlannedGraph
 
 

@@ -30,14 +30,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
 from tedfx.graph.signature import show
-from tedfx.placement.factors import as_size
+from tedfx.passes.base import Pass, PassResult
+from tedfx.placement.sizes import as_size
 from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["Functionalize"]

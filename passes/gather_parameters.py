@@ -7,7 +7,6 @@ import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
@@ -26,6 +25,7 @@ from tedfx.graph.facts import (
     copy_value,
 )
 from tedfx.options import Options
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import LocalGraph
 from tedfx.state.layouts import placed_on_first
 from tedfx.state.parameters import Placed

@@ -26,7 +26,6 @@ from functools import reduce
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
@@ -36,7 +35,8 @@ from tedfx.capture.slots import Place, Totals
 from tedfx.errors import CaptureError, ConfigError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import SLOTS, VAL
-from tedfx.placement.factors import as_size
+from tedfx.passes.base import Pass, PassResult
+from tedfx.placement.sizes import as_size
 from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["LocalCapacity"]

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx import ops
 from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.facts import DIMS, DIMS_OF, LOCAL_SHAPE, RELATION, RUNS, TYPE, TYPES_OF, VAL, copy_value
-from tedfx.graph.nodes import REGROUPS, op_name, operand
+from tedfx.graph.nodes import REGROUPS, argument, op_name, operand
 from tedfx.ops.random import NUMBERED, SHARE
-from tedfx.placement.factors import as_size, leaves
+from tedfx.passes.base import Pass, PassResult
+from tedfx.placement.factors import leaves
 from tedfx.placement.plan import roots
+from tedfx.placement.sizes import as_size
 from tedfx.placement.types import Shard, sharding_axes
-from tedfx.rules.base import argument
 from tedfx.rules.views import piece_of, reads_bits
 from tedfx.stages.graphs import LocalGraph, TypedGraph
 

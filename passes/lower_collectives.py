@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tedfx.passes.base import Pass, PassResult
-from tedfx.passes.place import convert
 from torch import fx
 
 from tedfx import ops
@@ -14,6 +12,8 @@ from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.graph.facts import CONVERSION, DIMS, LOWERED, TYPE, take_over
 from tedfx.graph.nodes import op_name
+from tedfx.passes.base import Pass, PassResult
+from tedfx.passes.place import convert
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, P, R, Shard, find_dim
 from tedfx.rules.base import regroup_barrier
@@ -111,7 +111,7 @@ class LowerCollectives(Pass[TypedGraph]):
         if (source, target) == (I, R):
             return ops.sum_gradient, axes, ()
         if target == P:
-            return ops.partial, axes, (source,)
+            return ops.partial, axes, (str(source),)
         factor = (source if isinstance(source, Shard) else target).factor
         dim, place = find_dim(DIMS[node], factor)
         outer, inner = (
@@ -130,10 +130,10 @@ class LowerCollectives(Pass[TypedGraph]):
             return (
                 ops.all_gather,
                 axes,
-                (*at, target, sizes.node(whole), *behind)
+                (*at, str(target), sizes.node(whole), *behind)
                 if isinstance(sizes.factor(factor, split), Share)
-                else (*at, target),
+                else (*at, str(target)),
             )
         if source == P:
             return ops.reduce_scatter, axes, (*at, *behind)
-        return ops.shard, axes, (*at, source, *behind)
+        return ops.shard, axes, (*at, str(source), *behind)

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
-from tedfx.passes.lower_slots import SlotLayer, in_slots
-from tedfx.passes.row_numbers import RowNumbers
 from torch import fx
 
 from tedfx import ops
@@ -27,6 +24,9 @@ from tedfx.graph.facts import (
     copy_value,
     set_value,
 )
+from tedfx.passes.base import Pass, PassResult
+from tedfx.passes.lower_slots import SlotLayer, in_slots
+from tedfx.passes.row_numbers import RowNumbers
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, P, R, Shard
 from tedfx.stages.graphs import TypedGraph
@@ -163,7 +163,7 @@ class LowerExperts(Pass[TypedGraph]):
                         stripes,
                         0,
                         1,
-                        *{rows_type[a] for a in stripes},
+                        *{str(rows_type[a]) for a in stripes},
                         dims=rows_dims,
                         type_=lane_type,
                     )
@@ -205,7 +205,7 @@ class LowerExperts(Pass[TypedGraph]):
                 )
                 if lanes:
                     layer.totals = items[2]
-                    (arrived,) = {rows_type[a] for a in lanes}
+                    (arrived,) = {str(rows_type[a]) for a in lanes}
                     rows = make(
                         ops.gather_lanes, rows, lanes, layer.totals, arrived, dims=rows_dims, type_=rows_type
                     )
@@ -245,12 +245,12 @@ class LowerExperts(Pass[TypedGraph]):
 
             with graph.inserting_before(node):
                 if layer.lanes:
-                    placements = {TYPE[rows][a] for a in layer.lanes}
-                    assert len(placements) == 1 and placements <= {P, R, I}, (node, placements)
+                    (came,) = {TYPE[rows][a] for a in layer.lanes}
+                    assert came in (P, R, I), (node, came)
                     row_factor = leaves(DIMS[rows][0])[0]
                     own = {**TYPE[rows], **{a: Shard(row_factor) for a in layer.lanes}}
                     back = make(ops.spread_lanes, rows, layer.index, layer.totals)
-                    back = make(ops.scatter_lanes, back, layer.lanes, layer.totals, *placements, type_=own)
+                    back = make(ops.scatter_lanes, back, layer.lanes, layer.totals, str(came), type_=own)
                 else:
                     own, back = TYPE[rows], make(ops.unindex_rows, rows, layer.index)
                 back = make(ops.all_to_all_single, back, layer.send, layer.recv, layer.exchange, type_=own)
@@ -262,7 +262,7 @@ class LowerExperts(Pass[TypedGraph]):
                         layer.stripes,
                         0,
                         1,
-                        *placements,
+                        str(came),
                         whole,
                         type_={**own, **{a: TYPE[rows][a] for a in layer.stripes}},
                     )

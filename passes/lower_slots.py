@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from math import prod
 
-from tedfx.passes.row_numbers import RowNumbers
 from torch import fx
 
 from tedfx import ops
@@ -22,7 +21,9 @@ from tedfx.graph.facts import (
     copy_provenance,
     copy_value,
 )
-from tedfx.placement.factors import as_size, leaves
+from tedfx.passes.row_numbers import RowNumbers
+from tedfx.placement.factors import leaves
+from tedfx.placement.sizes import as_size
 from tedfx.placement.slots import rows_per_expert
 from tedfx.placement.types import Shard
 from tedfx.stages.graphs import TypedGraph
@@ -140,14 +141,13 @@ class SlotLayer:
         with self.graph.inserting_before(node):
             back = rows
             if self.gathered:
-                placements = {TYPE[rows][a] for a in self.gathered}
-                assert len(placements) == 1, (node, placements)
+                (came,) = {TYPE[rows][a] for a in self.gathered}
                 back = make(
                     ops.scatter_slots,
                     back,
                     self.gathered,
                     self.experts,
-                    *placements,
+                    str(came),
                     type_={**TYPE[rows], **{a: self.lane_type[a] for a in self.gathered}},
                 )
             if self.travel:

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.decisions.decide import decide
 from tedfx.graph.emit import emit_typed, insert
 from tedfx.graph.facts import CONVERSION, DIMS, RELATION, TYPE, TYPES_OF, VAL, copy_value
-from tedfx.graph.nodes import op_name
+from tedfx.graph.nodes import argument, is_tensor, op_name, operands
+from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, R, Shard, find_dim
-from tedfx.rules import Relation, operands
-from tedfx.rules.base import argument, is_tensor
+from tedfx.rules import Relation
 from tedfx.stages.graphs import PlannedGraph, TypedGraph
 
 
@@ -106,7 +105,7 @@ class _Placement:
         self._substitute(
             node, [self.convert_all(n, targets, node) for n, targets in zip(operands(node), wanted)]
         )
-        outs = outs or [{} for _ in (RELATION[node].out if RELATION[node].several else [0])]
+        outs = outs or [{} for _ in RELATION[node].results]
         if RELATION[node].several:
             TYPES_OF[node] = outs
         else:
@@ -191,8 +190,8 @@ class _Placement:
                     convert,
                     value,
                     axis,
-                    _label(source),
-                    _label(target),
+                    str(source),
+                    str(target),
                     like=user,
                     dims=DIMS[value],
                     type_={**TYPE[value], axis: target},
@@ -273,7 +272,3 @@ def route(value: fx.Node, current, target, scatters: bool = True) -> list:
 
 def _counts(node: fx.Node) -> bool:
     return is_tensor(node)
-
-
-def _label(placement) -> str:
-    return repr(placement) if isinstance(placement, Shard) else placement

@@ -14,10 +14,9 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.graph.facts import DIFFERENTIABLE, DIMS, DIMS_OF, TYPE, VAL
-from tedfx.graph.nodes import op_name
+from tedfx.graph.nodes import argument, op_name
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, Shard
-from tedfx.rules.base import argument
 from tedfx.stages.graphs import TypedGraph
 
 __all__ = ["RowNumbers"]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tedfx.passes.base import Pass, PassResult
-
 from tedfx.placement.factors import Factor
 from tedfx.stages.graphs import PlannedGraph
 

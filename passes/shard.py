@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.capture.uncaptured import find_uncaptured
 from tedfx.decisions.experts import expert_layout
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.graph.facts import DIMS, DIMS_OF, RELATION
+from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.factors import leaves
 from tedfx.placement.plan import roots
 from tedfx.stages.graphs import PlannedGraph
@@ -111,7 +111,7 @@ class ShardTensors(Pass[PlannedGraph]):
             relation = RELATION[node]
             for factors in relation.whole.values():
                 blocked |= roots(factors)
-            outs = relation.out if relation.several else [relation.out]
+            outs = relation.results
             for factor in roots(relation.contracted):
                 cost[factor] = cost.get(factor, 0.0) + sum(plan.elements(o) for o in outs)
             for dims in outs:

@@ -25,11 +25,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.graph.emit import emit, evaluate
 from tedfx.graph.facts import VAL
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["SimplifyMasks"]

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tedfx.passes.base import Pass, PassResult
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import op_name
-from tedfx.rules.base import argument
+from tedfx.graph.nodes import argument, op_name
+from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
 aten = torch.ops.aten

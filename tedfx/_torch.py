@@ -25,6 +25,7 @@ import torch.fx.experimental.symbolic_shapes
 # not use yet.
 import torch.utils._pytree as pytree  # noqa: F401
 from torch._dispatch.python import enable_python_dispatcher  # noqa: F401  public replacement: none; torch.export evaluates under it
+from torch._ops import OpOverload  # noqa: F401  as torch.fx has it in its arguments; public replacement: none
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public replacement: none; torch.export takes one and makes none
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor

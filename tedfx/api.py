@@ -16,7 +16,7 @@ from tedfx.graph.signature import Signature, bind, flatten
 from tedfx.ops.autocast import Autocast, region
 from tedfx.options import Options
 from tedfx.passes.base import Pass
-from tedfx.placement.derived import whole_pieces
+from tedfx.placement.fit import whole_pieces
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.ranks import progress
 from tedfx.ranks.checks import told
@@ -334,7 +334,7 @@ class _Builder:
             groups=_groups(compilation, self.roles.mesh),
             history=compilation.history,
             compilation=compilation,
-            fits=whole_pieces(compilation),
+            fits=whole_pieces(compilation.graph_module.graph, compilation.trace.inputs, compilation.pieces),
         )
 
 

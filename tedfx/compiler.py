@@ -32,8 +32,8 @@ from tedfx.passes.sequence_parallel import SequenceParallel
 from tedfx.passes.shard import ShardExperts, ShardTensors
 from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.passes.split_losses import SplitLosses
-from tedfx.placement.derived import symbol_of
 from tedfx.placement.roles import Roles
+from tedfx.placement.sizes import symbol_of
 from tedfx.stages.graphs import GlobalGraph, LocalGraph, Stage, TypedGraph
 from tedfx.trace.global_graph import Trace
 

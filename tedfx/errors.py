@@ -10,6 +10,7 @@ import re
 import sysconfig
 import traceback
 import warnings
+from typing import Any
 
 import torch.distributed as dist
 
@@ -114,7 +115,7 @@ def line_below(above: str) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown line"
 
 
-def user_line(source) -> str:
+def user_line(source: Any) -> str:
     """`file:line` of the model's code behind a node (by its stack trace) or behind an exception."""
     if isinstance(source, BaseException):
         frames, seen, error = [], set(), source

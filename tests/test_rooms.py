@@ -39,7 +39,7 @@ ROOMS = [
 # Imports inside of functions that go down the list, and why.
 DOWN = {
     (
-        "rules.functions",
+        "rules.bodies",
         "decisions.decide",
     ): "the rule of a Function decides over its body, which is a graph itself",
     ("runtime.module", "report.explanation"): "pm.explain()",
@@ -98,3 +98,9 @@ def test_the_map_names_every_room():
     text = (ROOT / "docs" / "design.md").read_text()
     rooms = {name.split(".")[0] for name, file in MODULES.items() if file.parent != ROOT / "tedfx"}
     assert not [room for room in rooms if f"`{room}/`" not in text]
+
+
+def test_every_pass_has_a_test_file_of_its_name():
+    passes = {file.stem for file in ROOT.glob("passes/*.py")} - {"__init__"}
+    tested = {file.stem.removeprefix("test_") for file in ROOT.glob("tests/passes/test_*.py")}
+    assert not passes - tested, sorted(passes - tested)

@@ -26,10 +26,10 @@ from tedfx import ops
 from tedfx._torch import size_max, size_min
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.facts import DIMS, TYPE, VAL
-from tedfx.placement.derived import solve, symbol_of
-from tedfx.placement.factors import Factor, as_size, dim_size, leaves
+from tedfx.graph.nodes import is_tensor
+from tedfx.placement.factors import Factor, dim_size, leaves
+from tedfx.placement.sizes import as_size, solve, symbol_of
 from tedfx.placement.types import sharding_axes
-from tedfx.rules.base import is_tensor
 from tedfx.stages.graphs import LocalGraph, TypedGraph
 
 # Numbers made from sizes, through floats: a capacity of `ceil(tokens / experts * factor)`.

@@ -20,10 +20,12 @@ import torch
 from torch import fx
 
 from tedfx._torch import pytree
+from tedfx.capture.batched import Batched, is_value, refuse
 from tedfx.capture.routing import Fact, Routing, argument, name_of, shape_of
-from tedfx.capture.rows import Rows, Weight
-from tedfx.capture.rules import Batched, apply_rule, is_value, refuse
+from tedfx.capture.rows import Rows
+from tedfx.capture.rules import apply_rule
 from tedfx.capture.stacks import Stacks
+from tedfx.capture.weights import Weight, weight, weighted
 from tedfx.errors import user_line
 from tedfx.ops.function import kept_of
 from tedfx.rules.functions import adds_up
@@ -92,7 +94,7 @@ class Bodies(Rows):
         if "picked" in kinds:
             args, kwargs = pytree.tree_map(self._stacked, (args, kwargs), is_leaf=is_value)
         if kinds & {"weight", "weighted"}:
-            return self.weighted(first, name, args, kwargs)
+            return weighted(self, first, name, args, kwargs)
         if kinds <= {"shared"}:
             if torch.Tag.nondeterministic_seeded in getattr(first.target, "tags", ()):
                 raise refuse(
@@ -165,7 +167,7 @@ class Bodies(Rows):
         if fact.kind == "gate":
             weights = {self.known[node].weight for node in nodes}
             if len(weights) == 1 and fact.weight is not None:
-                return self.weight(nodes[0], fact.dims, Weight(*fact.weight))
+                return weight(nodes[0], fact.dims, Weight(*fact.weight))
             raise refuse("experts have different weights", nodes[0], "weigh all experts by one tensor")
         return Batched("index", None, nodes[0], of=fact)
 

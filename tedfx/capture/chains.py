@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from tedfx.capture.batched import refuse
 from tedfx.capture.routing import Fact, Routing, argument, name_of, shape_of
-from tedfx.capture.rules import refuse
 
 __all__ = ["Step", "chain_of", "dependence", "is_zero"]
 

@@ -18,11 +18,11 @@ from functools import reduce
 import torch
 from torch import fx
 
+from tedfx.capture.batched import refuse
 from tedfx.capture.routing import Routing, product, shape_of
-from tedfx.capture.rules import refuse
 from tedfx.capture.slots import Bit, Term, Value
 from tedfx.graph.emit import emit
-from tedfx.placement.factors import as_size
+from tedfx.placement.sizes import as_size
 from tedfx.placement.slots import Slots
 
 __all__ = ["Choices"]

@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from tedfx.capture.rules import Batched, aligned, refuse, unknown
+from tedfx.capture.batched import Batch, Batched, aligned, refuse, unknown
 
 __all__ = ["linear", "norm"]
 
 aten = torch.ops.aten
 
 
-def linear(batch, like: fx.Node, name: str, args: tuple) -> Batched:
+def linear(batch: Batch, like: fx.Node, name: str, args: tuple) -> Batched:
     bias, rows, weight = None, *args[:2]
     if name == "linear":
         bias = args[2] if len(args) > 2 else None
@@ -57,7 +57,7 @@ def linear(batch, like: fx.Node, name: str, args: tuple) -> Batched:
     return replace(out, node=node)
 
 
-def norm(batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
+def norm(batch: Batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
     def operand(name, default=None):
         for position, spec in enumerate(like.target._schema.arguments):
             if spec.name == name:

@@ -29,7 +29,7 @@ import torch
 from torch import fx
 
 from tedfx.graph.nodes import REGROUPS
-from tedfx.placement.factors import as_size
+from tedfx.placement.sizes import as_size
 
 __all__ = [
     "Fact",

@@ -19,10 +19,12 @@ import torch
 from torch import fx
 
 from tedfx._torch import pytree
+from tedfx.capture.batched import Batched, aligned, is_pointwise, refuse, unknown
 from tedfx.capture.bodies import Bodies
 from tedfx.capture.letters import contraction_of
 from tedfx.capture.routing import argument, dim_of, name_of, relabel, shape_of
-from tedfx.capture.rules import Batched, aligned, apply_rule, is_pointwise, refuse, unknown
+from tedfx.capture.rules import apply_rule
+from tedfx.graph.nodes import operand
 
 __all__ = ["SlotBodies"]
 
@@ -197,7 +199,7 @@ class SlotBodies(Bodies):
             name, (source, *_) = name_of(source), source.args
             number, dim, kept = node.args[1], argument(node.args[0], "dim"), name != "unbind"
             if name not in ("unbind", "chunk", "split", "split_with_sizes", "tensor_split") or (
-                kept and len(node.args[0].meta["val"]) != self.experts
+                kept and len(operand(node, 0).meta["val"]) != self.experts
             ):
                 return None
         elif name == "select":

@@ -14,7 +14,7 @@ import re
 import torch
 from torch import fx
 
-from tedfx.capture.rules import refuse
+from tedfx.capture.batched import refuse
 from tedfx.graph.emit import emit
 from tedfx.trace.global_graph import Trace
 

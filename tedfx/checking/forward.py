@@ -15,8 +15,8 @@ from tedfx._torch import pytree
 from tedfx.checking.inputs import attempts, random_inputs
 from tedfx.dtypes import precision, widest
 from tedfx.errors import CaptureError
+from tedfx.graph.nodes import argument
 from tedfx.ops.autocast import region
-from tedfx.rules.base import argument
 from tedfx.trace.global_graph import Trace
 from tedfx.trace.observed import kept
 from tedfx.trace.restored import on_gpu

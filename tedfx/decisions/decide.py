@@ -21,18 +21,27 @@ gives way to any other sharded factor, and a partial sum that would be reduced i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from torch import fx
 
 from tedfx.decisions import experts as placing_experts
-from tedfx.decisions.general import general
+from tedfx.decisions.general import general, nothing_reduced
 from tedfx.decisions.own_gradient import own_gradient
+from tedfx.graph.nodes import argument, op_name, operand, operands
 from tedfx.placement.factors import leaves
 from tedfx.placement.plan import Decision, Plan, differentiable
-from tedfx.placement.types import I, R, Shard
-from tedfx.rules import Relation, op_name, operands
+from tedfx.placement.types import I, Placement, R, Shard
+from tedfx.rules import Relation
 
 
-def decide(node: fx.Node, axis: str, types: list, plan: Plan, reduced=lambda position: False) -> Decision:
+def decide(
+    node: fx.Node,
+    axis: str,
+    types: Sequence[Placement],
+    plan: Plan,
+    reduced: Callable[[int], bool] = nothing_reduced,
+) -> Decision:
     """The decision for one node and axis. ``types``: operand placements; ``reduced(position)``: whether the
     operand's sum is available already."""
     relation: Relation = node.meta["relation"]
@@ -45,12 +54,13 @@ def decide(node: fx.Node, axis: str, types: list, plan: Plan, reduced=lambda pos
 
 
 # Special rules ----------------------------------------------------------------------------------------------
-def _getitem(node, axis, types, plan, relation) -> Decision:
-    source, index = node.args
-    return Decision([], [source.meta["types_of"][index][axis]])
+def _getitem(
+    node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation
+) -> Decision:
+    return Decision([], [operand(node, 0).meta["types_of"][argument(node, 1)][axis]])
 
 
-def _create(node, axis, types, plan, relation) -> Decision:
+def _create(node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation) -> Decision:
     factor = plan.chosen(axis, relation.out)
     if (
         factor is not None
@@ -61,7 +71,9 @@ def _create(node, axis, types, plan, relation) -> Decision:
     return Decision([None for _ in types], [I if factor is None else Shard(factor)])
 
 
-def _running(node, axis, types, plan, relation) -> Decision:
+def _running(
+    node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation
+) -> Decision:
     """A running sum has a parallel form over the batch's shards; tokens cut besides are put together for
     it."""
     cut = plan.cuts(axis)
@@ -71,11 +83,11 @@ def _running(node, axis, types, plan, relation) -> Decision:
     return general(node, axis, types, plan, relation)
 
 
-def _like(node, axis, types, plan, relation) -> Decision:
+def _like(node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation) -> Decision:
     return Decision([None for _ in types], [types[0] if isinstance(types[0], Shard) else I])
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[fx.Node, str, Sequence[Placement], Plan, Relation], Decision]] = {
     "getitem": _getitem,
     "create": _create,
     "like": _like,

@@ -3,30 +3,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from tedfx.decisions.general import general
+from tedfx.graph.nodes import op_name, operand, operand_or_none, operands
 from tedfx.placement.factors import Factor, leaves
 from tedfx.placement.plan import Decision, Plan, roots
 from tedfx.placement.slots import in_slots
-from tedfx.placement.types import I, P, R, Shard
-from tedfx.rules import op_name, operands
+from tedfx.placement.types import I, P, Placement, R, Shard, Type
+from tedfx.rules import Relation
+from tedfx.rules.base import flat
 
 
-def expert_layout(dispatch: fx.Node, plan: Plan) -> tuple[Factor, set]:
+def expert_layout(dispatch: fx.Node, plan: Plan) -> tuple[Factor, set[Factor]]:
     """The expert factor of a dispatch, and the factors of all weights that meet its rows."""
     experts = leaves(dispatch.meta["dims_of"][1][0])[0]
     counts = {u for u in dispatch.users if u.args[1:] == (1,)}
-    met: set = set()
+    met: set[Factor] = set()
     for count in counts:
         for user in count.users:
             if user.meta["relation"].kind in ("grouped", "expert_rows"):
-                weight = user.args[1] if user.meta["relation"].kind == "grouped" else user.args[0]
-                met |= roots(f for d in weight.meta["dims"] for f in d)
+                weight = operand(user, 1 if user.meta["relation"].kind == "grouped" else 0)
+                met |= roots(flat(weight.meta["dims"]))
     return experts, met
 
 
-def dispatch(node, axis, types, plan, relation) -> Decision:
+def dispatch(
+    node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation
+) -> Decision:
     """Tokens sharded on the axis stay apart (V). On an axis that shards the experts' own factors the rows are
     R, made so before the dispatch, where they are fewest. Tokens replicated on an expert axis are owned (V,
     operand R), or cut into lanes where others travel.
@@ -38,7 +44,7 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
     how many a slice of rows has left is data.
     """
     x, ids = types
-    tokens, rows = roots(node.args[0].meta["dims"][0]), leaves(relation.out[0][0])[0]
+    tokens, rows = roots(operand(node, 0).meta["dims"][0]), leaves(relation.results[0][0])[0]
     experts, met = expert_layout(node, plan)
     met = {f for f in met if f is not experts.root() and plan.shards(axis, f)}
     split, cut = plan.shards(axis, experts), plan.cuts(axis)
@@ -73,19 +79,19 @@ def dispatch(node, axis, types, plan, relation) -> Decision:
 
 def _travels(node: fx.Node, axis: str, plan: Plan, experts: Factor) -> bool:
     """Whether tokens differ on some other axis that splits the experts, so that rows are sent over it."""
-    of_x = node.args[0].meta["type"]
-    return any(
-        a != axis and isinstance(of_x[a], Shard) and of_x[a].factor.root() is not plan.cuts(a)
-        for a in plan.axes_of(experts)
-    )
+    of_x: Type = operand(node, 0).meta["type"]
+    others = {a: of_x[a] for a in plan.axes_of(experts) if a != axis}
+    return any(isinstance(p, Shard) and p.factor.root() is not plan.cuts(a) for a, p in others.items())
 
 
-def grouped(node, axis, types, plan, relation) -> Decision:
+def grouped(node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation) -> Decision:
     """Rows that vary on an expert axis meet weights split over it."""
     return _with_experts(node, axis, types, plan, relation, rows=0, weight=1)
 
 
-def expert_rows(node, axis, types, plan, relation) -> Decision:
+def expert_rows(
+    node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation
+) -> Decision:
     """As `grouped`; the rows operand gives a number of rows only and needs no conversion. Rows in slots need
     no counts (`passes/lower_slots.py`)."""
     param, *counts, rows = types
@@ -96,28 +102,36 @@ def expert_rows(node, axis, types, plan, relation) -> Decision:
     if varies:
         target = Shard(experts) if plan.shards(axis, experts) else R
         return Decision([target, *alike], [Shard(row_factor)])
-    if isinstance(param, Shard) and param.factor.root() in roots(f for d in relation.out[1:] for f in d):
+    if isinstance(param, Shard) and param.factor.root() in roots(flat(relation.out[1:])):
         return Decision([None, *alike], [param])
     target = R if param == R or rows in (R, P) or isinstance(rows, Shard) else I
     return Decision([target, *alike], [target])
 
 
-def _with_experts(node, axis, types, plan, relation, rows: int, weight: int) -> Decision:
-    experts = leaves(operands(node)[-1].meta["dims"][0])[
-        0
-    ]  # of the counts, or of the weights where rows stand in slots
+def _with_experts(
+    node: fx.Node,
+    axis: str,
+    types: Sequence[Placement],
+    plan: Plan,
+    relation: Relation,
+    rows: int,
+    weight: int,
+) -> Decision:
+    # of the counts, or of the weights where rows stand in slots
+    experts = leaves(operands(node)[-1].meta["dims"][0])[0]
     row_factor = leaves(relation.out[0])[0]
-    if isinstance(types[rows], Shard) and types[rows].factor.root() is row_factor:
+    came = types[rows]
+    if isinstance(came, Shard) and came.factor.root() is row_factor:
         return Decision(
             [None, Shard(experts) if plan.shards(axis, experts) else R, *[None] * (len(types) - 2)],
             [Shard(row_factor)],
         )
-    decision = general(node, axis, [types[rows], types[weight], *[I] * (len(types) - 2)], plan, relation)
+    decision = general(node, axis, [came, types[weight], *[I] * (len(types) - 2)], plan, relation)
     decision.targets[2:] = [None] * (len(types) - 2)
     return decision
 
 
-def combine(node, axis, types, plan, relation) -> Decision:
+def combine(node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation) -> Decision:
     """Rows that vary come back to their own tokens (S), or, where the tokens are replicated, each rank adds
     what its experts made (P).
 
@@ -151,19 +165,19 @@ def combine(node, axis, types, plan, relation) -> Decision:
 
 def _has_tail(order: fx.Node) -> bool:
     """Whether assignments that a capacity dropped stand behind the others."""
-    source = order.args[0] if order.args and isinstance(order.args[0], fx.Node) else None
+    source = operand_or_none(order, 0)
     return op_name(order) == "cut_tail" or (
         source is not None and source.meta.get("relation") is not None and any(source.args[3:])
     )
 
 
-def _tokens_of(order: fx.Node) -> dict:
+def _tokens_of(order: fx.Node) -> Type:
     """The type of the tokens that an order is of: that of the expert ids which it sorts."""
     if order.op == "placeholder":
         return {}
     if op_name(order) == "route_slots":
-        return order.args[0].meta["type"]
+        return operand(order, 0).meta["type"]
     if op_name(order) == "cut_tail":
-        order = order.args[0]
-    source = order.args[0]
-    return (source.args[1] if source.meta.get("relation") is not None else source.args[0]).meta["type"]
+        order = operand(order, 0)
+    source = operand(order, 0)
+    return operand(source, 0 if source.meta.get("relation") is None else 1).meta["type"]

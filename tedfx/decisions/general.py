@@ -3,48 +3,59 @@ operands on one mesh axis."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 from torch import fx
 
 from tedfx.dtypes import has_gradient, precision
-from tedfx.placement.factors import leaves
-from tedfx.placement.plan import Decision, differentiable, roots
-from tedfx.placement.types import I, P, R, Shard
-from tedfx.rules import Relation, operands
+from tedfx.graph.nodes import operands, results
+from tedfx.placement.factors import Dim, Factor, leaves
+from tedfx.placement.plan import Decision, Plan, differentiable, roots
+from tedfx.placement.types import I, P, Placement, R, Shard
+from tedfx.rules import Relation
+from tedfx.rules.base import flat
 
-_EMPTY: frozenset = frozenset()
+
+def nothing_reduced(position: int) -> bool:
+    """Of no operand is the sum available already."""
+    return False
 
 
-def _carried(node: fx.Node) -> frozenset:
+def _carried(node: fx.Node) -> frozenset[Factor]:
     """The factors of a value; kept with it, since factors do not change once types are asked for."""
     if "carried" not in node.meta:
-        node.meta["carried"] = frozenset(roots(f for d in node.meta["dims"] for f in d))
+        node.meta["carried"] = frozenset(roots(flat(node.meta["dims"])))
     return node.meta["carried"]
 
 
-def _outs(relation: Relation) -> list:
-    return relation.out if relation.several else [relation.out]
-
-
-def general(node, axis, types, plan, relation, reduced=lambda position: False) -> Decision:
+def general(
+    node: fx.Node,
+    axis: str,
+    types: Sequence[Placement],
+    plan: Plan,
+    relation: Relation,
+    reduced: Callable[[int], bool] = nothing_reduced,
+) -> Decision:
     """The three cases of `tedfx/decisions/decide.py`, in order."""
     nodes = operands(node)
     diff = [differentiable(n) for n in nodes]
-    dims = [n.meta["dims"] for n in nodes]
-    whole = [_EMPTY if i not in relation.whole else roots(relation.whole[i]) for i in range(len(nodes))]
+    dims: list[list[Dim]] = [n.meta["dims"] for n in nodes]
+    whole = [roots(relation.whole.get(i, ())) for i in range(len(nodes))]
     carried = [_carried(n) for n in nodes]
-    outs = [roots(f for d in ds for f in d) for ds in _outs(relation)]
+    outs = [roots(flat(ds)) for ds in relation.results]
 
-    def usable(f) -> bool:
+    def usable(f: Factor) -> bool:
         return (
             not any(f in carried[j] and (f in whole[j] or _twice(dims[j], f)) for j in range(len(nodes)))
-            and not any(_twice(ds, f) for ds in _outs(relation))
+            and not any(_twice(ds, f) for ds in relation.results)
             and not (
                 any(f in o for o in outs) and f in roots(relation.contracted)
             )  # summed over and kept: a shard can be neither
         )
 
-    def shard_by(chosen) -> Decision:
-        targets, summed = [], roots(relation.contracted)
+    def shard_by(chosen: Factor) -> Decision:
+        targets: list[Placement | None] = []
+        summed = roots(relation.contracted)
         for j in range(len(nodes)):
             if chosen in carried[j]:
                 targets.append(Shard(chosen))
@@ -56,6 +67,7 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
                 targets.append(R)
             else:
                 targets.append(None if types[j] in (R, I) else I)
+        out: list[Placement]
         if any(chosen in o for o in outs):
             out = [Shard(chosen) if chosen in o else (R if differentiable(node) else I) for o in outs]
         elif chosen in roots(relation.absorbed):
@@ -67,7 +79,7 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
 
     # 1. a sharded factor
     tokens = plan.cuts(axis)
-    candidates: list = []
+    candidates: list[tuple[float, Factor]] = []
     for i, t in enumerate(types):
         if isinstance(t, Shard) and t.factor.root() not in whole[i]:
             candidates.append((plan.elements(dims[i]), t.factor.root()))
@@ -77,7 +89,7 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
     planned = [c for c in candidates if c[1] is not tokens]
     if planned:
         return shard_by(max(planned, key=lambda c: (c[0], -c[1].uid))[1])
-    if candidates and axis in plan.sequence:
+    if candidates and axis in plan.sequence and tokens is not None:
         return shard_by(tokens)
 
     # 2. partial sums
@@ -90,7 +102,7 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
                 and not _casts(node, nodes, group)
                 and _may_pass(nodes, types, diff, dims, group, partial, plan, relation)
             ):
-                targets = []
+                targets: list[Placement | None] = []
                 for j in range(len(nodes)):
                     if j in group:
                         targets.append(P)
@@ -102,6 +114,7 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
 
         if (
             axis in plan.sequence
+            and tokens is not None
             and usable(tokens)
             and any(tokens in o for o in outs)
             and any(tokens in carried[i] and tokens not in whole[i] for i in partial)
@@ -114,28 +127,36 @@ def general(node, axis, types, plan, relation, reduced=lambda position: False) -
     return Decision(targets, [want if differentiable(node) else I for _ in outs])
 
 
-def _twice(dims, factor) -> bool:
+def _twice(dims: Iterable[Dim], factor: Factor) -> bool:
     return sum(leaf is factor for d in dims for leaf in leaves(d)) > 1
 
 
-def _casts(node, nodes, group) -> bool:
+def _casts(node: fx.Node, nodes: Sequence[fx.Node], group: frozenset[int]) -> bool:
     """Whether the op changes the precision of what would be a partial sum beside the others: it is summed
     before, in the precision that it was made in, with one rounding after."""
-    value = node.meta["val"]
-    value = value[0] if isinstance(value, (tuple, list)) else value
+    made = precision(results(node)[0].dtype)
     dtypes = [nodes[i].meta["val"].dtype for i in group]
-    return any(has_gradient(dtype) and precision(dtype) != precision(value.dtype) for dtype in dtypes)
+    return any(has_gradient(dtype) and precision(dtype) != made for dtype in dtypes)
 
 
-def _may_pass(nodes, types, diff, dims, group, partial, plan, relation) -> bool:
+def _may_pass(
+    nodes: Sequence[fx.Node],
+    types: Sequence[Placement],
+    diff: Sequence[bool],
+    dims: Sequence[Sequence[Dim]],
+    group: frozenset[int],
+    partial: frozenset[int],
+    plan: Plan,
+    relation: Relation,
+) -> bool:
     """Whether a partial sum goes on through a linear op rather than being reduced before it."""
     if len(group) == 1:
         (position,) = group
         if sum(n is nodes[position] for n in nodes) > 1:  # x * x is not linear in x
             return False
-        return sum(plan.elements(o) for o in _outs(relation)) <= plan.elements(dims[position])
+        return sum(plan.elements(o) for o in relation.results) <= plan.elements(dims[position])
     largest = max(plan.elements(dims[i]) for i in partial)
-    if sum(plan.elements(o) for o in _outs(relation)) > sum(
+    if sum(plan.elements(o) for o in relation.results) > sum(
         plan.elements(dims[i]) for i in {nodes[i]: i for i in partial}.values()
     ):
         return False  # an outer sum, or the same value stacked: larger than what it was made of

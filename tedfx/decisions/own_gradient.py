@@ -4,12 +4,24 @@
 
 from __future__ import annotations
 
-from tedfx.decisions.general import general
-from tedfx.placement.plan import Decision
-from tedfx.placement.types import I, P, R
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from tedfx.decisions.general import general, nothing_reduced
+from tedfx.placement.plan import Decision, Plan
+from tedfx.placement.types import I, P, Placement, R
+from tedfx.rules import Relation
 
 
-def own_gradient(node, axis, types, plan, relation, reduced=lambda position: False) -> Decision:
+def own_gradient(
+    node: fx.Node,
+    axis: str,
+    types: Sequence[Placement],
+    plan: Plan,
+    relation: Relation,
+    reduced: Callable[[int], bool] = nothing_reduced,
+) -> Decision:
     """The general rule, but
 
     complete  R counts as I: where everything is replicated the op gets whole cotangents. (Of an op that

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tedfx._torch import OpOverload
 from tedfx.graph.facts import VAL
 from tedfx.ops.properties import properties
 
@@ -76,9 +77,7 @@ def _sources(value: fx.Node, position: dict[fx.Node, int]) -> set[int]:
             found.add(position[node])
             continue
         for operand in node.all_input_nodes:
-            if operand not in seen and (
-                not isinstance(node.target, torch._ops.OpOverload) or _shares(node, operand)
-            ):
+            if operand not in seen and (not isinstance(node.target, OpOverload) or _shares(node, operand)):
                 seen.add(operand)
                 todo.append(operand)
     return found

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from torch import fx
 
 if TYPE_CHECKING:
-    import sympy
-
-    from tedfx.placement.factors import Factor
+    from tedfx.placement.factors import Dim, Factor
+    from tedfx.placement.sizes import Size
     from tedfx.placement.slots import Slots
-    from tedfx.placement.types import Shard
+    from tedfx.placement.types import Placement
     from tedfx.rules.base import Relation
 
 __all__ = ["Key", "copy_provenance", "copy_value", "set_value", "take_over"]
@@ -77,15 +76,15 @@ LOWERED: Key[tuple] = Key("lowered", "lower_collectives")  # (op, its other argu
 
 # What a value is.
 VAL: Key[Any] = Key("val", "tedfx.trace")  # the fake value: global sizes, in every graph
-DIMS: Key[list[tuple[Factor, ...]]] = Key("dims", "annotate")  # factors per dim, major first
-DIMS_OF: Key[list[list[tuple[Factor, ...]]]] = Key("dims_of", "annotate")  # of an op with several results
-TYPE: Key[Mapping[str, str | Shard]] = Key("type", "place")  # placement per mesh axis
-TYPES_OF: Key[list[dict[str, str | Shard]]] = Key("types_of", "place")  # of an op with several results
+DIMS: Key[list[Dim]] = Key("dims", "annotate")  # factors per dim, major first
+DIMS_OF: Key[list[list[Dim]]] = Key("dims_of", "annotate")  # of an op with several results
+TYPE: Key[Mapping[str, Placement]] = Key("type", "place")  # placement per mesh axis
+TYPES_OF: Key[list[dict[str, Placement]]] = Key("types_of", "place")  # of an op with several results
 CARRIED: Key[frozenset[Factor]] = Key("carried", "tedfx.decisions.general")  # roots of the factors in `dims`
 DIFFERENTIABLE: Key[bool] = Key("differentiable", "annotate")  # whether a gradient may reach it
-LOCAL_SHAPE: Key[Sequence[int | sympy.Expr]] = Key("local_shape", "localize")  # sizes on a rank
+LOCAL_SHAPE: Key[Sequence[Size]] = Key("local_shape", "localize")  # sizes on a rank
 SLOTS: Key[Slots] = Key("slots", "capture_capacity")  # of a dispatch: how many rows an expert takes
-RUNS: Key[int | sympy.Expr] = Key("runs", "localize")  # of a prefix sum over ranks: runs per line
+RUNS: Key[Size] = Key("runs", "localize")  # of a prefix sum over ranks: runs per line
 REGION: Key[int] = Key("region", "checkpoint")  # number of the region that backward computes again
 PARAMETER: Key[bool] = Key("parameter", "gather_parameters")  # gathered: its memory is no activation
 IN_GRAPH: Key[bool] = Key("in_graph", "gather_parameters")  # of a gather: its adjoint runs in the graph

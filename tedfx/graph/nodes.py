@@ -1,20 +1,45 @@
-"""Reading a node: what it calls, and its arguments."""
+"""What a node calls and what it is given.
+
+torch.fx types an argument as everything that a graph may hold, so `node.args[0].meta` has no meaning to a
+type checker, and none to a reader who does not know the op. Here an argument is read as what the op takes it
+for: a value of the graph (`operand`), or a constant (`argument`).
+"""
 
 from __future__ import annotations
+
+import operator
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
+from tedfx import ops
+from tedfx._torch import OpOverload
 from tedfx.errors import TedfxError, user_line
 
-__all__ = ["REGROUPS", "op_name", "operand", "short_name"]
+__all__ = [
+    "REGROUPS",
+    "argument",
+    "is_elementwise",
+    "is_tensor",
+    "namespace",
+    "op_name",
+    "operand",
+    "operand_or_none",
+    "operands",
+    "overload",
+    "results",
+    "short_name",
+]
+
+_BATCHED = frozenset(ops.BATCHED.values())
 
 
 def op_name(node: fx.Node) -> str:
     """``aten.linear`` for any overload; ``getitem``; the function's name for plain functions."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
+    if isinstance(target, OpOverload):
+        return target._schema.name.replace("::", ".")
     return getattr(target, "__name__", str(target))
 
 
@@ -23,15 +48,75 @@ def short_name(node: fx.Node) -> str:
     return op_name(node).rpartition(".")[2]
 
 
+def overload(node: fx.Node) -> str:
+    """``dtype`` of ``aten.view.dtype``; "" for what is no operator of torch's."""
+    return node.target._overloadname if isinstance(node.target, OpOverload) else ""
+
+
+def namespace(node: fx.Node) -> str:
+    """``aten`` of an operator of torch's own; "" for what is no operator."""
+    return node.target.namespace if isinstance(node.target, OpOverload) else ""
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether torch itself tags the operator as pointwise."""
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def results(node: fx.Node) -> list[Any]:
+    """The fake values of what a node makes: one, or one per output."""
+    value = node.meta.get("val")
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def argument(node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
 def operand(node: fx.Node, index: int, name: str = "") -> fx.Node:
     """The value of the graph that a call is given by position or by name. TedfxError, with the user's line,
     where there is a constant or nothing."""
-    found = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+    found = argument(node, index, name)
     if not isinstance(found, fx.Node):
         raise TedfxError(
             f"{node.name}: argument {name or index} of {op_name(node)} is {found!r}, not a value of the "
             f"graph | at {user_line(node)}"
         )
+    return found
+
+
+def operand_or_none(node: fx.Node, index: int, name: str = "") -> fx.Node | None:
+    """As `operand`; None where there is a constant or nothing."""
+    found = argument(node, index, name)
+    return found if isinstance(found, fx.Node) else None
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Tensor operands in argument order, with repetitions (lists flattened). Of an item of a batched op, the
+    one value that it is made of."""
+    if node.target is operator.getitem and operand(node, 0).target in _BATCHED:
+        values = argument(operand(node, 0), 0)
+        return [values[argument(node, 1)]]
+    found: list[fx.Node] = []
+
+    def visit(arg: Any) -> None:
+        if isinstance(arg, fx.Node):
+            if is_tensor(arg):
+                found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            for item in arg:
+                visit(item)
+
+    visit(node.args)
+    for value in node.kwargs.values():
+        visit(value)
     return found
 
 

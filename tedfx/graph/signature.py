@@ -18,7 +18,7 @@ from tedfx._torch import pytree
 from tedfx.errors import ConfigError
 from tedfx.ops.autocast import Autocast
 
-Path = tuple
+Path = tuple[Any, ...]  # the name of an argument, then keys and positions inside it
 
 
 @dataclass(frozen=True)

@@ -7,31 +7,19 @@ union-find with refinement: a factor is unified with another (``_same``) or refi
 nothing here knows an operator.
 
 Terms: a *dim* is a tuple of factors, major first; a dim of size 1 is the empty product ``()``. *Leaves* are
-the factors that stand after all unifications and refinements. Sizes are ints, or sympy expressions in the
-size symbols of the trace.
+the factors that stand after all unifications and refinements. Sizes are those of
+`tedfx/placement/sizes.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
-from typing import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
-import sympy
+from tedfx.placement.sizes import Size, as_size, divides, is_data, parts, product, quotient, same
 
-Size = "int | sympy.Expr"
 _ids = itertools.count()
-
-
-def as_size(value) -> "int | sympy.Expr":
-    """An int where the value is known, else its sympy expression (accepts int, SymInt, sympy)."""
-    node = getattr(value, "node", None)
-    if node is not None and hasattr(node, "expr"):
-        value = node.expr
-    if isinstance(value, sympy.Expr):
-        return int(value) if value.is_Integer else value
-    return int(value)
 
 
 class Factor:
@@ -41,8 +29,9 @@ class Factor:
 
     __slots__ = ("_size", "name", "ragged", "everywhere", "_same", "_parts", "uid")
 
-    def __init__(self, size, name: str = "", ragged: bool = False):
-        self._size, self.name, self.ragged, self.everywhere = size, name, ragged, None
+    def __init__(self, size: Size, name: str = "", ragged: bool = False):
+        self._size, self.name, self.ragged = size, name, ragged
+        self.everywhere: Size | None = None
         self._same: Factor | None = None
         self._parts: tuple[Factor, ...] | None = None
         self.uid = next(_ids)
@@ -60,13 +49,17 @@ class Factor:
         return tuple(leaf for part in root._parts for leaf in part.leaves())
 
     @property
-    def size(self):
+    def size(self) -> Size:
         return self.root()._size
 
-    def refine(self, sizes: Sequence[int]) -> tuple["Factor", ...]:
+    def resize(self, size: Size) -> None:
+        """The size turns out to be this one."""
+        self.root()._size = size
+
+    def refine(self, sizes: Sequence[Size]) -> tuple["Factor", ...]:
         """Replace this leaf by an ordered product of factors of these sizes."""
         root = self.root()
-        assert root._parts is None and sympy.expand(sympy.prod(sizes) - root._size) == 0, (root, sizes)
+        assert root._parts is None and same(product(sizes), root._size), (root, sizes)
         root._parts = tuple(
             Factor(size, f"{root.name}.{i}" if root.name else "") for i, size in enumerate(sizes)
         )
@@ -86,64 +79,16 @@ class Factor:
         return f"{root.name or 'f'}#{root.uid}:{root._size}"
 
 
-Dim = "tuple[Factor, ...]"
+Dim: TypeAlias = tuple[Factor, ...]
 
 
-def leaves(dim: Iterable[Factor]) -> tuple[Factor, ...]:
+def leaves(dim: Iterable[Factor]) -> Dim:
     return tuple(leaf for factor in dim for leaf in factor.leaves())
 
 
-def dim_size(dim: Iterable[Factor]):
+def dim_size(dim: Iterable[Factor]) -> Size:
     """Global size of a dim."""
-    sizes = [factor.size for factor in dim]
-    if len(sizes) == 1:
-        return sizes[0]
-    return math.prod(sizes) if all(isinstance(s, int) for s in sizes) else as_size(sympy.prod(sizes))
-
-
-@functools.cache
-def divides(small, big) -> bool:
-    """Whether ``big / small`` is a whole number for all values of the symbols. An empty dim is of no other's
-    parts: only an empty one is of its."""
-    if small == 0 or big == 0:
-        return small == big
-    if isinstance(small, int) and isinstance(big, int):
-        return big % small == 0
-    quotient = sympy.cancel(sympy.sympify(big) / sympy.sympify(small))
-    numerator, denominator = sympy.fraction(quotient)
-    return denominator == 1
-
-
-@functools.cache
-def quotient(big, small):
-    if big == small:
-        return 1
-    return as_size(sympy.cancel(sympy.sympify(big) / sympy.sympify(small)))
-
-
-@functools.cache
-def parts(big, small):
-    """The size of what follows when a factor of size ``big`` is refined into (``small``, ..); None where it
-    is not.
-
-    A size with symbols is refined into (symbols, number), pairs of neighbours: any shard of the first part is
-    a shard of the whole. In (number, symbols), the halves, a shard of the whole is none of either part: such
-    a dim is whole, behind a barrier.
-    """
-    if (
-        isinstance(small, int) != isinstance(big, int)
-        or small == 1
-        or small == big
-        or not divides(small, big)
-    ):
-        return None
-    rest = quotient(big, small)
-    return rest if isinstance(rest, int) and rest > 1 else None
-
-
-def is_data(size) -> bool:
-    """A size that only the data tells: how many elements match, how many rows an expert has."""
-    return isinstance(size, sympy.Symbol) and size.name.startswith(("u", "zuf"))
+    return product(factor.size for factor in dim)
 
 
 def settle(a: Sequence[Factor], b: Sequence[Factor]) -> None:
@@ -152,12 +97,18 @@ def settle(a: Sequence[Factor], b: Sequence[Factor]) -> None:
     for one, other in ((leaves(a), leaves(b)), (leaves(b), leaves(a))):
         if len(one) == 1 and is_data(one[0].size):
             if dim_size(other) != one[0].size:
-                one[0].root()._size = dim_size(other)
+                one[0].resize(dim_size(other))
             return
 
 
+def _always(factor: Factor, sizes: list[Size]) -> bool:
+    return True
+
+
 def unify(
-    a: Sequence[Factor], b: Sequence[Factor], may_refine: Callable[[Factor, list], bool] = lambda f, s: True
+    a: Sequence[Factor],
+    b: Sequence[Factor],
+    may_refine: Callable[[Factor, list[Size]], bool] = _always,
 ) -> bool:
     """State that two dims are the same, refining where one is finer; False (and nothing changed) where they
     do not agree.
@@ -167,9 +118,10 @@ def unify(
     """
     left, right = list(leaves(a)), list(leaves(b))
     merges: list[tuple[Factor, Factor]] = []
-    refinements: dict[Factor, list] = {}
+    refinements: dict[Factor, list[Factor]] = {}
     i = j = 0
-    rest_l = rest_r = None  # what is left of a leaf that is being refined
+    rest_l: Size | None = None  # what is left of a leaf that is being refined
+    rest_r: Size | None = None
     while i < len(left) and j < len(right):
         size_l = left[i].size if rest_l is None else rest_l
         size_r = right[j].size if rest_r is None else rest_r
@@ -207,16 +159,15 @@ def unify(
     return True
 
 
-def regroup(dims: Sequence[Sequence[Factor]], sizes: Sequence) -> list[tuple[Factor, ...]] | None:
+def regroup(dims: Sequence[Sequence[Factor]], sizes: Sequence[Size]) -> list[Dim] | None:
     """The dims of ``view(x, sizes)``: the same factors in the same order, grouped anew, refined where a size
     cuts a factor; None where the sizes cut factors that cannot be refined (12 = 3 x 4 viewed as 4 x 3)."""
     flat = [leaf for dim in dims for leaf in leaves(dim)]
-    out: list[tuple[Factor, ...]] = []
+    out: list[Dim] = []
     position = 0
-    for size in sizes:
-        size = as_size(size)
+    for size in map(as_size, sizes):
         taken: list[Factor] = []
-        remaining = size
+        remaining: Size = size
         while remaining != 1:
             if position == len(flat):
                 return None
@@ -225,8 +176,8 @@ def regroup(dims: Sequence[Sequence[Factor]], sizes: Sequence) -> list[tuple[Fac
                 taken.append(leaf)
                 remaining = quotient(remaining, leaf.size)
                 position += 1
-            elif parts(leaf.size, remaining) is not None:
-                first, second = leaf.refine([remaining, parts(leaf.size, remaining)])
+            elif (rest := parts(leaf.size, remaining)) is not None:
+                first, second = leaf.refine([remaining, rest])
                 flat[position : position + 1] = [second]
                 # the same leaf may stand again further on
                 flat = flat[: position + 1] + [part for f in flat[position + 1 :] for part in f.leaves()]
@@ -238,6 +189,6 @@ def regroup(dims: Sequence[Sequence[Factor]], sizes: Sequence) -> list[tuple[Fac
     return out if position == len(flat) else None
 
 
-def refine_dim(dim: Sequence[Factor], sizes: Sequence[int]) -> list[tuple[Factor, ...]] | None:
+def refine_dim(dim: Sequence[Factor], sizes: Sequence[Size]) -> list[Dim] | None:
     """Split a dim into an ordered product of given sizes; the dims of the parts, or None."""
     return regroup([dim], sizes)

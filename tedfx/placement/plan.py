@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Sequence
 
 from torch import fx
 
-from tedfx.placement.factors import Factor, leaves
+from tedfx.placement.factors import Dim, Factor, leaves
 from tedfx.placement.roles import Roles
+from tedfx.placement.sizes import Size, Symbol, estimate
+from tedfx.placement.types import Placement
 
 
 @dataclass
@@ -24,13 +26,13 @@ class Plan:
     """
 
     roles: Roles
-    factors: dict = field(default_factory=dict)  # axis -> list of factors
-    hints: dict = field(default_factory=dict)  # size symbol -> example value
+    factors: dict[str, list[Factor]] = field(default_factory=dict[str, list[Factor]])  # by axis
+    hints: dict[Symbol, int] = field(default_factory=dict[Symbol, int])  # example values
     tokens: Factor | None = None
     sequence: tuple[str, ...] = ()
     dedup: tuple[str, ...] = ()
     algebra: frozenset[str] = frozenset()
-    numbers: dict = field(default_factory=dict, repr=False)  # size -> its value under the hints
+    numbers: dict[Size, float] = field(default_factory=dict[Size, float], repr=False)  # under the hints
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -54,7 +56,7 @@ class Plan:
     def axes_of(self, factor: Factor) -> tuple[str, ...]:
         return tuple(a for a in self.axes if self.shards(a, factor))
 
-    def chosen(self, axis: str, dims) -> Factor | None:
+    def chosen(self, axis: str, dims: Iterable[Dim]) -> Factor | None:
         """The factor among these dims that the plan shards over an axis."""
         for dim in dims:
             for leaf in leaves(dim):
@@ -62,19 +64,15 @@ class Plan:
                     return leaf
         return None
 
-    def elements(self, dims) -> float:
+    def elements(self, dims: Iterable[Dim]) -> float:
         """Number of elements, symbols replaced by their hints."""
-        total = 1
+        total = 1.0
         for dim in dims:
             for leaf in leaves(dim):
                 size = leaf.size
-                if not isinstance(size, int):
-                    if size not in self.numbers:
-                        self.numbers[size] = float(
-                            size.subs({**{x: 2048 for x in size.free_symbols}, **self.hints})
-                        )
-                    size = self.numbers[size]
-                total *= size
+                if size not in self.numbers:
+                    self.numbers[size] = estimate(size, self.hints)
+                total *= self.numbers[size]
         return total
 
 
@@ -82,11 +80,11 @@ class Plan:
 class Decision:
     """Per operand the placement it must have (None: as it is); per output its placement."""
 
-    targets: list
-    out: list
+    targets: list[Placement | None]
+    out: list[Placement]
 
 
-def roots(factors) -> set:
+def roots(factors: Iterable[Factor]) -> set[Factor]:
     return {f.root() for f in leaves(factors)}
 
 

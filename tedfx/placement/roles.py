@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
-from typing import Mapping
+from typing import Any, TypeAlias
+
+from torch.distributed.device_mesh import DeviceMesh
 
 from tedfx.errors import ConfigError
 
@@ -29,7 +32,7 @@ class MeshShape:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, mesh) -> "MeshShape":
+    def of(cls, mesh: "MeshLike") -> "MeshShape":
         """From a DeviceMesh with named axes, a mapping of name to size, or ``"dp=2,ep=2"``."""
         if isinstance(mesh, MeshShape):
             return mesh
@@ -42,26 +45,30 @@ class MeshShape:
             )
         if isinstance(mesh, Mapping):
             return cls(tuple(mesh), tuple(int(v) for v in mesh.values()))
-        if getattr(mesh, "mesh_dim_names", None) is None:
+        names = getattr(mesh, "mesh_dim_names", None)
+        if names is None:
             raise ConfigError(
                 "the mesh has no axis names; pass mesh_dim_names=('dp', 'ep', 'tp') (any subset) to "
                 "init_device_mesh"
             )
-        return cls(tuple(mesh.mesh_dim_names), tuple(mesh.mesh.shape))
+        return cls(tuple(names), tuple(mesh.mesh.shape))
 
-    def size(self, axes) -> int:
+    def size(self, axes: Iterable[str]) -> int:
         return prod(dict(zip(self.names, self.sizes))[a] for a in axes)
 
     @property
     def world(self) -> int:
         return prod(self.sizes)
 
-    def wide(self, axes) -> tuple[str, ...]:
+    def wide(self, axes: Iterable[str]) -> tuple[str, ...]:
         """The axes among these whose size exceeds 1, in the given order."""
         return tuple(a for a in axes if self.size((a,)) > 1)
 
     def __str__(self) -> str:
         return ",".join(f"{n}={s}" for n, s in zip(self.names, self.sizes))
+
+
+MeshLike: TypeAlias = MeshShape | DeviceMesh | Mapping[str, int] | str | None
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -92,15 +99,17 @@ class Roles:
     mesh: MeshShape = field(default=MeshShape((), ()), repr=False)
 
     @classmethod
-    def resolve(cls, mesh: MeshShape, given: Mapping[str, tuple[str, ...]] | None = None) -> "Roles":
-        """Defaults from the axis names, overridden by ``given``; everything wrong is one ConfigError line."""
+    def resolve(cls, mesh: MeshShape, given: Any = None) -> "Roles":
+        """Defaults from the axis names, overridden by ``given`` (role -> its axes, or one axis); everything
+        wrong is one ConfigError line."""
         if isinstance(given, str) or not isinstance(given or {}, Mapping):
             raise ConfigError(
                 f"roles={given!r}: pass a dict of role names to axis names, such as roles={{'expert': "
                 f"('tp',)}}"
             )
-        given = dict(given or {})
-        for role, axes in given.items():
+        asked: dict[str, tuple[str, ...]] = {}
+        chosen_by_user: Mapping[str, Any] = given or {}
+        for role, axes in chosen_by_user.items():
             if role not in DEFAULTS:
                 raise ConfigError(f"unknown role {role!r}; roles are {', '.join(DEFAULTS)}")
             axes = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -111,11 +120,11 @@ class Roles:
                     )
             if len(set(axes)) != len(axes):
                 raise ConfigError(f"role {role}={axes!r} names an axis twice")
-            given[role] = axes
-        chosen = {}
+            asked[role] = axes
+        chosen: dict[str, tuple[str, ...]] = {}
         for role, default in DEFAULTS.items():
-            chosen[role] = tuple(a for a in mesh.names if a in given.get(role, default))
-        if "expert_tensor" not in given:
+            chosen[role] = tuple(a for a in mesh.names if a in asked.get(role, default))
+        if "expert_tensor" not in asked:
             chosen["expert_tensor"] = tuple(a for a in chosen["expert_tensor"] if a not in chosen["expert"])
         roles = cls(**chosen, mesh=mesh)
         roles._check()

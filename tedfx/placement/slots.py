@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import sympy
 from torch import fx
 
-from tedfx.placement.factors import Factor, as_size, leaves
+from tedfx.graph.nodes import operand
+from tedfx.placement.factors import Dim, Factor, leaves
 from tedfx.placement.plan import Plan
-from tedfx.placement.types import Shard
+from tedfx.placement.sizes import Size, as_size, product
+from tedfx.placement.types import Placement, Shard, Type
 
 
 @dataclass(frozen=True)
@@ -25,51 +27,61 @@ class Slots:
              coordinate's batch (`passes/local_capacity.py`)
     """
 
-    capacity: "int | sympy.Expr"
-    tokens: tuple[tuple["int | sympy.Expr", bool], ...]
+    capacity: Size
+    tokens: tuple[tuple[Size, bool], ...]
     local: bool = False
+
+
+class LocalSizes(Protocol):
+    """What is asked of the sizes of a local graph (`tedfx/analysis/sizes.py`)."""
+
+    plan: Plan
+
+    def whole(self, expr: Size) -> Size: ...
+
+    def factor(self, factor: Factor, type_: Type) -> Size: ...
 
 
 def in_slots(dispatch: fx.Node, plan: Plan) -> bool:
     """Whether the groups of a dispatch are whole on a rank once tokens that tensor axes cut are put together:
     then its rows can stand in slots."""
-    x = dispatch.args[0]
-    own = {
-        a: p
-        for a, p in x.meta["type"].items()
-        if not (isinstance(p, Shard) and p.factor.root() is plan.cuts(a))
-    }
-    return (
-        "slots" in dispatch.meta
-        and _counted(dispatch.meta["slots"], leaves(x.meta["dims"][0]), own, plan) is not None
-    )
+    slots: Slots | None = dispatch.meta.get("slots")
+    tokens, type_ = _tokens(dispatch)
+    own = {a: p for a, p in type_.items() if not (isinstance(p, Shard) and p.factor.root() is plan.cuts(a))}
+    return slots is not None and _counted(slots, tokens, own, plan) is not None
 
 
-def rows_per_expert(dispatch: fx.Node, sizes) -> "int | sympy.Expr | None":
-    """How many rows of a rank's tokens an expert gets at most, in the rank's own sizes (`Sizes`); None where
-    some group is not whole on a rank."""
-    x, slots = dispatch.args[0], dispatch.meta.get("slots")
-    counted = (
-        None if slots is None else _counted(slots, leaves(x.meta["dims"][0]), x.meta["type"], sizes.plan)
-    )
-    if counted is None:
+def rows_per_expert(dispatch: fx.Node, sizes: LocalSizes) -> Size | None:
+    """How many rows of a rank's tokens an expert gets at most, in the rank's own sizes; None where some group
+    is not whole on a rank."""
+    slots: Slots | None = dispatch.meta.get("slots")
+    tokens, type_ = _tokens(dispatch)
+    counted = None if slots is None else _counted(slots, tokens, type_, sizes.plan)
+    if slots is None or counted is None:
         return None
     rows = slots.capacity if slots.local else sizes.whole(slots.capacity)
-    for factor in counted:
-        rows = rows * sizes.factor(factor, x.meta["type"])
-    return as_size(rows)
+    return product([as_size(rows), *(sizes.factor(factor, type_) for factor in counted)])
 
 
-def _counted(slots: Slots, tokens: Sequence[Factor], type_: Mapping, plan: Plan) -> list[Factor] | None:
+def _tokens(dispatch: fx.Node) -> tuple[Dim, Type]:
+    """The factors of the tokens that a dispatch is given, and their type."""
+    x = operand(dispatch, 0)
+    return leaves(x.meta["dims"][0]), x.meta["type"]
+
+
+def _counted(
+    slots: Slots, tokens: Sequence[Factor], type_: Mapping[str, Placement], plan: Plan
+) -> list[Factor] | None:
     """The factors of the tokens that count groups; None where an axis shards one along which a group runs,
     and the shard is not a group by itself."""
-    split, left = [], list(tokens)
+    split: list[tuple[Factor, bool]] = []
+    left = list(tokens)
     for size, inside in slots.tokens:
-        product = 1
-        while product != size and left:
+        taken: Size = 1
+        while taken != size and left:
             split.append((left.pop(0), inside))
-            product = as_size(product * split[-1][0].size)
-        if product != size:
+            taken = product((taken, split[-1][0].size))
+        if taken != size:
             return None  # a dim of the model's tokens is no product of factors
     sharded = {
         axis: placement.factor.root() for axis, placement in type_.items() if isinstance(placement, Shard)

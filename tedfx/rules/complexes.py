@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.placement.factors import Factor, as_size
-from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule
+from tedfx.graph.nodes import argument, op_name, operands
+from tedfx.placement.factors import Dim, Factor
+from tedfx.rules.base import Annotator, Relation, as_list, flat, rule, shape_of
 
 ONE = (frozenset({0}),)
 
@@ -51,7 +52,8 @@ def from_parts(node: fx.Node, ctx: Annotator) -> Relation:
     from tedfx.rules.pointwise import broadcast
 
     return Relation(
-        out=broadcast(node, ctx), linear=(frozenset({0, 1}),) if op_name(node) == "aten.complex" else ONE
+        out=broadcast(ctx, operands(node)),
+        linear=(frozenset({0, 1}),) if op_name(node) == "aten.complex" else ONE,
     )
 
 
@@ -77,7 +79,7 @@ _SEVERAL = (
 def fourier(node: fx.Node, ctx: Annotator) -> Relation:
     """Additive; the transformed dims are whole, others pass."""
     x, name = operands(node)[0], op_name(node).removeprefix("aten.fft_")
-    dims, shape = ctx.dims(x), [as_size(s) for s in node.meta["val"].shape]
+    dims, shape = ctx.dims(x), shape_of(node)
     if name in _SHIFTS:
         listed = argument(node, 1, "dim")
     else:
@@ -87,12 +89,12 @@ def fourier(node: fx.Node, ctx: Annotator) -> Relation:
     if listed is None:
         given = None if name in _SHIFTS else argument(node, 1, "s")
         listed = range(-len(given) if given is not None else -len(dims), 0)
-    touched = {d % len(dims) for d in ([listed] if isinstance(listed, int) else listed)}
-    created = {d: () if shape[d] == 1 else (Factor(shape[d]),) for d in touched}
+    touched = {d % len(dims) for d in as_list(listed)}
+    created: dict[int, Dim] = {d: () if shape[d] == 1 else (Factor(shape[d]),) for d in touched}
     out = [created.get(d, dim) for d, dim in enumerate(dims)]
     return Relation(
         out=out,
-        whole={0: tuple(f for d in touched for f in dims[d])},
+        whole={0: flat(dims[d] for d in touched)},
         linear=ONE,
-        created=tuple(f for d in touched for f in created[d]),
+        created=flat(created[d] for d in touched),
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.errors import TraceError
-from tedfx.placement.factors import as_size, dim_size
-from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule, whole_everywhere
+from tedfx.graph.nodes import argument, op_name, operand, operand_or_none, operands
+from tedfx.placement.factors import Dim, dim_size
+from tedfx.placement.sizes import as_size
+from tedfx.rules.base import Annotator, Relation, as_list, dim_of, flat, rule, whole_everywhere
 
 EACH = (frozenset({0}), frozenset({1}))
 ONE = (frozenset({0}),)
@@ -15,8 +17,7 @@ ONE = (frozenset({0}),)
 @rule("aten.linear")
 def linear(node: fx.Node, ctx: Annotator) -> Relation:
     """``(.., i), (o, i) -> (.., o)``. A bias makes it affine: see ``split_bias`` of passes/place.py."""
-    x, w = node.args[:2]
-    bias = argument(node, 2, "bias")
+    x, w, bias = operand(node, 0), operand(node, 1), operand_or_none(node, 2, "bias")
     rank = len(ctx.dims(x))
     contracted = ctx.match((x, rank - 1), (w, 1))
     if bias is not None:
@@ -28,11 +29,11 @@ def linear(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.matmul", "aten.bmm", "aten.mm")
 def matmul(node: fx.Node, ctx: Annotator) -> Relation:
-    a, b = node.args[:2]
+    a, b = operand(node, 0), operand(node, 1)
     ra, rb = len(ctx.dims(a)), len(ctx.dims(b))
     contracted = ctx.match((a, ra - 1), (b, max(rb - 2, 0)))
     lead = max(ra, rb) - 2
-    out = []
+    out: list[Dim] = []
     for d in range(max(lead, 0)):
         places = [(n, d - lead + r - 2) for n, r in ((a, ra), (b, rb)) if d - lead + r - 2 >= 0]
         out.append(ctx.match(*places))
@@ -45,26 +46,26 @@ def matmul(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.einsum")
 def einsum(node: fx.Node, ctx: Annotator) -> Relation:
-    equation, tensors = node.args[0].replace(" ", ""), operands(node)
+    equation, tensors = str(argument(node, 0)).replace(" ", ""), operands(node)
     left, _, right = equation.partition("->")
     terms = left.split(",")
     if "." in equation or not right or any(len(set(t)) != len(t) for t in terms):
         return whole_everywhere(node, ctx)
-    dims = {}
+    dims: dict[str, Dim] = {}
     for letter in dict.fromkeys("".join(terms)):
         dims[letter] = ctx.match(
             *[(t, term.index(letter)) for t, term in zip(tensors, terms) if letter in term]
         )
-    contracted = tuple(f for letter, dim in dims.items() if letter not in right for f in dim)
+    contracted = flat(dim for letter, dim in dims.items() if letter not in right)
     groups = tuple(frozenset({i}) for i in range(len(tensors)))
     return Relation(out=[dims[letter] for letter in right], contracted=contracted, linear=groups)
 
 
 def _reduced(node: fx.Node, rank: int) -> list[int]:
-    dims = argument(node, 1, "dim")
-    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+    listed = argument(node, 1, "dim")
+    if listed is None or listed in ([], ()):
         return list(range(rank))
-    return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
+    return [d % rank for d in as_list(listed)]
 
 
 def _keep(node: fx.Node) -> bool:
@@ -77,7 +78,7 @@ def reduce_linear(node: fx.Node, ctx: Annotator) -> Relation:
     dims = ctx.dims(operands(node)[0])
     gone = _reduced(node, len(dims)) if dims else []
     out = [() if d in gone else dim for d, dim in enumerate(dims) if _keep(node) or d not in gone]
-    return Relation(out=out, contracted=tuple(f for d in gone for f in dims[d]), linear=ONE)
+    return Relation(out=out, contracted=flat(dims[d] for d in gone), linear=ONE)
 
 
 @rule(
@@ -102,21 +103,17 @@ def reduce_whole(node: fx.Node, ctx: Annotator) -> Relation:
     if name in ("aten.linalg_vector_norm", "aten.norm", "aten.var", "aten.std", "aten.var_mean"):
         value = node.meta["val"]
         several = isinstance(value, (tuple, list))
-        shape = [as_size(s) for s in (value[0] if several else value).shape]
+        rank = (value[0] if several else value).dim()
         listed = argument(node, 2 if name.endswith("norm") else 1, "dim")
         if isinstance(listed, bool):  # var(x, unbiased)
             listed = None
-        gone = (
-            list(range(len(dims)))
-            if listed in (None, [])
-            else [d % len(dims) for d in ([listed] if isinstance(listed, int) else listed)]
-        )
-        keep = len(shape) == len(dims) and bool(shape)
+        gone = list(range(len(dims))) if listed in (None, []) else [d % len(dims) for d in as_list(listed)]
+        keep = 0 < rank == len(dims)
     else:
         several, gone, keep = False, _reduced(node, len(dims)) if dims else [], _keep(node)
     out = [() if d in gone else dim for d, dim in enumerate(dims) if keep or d not in gone]
-    whole = {0: tuple(f for d in gone for f in dims[d])}
-    return Relation(out=[out] * 2 if several else out, whole=whole, several=several)
+    whole = {0: flat(dims[d] for d in gone)}
+    return Relation(outs=[out, out], whole=whole) if several else Relation(out, whole=whole)
 
 
 @rule("aten.max", "aten.min", "aten.median", "aten.mode")
@@ -125,13 +122,13 @@ def max_dim(node: fx.Node, ctx: Annotator) -> Relation:
     if len(tensors) == 2:
         from tedfx.rules.pointwise import broadcast
 
-        return Relation(out=broadcast(node, ctx))
+        return Relation(out=broadcast(ctx, tensors))
     dims = ctx.dims(tensors[0])
     several = isinstance(node.meta["val"], (tuple, list))
     gone = _reduced(node, len(dims)) if len(node.args) > 1 else list(range(len(dims)))
     out = [() if d in gone else dim for d, dim in enumerate(dims) if _keep(node) or d not in gone]
-    whole = {0: tuple(f for d in gone for f in dims[d])}
-    return Relation(out=[out, out] if several else out, whole=whole, several=several)
+    whole = {0: flat(dims[d] for d in gone)}
+    return Relation(outs=[out, out], whole=whole) if several else Relation(out, whole=whole)
 
 
 @rule(
@@ -141,7 +138,7 @@ def along_dim(node: fx.Node, ctx: Annotator) -> Relation:
     dims = ctx.dims(operands(node)[0])
     if not dims:
         return Relation(out=[])
-    d = argument(node, 1, "dim", -1) % len(dims)
+    d = dim_of(node, len(dims), 1, default=-1)
     return Relation(out=dims, whole={0: dims[d]})
 
 
@@ -161,13 +158,13 @@ def in_groups(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("aten.layer_norm", "aten.rms_norm")
 def norm(node: fx.Node, ctx: Annotator) -> Relation:
-    x, count = node.args[0], len(node.args[1])
+    x, count = operand(node, 0), len(argument(node, 1))
     dims = ctx.dims(x)
     for param in operands(node)[1:]:
         for d in range(count):
             ctx.match((x, len(dims) - count + d), (param, d))
     dims = ctx.dims(x)
-    normed = tuple(f for d in dims[len(dims) - count :] for f in d)
+    normed = flat(dims[len(dims) - count :])
     return Relation(out=dims, whole={i: normed for i in range(len(operands(node)))})
 
 
@@ -175,7 +172,7 @@ def norm(node: fx.Node, ctx: Annotator) -> Relation:
 def histogram(node: fx.Node, ctx: Annotator) -> Relation:
     """Counts in fixed bins add up over shards; bins taken from the data's own range need it whole."""
     x = operands(node)[0]
-    everything = tuple(f for d in ctx.dims(x) for f in d)
+    everything = flat(ctx.dims(x))
     bins = ctx.dim_of(node.meta["val"].shape[0], "bins")
     low, high = argument(node, 2, "min", 0), argument(node, 3, "max", 0)
     fixed = low != high
@@ -201,18 +198,18 @@ def bincount(node: fx.Node, ctx: Annotator) -> Relation:
 @rule("aten.topk", "aten.sort")
 def topk(node: fx.Node, ctx: Annotator) -> Relation:
     dims, name = ctx.dims(operands(node)[0]), op_name(node)
-    d = argument(node, 2 if name == "aten.topk" else 1, "dim", -1) % len(dims)
+    d = dim_of(node, len(dims), 2 if name == "aten.topk" else 1, default=-1)
     size = as_size(node.meta["val"][0].shape[d])
     new = () if size == 1 else ctx.dim_of(size, "k") if name == "aten.topk" else ctx.fresh(dims[d])
     out = dims[:d] + [new] + dims[d + 1 :]
-    return Relation(out=[out, out], whole={0: dims[d]}, created=new, several=True)
+    return Relation(outs=[out, out], whole={0: dims[d]}, created=new)
 
 
 @rule("aten.embedding")
 def embedding(node: fx.Node, ctx: Annotator) -> Relation:
     """``(V, h), (..) -> (.., h)``: contracts the vocabulary; a vocabulary shard looks its own rows up and
     gives a partial sum."""
-    weight, ids = node.args[:2]
+    weight, ids = operand(node, 0), operand(node, 1)
     if argument(node, 3, "scale_grad_by_freq", False):  # frequencies of the whole batch
         return whole_everywhere(node, ctx)
     vocabulary, hidden = ctx.dims(weight)
@@ -223,17 +220,17 @@ def embedding(node: fx.Node, ctx: Annotator) -> Relation:
 def cross_entropy(node: fx.Node, ctx: Annotator) -> Relation:
     """Rows form only (``reduction='none'``; ``passes/split_losses.py`` makes it so): ``(n, V), (n) ->
     (n)``."""
-    logits, labels = node.args[:2]
+    logits, labels = operand(node, 0), operand(node, 1)
     if argument(node, 3, "reduction", 1) != 0 or len(ctx.dims(logits)) != 2 or len(ctx.dims(labels)) != 1:
         return whole_everywhere(node, ctx)
     rows = ctx.match((logits, 0), (labels, 0))
     vocabulary = ctx.dims(logits)[1]
-    plain = argument(node, 2, "weight") is None and not argument(node, 5, "label_smoothing", 0.0)
-    if plain:
+    weight = operand_or_none(node, 2, "weight")
+    if weight is None and not argument(node, 5, "label_smoothing", 0.0):
         return Relation(out=[rows], absorbed=vocabulary)
     whole = {0: vocabulary}
-    if argument(node, 2, "weight") is not None:
-        whole[2] = ctx.dims(argument(node, 2, "weight"))[0]
+    if weight is not None:
+        whole[2] = ctx.dims(weight)[0]
     return Relation(out=[rows], whole=whole)
 
 
@@ -241,26 +238,20 @@ def cross_entropy(node: fx.Node, ctx: Annotator) -> Relation:
 def attention(node: fx.Node, ctx: Annotator) -> Relation:
     """``(.., s, d), (.., r, d), (.., r, e) -> (.., s, e)``: batch and heads pass; sequences and the head dim
     are whole."""
-    q, k, v = node.args[:3]
-    mask = argument(node, 3, "attn_mask")
+    q, k, v = operand(node, 0), operand(node, 1), operand(node, 2)
+    mask = operand_or_none(node, 3, "attn_mask")
     if argument(node, 7, "enable_gqa", False) and dim_size(ctx.dims(q)[-3]) != dim_size(ctx.dims(k)[-3]):
         raise TraceError(f"{node}: enable_gqa is expanded before typing (passes/expand_attention.py)")
     rank = len(ctx.dims(q))
+    missing = 0 if mask is None else rank - len(ctx.dims(mask))  # dims along which the mask is broadcast
     for d in range(rank - 2):
         ctx.match(
-            (q, d),
-            (k, d),
-            (v, d),
-            *(
-                [(mask, d - rank + len(ctx.dims(mask)))]
-                if mask is not None and d - rank + len(ctx.dims(mask)) >= 0
-                else []
-            ),
+            (q, d), (k, d), (v, d), *([(mask, d - missing)] if mask is not None and d >= missing else [])
         )
     ctx.match((k, rank - 2), (v, rank - 2))
     ctx.match((q, rank - 1), (k, rank - 1))
     qd, kd, vd = ctx.dims(q), ctx.dims(k), ctx.dims(v)
     whole = {0: qd[-2] + qd[-1], 1: kd[-2] + kd[-1], 2: vd[-2]}
     if mask is not None:
-        whole[3] = tuple(f for d in ctx.dims(mask)[-2:] for f in d)
+        whole[3] = flat(ctx.dims(mask)[-2:])
     return Relation(out=qd[:-1] + [vd[-1]], whole=whole, linear=(frozenset({2}),))

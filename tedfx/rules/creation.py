@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.rules.base import Annotator, Relation, operands, rule
+from tedfx.graph.nodes import op_name, operands
+from tedfx.rules.base import Annotator, Relation, flat, rule
 
 
 @rule(
@@ -27,15 +28,12 @@ def create(node: fx.Node, ctx: Annotator) -> Relation:
     """From sizes alone; an operand (``new_*``) gives only dtype and device. Ranges and identities are created
     whole unless their size is an input dim."""
     out = [ctx.dim_of(s) for s in node.meta["val"].shape]
-    if node.target._schema.name in (
-        "aten::eye",
-        "aten::linspace",
-    ):  # their numbers depend on the whole size: created whole
+    if op_name(node) in ("aten.eye", "aten.linspace"):  # numbers that depend on the whole size
         out = [ctx.fresh(d) for d in out]
-        return Relation(out=out, created=tuple(f for d in out for f in d))
-    if node.target._schema.name == "aten::lift_fresh_copy":
+        return Relation(out=out, created=flat(out))
+    if op_name(node) == "aten.lift_fresh_copy":
         return Relation(out=ctx.dims(operands(node)[0]))
-    return Relation(out=out, created=tuple(f for d in out for f in d), kind="create")
+    return Relation(out=out, created=flat(out), kind="create")
 
 
 @rule(

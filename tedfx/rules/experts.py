@@ -6,20 +6,24 @@ weights that are split over it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
-from tedfx.placement.factors import Factor, as_size
-from tedfx.rules.base import Annotator, Relation, argument, operands
+from tedfx.graph.nodes import argument, operand, operands
+from tedfx.placement.factors import Dim, Factor
+from tedfx.placement.sizes import as_size
+from tedfx.rules.base import Annotator, Relation, Rule
 from tedfx.rules.base import rule as any_rule
 
 ONE = (frozenset({0}),)
 
 
-def rule(name: str):
+def rule(name: str) -> Callable[[Rule], Rule]:
     """A rule of an op whose adjoint (`tedfx/ops/experts.py`) is that of real values."""
 
-    def register(fn):
+    def register(fn: Rule) -> Rule:
         def checked(node: fx.Node, ctx: Annotator) -> Relation:
             if any(n.meta["val"].is_complex() for n in operands(node)):
                 raise TraceError(
@@ -36,18 +40,17 @@ def rule(name: str):
 @rule("tedfx.dispatch")
 def dispatch(node: fx.Node, ctx: Annotator) -> Relation:
     """``(n, h), (n, k) -> rows (r, h), counts (E), order (r)``."""
-    x, ids = node.args[:2]
+    x, ids = operand(node, 0), operand(node, 1)
     ctx.match((x, 0), (ids, 0))
     rows = Factor(as_size(node.meta["val"][0].shape[0]), "rows", ragged=True)
-    experts = Factor(int(node.args[2]), "experts")
+    experts = Factor(int(argument(node, 2)), "experts")
     hidden = ctx.dims(x)[1]
-    out = [[(rows,), hidden], [(experts,)], [(rows,)]]
+    outs: list[list[Dim]] = [[(rows,), hidden], [(experts,)], [(rows,)]]
     return Relation(
-        out=out,
+        outs=outs,
         whole={1: ctx.dims(ids)[1]},
         linear=ONE,
         created=(rows, experts),
-        several=True,
         kind="dispatch",
     )
 
@@ -55,7 +58,7 @@ def dispatch(node: fx.Node, ctx: Annotator) -> Relation:
 @rule("tedfx.grouped_linear")
 def grouped_linear(node: fx.Node, ctx: Annotator) -> Relation:
     """``(r, i), (E, o, i), (E) -> (r, o)``."""
-    rows, weight, counts = node.args[:3]
+    rows, weight, counts = operand(node, 0), operand(node, 1), operand(node, 2)
     transposed = argument(node, 3, "transposed", False)
     o, i = (2, 1) if transposed else (1, 2)
     ctx.match((counts, 0), (weight, 0))
@@ -71,7 +74,7 @@ def grouped_linear(node: fx.Node, ctx: Annotator) -> Relation:
 @rule("tedfx.expert_rows")
 def expert_rows(node: fx.Node, ctx: Annotator) -> Relation:
     """``(E, ..), (E), (r, ..) -> (r, ..)``; the third operand gives the number of rows only."""
-    param, counts, rows = node.args[:3]
+    param, counts, rows = operand(node, 0), operand(node, 1), operand(node, 2)
     ctx.match((counts, 0), (param, 0))
     return Relation(out=[ctx.dims(rows)[0]] + ctx.dims(param)[1:], linear=ONE, kind="expert_rows")
 
@@ -79,7 +82,7 @@ def expert_rows(node: fx.Node, ctx: Annotator) -> Relation:
 @rule("tedfx.combine")
 def combine(node: fx.Node, ctx: Annotator) -> Relation:
     """``(r, h), (r), (n, k) -> (n, h)``."""
-    rows, order, weights = node.args[:3]
+    rows, weights = operand(node, 0), operand(node, 2)
     out = [ctx.dims(weights)[0], ctx.dims(rows)[1]]
     return Relation(
         out=out, whole={2: ctx.dims(weights)[1]}, linear=(frozenset({0}), frozenset({2})), kind="combine"

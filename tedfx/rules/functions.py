@@ -1,83 +1,33 @@
 """The rule of a kept Function (`tedfx/ops/function.py`) is computed, not written: from the types that the
-typing rules give the graph of its forward and backward.
-
-The graph (`tedfx/trace/bodies.py`) gets factors like any other. Then the theory itself
-(`tedfx/decisions/decide.py`) is run over it on one axis, for each assignment of types to the operands that
-may be wanted, with the cotangents that belong to the outputs. What comes out without a single conversion is
-what a rank may compute from its own parts by running the user's code on them:
-
-- a factor is *passed* or *contracted* if operands sharded by it give gradients sharded by it, and the other
-  operands partial sums (they are R);
-- operands are *linear* together if partial sums of them give partial sums, and cotangents that are
-  replicated give gradients that are;
-- the gradient is *linear in the cotangents* if partial sums of those give partial sums; otherwise an R
-  operand of a replicated call would get a wrong gradient: `Relation.complete`;
-- an operand of one element whose gradient depends on no value (DeepSeek's auxiliary loss: one) gets the
-  same number on every rank: `Relation.constant`, and `Relation.unread` if its value
-  is read nowhere.
-
-Not left to the types is what the local graph of a rank rewrites and the user's code cannot know: a mean's
-divisor, the numbers of a range, sizes as numbers, a parallel vocabulary.
-"""
+typing rules give the graph of its forward and backward (`tedfx/rules/bodies.py`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import torch
 from torch import fx
 
-from tedfx.placement.factors import Factor, as_size, leaves, settle, unify
-from tedfx.placement.plan import Plan, roots
-from tedfx.placement.types import I, P, R, Shard
-from tedfx.rules.base import Annotator, Relation, is_tensor, op_name, operands
-from tedfx.trace.bodies import Body, bodies_of
+from tedfx.graph.nodes import operands, results
+from tedfx.ops.function import kept_of
+from tedfx.placement.factors import Dim, Factor
+from tedfx.placement.sizes import as_size
+from tedfx.rules.base import Annotator, Relation, flat
+from tedfx.rules.bodies import Found, found_of
+from tedfx.trace.bodies import bodies_of
 
-__all__ = ["function", "is_elementwise"]
-
-_AXIS = "axis"
-_KINDS = ("", "getitem", "create", "like", "expand")
-# What `passes/localize.py` gives a rank in another form than its own part: of a factor that is summed
-# over, and along one that is kept.
-_BY_COUNT = ("aten.mean", "aten.embedding")
-_BY_PLACE = (
-    "aten.arange",
-    "aten.eye",
-    "aten.linspace",
-    "aten.tril",
-    "aten.triu",
-    "aten.slice",
-    "aten.narrow",
-    "aten.split",
-    "aten.split_with_sizes",
-    "aten.tensor_split",
-)
-_NO_VALUE = (
-    "aten.zeros_like",
-    "aten.ones_like",
-    "aten.full_like",
-    "aten.empty_like",
-    "aten.new_zeros",
-    "aten.new_ones",
-    "aten.new_full",
-    "aten.new_empty",
-)
+__all__ = ["adds_up", "function", "is_elementwise"]
 
 
 def function(node: fx.Node, ctx: Annotator) -> Relation:
     """The rule of a node whose target is a kept Function."""
-    kept, found = node.target.kept, _rule(node)
+    kept, found = kept_of(node.target), _rule(node)
+    assert kept is not None, node
     tensors = operands(node)
-    dims: dict[Factor, tuple] = {}
+    dims: dict[Factor, Dim] = {}
     for factor, places in found.classes.items():
         dims[factor] = ctx.match(*((tensors[i], d) for i, d in places)) if factor in found.free else ()
     whole = {
-        i: tuple(
-            f
-            for d, dim in enumerate(ctx.dims(n))
-            if found.dims[i][d] is None or found.dims[i][d] not in found.free
-            for f in dim
-        )
+        i: flat(dim for dim, f in zip(ctx.dims(n), found.dims[i]) if f is None or f not in found.free)
         for i, n in enumerate(tensors)
     }
     whole = {i: factors for i, factors in whole.items() if factors}
@@ -86,30 +36,24 @@ def function(node: fx.Node, ctx: Annotator) -> Relation:
             f"{kept.name}.apply: {', '.join(tensors[i].name for i in whole)} whole in "
             f"{'some' if found.free else 'all'} dims, whose parts its code does not compute apart"
         )
-    value = node.meta["val"]
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
-    out = []
-    for v, factors in zip(values, found.out):
+    outs: list[list[Dim]] = []
+    for v, factors in zip(results(node), found.out):
         sizes = [as_size(s) for s in v.shape]
-        out.append(
-            [() if s == 1 else dims[f] if f in found.free else (Factor(s),) for s, f in zip(sizes, factors)]
+        outs.append(
+            [
+                () if s == 1 else dims[f] if f is not None and f in found.free else (Factor(s),)
+                for s, f in zip(sizes, factors)
+            ]
         )
-    contracted = tuple(f for factor in found.contracted for f in dims[factor])
-    several = isinstance(value, (tuple, list))
-    new = tuple(
-        f
-        for ds, factors in zip(out, found.out)
-        for d, f in zip(ds, factors)
-        if f not in found.free
-        for f in d
-    )
+    several = not kept.single
+    new = flat(d for d, f in zip(outs[0], found.out[0]) if f not in found.free)
     return Relation(
-        out=out if several else out[0],
+        out=[] if several else outs[0],
+        outs=outs if several else None,
         whole=whole,
-        contracted=contracted,
+        contracted=flat(dims[factor] for factor in found.contracted),
         created=() if several else new,
         linear=found.linear,
-        several=several,
         complete=found.complete,
         constant=found.constant,
         unread=found.unread,
@@ -137,50 +81,23 @@ def adds_up(node: fx.Node) -> bool:
     return not found.complete and not found.constant
 
 
-# ---- the body's own types
-# ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Found:
-    """dims: per operand and dim the factor, None where there is none or several. classes: factor -> where
-    it stands. free: those that may be sharded; contracted: those of them that are
-    summed over. The rest as in `Relation`."""
-
-    dims: list
-    out: list
-    learned: list
-    classes: dict = field(default_factory=dict)
-    free: set = field(default_factory=set)
-    contracted: list = field(default_factory=list)
-    linear: tuple = ()
-    complete: bool = False
-    constant: frozenset = frozenset()
-    unread: frozenset = frozenset()
-
-
-def _rule(node: fx.Node) -> _Found:
-    found, *others = [_of(body) for body in bodies_of(node)]
+def _rule(node: fx.Node) -> Found:
+    found, *others = [found_of(body) for body in bodies_of(node)]
     for other in others:
         found = _both(found, other)
     return found
 
 
-def _of(body: Body) -> _Found:
-    if body.found is None:
-        body.found = _find(body)
-    return body.found
-
-
-def _both(one: _Found, other: _Found) -> _Found:
+def _both(one: Found, other: Found) -> Found:
     """What holds whichever cotangents there are, of two sets."""
     there = {factor: other.dims[i][d] for factor, ((i, d), *_) in one.classes.items()}
     free = {
         f
         for f in one.free
-        if there[f] in other.free
-        and one.classes[f] == other.classes[there[f]]
-        and (f in one.contracted) == (there[f] in other.contracted)
+        if (same := there[f]) is not None
+        and same in other.free
+        and one.classes[f] == other.classes[same]
+        and (f in one.contracted) == (same in other.contracted)
     }
     learned = [a or b for a, b in zip(one.learned, other.learned)]
     constant = frozenset(
@@ -199,201 +116,3 @@ def _both(one: _Found, other: _Found) -> _Found:
         linear=tuple(g for g in one.linear if g in other.linear),
         unread=frozenset(i for i in constant if all(i in f.unread or not f.learned[i] for f in (one, other))),
     )
-
-
-class _BodyAnnotator(Annotator):
-    """Created sizes have factors of their own, which their uses unify: two dims of one size need not be one
-    dim.
-    """
-
-    def dim_of(self, size, name: str = "") -> tuple[Factor, ...]:
-        size = as_size(size)
-        return () if size == 1 else (Factor(size, name),)
-
-
-def _find(body: Body) -> _Found:
-    from tedfx.rules import rule_for  # this rule is one of them
-
-    ctx = _BodyAnnotator(body.graph)
-    matched = []
-    for node in list(body.graph.nodes):
-        if node.op in ("placeholder", "get_attr") and is_tensor(node):
-            node.meta["dims"] = [ctx.dim_of(s) for s in node.meta["val"].shape]
-        elif node.op == "call_function" and _has_tensor(node):
-            ctx.annotate(node, rule_for(node))
-    pairs = [(body.outputs[k], g) for k, g in body.cotangents.items()] + [
-        (x, g) for x, g in zip(body.operands, body.gradients) if g is not None
-    ]
-    for one, other in pairs:
-        for a, b in zip(one.meta["dims"], other.meta["dims"]):
-            settle(a, b)
-            matched.append((a, b, unify(a, b)))
-    bad = {f.root() for a, b, agree in matched if not agree for f in (*leaves(a), *leaves(b))}
-
-    def single(dim) -> Factor | None:
-        found = leaves(dim)
-        return found[0].root() if len(found) == 1 and found[0].root() not in bad else None
-
-    dims_of = lambda n: [single(d) for d in n.meta["dims"]]
-    found = _Found(
-        [dims_of(n) for n in body.operands],
-        [dims_of(n) for n in body.outputs],
-        [g is not None for g in body.gradients],
-    )
-    for i, ds in enumerate(found.dims):
-        for d, f in enumerate(ds):
-            if f is not None:
-                found.classes.setdefault(f, []).append((i, d))
-    types = _Types(body)
-    one = [all(as_size(size) == 1 for size in n.meta["val"].shape) for n in body.operands]
-    found.constant = frozenset(
-        i for i, g in enumerate(body.gradients) if g is not None and one[i] and not types.values_behind([g])
-    )
-    read = types.values_behind([*body.outputs, *(g for g in body.gradients if g is not None)])
-    found.unread = frozenset(i for i in found.constant if body.operands[i] not in read)
-    for factor in found.classes:
-        kind = types.sharded(factor, found)
-        if kind:
-            found.free.add(factor)
-        if kind == "contracted":
-            found.contracted.append(factor)
-    found.complete = not types.linear_in_cotangents(found)
-    sums = [
-        i
-        for i, n in enumerate(body.operands)
-        if n.meta["val"].is_floating_point() and i not in found.constant
-    ]
-    groups = dict.fromkeys([frozenset({i}) for i in sums] + [frozenset(sums)] * bool(sums))
-    found.linear = tuple(g for g in groups if types.linear(g, found))
-    return found
-
-
-def _has_tensor(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, (tuple, list)) else (value,)))
-
-
-class _Types:
-    """Types of the values of a body on one axis."""
-
-    def __init__(self, body: Body):
-        self.body = body
-        self.seeds = {placeholder: body.outputs[k] for k, placeholder in body.cotangents.items()}
-
-    def values_behind(self, nodes: list[fx.Node]) -> set[fx.Node]:
-        """The operands and cotangents whose values (not only sizes and dtypes) these nodes are made of."""
-        todo, seen = list(nodes), set()
-        while todo:
-            node = todo.pop()
-            if node not in seen and _has_tensor(node):
-                seen.add(node)
-                todo.extend([] if op_name(node) in _NO_VALUE else node.all_input_nodes)
-        return {n for n in seen if n.op == "placeholder"}
-
-    def sharded(self, factor: Factor, found: _Found) -> str:
-        """ "passed" or "contracted", where ranks may have shards by this factor; else ""."""
-        carried = [factor in ds for ds in found.dims]
-        symbols = {
-            s for i, d in found.classes[factor] for s in _symbols(self.body.operands[i].meta["val"].shape[d])
-        }
-        apart = [
-            (n.meta["dims"], ds)
-            for n, ds in zip([*self.body.operands, *self.body.outputs], [*found.dims, *found.out])
-        ]
-        if symbols & self.body.fixed or any(
-            factor in roots(f for d in dims for f in d) and factor not in ds for dims, ds in apart
-        ):
-            return ""
-        types = self.run(factor, [Shard(factor) if c else I for c in carried], P)
-        if types is None:
-            return ""
-        outs, gradients = types
-        kept = [factor in ds for ds in found.out]
-        if any(t != Shard(factor) if c else t != (I if any(kept) else P) for t, c in zip(outs, kept)):
-            return ""
-        for i, (t, c) in enumerate(zip(gradients, carried)):
-            if t is not None and (
-                t != Shard(factor) if c else t != P and not (t == I and i in found.constant)
-            ):
-                return ""
-        return "passed" if any(kept) else "contracted"
-
-    def linear_in_cotangents(self, found: _Found) -> bool:
-        types = self.run(None, [I] * len(self.body.operands), P)
-        return types is not None and all(
-            t in (None, P) or (t == I and i in found.constant) for i, t in enumerate(types[1])
-        )
-
-    def linear(self, group: frozenset, found: _Found) -> bool:
-        types = self.run(None, [P if i in group else I for i in range(len(self.body.operands))], I)
-        if types is None or any(t != P for t in types[0]):
-            return False
-        return all(
-            t is None or (t == I if i in group or i in found.constant else t == P)
-            for i, t in enumerate(types[1])
-        )
-
-    def run(self, factor: Factor | None, given: list, seed) -> tuple[list, list] | None:
-        """Types of the outputs and of the gradients; None where some node would need a conversion. `seed`:
-        the cotangents of replicated outputs.
-        """
-        from tedfx.decisions.decide import decide  # which uses the rules
-
-        plan = Plan(
-            None, {_AXIS: [factor] if factor is not None else []}, algebra=frozenset({"merge", "delay"})
-        )
-        types = dict(zip(self.body.operands, given))
-
-        def type_of(node: fx.Node):
-            if node not in types:
-                of = type_of(self.seeds[node]) if node in self.seeds else None  # none: a constant of the body
-                types[node] = I if of in (P, None) else seed if of == I else of
-            return types[node]
-
-        for node in self.body.graph.nodes:
-            if node.op != "call_function" or "relation" not in node.meta:
-                continue
-            relation, before = node.meta["relation"], [type_of(n) for n in operands(node)]
-            if relation.kind not in _KINDS:
-                if any(t != I for t in before):
-                    return None
-                after = [I] * (len(relation.out) if relation.several else 1)
-            else:
-                decision = decide(node, _AXIS, before, plan)
-                if any(
-                    t is not None and t != b and {t, b} != {R, I} for b, t in zip(before, decision.targets)
-                ):
-                    return None
-                after = decision.out
-            if _knows_the_whole(node, relation, factor, after):
-                return None
-            if relation.several:
-                node.meta["types_of"] = [{_AXIS: t} for t in after]
-            else:
-                types[node] = after[0]
-        return [type_of(n) for n in self.body.outputs], [
-            None if g is None else type_of(g) for g in self.body.gradients
-        ]
-
-
-def _knows_the_whole(node: fx.Node, relation: Relation, factor: Factor | None, after: list) -> bool:
-    """Whether the node does with a shard what a rank's own code would not do with its part."""
-    if factor is None:
-        return False
-    summed = factor in roots([*relation.contracted, *relation.absorbed])
-    if factor in roots(relation.absorbed) or (summed and op_name(node) in _BY_COUNT):
-        return True
-    if op_name(node) in _BY_PLACE and any(isinstance(t, Shard) for t in after):
-        return True
-    numbers = [
-        a
-        for a in (*node.args, *node.kwargs.values())
-        if isinstance(a, fx.Node)
-        and isinstance(a.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
-    ]
-    return any(_symbols(a.meta["val"]) & _symbols(factor.size) for a in numbers)
-
-
-def _symbols(size) -> set:
-    size = size.node.expr if hasattr(size, "node") else size
-    return set(getattr(size, "free_symbols", ()))

@@ -3,24 +3,25 @@ others are not linear."""
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from tedfx.dtypes import has_gradient
-from tedfx.rules.base import Annotator, Relation, argument, is_tensor, op_name, operands, rule
+from tedfx.graph.nodes import argument, is_tensor, op_name, operand_or_none, operands
+from tedfx.placement.factors import Dim
+from tedfx.rules.base import Annotator, Relation, flat, rule
 
 
-def broadcast(node: fx.Node, ctx: Annotator, nodes=None) -> list:
-    nodes = operands(node) if nodes is None else nodes
+def broadcast(ctx: Annotator, nodes: list[fx.Node]) -> list[Dim]:
+    """The dims of what these values are broadcast to."""
     rank = max((len(ctx.dims(n)) for n in nodes), default=0)
-    out = []
+    out: list[Dim] = []
     for d in range(rank):
         places = [(n, d - rank + len(ctx.dims(n))) for n in nodes if d - rank + len(ctx.dims(n)) >= 0]
         out.append(ctx.match(*places))
     return out
 
 
-def linear_groups(node: fx.Node) -> tuple:
+def linear_groups(node: fx.Node) -> tuple[frozenset[int], ...]:
     name, tensors = op_name(node), operands(node)
     first = frozenset({0})
     floats = has_gradient(node.meta["val"].dtype)
@@ -97,21 +98,15 @@ def pointwise(node: fx.Node, ctx: Annotator) -> Relation:
     if op_name(node) == "aten.isin":
         return isin(node, ctx)
     if op_name(node) == "aten.type_as" or (op_name(node) == "aten.to" and len(operands(node)) == 2):
-        out = broadcast(node, ctx, operands(node)[:1])
-        extra = (
-            {1: tuple(f for d in ctx.dims(operands(node)[1]) for f in d)} if len(operands(node)) > 1 else {}
-        )
+        out = broadcast(ctx, operands(node)[:1])
+        extra = {1: flat(ctx.dims(operands(node)[1]))} if len(operands(node)) > 1 else dict[int, Dim]()
         return Relation(out=out, whole=extra, linear=linear_groups(node))
-    return Relation(out=broadcast(node, ctx), linear=linear_groups(node))
+    return Relation(out=broadcast(ctx, operands(node)), linear=linear_groups(node))
 
 
 def isin(node: fx.Node, ctx: Annotator) -> Relation:
     """Each element against all the test elements: those are whole."""
-    elements, tested = node.args[:2]
-    if not (is_tensor(elements) and is_tensor(tested)):
-        return Relation(out=ctx.dims(elements) if is_tensor(elements) else [])
-    return Relation(out=ctx.dims(elements), whole={1: tuple(f for d in ctx.dims(tested) for f in d)})
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    elements, tested = operand_or_none(node, 0), operand_or_none(node, 1)
+    if not is_tensor(elements):
+        return Relation()
+    return Relation(ctx.dims(elements), whole={1: flat(ctx.dims(tested))} if is_tensor(tested) else {})

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.placement.factors import Factor, as_size, dim_size, divides, quotient, refine_dim, regroup
-from tedfx.rules.base import Annotator, Relation, argument, op_name, operands, rule, whole_everywhere
+from tedfx.graph.nodes import argument, op_name, operand, operands, overload
+from tedfx.placement.factors import Dim, Factor, dim_size, refine_dim, regroup
+from tedfx.placement.sizes import Size, as_size, divides, plus, product, quotient
+from tedfx.rules.base import Annotator, Relation, as_list, flat, rule, shape_of, whole_everywhere
 
 ONE = (frozenset({0}),)
 
@@ -18,7 +20,7 @@ def _wrap(dim: int, rank: int) -> int:
 def reads_bits(node: fx.Node) -> bool:
     """Whether a view is `view(dtype)`: the memory's bits read as another dtype, of the same sizes but for the
     last dim."""
-    return op_name(node) == "aten.view" and node.target._overloadname == "dtype"
+    return op_name(node) == "aten.view" and overload(node) == "dtype"
 
 
 @rule(
@@ -38,22 +40,22 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
     if reads_bits(node):
         same = x.meta["val"].dtype.itemsize == node.meta["val"].dtype.itemsize
         return Relation(out=ctx.dims(x)) if same else whole_everywhere(node, ctx)
-    old, sizes = ctx.dims(x), [as_size(s) for s in node.meta["val"].shape]
+    old, sizes = ctx.dims(x), shape_of(node)
     dims = regroup(old, sizes)
     if dims is not None:
         return Relation(out=dims, linear=ONE)
     old = ctx.dims(x)
-    same = lambda a, b: dim_size(a) == b
+    both = min(len(old), len(sizes))
     head = 0
-    while head < min(len(old), len(sizes)) and same(old[head], sizes[head]):
+    while head < both and dim_size(old[head]) == sizes[head]:
         head += 1
     tail = 0
-    while tail < min(len(old), len(sizes)) - head and same(old[-1 - tail], sizes[-1 - tail]):
+    while tail < both - head and dim_size(old[-1 - tail]) == sizes[-1 - tail]:
         tail += 1
-    cut = tuple(f for d in old[head : len(old) - tail] for f in d)
-    middle = [() if s == 1 else (Factor(s),) for s in sizes[head : len(sizes) - tail]]
+    cut = flat(old[head : len(old) - tail])
+    middle: list[Dim] = [() if s == 1 else (Factor(s),) for s in sizes[head : len(sizes) - tail]]
     dims = old[:head] + middle + (old[len(old) - tail :] if tail else [])
-    return Relation(out=dims, whole={0: cut}, linear=ONE, created=tuple(f for d in middle for f in d))
+    return Relation(out=dims, whole={0: cut}, linear=ONE, created=flat(middle))
 
 
 @rule(
@@ -67,20 +69,20 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
 )
 def permute(node: fx.Node, ctx: Annotator) -> Relation:
     dims = ctx.dims(operands(node)[0])
-    rank, name = len(dims), node.target._schema.name
-    if name == "aten::permute":
-        order = [_wrap(d, rank) for d in node.args[1]]
-    elif name == "aten::movedim":
-        source, target = ([a] if isinstance(a, int) else list(a) for a in node.args[1:3])
-        source, target = [_wrap(d, rank) for d in source], [_wrap(d, rank) for d in target]
+    rank, name = len(dims), op_name(node)
+    if name == "aten.permute":
+        order = [_wrap(d, rank) for d in argument(node, 1)]
+    elif name == "aten.movedim":
+        source = [_wrap(d, rank) for d in as_list(argument(node, 1))]
+        target = [_wrap(d, rank) for d in as_list(argument(node, 2))]
         rest = iter(d for d in range(rank) if d not in source)
         order = [source[target.index(i)] if i in target else next(rest) for i in range(rank)]
     else:
         order = list(range(rank))
         a, b = (
             (0, 1)
-            if name in ("aten::t", "aten::numpy_T")
-            else (_wrap(node.args[1], rank), _wrap(node.args[2], rank))
+            if name in ("aten.t", "aten.numpy_T")
+            else (_wrap(argument(node, 1), rank), _wrap(argument(node, 2), rank))
         )
         if rank > 1:
             order[a], order[b] = order[b], order[a]
@@ -91,18 +93,20 @@ def permute(node: fx.Node, ctx: Annotator) -> Relation:
 def expand(node: fx.Node, ctx: Annotator) -> Relation:
     """New and widened dims are created: they take the shard that the plan gives their factor."""
     x = operands(node)[0]
-    old, sizes = ctx.dims(x), [as_size(s) for s in node.meta["val"].shape]
-    out, created, lead = [], [], len(sizes) - len(old)
+    old, sizes = ctx.dims(x), shape_of(node)
+    out: list[Dim] = []
+    created: Dim = ()
+    lead = len(sizes) - len(old)
     for d, size in enumerate(sizes):
         mine = old[d - lead] if d >= lead else ()
         if mine == () and size != 1:
             mine = ctx.dim_of(size)
             created += mine
         out.append(mine)
-    return Relation(out=out, linear=ONE, created=tuple(created), kind="expand")
+    return Relation(out=out, linear=ONE, created=created, kind="expand")
 
 
-def piece_of(start, length, size) -> int | None:
+def piece_of(start: Size, length: Size, size: Size) -> int | None:
     """i where [start, start + length) is the i-th of the equal pieces of a dim; None where it is none."""
     if length == 0 or not (divides(length, size) and isinstance(quotient(size, length), int)):
         return None
@@ -116,22 +120,22 @@ def slice_(node: fx.Node, ctx: Annotator) -> Relation:
     stride s | n keeps those of n/s; any other piece needs the dim whole."""
     x = operands(node)[0]
     dims = ctx.dims(x)
-    if node.target._schema.name == "aten::narrow":
-        d, start, step = _wrap(node.args[1], len(dims)), node.args[2], 1
+    if op_name(node) == "aten.narrow":
+        d, given, step = _wrap(argument(node, 1), len(dims)), argument(node, 2), 1
     else:
         d = _wrap(argument(node, 1, "dim", 0), len(dims))
-        start, step = argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
-    size, length = dim_size(dims[d]), as_size(node.meta["val"].shape[d])
+        given, step = argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
+    size, length = dim_size(dims[d]), shape_of(node)[d]
     if length == size and step == 1:
         return Relation(out=dims, linear=ONE)
-    start = as_size(start.meta["val"] if isinstance(start, fx.Node) else start)
-    start = start + size if isinstance(start, int) and start < 0 else start
+    start = as_size(given.meta["val"] if isinstance(given, fx.Node) else given)
+    start = plus(start, size) if isinstance(start, int) and start < 0 else start
     if step == 1 and piece_of(start, length, size) is not None:
         parts = refine_dim(dims[d], [quotient(size, length), length])
         if parts is not None:
             dims = ctx.dims(x)
             return Relation(out=dims[:d] + [parts[1]] + dims[d + 1 :], whole={0: parts[0]}, linear=ONE)
-    if step > 1 and isinstance(start, int) and 0 <= start < step and as_size(length * step) == size:
+    if step > 1 and isinstance(start, int) and 0 <= start < step and product((length, step)) == size:
         parts = refine_dim(dims[d], [length, step])
         if parts is not None:
             dims = ctx.dims(x)
@@ -143,7 +147,7 @@ def slice_(node: fx.Node, ctx: Annotator) -> Relation:
 @rule("aten.select")
 def select(node: fx.Node, ctx: Annotator) -> Relation:
     dims = ctx.dims(operands(node)[0])
-    d = _wrap(node.args[1], len(dims))
+    d = _wrap(argument(node, 1), len(dims))
     return Relation(out=dims[:d] + dims[d + 1 :], whole={0: dims[d]}, linear=ONE)
 
 
@@ -152,34 +156,28 @@ def split(node: fx.Node, ctx: Annotator) -> Relation:
     """Equal pieces refine the dim into (pieces, piece); unequal pieces need it whole."""
     x = operands(node)[0]
     dims, pieces = ctx.dims(x), node.meta["val"]
-    name = node.target._schema.name
-    d = _wrap(argument(node, 1 if name == "aten::unbind" else 2, "dim", 0), len(dims))
+    name = op_name(node)
+    d = _wrap(argument(node, 1 if name == "aten.unbind" else 2, "dim", 0), len(dims))
     size = dim_size(dims[d])
-    if name == "aten::unbind":
-        return Relation(
-            out=[dims[:d] + dims[d + 1 :] for _ in pieces], whole={0: dims[d]}, linear=ONE, several=True
-        )
+    if name == "aten.unbind":
+        return Relation(outs=[dims[:d] + dims[d + 1 :] for _ in pieces], whole={0: dims[d]}, linear=ONE)
     lengths = [as_size(p.shape[d]) for p in pieces]
     if len(lengths) == 1:
-        return Relation(out=[dims], linear=ONE, several=True)
-    if len(set(lengths)) == 1 and as_size(len(lengths) * lengths[0]) == size:
+        return Relation(outs=[dims], linear=ONE)
+    if len(set(lengths)) == 1 and product((len(lengths), lengths[0])) == size:
         parts = refine_dim(dims[d], [len(lengths), lengths[0]])
         if parts is not None:
             dims = ctx.dims(x)
             piece = dims[:d] + [parts[1]] + dims[d + 1 :]
-            return Relation(out=[piece for _ in lengths], whole={0: parts[0]}, linear=ONE, several=True)
-    out, created = [], []
-    for length in lengths:
-        new = () if length == 1 else (Factor(length),)
-        created += new
-        out.append(dims[:d] + [new] + dims[d + 1 :])
-    return Relation(out=out, whole={0: dims[d]}, linear=ONE, created=tuple(created), several=True)
+            return Relation(outs=[piece for _ in lengths], whole={0: parts[0]}, linear=ONE)
+    new: list[Dim] = [() if length == 1 else (Factor(length),) for length in lengths]
+    outs = [dims[:d] + [piece] + dims[d + 1 :] for piece in new]
+    return Relation(outs=outs, whole={0: dims[d]}, linear=ONE, created=flat(new))
 
 
 @rule("getitem")
 def getitem(node: fx.Node, ctx: Annotator) -> Relation:
-    source, index = node.args
-    return Relation(out=source.meta["dims_of"][index], kind="getitem")
+    return Relation(operand(node, 0).meta["dims_of"][argument(node, 1)], kind="getitem")
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
@@ -189,20 +187,21 @@ def cat(node: fx.Node, ctx: Annotator) -> Relation:
     tensors = operands(node)
     rank = len(node.meta["val"].shape)
     d = _wrap(argument(node, 1, "dim", 0), rank)
-    out = []
+    out: list[Dim] = []
+    created: Dim = ()
+    whole: dict[int, Dim] = {}
     for i in range(rank):
         if i != d:
             out.append(ctx.match(*[(t, i) for t in tensors]))
             continue
-        sizes = [as_size(t.meta["val"].shape[d]) for t in tensors]
-        whole: dict = {}
+        sizes = [shape_of(t)[d] for t in tensors]
         if len(set(sizes)) == 1 and sizes[0] != 1:
             piece = ctx.match(*[(t, d) for t in tensors])
             pieces = (Factor(len(tensors), "cat"),) if len(tensors) > 1 else ()
             out.append(pieces + piece)
             created = pieces
         else:
-            created = ctx.fresh((Factor(as_size(node.meta["val"].shape[d])),))
+            created = ctx.fresh((Factor(shape_of(node)[d]),))
             whole = {k: ctx.dims(t)[d] for k, t in enumerate(tensors)}
             out.append(created)
     tensors = operands(node)
@@ -223,52 +222,47 @@ def stack(node: fx.Node, ctx: Annotator) -> Relation:
 def repeat(node: fx.Node, ctx: Annotator) -> Relation:
     """``repeat_interleave(x, n, dim)`` is (dim, n), ``repeat`` is (n, dim)."""
     dims = ctx.dims(operands(node)[0])
-    created: list = []
-    if node.target._schema.name == "aten::repeat_interleave":
-        n, d = node.args[1], argument(node, 2, "dim")
+    if op_name(node) == "aten.repeat_interleave":
+        n, d = argument(node, 1), argument(node, 2, "dim")
         if not isinstance(n, int) or len(operands(node)) > 1:
             return whole_everywhere(node, ctx)
         new = (Factor(n, "repeat"),) if n != 1 else ()
         if d is None:  # of the flattened value
-            return Relation(out=[tuple(f for dim in dims for f in dim) + new], linear=ONE, created=new)
+            return Relation(out=[flat(dims) + new], linear=ONE, created=new)
         d = _wrap(d, len(dims))
         return Relation(out=dims[:d] + [dims[d] + new] + dims[d + 1 :], linear=ONE, created=new)
-    counts = list(node.args[1])
+    counts = list(argument(node, 1))
     counts = [1] * (len(dims) - len(counts)) + counts
     dims = [()] * (len(counts) - len(dims)) + dims
-    out = []
-    for n, dim in zip(counts, dims):
-        new = ctx.dim_of(n, "repeat")
-        created += new
-        out.append(new + dim)
-    return Relation(out=out, linear=ONE, created=tuple(created))
+    copies = [ctx.dim_of(n, "repeat") for n in counts]
+    return Relation([new + dim for new, dim in zip(copies, dims)], linear=ONE, created=flat(copies))
 
 
 @rule("aten.flip", "aten.roll", "aten.constant_pad_nd", "aten.pad", "aten.unfold", "aten.diff")
 def along(node: fx.Node, ctx: Annotator) -> Relation:
     """Ops that move or add elements along some dims: those dims are whole, the rest passes through."""
     x = operands(node)[0]
-    dims, name = ctx.dims(x), node.target._schema.name.split("::")[1]
+    dims, name = ctx.dims(x), op_name(node).removeprefix("aten.")
     rank = len(dims)
     if name in ("flip", "roll"):
         listed = argument(node, 1 if name == "flip" else 2, "dims")
         listed = list(range(rank)) if listed is None else [listed] if isinstance(listed, int) else listed
         touched = {_wrap(d, rank) for d in (listed or range(rank))}
     elif name in ("pad", "constant_pad_nd"):
-        pads = list(node.args[1])
+        pads = list(argument(node, 1))
         touched = {rank - 1 - i for i in range(len(pads) // 2) if pads[2 * i] != 0 or pads[2 * i + 1] != 0}
     else:
         touched = {_wrap(argument(node, 2 if name == "diff" else 1, "dim", -1), rank)}
     if name == "unfold":
         touched = set(range(rank))
-    shape = [as_size(s) for s in node.meta["val"].shape]
-    out = [
-        () if s == 1 else (Factor(s),) if d in touched or d >= rank else dims[d] for d, s in enumerate(shape)
+    out: list[Dim] = [
+        () if s == 1 else (Factor(s),) if d in touched or d >= rank else dims[d]
+        for d, s in enumerate(shape_of(node))
     ]
-    whole = {0: tuple(f for d in touched for f in dims[d])}
+    whole = {0: flat(dims[d] for d in touched)}
     for k in range(1, len(operands(node))):
-        whole[k] = tuple(f for d in ctx.dims(operands(node)[k]) for f in d)
-    created = tuple(f for d, dim in enumerate(out) if d in touched or d >= rank for f in dim)
+        whole[k] = flat(ctx.dims(operands(node)[k]))
+    created = flat(dim for d, dim in enumerate(out) if d in touched or d >= rank)
     keeps = name in ("flip", "roll", "diff") and len(operands(node)) == 1
     zero_pad = name in ("pad", "constant_pad_nd") and argument(node, 3 if name == "pad" else 2, "value") in (
         None,
@@ -281,5 +275,5 @@ def along(node: fx.Node, ctx: Annotator) -> Relation:
             for d in range(rank):
                 if d not in touched:
                     ctx.match((x, d), (other, d))
-            whole[k] = tuple(f for d in touched for f in ctx.dims(other)[d])
+            whole[k] = flat(ctx.dims(other)[d] for d in touched)
     return Relation(out=out, whole=whole, created=created, linear=ONE if keeps or zero_pad else ())

@@ -12,7 +12,7 @@ from tedfx._torch import pytree
 from tedfx.graph.signature import Path
 from tedfx.ops.cuts import Cut
 from tedfx.ops.gather import gather_parameters
-from tedfx.placement.derived import Fit
+from tedfx.placement.fit import Fit
 from tedfx.runtime.gathers import Gathered
 from tedfx.trace.call_check import CallRules
 

@@ -22,10 +22,10 @@ from torch import fx, nn
 
 from tedfx.graph.facts import VAL
 from tedfx.options import Options
-from tedfx.placement.derived import solve, symbol_of
-from tedfx.placement.factors import Factor, as_size
+from tedfx.placement.factors import Factor
 from tedfx.placement.plan import Plan
 from tedfx.placement.roles import MeshShape, Roles
+from tedfx.placement.sizes import as_size, solve, symbol_of
 from tedfx.stages.history import PassRecord
 from tedfx.stages.setting import Setting, asked_for, name_outputs
 from tedfx.trace.call_check import CallRules

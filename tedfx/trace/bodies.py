@@ -33,7 +33,7 @@ from tedfx._torch import (
 )
 from tedfx.errors import TedfxError, TraceError, user_line
 from tedfx.ops.function import Kept, kept_of
-from tedfx.placement.factors import as_size
+from tedfx.placement.sizes import Symbol, as_size
 from tedfx.trace.body_watch import Watch
 from tedfx.trace.casts import number_of
 
@@ -62,7 +62,7 @@ class Body:
     cotangents: dict[int, fx.Node]
     outputs: list[fx.Node]
     gradients: list[fx.Node | None]
-    fixed: set
+    fixed: set[Symbol]
     materialized: bool = True
     found: Any = None
 

@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit, evaluate
-from tedfx.placement.derived import symbol_of
+from tedfx.placement.sizes import symbol_of
 from tedfx.trace.calls import Subject, leaves_with_path
 from tedfx.trace.casts import explicit_casts
 from tedfx.trace.functions import keep_calls

@@ -37,7 +37,7 @@ class Trace:
     mutated_buffers   FQNs of buffers that the model changes (filled by the `functionalize` pass).
     sizes             "batch" and "sequence" -> size symbol, those that the model leaves free.
     extents           "batch" and "sequence" -> the size itself: its symbol, or 2*s where the model only
-                      accepts even ones (`tedfx/placement/derived.py`).
+                      accepts even ones (`tedfx/placement/sizes.py`).
     conditions        what the sizes of a call must satisfy besides, as expressions in the size symbols.
     static            one line for every size that the model fixes or bounds.
     values            path -> value of inputs that are not tensors; a call must pass the same.

@@ -5,11 +5,11 @@ import textwrap
 
 import pytest
 import torch
-from tedfx.passes.base import run_pipeline
 
 from tedfx.compiler import default_passes
 from tedfx.errors import TraceError, user_line
 from tedfx.options import Options
+from tedfx.passes.base import run_pipeline
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace

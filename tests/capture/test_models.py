@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
 from tedfx.passes.base import run_pipeline
 from tedfx.passes.capture_loops import CaptureLoops
 from tedfx.passes.functionalize import Functionalize
-from torch import nn
-
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.models_plain import MOES, PLAIN, Config

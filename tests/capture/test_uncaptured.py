@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tedfx.passes.capture_loops import find_uncaptured
 from torch import nn
 
+from tedfx.passes.capture_loops import find_uncaptured
 from tests.capture.test_models import Layer, capture
 
 E, H, I = 4, 32, 48

@@ -5,15 +5,15 @@ from __future__ import annotations
 import weakref
 
 import torch
-from tedfx.passes.base import run_pipeline
 from torch import fx
 
 from tedfx.compiler import compile_graph, default_passes, example_sizes
 from tedfx.graph.nodes import op_name
 from tedfx.options import Options
-from tedfx.placement.derived import solve, symbol_of
+from tedfx.passes.base import run_pipeline
 from tedfx.placement.roles import MeshShape, Roles
-from tedfx.placement.types import format_type
+from tedfx.placement.sizes import solve, symbol_of
+from tedfx.placement.types import format_type, kind
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.rules.simulate import Ranks, cotangent, join, same, split
@@ -91,7 +91,6 @@ def typed(node: fx.Node) -> str:
 
 def conversions(program) -> list[str]:
     """``tp:I>R`` per pending conversion, in order."""
-    kind = lambda p: p if isinstance(p, str) else "S"
     found = [n.meta["conversion"] for n in program.graph_module.graph.nodes if "conversion" in n.meta]
     return [f"{axis}:{kind(a)}>{kind(b)}" for axis, a, b in found]
 

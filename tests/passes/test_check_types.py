@@ -4,11 +4,11 @@ import functools
 from dataclasses import replace
 
 import pytest
-from tedfx.passes.check_types import check_types
-from tedfx.passes.place import convert
 from torch import fx
 
 from tedfx.errors import TypeCheckError
+from tedfx.passes.check_types import check_types
+from tedfx.passes.place import convert
 from tedfx.placement.types import I, P, R, Shard
 from tests.passes import models as m
 from tests.passes.helpers import upto

@@ -9,13 +9,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from tedfx.passes.checkpoint import (
-    Checkpoint,
-    assert_no_recomputed_collectives,
-    barrier,
-    communicating_nodes,
-    regions_of,
-)
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +24,13 @@ from tedfx.errors import ConfigError, TedfxError
 from tedfx.graph.emission import emit, schedule
 from tedfx.graph.nodes import short_name
 from tedfx.options import parse_policy
+from tedfx.passes.checkpoint import (
+    Checkpoint,
+    assert_no_recomputed_collectives,
+    barrier,
+    communicating_nodes,
+    regions_of,
+)
 from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
 from tests.passes.helpers import find, global_graph, run_ranks

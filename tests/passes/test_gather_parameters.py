@@ -3,12 +3,12 @@
 import operator
 
 import pytest
-from tedfx.passes.gather_parameters import GatherParameters
 
 from tedfx import ops
 from tedfx.compiler import pipeline
 from tedfx.errors import ConfigError
 from tedfx.options import Options
+from tedfx.passes.gather_parameters import GatherParameters
 from tedfx.placement.roles import MeshShape, Roles
 from tests.passes import models as m
 from tests.passes.helpers import calls, find, placeholder, upto

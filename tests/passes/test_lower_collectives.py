@@ -3,8 +3,6 @@ compute."""
 
 import pytest
 import torch
-from tedfx.passes.lower_collectives import LowerCollectives
-from tedfx.passes.place import convert
 from torch import fx
 from torch.nn import functional
 
@@ -12,6 +10,8 @@ from tedfx import ops
 from tedfx.compiler import compile_graph, default_passes
 from tedfx.errors import TypeCheckError
 from tedfx.graph.nodes import op_name
+from tedfx.passes.lower_collectives import LowerCollectives
+from tedfx.passes.place import convert
 from tedfx.placement.factors import Factor
 from tedfx.placement.types import I, P, R, Shard
 from tests.graphs import typed_graph
@@ -89,14 +89,14 @@ def compare(program, mesh: str):
 TABLE = [
     (P, I, ops.all_reduce, ()),
     (I, R, ops.sum_gradient, ()),
-    (F, R, ops.all_gather, (1, 2, R)),
-    (F, I, ops.all_gather, (1, 2, I)),
-    (B, R, ops.all_gather, (0, 1, R)),
+    (F, R, ops.all_gather, (1, 2, "R")),
+    (F, I, ops.all_gather, (1, 2, "I")),
+    (B, R, ops.all_gather, (0, 1, "R")),
     (P, F, ops.reduce_scatter, (1, 2)),
-    (R, F, ops.shard, (1, 2, R)),
-    (I, O, ops.shard, (1, 1, I)),
-    (R, P, ops.partial, (R,)),
-    (I, P, ops.partial, (I,)),
+    (R, F, ops.shard, (1, 2, "R")),
+    (I, O, ops.shard, (1, 1, "I")),
+    (R, P, ops.partial, ("R",)),
+    (I, P, ops.partial, ("I",)),
 ]
 
 

@@ -49,7 +49,7 @@ def test_the_bias_of_a_row_parallel_linear_is_added_once():
     only."""
     program, _ = upto(m.make(m.Mlp), "tp=2", m.inputs(), "place")
     row = find(program, "linear")[1]
-    assert len(row.args) == 2 and row.meta["type"]["tp"] == "P"
+    assert len(row.args) == 2 and row.meta["type"]["tp"] == P
     bias = placeholder(program, "down.bias")
     (conversion,) = bias.users
     assert conversion.meta["conversion"] == ("tp", I, P)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tedfx.errors import CallError, TraceError
-from tedfx.placement.derived import solve, symbol_of, whole_pieces
 from tedfx.placement.factors import leaves
+from tedfx.placement.fit import whole_pieces
+from tedfx.placement.sizes import solve, symbol_of
 from tedfx.trace.call_check import CallRules
 from tests.passes import models as m
 from tests.passes.helpers import PLAIN, parity, placeholder, upto
@@ -63,7 +64,7 @@ def test_a_pair_is_a_refinement_and_a_half_is_whole():
 
 def test_rows_that_do_not_fit_are_refused_with_the_line():
     program, _ = upto(scaled(lambda s, x: x[::2] * x[1::2]), "dp=2", m.inputs(8, 6), "place")
-    (fit,) = whole_pieces(program)
+    (fit,) = whole_pieces(program.graph_module.graph, program.trace.inputs, program.pieces)
     fit.check({("x",): torch.empty(4, 6, 8)})
     with pytest.raises(
         CallError,

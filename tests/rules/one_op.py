@@ -8,21 +8,20 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.utils._pytree as pytree
+from torch import fx
+
+from tedfx.decisions.decide import decide
+from tedfx.dtypes import has_gradient
+from tedfx.graph.nodes import op_name, operands
 from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import run_pipeline
 from tedfx.passes.check_types import DIRECT
 from tedfx.passes.collective_algebra import NAMES
 from tedfx.passes.localize import Localize
 from tedfx.passes.place import route
-from torch import fx
-
-from tedfx.decisions.decide import decide
-from tedfx.dtypes import has_gradient
-from tedfx.graph.nodes import op_name
 from tedfx.placement.factors import leaves
 from tedfx.placement.plan import differentiable
-from tedfx.placement.types import I, P, R, Shard
-from tedfx.rules import operands
+from tedfx.placement.types import I, P, R, Shard, kind
 from tedfx.stages.graphs import PlannedGraph, TypedGraph
 from tests.graphs import global_graph
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split
@@ -140,8 +139,8 @@ def check_decision(call, nodes, types, decision, final, plan) -> None:
         if current != target and not (not differentiable(node) and {current, target} <= {R, I}):
             at = current
             for step in route(node, current, target):
-                kinds = tuple("S" if isinstance(p, Shard) else p for p in (at, step))
-                assert kinds in DIRECT, f"{what}: no conversion {kinds}"
+                conversion = f"{kind(at)}>{kind(step)}"
+                assert conversion in DIRECT, f"{what}: no conversion {conversion}"
                 at = step
             assert at == target or {at, target} <= {R, I}, what
     if call.meta["relation"].kind not in ("create", "like"):
@@ -159,7 +158,7 @@ def words(program, final, outs) -> str:
 
     def word(placement, dims):
         if not isinstance(placement, Shard):
-            return placement
+            return str(placement)
         for d, dim in enumerate(dims):
             for k, leaf in enumerate(leaves(dim)):
                 if leaf is placement.factor.root():
@@ -167,7 +166,7 @@ def words(program, final, outs) -> str:
         return "S?"
 
     call = program.call
-    dims = call.meta["relation"].out if call.meta["relation"].several else [call.meta["dims"]]
+    dims = call.meta["relation"].results
     left = [word(p, n.meta["dims"]) for p, n in zip(final, operands(call))]
     return " ".join(left) + ">" + " ".join(word(p, d) for p, d in zip(outs, dims))
 

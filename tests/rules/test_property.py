@@ -1,6 +1,6 @@
 """Every rule: run the op on shards, compare with the op on the whole, forward and backward.
 
-For each case of `tests/rules/cases.py`, every placement of the operands (R, I, P and S of each factor) is put
+For each case of `tests/rules/cases/`, every placement of the operands (R, I, P and S of each factor) is put
 to `decide`; each decision it comes to is run on two ranks in float64 and joined by type. The graph of a rank
 is made by `Localize`, so local sizes, parallel vocabulary forms and global counts are under test as well.
 """

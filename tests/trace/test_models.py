@@ -8,13 +8,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tedfx.passes.base import run_pipeline  # noqa: E402
-from tedfx.passes.functionalize import Functionalize  # noqa: E402
-from tedfx.passes.simplify_masks import SimplifyMasks  # noqa: E402
-
 from tedfx.checking.forward import check_capture  # noqa: E402
 from tedfx.errors import CaptureError, ConfigError, TraceError  # noqa: E402
 from tedfx.frontends import HuggingFace, huggingface  # noqa: E402
+from tedfx.passes.base import run_pipeline  # noqa: E402
+from tedfx.passes.functionalize import Functionalize  # noqa: E402
+from tedfx.passes.simplify_masks import SimplifyMasks  # noqa: E402
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace  # noqa: E402
 from tests.models import MODELS  # noqa: E402

@@ -9,11 +9,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tedfx.passes.base import run_pipeline
-from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError
+from tedfx.passes.base import run_pipeline
+from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from tedfx.passes.base import run_pipeline
-from tedfx.passes.functionalize import Functionalize
 from torch import nn
 
 from tedfx.errors import TraceError, user_line
+from tedfx.passes.base import run_pipeline
+from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.calls import infer_inputs
 from tedfx.trace.export import trace

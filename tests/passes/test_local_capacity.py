@@ -4,22 +4,22 @@ about places; what cannot be rewritten is refused."""
 import pytest
 import torch
 import torch.nn.functional as F
-from tedfx.passes.base import run_pipeline
-from tedfx.passes.capture_capacity import CaptureCapacity
-from tedfx.passes.functionalize import Functionalize
-from tedfx.passes.local_capacity import LocalCapacity
 from torch import einsum
 
 from tedfx import ops
 from tedfx.compiler import default_passes
 from tedfx.errors import CaptureError, ConfigError
+from tedfx.passes.base import run_pipeline
+from tedfx.passes.capture_capacity import CaptureCapacity
+from tedfx.passes.functionalize import Functionalize
+from tedfx.passes.local_capacity import LocalCapacity
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tedfx.verification.run import in_groups
-from tests.capture.test_capacity import Layer, Mixture, experts
 from tests.capture.test_models import BIASES, routers, tokens
 from tests.models_capacity import CAPACITY
 from tests.parity.cases import by_chunk
+from tests.passes.test_capture_capacity import Layer, Mixture, experts
 
 E, H, GROUPS = 4, 32, 3
 

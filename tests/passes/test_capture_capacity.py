@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import einsum, nn
+
+from tedfx.errors import CaptureError
 from tedfx.passes.base import run_pipeline
 from tedfx.passes.capture_capacity import CaptureCapacity
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
 from tedfx.passes.functionalize import Functionalize
-from torch import einsum, nn
-
-from tedfx.errors import CaptureError
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.capture.test_models import BIASES, check, operators, routers, tokens
@@ -235,7 +235,7 @@ def test_other_words_for_it(parts):
 def test_refused_by_name(parts, why):
     with pytest.raises(CaptureError, match=why) as error:
         capture(Mixture(**parts))
-    assert "test_capacity.py:" in str(error.value)
+    assert "test_capture_capacity.py:" in str(error.value)
 
 
 class Groups(Mixture):

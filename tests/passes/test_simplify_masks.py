@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tedfx.passes.base import run_pipeline
-from tedfx.passes.functionalize import Functionalize
-from tedfx.passes.simplify_masks import SimplifyMasks
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+from tedfx.passes.base import run_pipeline
+from tedfx.passes.functionalize import Functionalize
+from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 

@@ -4,11 +4,11 @@ import dataclasses
 from typing import ClassVar
 
 import pytest
-from tedfx.passes.base import Pass, PassResult, check_contracts, run_pipeline
 from torch import fx
 
 from tedfx.compiler import compile_graph
 from tedfx.errors import ContractError
+from tedfx.passes.base import Pass, PassResult, check_contracts, run_pipeline
 from tedfx.placement.plan import Plan
 from tedfx.stages.graphs import GlobalGraph, PlannedGraph
 from tests.graphs import global_graph

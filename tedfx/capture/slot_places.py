@@ -1,0 +1,141 @@
+"""Places in a queue (the table of slot_facts.py): running sums of masks, what is added to them, where they
+are cut off, and those at the ids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import sympy
+from torch import fx
+
+from tedfx.capture.products import scaled
+from tedfx.capture.routing import argument, dim_of, name_of, shape_of
+from tedfx.capture.slot_comparisons import COUNTS, number
+from tedfx.capture.slots import Bit, Mask, Place, Queue, Totals
+from tedfx.placement.sizes import as_size
+
+
+def cumsum(node: fx.Node, known: dict, hits: dict) -> Place | None:
+    fact = known.get(node.args[0])
+    if not isinstance(fact, Mask) or len(fact.terms) != 1 or node.meta["val"].dtype not in COUNTS:
+        return None
+    term, labels = fact.terms[0], fact.dims[dim_of(node, len(fact.dims))]
+    if (
+        not term.exact
+        or not term.hit
+        or term.slot is not None
+        or set(labels) & {"e", "c"}
+        or not any(x.startswith("t") for x in labels)
+    ):
+        return None
+    return Place(
+        fact.dims, Queue(term.routing, frozenset(labels), term.guards, merged=term.merged), 1, term.guards
+    )
+
+
+def add(node: fx.Node, known: dict, hits: dict):
+    name, (left, right) = name_of(node), node.args[:2]
+    if argument(node, "alpha") != 1:
+        return None
+    if (
+        name == "add"
+        and isinstance(known.get(right), (Place, Mask))
+        and not isinstance(known.get(left), (Place, Mask))
+    ):
+        left, right = right, left
+    if name == "add" and isinstance(known.get(right), Place):
+        left, right = right, left
+    fact, other, sign = (
+        known.get(left) if isinstance(left, fx.Node) else None,
+        known.get(right) if isinstance(right, fx.Node) else None,
+        1 if name == "add" else -1,
+    )
+    if isinstance(fact, Place):
+        if shape_of(node) != shape_of(left):
+            return None
+        if isinstance(right, int) and not isinstance(right, bool):
+            return replace(
+                fact,
+                first=fact.first + sign * right,
+                outside=None if fact.outside is None else fact.outside + sign * right,
+            )
+        if isinstance(other, Totals) and sign == 1 and not fact.reduced and _same_dims(fact.dims, other.dims):
+            if any(total in fact.queue.before for total in other.totals):
+                return None
+            old = fact.queue
+            queue = replace(old, before=old.before | other.totals)
+            return replace(fact, queue=queue, outside=None)
+        if isinstance(other, Mask) and len(other.terms) == 1 and _same_dims(fact.dims, other.dims):
+            term = other.terms[0]
+            if (
+                term.exact
+                and term.hit
+                and term.slot is None
+                and term.routing is fact.queue.routing
+                and term.guards <= fact.guards
+            ):
+                return replace(
+                    fact,
+                    first=fact.first + sign,
+                    outside=fact.outside if term.merged == fact.queue.merged else None,
+                )
+        return None
+    if (
+        isinstance(fact, Totals)
+        and isinstance(other, Totals)
+        and sign == 1
+        and fact.dims == other.dims
+        and not fact.totals & other.totals
+    ):
+        return replace(fact, totals=fact.totals | other.totals)
+    if not isinstance(fact, Mask) or sign == -1:
+        return None
+    if isinstance(right, (int, float)) and right == 0:
+        return scaled(fact, node, fact.dims) if fact.terms[0].plain else fact
+    if (
+        isinstance(other, Mask)
+        and fact.dims == other.dims
+        and not any(t.plain for t in fact.terms + other.terms)
+    ):
+        if shape_of(node) == shape_of(left) == shape_of(right):
+            return Mask(fact.dims, fact.terms + other.terms)
+    return None
+
+
+def _same_dims(dims, other) -> bool:
+    """Whether `other` broadcasts against `dims`, labels on labels."""
+    other = ((),) * (len(dims) - len(other)) + tuple(other)
+    return len(dims) == len(other) and all(not b or a == b for a, b in zip(dims, other))
+
+
+def clamp(node: fx.Node, known: dict, hits: dict) -> Place | None:
+    fact = known.get(node.args[0])
+    low, high = argument(node, "min"), argument(node, "max")
+    if not isinstance(fact, Place) or (low is not None and not (isinstance(low, int) and low <= fact.first)):
+        return None
+    if high is None:
+        return replace(fact, outside=None if fact.outside is None else max(fact.outside, low))
+    limit = number(high)
+    if limit is None:
+        return None
+    bit = Bit(fact.queue, as_size(sympy.sympify(limit) + 1 - fact.first))
+    return replace(fact, guards=fact.guards | {bit}, outside=None)
+
+
+def gather(node: fx.Node, known: dict, hits: dict) -> Place | None:
+    """Places at the ids."""
+    fact, ids = known.get(node.args[0]), hits.get(node.args[2])
+    if (
+        not isinstance(fact, Place)
+        or fact.reduced
+        or ids is None
+        or ids.kind != "ids"
+        or ids.routing is not fact.queue.routing
+    ):
+        return None
+    dim = dim_of(node, len(fact.dims))
+    if fact.dims[dim] != ("e",) or len(ids.dims) != len(fact.dims) or ids.dims[dim] not in ((), ("k",)):
+        return None
+    if ids.dims[:dim] + ids.dims[dim + 1 :] != fact.dims[:dim] + fact.dims[dim + 1 :]:
+        return None
+    return replace(fact, dims=ids.dims, outside=None, reduced=True)

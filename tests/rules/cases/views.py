@@ -1,0 +1,113 @@
+"""Layouts and pieces."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.rules.cases.values import X, t
+from tests.rules.one_op import Case
+
+aten = torch.ops.aten
+
+VIEWS = [
+    Case("view merge", aten.view.default, (X, [24, 8]), reaches=("S0>S0", "S1>S0.1", "S2>S1", "P>P")),
+    Case("view split", aten.view.default, (t(4, 24), [4, 4, 6]), reaches=("S1>S1", "S1.1>S2")),
+    Case("view regroup", aten.view.default, (t(4, 2, 6), [8, 6]), reaches=("S0>S0", "S1>S0.1")),
+    Case("view cut", aten.view.default, (t(4, 6), [2, 12]), reaches=("S0>S0", "S0.1>S1", "S1>S1.1")),
+    Case("view that disagrees", aten.view.default, (t(4, 3, 4, 2), [4, 4, 3, 2]), reaches=("S0>S0", "S3>S3")),
+    Case("view flat", aten.view.default, (t(4, 6), [-1]), reaches=("S0>S0", "S1>S0.1")),
+    Case("reshape", aten.reshape.default, (t(6, 4).t(), [24]), reaches=("S0>S0", "S1>S0.1")),
+    Case("_unsafe_view", aten._unsafe_view.default, (t(4, 6), [24]), reaches=("S1>S0.1",)),
+    Case("flatten", aten.flatten.using_ints, (X, 0, 1), reaches=("S1>S0.1",)),
+    Case("unflatten", aten.unflatten.int, (t(4, 24), 1, [2, 12]), reaches=("S1>S1", "S1.1>S2")),
+    Case("squeeze", aten.squeeze.dim, (t(4, 1, 6), 1), reaches=("S2>S1",)),
+    Case("squeeze all", aten.squeeze.default, (t(1, 4, 1, 6),), reaches=("S1>S0",)),
+    Case("unsqueeze", aten.unsqueeze.default, (t(4, 6), 1), reaches=("S1>S2",)),
+    Case("transpose", aten.transpose.int, (X, 0, -1), reaches=("S0>S2", "P>P")),
+    Case("t", aten.t.default, (t(4, 6),), reaches=("S0>S1",)),
+    Case("numpy_T", aten.numpy_T.default, (t(4, 6),), reaches=("S0>S1",)),
+    Case("permute", aten.permute.default, (X, [2, 0, 1]), reaches=("S0>S1", "S2>S0")),
+    Case("movedim", aten.movedim.int, (X, 0, 2), reaches=("S0>S2",)),
+    Case("movedim lists", aten.movedim.intlist, (X, [0, 1], [-1, 0]), reaches=("S0>S2", "S1>S0")),
+    Case("swapaxes", aten.swapaxes.default, (X, 1, 2), reaches=("S1>S2",)),
+    Case("swapdims", aten.swapdims.default, (X, 1, 2), reaches=("S1>S2",)),
+    Case("expand", aten.expand.default, (t(4, 1, 6), [4, 8, 6]), reaches=("S0>S0", "R>S1", "S2>S2")),
+    Case("expand lead", aten.expand.default, (t(6), [4, -1]), reaches=("S0>S1", "R>S0")),
+    Case("expand as is", aten.expand.default, (t(4, 6), [4, 6]), reaches=("P>P",)),
+    Case("broadcast_to", aten.broadcast_to.default, (t(6), [4, 6]), reaches=("R>S0",)),
+    Case("slice piece", aten.slice.Tensor, (t(4, 12), 1, 6, 12), reaches=("S0>S0", "S1.1>S1", "P>P")),
+    Case("slice from the end", aten.slice.Tensor, (t(4, 12), 1, -4), reaches=("S1.1>S1",)),
+    Case("slice whole", aten.slice.Tensor, (t(4, 12), 1, 0, 9223372036854775807), reaches=("S1>S1",)),
+    Case("slice odd piece", aten.slice.Tensor, (t(4, 12), 1, 1, 6), reaches=("S0>S0",)),
+    Case("slice one", aten.slice.Tensor, (t(4, 12), 1, 3, 4), reaches=("S0>S0",)),
+    Case(
+        "slice interleaved even",
+        aten.slice.Tensor,
+        (t(4, 12), 1, 0, 9223372036854775807, 2),
+        reaches=("S1>S1",),
+    ),
+    Case(
+        "slice interleaved odd",
+        aten.slice.Tensor,
+        (t(4, 12), 1, 1, 9223372036854775807, 2),
+        reaches=("S1>S1",),
+    ),
+    Case("slice step 3", aten.slice.Tensor, (t(4, 12), 1, 2, 12, 3), reaches=("S1>S1",)),
+    Case("slice short step", aten.slice.Tensor, (t(4, 12), 1, 0, 5, 2), reaches=("S0>S0",)),
+    Case("narrow", aten.narrow.default, (t(4, 12), 1, 6, 6), reaches=("S1.1>S1",)),
+    Case("select", aten.select.int, (X, 1, -1), reaches=("S0>S0", "S2>S1")),
+    Case(
+        "split equal",
+        aten.split.Tensor,
+        (t(4, 12), 4, 1),
+        reaches=("S0>S0 S0 S0", "S1.1>S1 S1 S1", "P>P P P"),
+    ),
+    Case("split unequal", aten.split.Tensor, (t(4, 10), 4, 1), reaches=("S0>S0 S0 S0",)),
+    Case("split_with_sizes", aten.split_with_sizes.default, (t(4, 12), [8, 4], -1), reaches=("S0>S0 S0",)),
+    Case(
+        "split_with_sizes equal",
+        aten.split_with_sizes.default,
+        (t(4, 12), [6, 6], -1),
+        reaches=("S1.1>S1 S1",),
+    ),
+    Case("chunk", aten.chunk.default, (t(4, 12), 2, -1), reaches=("S1.1>S1 S1",)),
+    Case("chunk unequal", aten.chunk.default, (t(4, 10), 4, -1), reaches=("S0>S0 S0 S0 S0",)),
+    Case("chunk one", aten.chunk.default, (t(4, 12), 1, -1), reaches=("S1>S1",)),
+    Case("tensor_split", aten.tensor_split.sections, (t(4, 12), 3, 1), reaches=("S1.1>S1 S1 S1",)),
+    Case("unbind", aten.unbind.int, (t(4, 3, 8), 1), reaches=("S2>S1 S1 S1",)),
+    Case(
+        "cat equal",
+        aten.cat.default,
+        ([t(4, 6), t(4, 6), t(4, 6)], 1),
+        reaches=("S0 S0 S0>S0", "S1 S1 S1>S1.1", "P P P>P"),
+    ),
+    Case("cat unequal", aten.cat.default, ([t(4, 6), t(4, 8)], -1), reaches=("S0 S0>S0",)),
+    Case("cat twice", aten.cat.default, ([X, X],), reaches=("S0 S0>S0.1",)),
+    Case("cat one", aten.cat.default, ([t(4, 6)],), reaches=("S0>S0",)),
+    Case("stack", aten.stack.default, ([t(4, 6), t(4, 6)], 1), reaches=("S0 S0>S0", "S1 S1>S2", "P P>P")),
+    Case("stack last", aten.stack.default, ([t(4, 6), t(4, 6)], -1), reaches=("S1 S1>S1",)),
+    Case(
+        "repeat_interleave", aten.repeat_interleave.self_int, (t(3, 4, 6), 2, 1), reaches=("S1>S1", "S2>S2")
+    ),
+    Case("repeat_interleave flat", aten.repeat_interleave.self_int, (t(4, 6), 2)),
+    Case(
+        "repeat_interleave tensor",
+        aten.repeat_interleave.self_Tensor,
+        (t(4, 6), torch.tensor([1, 3, 0, 2]), 0),
+        {"output_size": 6},
+    ),
+    Case("repeat", aten.repeat.default, (t(4, 6), [2, 3]), reaches=("S0>S0.1", "S1>S1.1")),
+    Case("repeat lead", aten.repeat.default, (t(6), [4, 1]), reaches=("S0>S1",)),
+    Case("tile", aten.tile.default, (t(4, 6), [2]), reaches=("S0>S0", "S1>S1.1")),
+    Case("flip", aten.flip.default, (X, [1]), reaches=("S0>S0", "P>P")),
+    Case("roll", aten.roll.default, (X, [1], [1]), reaches=("S0>S0",)),
+    Case("roll flat", aten.roll.default, (t(4, 6), [1])),
+    Case("pad", aten.pad.default, (X, [1, 2]), reaches=("S0>S0",)),
+    Case("pad value", aten.pad.default, (X, [0, 0, 1, 0], "constant", 3.0), reaches=("S2>S2",)),
+    Case("pad reflect", aten.pad.default, (X, [1, 1], "reflect"), reaches=("S0>S0",)),
+    Case("constant_pad_nd", aten.constant_pad_nd.default, (X, [0, 0, 0, 2], 0.0), reaches=("S0>S0",)),
+    Case("pad by cutting", aten.constant_pad_nd.default, (X, [-2, 0]), reaches=("S0>S0", "P>P")),
+    Case("unfold", aten.unfold.default, (t(4, 8), 1, 4, 2)),
+    Case("diff", aten.diff.default, (X,), reaches=("S0>S0", "P>P")),
+    Case("diff prepend", aten.diff.default, (t(4, 6), 1, -1, t(4, 1)), reaches=("S0 S0>S0",)),
+]
