@@ -45,7 +45,13 @@ DOWN = {
     ("runtime.module", "report.explanation"): "pm.explain()",
     **{
         ("graph.facts", other): "the types of facts, for annotations alone"
-        for other in ("placement.factors", "placement.slots", "placement.types", "rules.base")
+        for other in (
+            "placement.factors",
+            "placement.sizes",
+            "placement.slots",
+            "placement.types",
+            "rules.base",
+        )
     },
 }
 
