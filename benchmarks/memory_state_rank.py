@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 from memory_state_models import Shape, make_model
-from torch import nn
 
 import tedfx
 from tedfx._torch import FakeTensorMode, TorchDispatchMode, fake_world, pytree
@@ -123,28 +122,6 @@ class Row:
     formula: float | None = None
 
 
-def materialize(pm) -> None:
-    """Parameters and buffers made anew, where they are seen, in the place of those that `parallelize`
-    allocated (virtual memory that nobody touched): fake ones under a FakeTensorMode."""
-    del pm._sealed
-    for name, placed in pm._placed.items():
-        old = pm._parameter(name)
-        new = nn.Parameter(
-            placed.dtensor(torch.zeros(placed.kept.shape, dtype=old.dtype)), requires_grad=old.requires_grad
-        )
-        for each in dict.fromkeys((name, *placed.layout.aliases)):
-            pm._place(each, new)
-    for name, buffer in list(pm.named_buffers()):
-        pm._place(
-            name,
-            nn.Buffer(
-                torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=name not in pm._non_persistent
-            ),
-        )
-    pm._absent.clear()
-    pm._seal()
-
-
 @contextlib.contextmanager
 def rank_of(shape: Shape, mesh: str, stage: int, real: bool = False) -> Iterator[tuple]:
     """(the ParallelModule of rank 0, the count of what is alive), on fake tensors, or on real ones.
@@ -173,7 +150,8 @@ def rank_of(shape: Shape, mesh: str, stage: int, real: bool = False) -> Iterator
                     stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
                     stack.enter_context(addresses())
                 live = stack.enter_context(Live())
-                materialize(pm)
+                # in the place of those that `parallelize` allocated, virtual memory that nobody touched
+                pm.allocate_anew()
                 yield pm, live
     finally:
         sys.excepthook = hook  # each process group adds a prefix to what is printed of an exception

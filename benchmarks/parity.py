@@ -39,7 +39,8 @@ import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from tedfx.errors import TedfxError  # noqa: E402
-from tedfx.verification.verify import TOLERANCES, versions  # noqa: E402
+from tedfx.verification.verdict import TOLERANCES
+from tedfx.verification.verify import versions
 
 MODELS = [
     "mixtral",

@@ -15,7 +15,7 @@ from tedfx.errors import (
 )
 from tedfx.options import Options
 from tedfx.ranks.script import run
-from tedfx.saving.checkpoint import Checkpointer
+from tedfx.saving.checkpointer import Checkpointer
 from tedfx.saving.folder import CheckpointError
 from tedfx.verification.verify import verify
 

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import traceback
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -319,7 +320,7 @@ def size_min(a, b):
     return min(a, b) if torch.compiler.is_compiling() else torch.sym_min(a, b)
 
 
-# ---- state and gradients (tedfx/runtime/gradients.py, tedfx/ranks/checks.py, tedfx/state/pieces.py) --------
+# ---- state and gradients (tedfx/runtime/gradients.py, tedfx/ranks/meeting.py, tedfx/state/pieces.py) -------
 
 
 def queue_callback(callback) -> None:
@@ -345,7 +346,10 @@ def is_asked(node) -> bool:
         return True
 
 
-def make_wrapper(cls, shape, dtype, device) -> torch.Tensor:
+Wrapped = TypeVar("Wrapped", bound=torch.Tensor)
+
+
+def make_wrapper(cls: type[Wrapped], shape, dtype, device) -> Wrapped:
     """A tensor of type `cls` without storage. Public replacement: none; the documented way to write a tensor
     subclass."""
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
@@ -385,7 +389,7 @@ def version_of(x: torch.Tensor) -> int:
     return x._version
 
 
-# ---- a model's own initialisation (tedfx/state/initialise.py) ----------------------------------------------
+# ---- a model's own initialisation (tedfx/state/one_at_a_time.py) -------------------------------------------
 
 
 def is_view(func) -> bool:

@@ -33,7 +33,14 @@ DEFAULT_TIMEOUT = float(os.environ.get("TEDFX_TEST_TIMEOUT", 120))
 # After one rank failed, how long the others may take to finish before they are killed.
 GRACE = 1.0
 # Imported once, before the ranks are forked. torch._dynamo is what the first custom op imports by itself.
-PRELOAD = ["torch", "torch.distributed.tensor", "torch._dynamo", "tedfx.ops.moe", "tests.pool"]
+PRELOAD = [
+    "torch",
+    "torch.distributed.tensor",
+    "torch._dynamo",
+    "tedfx.ops.moe",
+    "transformers.models.mixtral.modeling_mixtral",
+    "tests.pool",
+]
 
 _start = multiprocessing.get_context("forkserver")
 

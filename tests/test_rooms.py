@@ -31,6 +31,7 @@ ROOMS = [
     "saving",
     "optim",
     "compiler",
+    "calls",
     "api",
     "report",
     "verification",

@@ -41,12 +41,12 @@ class Gathering:
             self._filling.setdefault(kind, []).append(share)
             return
         placed = share.placed
-        if share.rows().is_contiguous() and placed.cut.even:
+        if share.rows().is_contiguous() and placed.share_cut.even:
             self._launch(kind, [share], whole=True)
             return
-        step = max(limit // (len(placed.cut.lengths) * share.parameter.dtype.itemsize), 1)
-        for start in range(0, placed.cut.width, step):
-            self._launch(kind, [(share, start, min(start + step, placed.cut.width))])
+        step = max(limit // (len(placed.share_cut.lengths) * share.parameter.dtype.itemsize), 1)
+        for start in range(0, placed.share_cut.width, step):
+            self._launch(kind, [(share, start, min(start + step, placed.share_cut.width))])
 
     def finish(self) -> None:
         """All parameters are whole again (on a GPU: for whatever is queued from here on)."""
@@ -60,7 +60,7 @@ class Gathering:
     def _close(self, kind) -> None:
         shares = self._filling.pop(kind, [])
         if shares:
-            self._launch(kind, [(share, 0, share.placed.cut.width) for share in shares])
+            self._launch(kind, [(share, 0, share.placed.share_cut.width) for share in shares])
 
     @contextlib.contextmanager
     def _aside(self, join: bool = True):
@@ -95,7 +95,7 @@ class Gathering:
                 for a, b, part in runs(share.rows(), start, min(stop, share.numel)):
                     mine[at + a : at + b].view(part.shape).copy_(part)
                 at += stop - start
-            rows = mine.new_empty(len(parts[0][0].placed.cut.lengths), width)
+            rows = mine.new_empty(len(parts[0][0].placed.share_cut.lengths), width)
             self._flying = parts, rows, _torch.gather_into(rows.view(-1), mine, group=group, async_op=True)
 
     def _land(self) -> None:
@@ -112,8 +112,8 @@ class Gathering:
 def _collect(share: Share, rows: Tensor, start: int, stop: int) -> None:
     """rows[ranks, stop - start]: elements [start, stop) of every rank's share, into the parameter."""
     placed = share.placed
-    if start == 0 and stop == placed.cut.width:
-        placed.cut.collect(rows, out=share.local())
+    if start == 0 and stop == placed.share_cut.width:
+        placed.share_cut.collect(rows, out=share.local())
         return
     for rank, row in enumerate(rows):
         target = share.rows(rank)
@@ -122,4 +122,4 @@ def _collect(share: Share, rows: Tensor, start: int, stop: int) -> None:
 
 
 def _bytes(share: Share) -> int:
-    return share.placed.cut.width * len(share.placed.cut.lengths) * share.parameter.dtype.itemsize
+    return share.placed.share_cut.width * len(share.placed.share_cut.lengths) * share.parameter.dtype.itemsize

@@ -22,26 +22,25 @@ hand. In these units it is a step of the size of Adam's own.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim.compression import CompressedMean
 from tedfx.optim.onebit_state import OneBitState
+from tedfx.optim.onebit_step import shapes_of
 from tedfx.optim.shares import Share
-from tedfx.optim.volume import Volume, gradient_dtype, reduced, ring_bytes, uncompressed
+from tedfx.optim.volume import Volume, reduced, uncompressed
 from tedfx.runtime.module import ParallelModule
 
 BUCKET = 2**25
 """Elements that are exchanged together by default: 4 MiB of signs. Not tuned."""
 
 
-class OneBitAdam(OneBitState, torch.optim.Optimizer):
+class OneBitAdam(OneBitState):
     """`OneBitAdam(pm, lr=3e-4, warmup_steps=1000)`: AdamW for the warm-up, then with a sixteenth of the bytes
     of 16-bit gradients.
 
@@ -89,7 +88,7 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
                 "OneBitAdam needs the ParallelModule that the parameters are of: OneBitAdam(groups, "
                 "module=pm, ..)"
             )
-        if any(placed.stage for placed in module._placed.values()):
+        if any(placed.stage for placed in module.placed.values()):
             raise ConfigError(
                 "OneBitAdam on zero >= 1: a rank there has the gradient and the momentum of its share "
                 "only, so there is no sum of momenta to compress; use zero=0, or ShardedOptimizer"
@@ -101,7 +100,7 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         self._module, self.warmup_steps, self._bucket = module, warmup_steps, bucket
         self.steps, self.volume = 0, Volume()
         self._shares: dict[str, Share] = {}  # by layout name, in the order of the groups
-        self._names = {id(module._parameter(name)): name for name in module._placed}
+        self._names = {id(module.get_parameter(name)): name for name in module.placed}
         self._exact: list[str] = []  # after the warm-up: parameters that go on with summed gradients
         self._exchanges: list[tuple[CompressedMean, list[Share]]] = []
         super().__init__(
@@ -129,7 +128,7 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         for parameter in group["params"]:
             name = self._names[id(parameter)]
             share = self._shares[name] = Share(
-                name, self._module._placed[name], parameter, torch.float32, host=False
+                name, self._module.placed[name], parameter, torch.float32, host=False
             )
             share.homes = {
                 key: torch.zeros(share.numel, dtype=share.dtype, device=share.device)
@@ -187,7 +186,7 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
         }
         for share in self._shares.values():
             share.follow(max(share.numel, 1))
-        sent, boundary = 0.0, self._module._boundary
+        sent, boundary = 0.0, self._module.boundary
         if not self.compressed:  # Step 1
             sent = reduced(boundary)
             for share, group in self._each():
@@ -209,112 +208,6 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
             share.seen = share.version()
         if self.steps == self.warmup_steps:
             self._freeze()
-
-    def _each(self) -> Iterable[tuple[Share, dict[str, Any]]]:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                yield self._shares[self._names[id(parameter)]], group
-
-    def _adamw(self, share: Share, grad: Tensor, group: dict[str, Any]) -> None:
-        """torch.optim.AdamW's step. grad: [numel], the whole sum."""
-        (beta1, beta2), state = group["betas"], self.state[share.parameter]
-        state["step"] += 1
-        step, grad = float(state["step"]), grad.to(share.dtype)
-        mean, variance, weights = share.homes["exp_avg"], share.homes["exp_avg_sq"], self._weights(share)
-        mean.lerp_(grad, 1 - beta1)
-        variance.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = variance.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-        weights.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(
-            mean, denominator, value=-group["lr"] / (1 - beta1**step)
-        )
-        self._written(share)
-
-    def _exchange(
-        self,
-        exchange: CompressedMean,
-        shares: list[Share],
-        grads: dict[str, Tensor | None],
-        groups: dict[str, dict],
-    ) -> float:
-        """Steps 3 and 4 for a bucket; bytes sent."""
-        values, denominators = [], []
-        for share in shares:
-            group, grad, mean = groups[share.name], grads[share.name], share.homes["exp_avg"]
-            beta1 = group["betas"][0]
-            mine = mean * beta1
-            if grad is not None:
-                mine.add_(grad.to(share.dtype), alpha=(1 - beta1) * exchange.ranks)
-            denominators.append(share.homes["exp_avg_sq"].sqrt().add_(group["eps"]))
-            values.append(mine.div_(denominators[-1]).view(_tensors(share)))
-        found = exchange.mean(values, [grads[share.name] is not None for share in shares])
-        for share, update, denominator in zip(shares, found, denominators):
-            if update is None:
-                continue
-            group, state, update = groups[share.name], self.state[share.parameter], update.reshape(-1)
-            state["step"] += 1
-            torch.mul(update, denominator, out=share.homes["exp_avg"])
-            correction = 1 - group["betas"][0] ** float(state["step"])
-            self._weights(share).mul_(1 - group["lr"] * group["weight_decay"]).add_(
-                update, alpha=-group["lr"] / correction
-            )
-            self._written(share)
-        return sum(ring_bytes(collective, size, exchange.ranks) for collective, size in exchange.sent.items())
-
-    def _sum_exact(self, grads: dict[str, Tensor | None]) -> float:
-        """Sum the gradients that are not compressed, one all-reduce per set of axes and dtype, and put the
-        sums into `grads`; bytes sent."""
-        sent, kinds = 0.0, {}
-        for name in self._exact:
-            if name in self._module._boundary._active:  # else no program uses it, on any rank
-                share = self._shares[name]
-                kinds.setdefault(
-                    (share.placed.reduce_axes, gradient_dtype(self._module._boundary, share)), []
-                ).append(share)
-        for (axes, dtype), shares in kinds.items():
-            group, have = (
-                self._module._boundary._groups[axes],
-                [grads[share.name] is not None for share in shares],
-            )
-            parts = [
-                grads[share.name].to(dtype)
-                if mine
-                else torch.zeros(share.numel, dtype=dtype, device=share.device)
-                for share, mine in zip(shares, have)
-            ]
-            flat = torch.cat([*parts, torch.tensor(have, dtype=dtype).to(parts[0].device, non_blocking=True)])
-            dist.all_reduce(flat, group=group)
-            *sums, counts = flat.split([*(share.numel for share in shares), len(shares)])
-            present = [True] * len(shares) if all(have) else (counts > 0).tolist()
-            grads.update(
-                (share.name, value if there else None) for share, value, there in zip(shares, sums, present)
-            )
-            sent += ring_bytes("all_reduce", flat.nbytes, dist.get_world_size(group))
-        return sent
-
-    def _local(self, share: Share) -> Tensor | None:
-        """[numel], this rank's part of the gradient's sum; None where there is none."""
-        grad = share.parameter.grad
-        if grad is None:
-            return None
-        if not isinstance(grad, DTensor):
-            raise TedfxError(
-                f"the gradient of {share.name} is no DTensor: gradients of a ParallelModule are those "
-                "that its backward makes"
-            )
-        if tuple(grad.placements) != share.placed.unsynced:
-            raise TedfxError(
-                f"the gradient of {share.name} was summed by backward, after the warm-up: leave "
-                "set_requires_gradient_sync(False) as step() set it, and call step() outside of "
-                "no_sync()"
-            )
-        return grad.to_local().reshape(-1)
-
-    def _weights(self, share: Share) -> Tensor:
-        return share.master if share.master is not None else share.flat()
-
-    def _written(self, share: Share) -> None:
-        if share.master is not None:
-            share.write(0, share.numel, share.master)
 
     # ---- the freeze ----------------------------------------------------------------------------------------
 
@@ -356,9 +249,9 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
                 if buckets[-1] and sum(other.numel for other in buckets[-1]) + share.numel > self._bucket:
                     buckets.append([])
                 buckets[-1].append(share)
-        groups, device = self._module._boundary._groups, self._module.device
+        groups, device = self._module.boundary.groups, self._module.device
         return [
-            (CompressedMean([_tensors(share) for share in shares], groups[axes], dtype, device), shares)
+            (CompressedMean([shapes_of(share) for share in shares], groups[axes], dtype, device), shares)
             for (axes, dtype), buckets in kinds.items()
             for shares in buckets
         ]
@@ -378,9 +271,3 @@ class OneBitAdam(OneBitState, torch.optim.Optimizer):
                 "call it while not optimizer.compressed"
             )
         return torch.nn.utils.clip_grad_norm_(list(self._module.parameters()), max_norm)
-
-
-def _tensors(share: Share) -> tuple[int, int]:
-    """(how many of the user's tensors a parameter stacks on this rank, elements of each)."""
-    count = share.placed.local_shape[0] if share.placed.layout.sources else 1
-    return count, prod(share.placed.local_shape) // count

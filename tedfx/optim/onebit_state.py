@@ -18,12 +18,32 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tedfx.optim.compression import CompressedMean
+from tedfx.optim.onebit_step import OneBitSteps
+from tedfx.optim.shares import Share
+from tedfx.optim.volume import Volume
 from tedfx.runtime.state_dict import StateError
 from tedfx.saving.folder import CheckpointError
 
+Exchange = tuple[CompressedMean, list[Share]]
 
-class OneBitState:
-    """Mixed into OneBitAdam: the interface of `tedfx/saving/optimizer_state.py`, and torch's."""
+
+class OneBitState(OneBitSteps):
+    """Base of OneBitAdam, which makes what is declared here: the interface of
+    `tedfx/saving/optimizer_state.py`, and torch's."""
+
+    steps: int
+    warmup_steps: int
+    volume: Volume
+    _bucket: int
+    _exchanges: list[Exchange]
+    _incoming: list[Exchange]
+
+    def _make_exchanges(self, exact: Iterable[str]) -> list[Exchange]:
+        raise NotImplementedError
+
+    def _compress(self, exact: list[str], exchanges: list[Exchange]) -> None:
+        raise NotImplementedError
 
     # ---- in the parameters' shapes -------------------------------------------------------------------------
 

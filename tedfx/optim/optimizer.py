@@ -31,6 +31,7 @@ from tedfx.optim.shares import Share
 from tedfx.optim.states import SavedStates
 from tedfx.optim.tiles import Batch, Staging, cut
 from tedfx.runtime.module import ParallelModule
+from tedfx.state.parameters import local_of
 
 TILE = 2**25
 """Elements of a tile by default.
@@ -48,7 +49,7 @@ What stays in caches, and in memory that the allocator keeps (the same record: 2
 _NO_OPTIONS = {"params", "param_names"}
 
 
-class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
+class ShardedOptimizer(SavedStates):
     """`ShardedOptimizer(pm, torch.optim.AdamW, lr=3e-4, max_norm=1.0)`: steps `pm` as AdamW on one device
     would, each rank its share.
 
@@ -137,12 +138,12 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         )
         self._shares: dict[str, Share] = {}  # by layout name, in the order of the groups
         self._batches: list[list[Batch]] = []  # per group
-        self._names = {id(module._parameter(name)): name for name in module._placed}
+        self._names = {id(module.get_parameter(name)): name for name in module.placed}
         self._staging, self.grad_norm, self._clipped = Staging(), None, None
         self._promised = 0  # bytes of the host that states and gradients will take under offload
         mesh = module.device_mesh
         self._world = module.context.group(tuple(mesh.mesh_dim_names)) if mesh.size() > 1 else None
-        self._gathering = Gathering(module._boundary._groups, module.device, module._boundary.bucket_bytes)
+        self._gathering = Gathering(module.boundary.groups, module.device, module.boundary.bucket_bytes)
 
         super().__init__(
             [p for p in module.parameters() if p.requires_grad] if given_module else parameters, defaults
@@ -172,7 +173,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
             raise
         self._shares.update((share.name, share) for share in shares)
         if self._takes:
-            self._module._boundary.leaving.to(self, [share.name for share in shares])
+            self._module.boundary.leaving.to(self, [share.name for share in shares])
         self._batches.append([Batch(tiles, self._inner(group)) for tiles in cut(shares, self.tile)])
 
     def _make(self, group: Mapping[str, Any]) -> list[Share]:
@@ -191,7 +192,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
                     f"are of real numbers: use {self._class.__name__} itself, or hold it as a real "
                     "parameter of shape (.., 2) and use torch.view_as_complex(..)"
                 )
-        placed, problem = self._module._placed, elementwise(self._inner(group), self._device)
+        placed, problem = self._module.placed, elementwise(self._inner(group), self._device)
         for name in names if problem else ():
             share, layout = placed[name].share, placed[name].layout
             if self.tile is not None:
@@ -211,12 +212,12 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
                 else {"unknown": torch.zeros(2, 64)}
             )
             states = sum(isinstance(value, Tensor) and value.dim() > 0 for value in kinds.values())
-            sizes = [(placed[name].share.numel, self._module._parameter(name).dtype) for name in names]
+            sizes = [(placed[name].share.numel, self._module.get_parameter(name).dtype) for name in names]
             self._promised = check_room(
                 sizes, self._master_dtype, states, self._world, self._module.device, self._promised
             )
         return [
-            Share(name, placed[name], self._module._parameter(name), self._master_dtype, self._host)
+            Share(name, placed[name], self._module.get_parameter(name), self._master_dtype, self._host)
             for name in names
         ]
 
@@ -298,7 +299,7 @@ class ShardedOptimizer(SavedStates, torch.optim.Optimizer):
         for name in grads:
             share = self._shares[name]
             left = share.parameter.grad
-            for grad in (left.to_local() if left is not None else None, share.taken()):
+            for grad in (local_of(left) if left is not None else None, share.taken()):
                 if grad is not None:
                     grad.mul_(factor.to(grad.device))
         self._clipped = norm

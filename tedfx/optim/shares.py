@@ -22,7 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from tedfx import _torch
 from tedfx.errors import TedfxError
-from tedfx.state.parameters import Placed
+from tedfx.state.parameters import Placed, local_of
+
+Slot = tuple[Tensor, Any]
+"""(a tensor on the host, an event after which it is there, or None)"""
 
 
 class Share:
@@ -43,7 +46,10 @@ class Share:
         self.master = None
         # (gradient on the host, an event or None); one to be added to it; those of which the copy may be
         # under way
-        self._host, self._more, self._pending, self.has_taken = None, None, [], False
+        self._host: Slot | None = None
+        self._more: Slot | None = None
+        self._pending: list[Slot] = []
+        self.has_taken = False
         if self.widened or host:
             pinned = host and parameter.device.type != "cpu"
             self.master = torch.empty(
@@ -66,7 +72,7 @@ class Share:
         """The parameter's own local tensor, not a copy that counts its versions apart, as `detach` of a
         DTensor gives."""
         with torch.no_grad():
-            return self.parameter.to_local()
+            return local_of(self.parameter)
 
     def version(self) -> tuple[int, int]:
         """Changes whenever the parameter's values are written to, or its storage is another."""
@@ -82,7 +88,7 @@ class Share:
         if not self.travels:
             return local.view(1, -1)
         inner = prod(placed.local_held[placed.share_dim + 1 :])
-        start, length = placed.cut.piece(placed.index if rank is None else rank)
+        start, length = placed.share_cut.piece(placed.index if rank is None else rank)
         return local.view(-1, placed.local_held[placed.share_dim] * inner).narrow(
             1, start * inner, length * inner
         )
@@ -169,8 +175,7 @@ class Share:
             self.has_taken = True
         self._pending.append(slot)
 
-    def _copied(self, value: Tensor, into: tuple | None) -> tuple[Tensor, Any]:
-        """(host tensor, when it is there)"""
+    def _copied(self, value: Tensor, into: Slot | None) -> Slot:
         cuda = value.device.type != "cpu"
         held = (
             into[0]
@@ -222,8 +227,7 @@ class Share:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of each of the user's tensors."""
-        layout = self.placed.layout
-        return layout.shape[1:] if layout.sources else layout.shape
+        return self.placed.layout.user_shape
 
 
 def runs(rows: Tensor, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:

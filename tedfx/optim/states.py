@@ -10,7 +10,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,16 +18,36 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tedfx.errors import TedfxError
+from tedfx.optim.gathering import Gathering
 from tedfx.optim.probe import SHAPE, elementwise, state_kinds
+from tedfx.optim.scaling import LossScale
 from tedfx.optim.shares import Share
+from tedfx.optim.tiles import Batch, Staging
 from tedfx.runtime.state_dict import StateError
 from tedfx.state.pieces import PiecedTensor
 
 MASTER = "master"
 
 
-class SavedStates:
-    """Mixed into ShardedOptimizer."""
+class SavedStates(torch.optim.Optimizer):
+    """Base of ShardedOptimizer, which makes what is declared here."""
+
+    tile: int | None
+    _shares: dict[str, Share]
+    _names: dict[int, str]
+    _batches: list[list[Batch]]
+    _scaler: LossScale | None
+    _staging: Staging
+    _gathering: Gathering
+
+    def _inner(self, group: Mapping[str, Any]) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+        raise NotImplementedError
+
+    def _current(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        raise NotImplementedError
 
     # ---- out -----------------------------------------------------------------------------------------------
 
@@ -40,7 +60,9 @@ class SavedStates:
         return {name: self._held(share) for name, share in self._shares.items()}
 
     def _held(self, share: Share) -> dict[str, Any]:
-        state = {MASTER: share.dtensor(share.master)} if share.widened else {}
+        state: dict[str, Any] = {}
+        if share.widened and share.master is not None:
+            state[MASTER] = share.dtensor(share.master)
         for key, value in self._first(share).items():
             state[key] = share.dtensor(share.homes[key]) if key in share.homes else value
         return state

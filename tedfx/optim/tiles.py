@@ -206,13 +206,13 @@ def cut(shares: list[Share], tile: int | None) -> list[list[Tile]]:
     With None: one batch, one tile per share, in the share's own shape. A share without elements on this rank
     has a tile too: its states exist, empty.
     """
+    if tile is None:
+        for share in shares:
+            share.tiles = [Tile(share, 0, share.numel, tuple(share.placed.share.shape))]
+        return [[tile for share in shares for tile in share.tiles]] if shares else []
     batches: list[list[Tile]] = [[]]
     room = tile
     for share in shares:
-        if tile is None:
-            share.tiles = [Tile(share, 0, share.numel, tuple(share.placed.share.shape))]
-            batches[-1].extend(share.tiles)
-            continue
         share.tiles, at = [], 0
         while at < share.numel or not share.tiles:
             if batches[-1] and share.numel - at > room:

@@ -44,23 +44,23 @@ def reduced(boundary: GradientBoundary) -> float:
     sent, names = 0.0, {}
     for reduction in boundary.reductions:
         sent += ring_bytes(
-            reduction.op, reduction.bytes, dist.get_world_size(boundary._groups[reduction.axes])
+            reduction.op, reduction.bytes, dist.get_world_size(boundary.groups[reduction.axes])
         )
         names[reduction.axes] = names.get(reduction.axes, 0) + len(reduction.names)
     return sent + sum(
-        ring_bytes("all_reduce", 4 * count, dist.get_world_size(boundary._groups[axes]))
+        ring_bytes("all_reduce", 4 * count, dist.get_world_size(boundary.groups[axes]))
         for axes, count in names.items()
     )
 
 
 def uncompressed(boundary: GradientBoundary, shares: Iterable[Share]) -> float:
     """Bytes of all-reduces of these gradients, of those that some program uses."""
-    summed = [share for share in shares if share.placed.reduce_axes and share.name in boundary._active]
+    summed = [share for share in shares if share.placed.reduce_axes and share.name in boundary.used]
     return sum(
         ring_bytes(
             "all_reduce",
             share.numel * gradient_dtype(boundary, share).itemsize,
-            dist.get_world_size(boundary._groups[share.placed.reduce_axes]),
+            dist.get_world_size(boundary.groups[share.placed.reduce_axes]),
         )
         for share in summed
     )

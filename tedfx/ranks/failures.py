@@ -1,8 +1,8 @@
 """A rank that fails alone: the others raise its line.
 
-Where the ranks are about to meet on the CPU anyway (`tedfx/ranks/checks.py`), the one that cannot go on takes
-part with its line in hand. Where they wait for it elsewhere, in a collective of the graph, it leaves a note
-in the job's store: who then loses it, or waits in vain, finds the note.
+Where the ranks are about to meet on the CPU anyway (`tedfx/ranks/meeting.py`), the one that cannot go on
+takes part with its line in hand. Where they wait for it elsewhere, in a collective of the graph, it leaves a
+note in the job's store: who then loses it, or waits in vain, finds the note.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def explain(
     view = View(rows, batch, sequence, fold, timings, title, dict(stages or {}), micro_batches, limit)
     if hasattr(source, "graph_module"):
         return Explanation(source, view)
-    last = getattr(source, "_last", None)
+    last = source.last_signature
     program = source.programs.get(last) if last is not None else None
     if program is None or program.compilation is None:
         return Uncompiled(source, program, "" if program is None else str(last))

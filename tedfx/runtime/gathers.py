@@ -57,7 +57,7 @@ class _Flight:
 class Store:
     """The gathers of one forward and its backward.
 
-    plan: all gathers of the graph, in order. shares: layout name -> this rank's share. deliver(name, gradient
+    gathers: all of the graph, in order. shares: layout name -> this rank's share. deliver(name, gradient
     of the whole local tensor), called once a backward for each. ahead: how many gathers are in flight beyond
     the one that is used. sum_dtype: what several gradients of a parameter are added up in, by default their
     own.
@@ -68,15 +68,15 @@ class Store:
 
     def __init__(
         self,
-        plan: Sequence[Gathered],
+        gathers: Sequence[Gathered],
         shares: dict[str, Tensor],
         ranks: context.RankContext,
         deliver: Callable[[str, Tensor], None],
         ahead: int = 1,
         sum_dtype: torch.dtype | None = None,
     ):
-        self.plan, self.shares, self.ranks, self._deliver, self.ahead, self._sum_dtype = (
-            plan,
+        self.gathers, self.shares, self.ranks, self._deliver, self.ahead, self._sum_dtype = (
+            gathers,
             shares,
             ranks,
             deliver,
@@ -85,18 +85,18 @@ class Store:
         )
         self._flying: dict[int, _Flight] = {}
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}  # storage address -> whose it is
-        self._saved: set[int] = {i for i, each in enumerate(plan) if each.inside}
+        self._saved: set[int] = {i for i, each in enumerate(gathers) if each.inside}
         self._held: dict[
             int, tuple[list[Tensor], int]
         ] = {}  # in forward: what is still to be asked for, and how often
         self._again: dict[int, list[Tensor]] = {}
         self._taken: set[int] = set()  # in this backward
         self._frozen = {
-            i for i, each in enumerate(plan) if not any(shares[name].requires_grad for name in each.names)
+            i for i, each in enumerate(gathers) if not any(shares[name].requires_grad for name in each.names)
         }
         self._uses: dict[str, int] = {}
-        self._calls = {i: each.calls for i, each in enumerate(plan)}
-        for each in plan:
+        self._calls = {i: each.calls for i, each in enumerate(gathers)}
+        for each in gathers:
             for name in each.names:
                 if shares[name].requires_grad:
                     self._uses[name] = self._uses.get(name, 0) + each.calls
@@ -115,7 +115,7 @@ class Store:
         """The bucket's whole tensors for one call of its gather."""
         if _torch.backward_id() != -1:
             return self._for_backward(number)
-        made, left = self._held.pop(number, (None, self.plan[number].calls))
+        made, left = self._held.pop(number, (None, self.gathers[number].calls))
         made = self._take(number) if made is None else made
         if left > 1:
             self._held[number] = made, left - 1
@@ -132,7 +132,7 @@ class Store:
 
     def _launch(self, number: int) -> None:
         if number not in self._flying:
-            each = self.plan[number]
+            each = self.gathers[number]
             row = pack([self.shares[name].detach() for name in each.names], each.cuts)
             context.record(GATHER, each.axes, "forward", row)
             out = row.new_empty(self.ranks.size(each.axes) * row.numel())
@@ -151,12 +151,12 @@ class Store:
             self._taken.add(number)
             following = [i for i in range(number - 1, -1, -1) if i in self._saved and i not in self._taken]
         else:
-            following = range(number + 1, len(self.plan))
+            following = range(number + 1, len(self.gathers))
         for other in following[: self.ahead]:
             self._launch(other)
         flight = self._flying.pop(number)
         flight.work.wait()
-        made = wholes(flight.out, self.plan[number].cuts)
+        made = wholes(flight.out, self.gathers[number].cuts)
         for index, whole in enumerate([] if backward else made):
             self._live[whole.untyped_storage().data_ptr()] = (
                 StorageWeakRef(whole.untyped_storage()),
@@ -205,11 +205,11 @@ class Store:
         if not self._missing:
             _torch.queue_callback(self._end_backward)
             self._missing = dict(self._uses)
-            self._calls = {i: each.calls for i, each in enumerate(self.plan)}
+            self._calls = {i: each.calls for i, each in enumerate(self.gathers)}
         self._calls[number] -= 1
         if self._calls[number] <= 0:
             self._again.pop(number, None)
-        for name, grad in zip(self.plan[number].names, grads):
+        for name, grad in zip(self.gathers[number].names, grads):
             if name not in self._missing:
                 continue
             self._missing[name] -= 1

@@ -31,8 +31,8 @@ Algorithm of a synced backward (numbers repeated in the body):
    here:
    nowhere -> `p.grad` stays as it is (an optimizer skips `None`), somewhere -> this rank
    takes the sum as well.
-4. The sums are written to `p.grad`, or go to who takes them (`tedfx/runtime/leaving.py`), and then as soon as
-   the next bucket is launched.
+4. The sums are written to `p.grad` (`tedfx/runtime/accumulated.py`), or go to who takes them
+   (`tedfx/runtime/leaving.py`), and then as soon as the next bucket is launched.
 
 Every rank runs the same backward. A rank that runs none while others do is a hang, as in any data
 parallelism.
@@ -40,123 +40,105 @@ parallelism.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tedfx import _torch
 from tedfx.errors import TedfxError
 from tedfx.options import Options
+from tedfx.runtime.accumulated import Accumulated
+from tedfx.runtime.leaves import Leaves
 from tedfx.runtime.leaving import Leaving
-from tedfx.state.buckets import Bucket, Flight, Reduction, new_group, plan
+from tedfx.state.buckets import Bucket, Flight, Reduction, new_group, pack_buckets
 from tedfx.state.parameters import Placed
 
 
 class GradientBoundary:
-    """Leaves, buckets and reductions of one ParallelModule.
+    """Leaves, buckets and reductions of one ParallelModule. Collective to construct: it creates one process
+    group per set of reduced axes.
 
-    placed: by layout name. parameter: returns the nn.Parameter (a DTensor) of a name now. Collective to
-    construct: it creates one process group per set of reduced axes. options: gradient_dtype and bucket_bytes.
+    placed: by layout name. parameter: returns the nn.Parameter (a DTensor) of a name now. options:
+    gradient_dtype, bucket_bytes, and compile: under ZeRO-3 a compiled graph scatters gradients itself, so
+    that what its leaves get is this rank's share, summed.
+
+    groups      reduced axes -> process group; None where nothing is summed.
+    leaving     who takes gradients in the place of `.grad`.
+    synced      whether a backward that ends now sums.
+    reductions  what the last synced backward summed, in order of launch.
     """
 
     def __init__(
         self,
-        placed: dict[str, Placed],
+        placed: Mapping[str, Placed],
         parameter: Callable[[str], nn.Parameter],
         options: Options = Options(),
     ):
         self.placed, self.parameter = placed, parameter
         self.bucket_bytes, self.gradient_dtype = options.bucket_bytes, options.gradient_dtype
         self.reductions: list[Reduction] = []
-        self.synced = True
-        # under ZeRO-3 a compiled graph scatters gradients itself: what its leaves get is this rank's share,
-        # summed
-        self.in_graph = False
-        self._groups = {axes: None for axes in sorted({p.reduce_axes for p in placed.values()})}
-        for axes in self._groups:
-            if axes:
-                self._groups[axes] = new_group(next(iter(placed.values())).mesh, axes)
-        self._dtypes = {name: parameter(name).dtype for name in placed}
-        self._leaves: dict[str, tuple[tuple, Tensor]] = {}
-        self._active: dict[str, None] = {}  # every parameter that a program used with gradients; ordered
-        self._plan_key, self._buckets = None, []
-        self._grads: dict[
-            str, Tensor
-        ] = {}  # local gradients taken from the leaves, not yet in p.grad or in a bucket
+        self.synced, self.leaving = True, Leaving()
+        self.groups: dict[tuple[str, ...], dist.ProcessGroup | None] = {
+            axes: new_group(next(iter(placed.values())).mesh, axes) if axes else None
+            for axes in sorted({p.reduce_axes for p in placed.values()})
+        }
+        # Of parameters that arrive summed: no bucket, no second sum.
+        self._summed = {
+            name
+            for name, each in placed.items()
+            if options.compile and each.stage == 3 and each.cut is not None
+        }
+        self._leaves = Leaves(placed, parameter, self.arrived, self.gradient_dtype)
+        self._accumulated = Accumulated(placed, parameter, self.gradient_dtype, self.leaving)
+        self._used: dict[str, None] = {}  # every parameter that a program used with gradients; ordered
+        self._packed_for, self._buckets = None, []
+        # local gradients taken from the leaves, not yet in p.grad or in a bucket
+        self._grads: dict[str, Tensor] = {}
         self._flying: list[Flight] = []
-        self.leaving = Leaving()
         self._tasks: set[int] = set()
 
     # ---- forward -------------------------------------------------------------------------------------------
 
     def leaves(self, names: Iterable[str]) -> list[Tensor]:
         """The local tensors that a program takes for these parameters, in the user's local shapes."""
-        with torch.inference_mode(False), torch.no_grad():
-            return [self._leaf(name) for name in names]
+        return self._leaves.of(names)
 
     @property
-    def used(self) -> bool:
-        """Whether a forward with gradients has used parameters."""
-        return bool(self._active)
-
-    def _leaf(self, name: str) -> Tensor:
-        parameter = self.parameter(name)
-        local = parameter.to_local()
-        key = (local.data_ptr(), local.dtype, local.device, local.shape, parameter.requires_grad)
-        if name not in self._leaves or self._leaves[name][0] != key:
-            if local.dtype != self._dtypes[name]:
-                raise TedfxError(
-                    f"parameter {name} has become {local.dtype}, the programs are for {self._dtypes[name]}: "
-                    "convert the model before parallelize"
-                )
-            if not local.is_contiguous():
-                raise TedfxError(
-                    f"parameter {name}: its local tensor is not contiguous any more; load values with "
-                    "load_state_dict or copy_"
-                )
-            leaf = local.view(self.placed[name].kept.shape).detach()
-            if parameter.requires_grad:
-                leaf.requires_grad_()
-                if (
-                    self.gradient_dtype is not None
-                ):  # a leaf of several uses, or of several micro-batches, has their gradients summed in it
-                    leaf.grad_dtype = self.gradient_dtype
-                # Weak: a tensor's hooks are no place where the garbage collector finds a cycle, and the
-                # boundary holds the leaf.
-                leaf.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), name))
-            self._leaves[name] = (key, leaf)
-        return self._leaves[name][1]
+    def used(self) -> KeysView[str]:
+        """The parameters that some forward with gradients has used."""
+        return self._used.keys()
 
     def begin(self, names: Iterable[str]) -> None:
         """A forward with gradients is about to use these parameters, in this order."""
         if self._tasks and _torch.backward_id() == -1:
             self._abandon()  # the last backward raised: its callbacks never ran
         for name in names:
-            self._active.setdefault(name)
-        key = tuple(
-            (name, self.parameter(name).dtype) for name in self._active if self.parameter(name).requires_grad
-        )
-        if key != self._plan_key:
-            if self._flying:
-                raise TedfxError(
-                    "parameters changed while gradients were being reduced: run forward outside of "
-                    "backward first"
-                )
-            self._plan_key, self._buckets = key, self._plan(key)
+            self._used.setdefault(name)
+        self._pack()
 
-    def _plan(self, key) -> list[Bucket]:
-        summed = [
-            (name, self.gradient_dtype or dtype)
-            for name, dtype in key
-            if self.placed[name].reduce_axes and not self._summed(name)
+    def _pack(self) -> None:
+        """Buckets of what is used and trained now."""
+        trained = [
+            (name, self.parameter(name).dtype) for name in self._used if self.parameter(name).requires_grad
         ]
-        return plan(summed, self.placed, self.bucket_bytes)
+        wanted = (tuple(trained), self.bucket_bytes)
+        if wanted == self._packed_for:
+            return
+        if self._flying:
+            raise TedfxError(
+                "parameters changed while gradients were being reduced: run forward outside of backward first"
+            )
+        summed = [
+            (name, self.gradient_dtype or dtype) for name, dtype in trained if self._is_summed_here(name)
+        ]
+        self._packed_for, self._buckets = wanted, pack_buckets(summed, self.placed, self.bucket_bytes)
+
+    def _is_summed_here(self, name: str) -> bool:
+        return self.placed[name].reduce_axes != () and name not in self._summed
 
     # ---- backward ------------------------------------------------------------------------------------------
 
@@ -169,9 +151,6 @@ class GradientBoundary:
         finally:
             self.synced = before
 
-    def _summed(self, name: str) -> bool:
-        return self.in_graph and self.placed[name].stage == 3 and self.placed[name].cut is not None
-
     @torch.no_grad()
     def arrived(self, name: str, grad: Tensor) -> None:
         """This backward's gradient of a leaf, or under ZeRO-3 of the whole local tensor: this rank's part of
@@ -182,12 +161,12 @@ class GradientBoundary:
                 self.reductions = []
             self._tasks.add(task)
             _torch.queue_callback(partial(self._finish, task))
-        if self.leaving.of(name) is not None and (not self.placed[name].reduce_axes or self._summed(name)):
-            self._leave([(name, grad)])
+        if self.leaving.of(name) is not None and not self._is_summed_here(name):
+            self._accumulated.leave([(name, grad)])
             return
         self._grads[name] = self._grads[name] + grad if name in self._grads else grad
-        while self.synced and self._next() is not None and all(n in self._grads for n in self._next().names):
-            self._launch(overlapped=True)  # Step 1
+        while self.synced and (bucket := self._next()) and all(n in self._grads for n in bucket.names):
+            self._launch(bucket, overlapped=True)  # Step 1
 
     def _next(self) -> Bucket | None:
         return self._buckets[len(self._flying)] if len(self._flying) < len(self._buckets) else None
@@ -197,64 +176,68 @@ class GradientBoundary:
         self._tasks.discard(task)
         if self.synced:
             self._reduce()
-            if any(self.placed[name].reduce_axes and not self._summed(name) for name in self._grads):
+            if any(self._is_summed_here(name) for name in self._grads):
                 self._reduce()  # a backward inside a backward added to buckets already launched
         self._separate()
         if not self.synced:
             self._hold()
-        self._settle()
+        for name in list(self._grads):  # those that need no sum
+            self._accumulated.add(name, self._grads.pop(name), self.placed[name].share.placements)
 
     def _reduce(self) -> None:
         # Step 2
-        while self._next() is not None:
-            self._launch(overlapped=False)
+        while bucket := self._next():
+            self._launch(bucket, overlapped=False)
         flying, self._flying = self._flying, []
         # Step 3
-        counts = {}
-        for axes in dict.fromkeys(flight.bucket.axes for flight in flying):
-            flags = [flag for flight in flying if flight.bucket.axes == axes for flag in flight.have]
-            device = self.parameter(flying[0].bucket.names[0]).device
-            count = torch.tensor(flags, dtype=torch.int32).to(device)
-            counts[axes] = (
-                count,
-                dist.all_reduce(count, group=self._groups[axes], async_op=True),
-                not all(flags),
-            )
-        present = {}
-        for axes, (count, work, missing) in counts.items():
-            work.wait()
-            values = count.tolist() if missing else None
-            names = [name for flight in flying if flight.bucket.axes == axes for name in flight.bucket.names]
-            present.update((name, values is None or values[i] > 0) for i, name in enumerate(names))
+        present = self._present(flying)
         # Step 4
         for flight in flying:
             self._land(flight, present)
 
-    def _land(self, flight: Flight, present: dict[str, bool]) -> None:
-        """Write a bucket's sums to `.grad`, or send them to who takes them."""
-        if flight.landed:
-            return
-        bucket, flat = flight.bucket, flight.flat
-        parts = dict(zip(bucket.names, flat.split([self._travels(bucket, n) for n in bucket.names])))
-        taken = {
-            name: value[: self.placed[name].share.numel]
-            for name, value in parts.items()
-            if present[name] and self.leaving.of(name) is not None
-        }
-        self._leave(taken.items(), flight.work)
-        flight.landed, flight.flat, rows, flight.rows = True, None, flight.rows, None
-        if all(name in taken or not present[name] for name in parts):
-            return
-        flight.work.wait()
-        if (
-            rows is not None and self.placed[bucket.names[0]].stage == 1
-        ):  # the gradient lives in its place among the whole ones
-            flat = rows[self.placed[bucket.names[0]].index].copy_(flat)
-            parts = dict(zip(bucket.names, flat.split([self._travels(bucket, n) for n in bucket.names])))
-        for name, value in parts.items():
-            if present[name] and name not in taken:
-                share = self.placed[name].share
-                self._add(name, value[: share.numel], share.placements)
+    def _present(self, flying: list[Flight]) -> dict[str, bool]:
+        """Whether a parameter of these buckets has a gradient on some rank."""
+        counts, present = [], {}
+        for axes in dict.fromkeys(flight.bucket.axes for flight in flying):
+            mine = [flight for flight in flying if flight.bucket.axes == axes]
+            names = [name for flight in mine for name in flight.bucket.names]
+            flags = [flag for flight in mine for flag in flight.have]
+            count = torch.tensor(flags, dtype=torch.int32).to(self.parameter(names[0]).device)
+            work = dist.all_reduce(count, group=self.groups[axes], async_op=True)
+            counts.append((names, count, work, all(flags)))
+        for names, count, work, complete in counts:
+            work.wait()
+            values = [1] * len(names) if complete else count.tolist()
+            present.update((name, value > 0) for name, value in zip(names, values))
+        return present
+
+    def _launch(self, bucket: Bucket, overlapped: bool) -> None:
+        """Sum the next bucket: this backward's gradients and what earlier ones left unsynced."""
+        values, have = [], []
+        for name in bucket.names:
+            value, held = self._grads.pop(name, None), self._accumulated.pop_unsynced(name)
+            if held is not None:
+                value = held if value is None else held + value.reshape(-1)
+            have.append(value is not None)
+            if value is None:
+                device = self.parameter(name).device
+                value = torch.zeros(self.placed[name].whole.numel, dtype=bucket.dtype, device=device)
+            values.append(value.reshape(-1).to(bucket.dtype))
+        group = self.groups[bucket.axes]
+        if bucket.scattered:
+            # a copy: autograd may give two leaves gradients that share storage
+            rows = torch.cat([self.placed[n].share_cut.spread(v) for n, v in zip(bucket.names, values)], 1)
+            flat = rows.new_empty(rows.shape[1])
+            work = _torch.scatter_into(flat, rows.view(-1), op=dist.ReduceOp.SUM, group=group, async_op=True)
+            sent, op = rows, "reduce_scatter"
+        else:
+            rows, flat = None, torch.cat(values)
+            work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group, async_op=True)
+            sent, op = flat, "all_reduce"
+        self._flying.append(Flight(bucket, flat, have, work, rows))
+        size = sent.numel() * sent.element_size()
+        self.reductions.append(Reduction(bucket.axes, bucket.names, size, overlapped, op))
+        self._land_early()
 
     def _land_early(self) -> None:
         """Buckets that somebody takes need not wait for the end of backward: this rank has all their
@@ -265,77 +248,50 @@ class GradientBoundary:
                 and all(flight.have)
                 and all(self.leaving.of(name) is not None for name in flight.bucket.names)
             ):
-                if not self.leaving.ready(flight.work, flight.flat.device):
+                if not self.leaving.ready(flight.work, self.parameter(flight.bucket.names[0]).device):
                     return
                 self._land(flight, dict.fromkeys(flight.bucket.names, True))
 
-    def _leave(self, values: Iterable[tuple[str, Tensor]], work: dist.Work | None = None) -> None:
-        values = [(name, value.to(self.gradient_dtype or value.dtype)) for name, value in values]
-        if values:
-            self.leaving.send(values, work)
+    def _land(self, flight: Flight, present: dict[str, bool]) -> None:
+        """Write a bucket's sums to `.grad`, or send them to who takes them."""
+        if flight.landed:
+            return
+        bucket, (flat, rows) = flight.bucket, flight.land()
+        parts = self._parts(bucket, flat)
+        taken = {
+            name: value[: self.placed[name].share.numel]
+            for name, value in parts.items()
+            if present[name] and self.leaving.of(name) is not None
+        }
+        self._accumulated.leave(taken.items(), flight.work)
+        if all(name in taken or not present[name] for name in parts):
+            return
+        flight.work.wait()
+        first = self.placed[bucket.names[0]]
+        if rows is not None and first.stage == 1:  # the gradient lives in its place among the whole ones
+            parts = self._parts(bucket, rows[first.index].copy_(flat))
+        for name, value in parts.items():
+            if present[name] and name not in taken:
+                share = self.placed[name].share
+                self._accumulated.add(name, value[: share.numel], share.placements)
 
-    def _launch(self, overlapped: bool) -> None:
-        """Sum the next bucket: this backward's gradients and what earlier ones left unsynced."""
-        bucket, values, have = self._next(), [], []
-        for name in bucket.names:
-            value, parameter = self._grads.pop(name, None), self.parameter(name)
-            if _unsynced(parameter.grad, self.placed[name]):
-                held = parameter.grad.to_local().reshape(-1)
-                value = held if value is None else held + value.reshape(-1)
-                parameter.grad = None
-            have.append(value is not None)
-            if value is None:
-                value = torch.zeros(
-                    self.placed[name].whole.numel, dtype=bucket.dtype, device=parameter.device
-                )
-            values.append(value.reshape(-1).to(bucket.dtype))
-        rows = None
-        if bucket.scattered:
-            rows = torch.cat(
-                [self.placed[n].cut.spread(v) for n, v in zip(bucket.names, values)], 1
-            )  # a copy: autograd may give two leaves gradients that share storage
-            flat = rows.new_empty(rows.shape[1])
-            work = _torch.scatter_into(
-                flat, rows.view(-1), op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True
-            )
-        else:
-            flat = torch.cat(values)
-            work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._groups[bucket.axes], async_op=True)
-        self._flying.append(Flight(bucket, flat, have, work, rows))
-        sent = flat if rows is None else rows
-        self.reductions.append(
-            Reduction(
-                bucket.axes,
-                bucket.names,
-                sent.numel() * sent.element_size(),
-                overlapped,
-                "all_reduce" if rows is None else "reduce_scatter",
-            )
-        )
-        self._land_early()
-
-    def _travels(self, bucket: Bucket, name: str) -> int:
-        return self.placed[name].cut.width if bucket.scattered else self.placed[name].whole.numel
+    def _parts(self, bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
+        """What of a bucket's sums is whose."""
+        widths = [
+            self.placed[name].share_cut.width if bucket.scattered else self.placed[name].whole.numel
+            for name in bucket.names
+        ]
+        return dict(zip(bucket.names, flat.split(widths)))
 
     def _hold(self) -> None:
         """Leave this backward's gradients unsynced. Reduced ones become partial on every rank, used here or
         not."""
-        for name in self._active:
-            placed, parameter = self.placed[name], self.parameter(name)
-            if not placed.reduce_axes or not parameter.requires_grad or self._summed(name):
+        for name in self._used:
+            if not self._is_summed_here(name) or not self.parameter(name).requires_grad:
                 continue
-            value = self._grads.pop(name, None)
-            if parameter.grad is not None and not _unsynced(parameter.grad, placed):
-                local = parameter.grad.to_local()
-                parameter.grad = None
-                if placed.share_dim is not None:  # shares are apart: their sum over the ranks is the whole
-                    share, local = local, local.new_zeros(placed.local_held)
-                    placed.share_of(local).copy_(share)
-                elif not _keeps(placed):
-                    local.zero_()
-                parameter.grad = placed.dtensor(local, placed.unsynced)
-            if value is not None:
-                self._add(name, value, placed.unsynced)
+            self._accumulated.make_unsynced(name)
+            if name in self._grads:
+                self._accumulated.add(name, self._grads.pop(name), self.placed[name].unsynced)
 
     def _separate(self) -> None:
         """Autograd may give two leaves gradients that share storage (views of one cotangent); `.grad` is
@@ -347,50 +303,7 @@ class GradientBoundary:
                 self._grads[name] = grad.clone()
             seen.add(at)
 
-    def _settle(self) -> None:
-        """Write the gradients that need no sum."""
-        for name in list(self._grads):
-            self._add(name, self._grads.pop(name), self.placed[name].share.placements)
-
-    def _add(self, name: str, value: Tensor, placements) -> None:
-        parameter, placed = self.parameter(name), self.placed[name]
-        if tuple(placements) == placed.share.placements and self.leaving.of(name) is not None:
-            self._leave([(name, value)])
-            return
-        value = value.to(self.gradient_dtype or value.dtype)
-        if parameter.grad is None:
-            parameter.grad = placed.dtensor(value.contiguous(), placements)
-        else:
-            parameter.grad.to_local().add_(value.view(placed.extent(placements).held))
-
     def _abandon(self) -> None:
         for flight in self._flying:
             flight.work.wait()
         self._flying, self._grads, self._tasks = [], {}, set()
-
-
-def _unsynced(grad: DTensor | None, placed: Placed) -> bool:
-    return grad is not None and placed.reduce_axes != () and tuple(grad.placements) == placed.unsynced
-
-
-def _keeps(placed: Placed) -> bool:
-    """Whether this rank is coordinate 0 of the axes that the gradient is summed over."""
-    mesh = placed.mesh
-    return all(
-        index == 0
-        for axis, index in zip(mesh.mesh_dim_names, mesh.get_coordinate())
-        if axis in placed.reduce_axes
-    )
-
-
-def _arrived(boundary: weakref.ref, name: str, leaf: Tensor) -> None:
-    if (
-        leaf.grad is None
-    ):  # under ZeRO-3 what autograd brings a share is nothing: `tedfx/runtime/gathers.py` has it
-        return
-    grad, leaf.grad = (
-        leaf.grad.detach().resolve_conj().resolve_neg(),
-        None,
-    )  # what is sent is the numbers themselves
-    if (alive := boundary()) is not None:
-        alive.arrived(name, grad)

@@ -8,8 +8,8 @@ done. So a step gathers each parameter once per direction (ZeRO-3) and sums each
 stages 2 and 3 no rank ever holds whole gradients of more than the layers whose buckets are under way. The
 price is activations: those of all micro-batches are there when backward begins.
 
-Nothing else has to know: checkpoint regions, dropout's draws (a seed per micro-batch), buffers that forward
-writes to (a micro-batch reads what the one before it wrote) and compilation see a graph.
+Nothing else has to know: regions that are computed again, dropout's draws (a seed per micro-batch), buffers
+that forward writes to (a micro-batch reads what the one before it wrote) and compilation see a graph.
 """
 
 from __future__ import annotations

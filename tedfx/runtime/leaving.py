@@ -71,7 +71,8 @@ class Leaving:
 
     def _give(self, values: list[tuple[str, Tensor]]) -> None:
         for name, value in values:
-            self.of(name).take(name, value.reshape(-1))
+            if (taker := self.of(name)) is not None:
+                taker.take(name, value.reshape(-1))
 
     def drop(self, zero: bool) -> None:
         """`zero_grad` of the module."""

@@ -43,6 +43,7 @@ class Mirror(nn.Module):
             )
         if name in self._buffers:
             old = self._buffers[name]
+            assert old is not None
             if not isinstance(value, torch.Tensor) or (value.shape, value.dtype, value.device) != (
                 old.shape,
                 old.dtype,

@@ -14,55 +14,36 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from tedfx._torch import functions_recompute, inductor_options, pytree
+from tedfx._torch import pytree
 from tedfx.errors import ConfigError, TedfxError
-from tedfx.graph.aliases import apart, possible_aliases
-from tedfx.graph.emission import emit
 from tedfx.graph.signature import Path, Signature, bind, flatten, show
 from tedfx.ops.autocast import Autocast, region
-from tedfx.ops.context import RankContext, use
+from tedfx.ops.context import RankContext
 from tedfx.options import Options
+from tedfx.placement.roles import Roles
 from tedfx.ranks import progress
-from tedfx.ranks.checks import CallCheck, Meeting
+from tedfx.ranks.call_check import CallCheck
 from tedfx.ranks.failures import noting
+from tedfx.ranks.meeting import Meeting
 from tedfx.runtime.asked import notice
 from tedfx.runtime.changes import Changes
-from tedfx.runtime.gathers import Gathered, Store
-from tedfx.runtime.gradients import GradientBoundary
-from tedfx.runtime.layered import interleave
-from tedfx.runtime.mirror import Guard, Mirror
+from tedfx.runtime.first_rank import broadcast_from_first, parameters_of
+from tedfx.runtime.mirror import Guard
 from tedfx.runtime.program import Program
-from tedfx.runtime.state_dict import StateAccess, broadcast_from_first
-from tedfx.runtime.weights import WeightAccess
-from tedfx.state.parameters import ParameterLayout, Placed, materialize
+from tedfx.runtime.programs import Compile, Programs, Ready
+from tedfx.runtime.state_dict import StateDicts
+from tedfx.state.parameters import ParameterLayout, Placed
 
 EXPORT = "to export: model.load_state_dict(pm.gather_parameters(buffers=True)), then use the plain model"
 
 
-@dataclass
-class _Ready:
-    """A program that can run: how, with which gathers of parameters, and in which order it uses
-    parameters."""
-
-    program: Program
-    runner: Callable[..., Sequence]
-    gathers: list[Gathered]
-    order: list[str]
-    copied: set[int]  # operands that are read from a copy
-    aliases: dict[
-        int, tuple[int, ...]
-    ]  # outputs that may share memory with operands, see `tedfx/graph/aliases.py`
-    ran: bool = False
-
-
-class ParallelModule(WeightAccess, StateAccess, Mirror):
+class ParallelModule(StateDicts):
     """One rank's module. Made by `tedfx.parallelize`; collective over the job to construct.
 
     layouts: one per parameter (or stack of them), the same on every rank. source: the user's name -> full
@@ -72,8 +53,9 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
     axis_groups: tuples of axes whose process groups the programs use. input_names: the names of the model's
     forward, in order; var_keyword: whether it takes others as well. number_inputs: names whose python numbers
     are data, not constants: they enter as 0-dim tensors. non_persistent: buffers that are no part of the
-    state dict. origin: the user's model; empty: whether it has no weights. options: how gradients are kept
-    and summed (`tedfx.runtime.state_dict.parameters.Placed` has ZeRO's stage), and how programs run.
+    state dict. origin: the user's model; empty: whether it has no weights. roles: what the mesh's axes do.
+    changes: what its programs read of the user's model, None where nothing is read. options: how gradients
+    are kept and summed (`tedfx.state.parameters.Placed` has ZeRO's stage), and how programs run.
     """
 
     def __init__(
@@ -82,7 +64,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         source: Callable[[str], Tensor],
         buffers: Mapping[str, Tensor],
         device_mesh,
-        compile_program: Callable[[Signature, dict[Path, Any], bool], Program],
+        compile_program: Compile,
         batch_axes: Sequence[str],
         axis_groups: Iterable[tuple[str, ...]] = (),
         input_names: Sequence[str] = (),
@@ -92,86 +74,74 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         non_persistent: Iterable[str] = (),
         origin: nn.Module | None = None,
         empty: bool = False,
+        roles: Roles | None = None,
+        changes: Changes | None = None,
         options: Options = Options(),
     ):
-        super().__init__()
-        layouts = list(layouts)
         # Step 1: groups, and agreement on what is about to be built.
-        self._mesh, self._batch_axes, self._device = device_mesh, tuple(batch_axes), _device(device_mesh)
-        self._meeting = meeting = Meeting(device_mesh, options.check_timeout)
-        shapes = [(layout, tuple(buffers)) for layout in layouts]
-        kinds = (
-            [
-                "on the meta device",
-                *(str(source(name).dtype) for layout in layouts for name in layout.names[:1]),
-            ]
-            if empty
-            else ["with weights"]
-        )
-        kinds += [f"precision {options.precision}"] * (options.precision is not None)
-        meeting.agree(
-            ", ".join(kinds) + " " + repr(shapes) + repr(device_mesh.mesh.tolist()),
-            "the model",
-            "Every rank must parallelize the same model on the same mesh",
-        )
-        self._context = RankContext(
-            device_mesh, [tuple(device_mesh.mesh_dim_names), *map(tuple, axis_groups)]
-        )
+        layouts = list(layouts)
+        device, meeting = _device(device_mesh), Meeting(device_mesh, options.check_timeout)
+        _agree(meeting, layouts, buffers, source if empty else None, options)
+        everyone = tuple(device_mesh.mesh_dim_names)
+        ranks = RankContext(device_mesh, [everyone, *map(tuple, axis_groups)])
 
         # Step 2: parameters and buffers of the first rank, one at a time.
         placed = {layout.name: Placed(layout, device_mesh, options.zero) for layout in layouts}
         if len(placed) != len(layouts):
             raise ConfigError("two parameter layouts have the same name")
-        self._init_state(placed, set(non_persistent))
-        group = None if device_mesh.size() == 1 else self._context.group(tuple(device_mesh.mesh_dim_names))
-        absent = []
-        for name, each in placed.items():
-            if empty:
-                parameter = allocate(each, source, self._device)
-                absent.extend(each.layout.sources or (name,))
-            else:
-                parameter = materialize(
-                    each, lambda n: broadcast_from_first(n, source, meeting, group, self._device)
-                )
-            if options.gradient_dtype is not None:
-                parameter.grad_dtype = options.gradient_dtype
-            for user_name in dict.fromkeys((name, *each.layout.aliases)):
-                self._place(user_name, parameter)
-        for name in buffers:
-            if empty and buffers[name].is_meta:
-                self._place(
-                    name,
-                    nn.Buffer(
-                        torch.empty_like(buffers[name], device=self._device),
-                        persistent=name not in self._non_persistent,
-                    ),
-                )
-                absent.append(name)
-                continue
-            tensor = broadcast_from_first(name, lambda n: buffers[n], meeting, group, self._device)
-            self._place(name, nn.Buffer(tensor.clone(), persistent=name not in self._non_persistent))
+        group = None if device_mesh.size() == 1 else ranks.group(everyone)
+        non_persistent = frozenset(non_persistent)
 
-        self._init_weights_state(origin, absent)
+        def first(of: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+            return lambda name: broadcast_from_first(name, of, meeting, group, device)
+
+        absent = [name for layout in layouts for name in layout.sources or (layout.name,)] if empty else []
+        absent += [name for name, tensor in buffers.items() if empty and tensor.is_meta]
+        super().__init__(
+            placed,
+            parameters_of(placed, None if empty else first(source), source, device),
+            (
+                (
+                    name,
+                    torch.empty_like(tensor, device=device)
+                    if empty and tensor.is_meta
+                    else first(buffers.__getitem__)(name).clone(),
+                )
+                for name, tensor in buffers.items()
+            ),
+            non_persistent,
+            device,
+            ranks,
+            meeting,
+            options,
+            origin=origin,
+            absent=absent,
+        )
 
         # Step 3: what a call needs.
         seed = meeting.exchange([torch.initial_seed() & (2**62 - 1)], "parallelize")
         self._rng_state = (seed[meeting.ranks[0]][0], 0)
-        self._boundary = GradientBoundary(placed, self._parameter, options)
-        self._boundary.in_graph = bool(options.compile)
-        self._options, self._compile_program = options, compile_program
-        self._progress = options.progress and self._meeting.ranks[0] == dist.get_rank()
+        self._progress = options.progress and meeting.ranks[0] == dist.get_rank()
+        self._batch_axes, self._roles = tuple(batch_axes), roles
         self._input_names, self._var_keyword = tuple(input_names), var_keyword
         self._number_inputs = frozenset(number_inputs)
         self._check = CallCheck(meeting, self._batch_axes)
-        self._ready: dict[tuple[Signature, int], _Ready] = {}  # by call and number of micro-batches
-        self._last: Signature | None = None
-        self._changes: Changes | None = None
+        self._programs = Programs(compile_program, placed, options, self._boundary.gradient_dtype)
+        self._changes = changes
         self._seal()
 
     def _seal(self) -> None:
         """From here on parameters and submodules are those that there are."""
         self._guard = Guard(self, {layout.name: layout.requires_grad for layout in self.layouts})
         self._sealed = True
+
+    def allocate_anew(self) -> None:
+        """Zeros in the place of all parameters and buffers, as new tensors: for who counts the memory that
+        they take. The module then has weights."""
+        self._sealed = False
+        self._place_anew()
+        self._absent.clear()
+        self._seal()
 
     # ---- a call --------------------------------------------------------------------------------------------
 
@@ -213,7 +183,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                         f"layered(): micro-batch {i} is another call than the first: {kind} and "
                         f"{kinds[0]}; run calls of different kinds one after another"
                     )
-            known = self._ready.get((kinds[0], len(flats)))
+            known = self._programs.find(kinds[0], len(flats))
             first = None if known is not None and known.ran else kinds[0]
             with (
                 self._telling(first),
@@ -232,21 +202,21 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
         title = f"tedfx, first {'call' if self.training else 'evaluation'}"
         return progress.line(title, self._progress and first is not None)
 
-    def _agreed(self, signature: Signature, flats: list[dict[Path, Any]]) -> _Ready:
+    def _agreed(self, signature: Signature, flats: list[dict[Path, Any]]) -> Ready:
         """The program of this call, which all ranks make alike and which its inputs fit."""
-        ready = self._ready.get((signature, len(flats)))
-        if self._compare(ready, signature, flats):
-            ready = self._prepared(signature, flats[0], len(flats))
+        ready = self._programs.find(signature, len(flats))
+        if self._compare(ready, signature, flats) or ready is None:
+            ready = self._programs.make(signature, flats[0], self.training, len(flats))
             self._compare(ready, signature, flats)
-        self._last = signature
+        self._programs.last = signature
         return ready
 
-    def _compare(self, ready: _Ready | None, signature: Signature, flats: list[dict[Path, Any]]) -> bool:
+    def _compare(self, ready: Ready | None, signature: Signature, flats: list[dict[Path, Any]]) -> bool:
         """Whether the call is still to be compiled, here or on another rank. Raises where it does not fit its
         program, or ranks differ."""
         which = [f"micro-batch {m}: " if len(flats) > 1 else "" for m in range(len(flats))]
         rules = ready.program.call if ready is not None else None
-        if rules is not None:
+        if ready is not None and rules is not None:
             for flat in flats:
                 rules.check_sizes(flat)
                 for fit in ready.program.fits:
@@ -259,7 +229,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             for path, leaf in flat.items()
             if isinstance(leaf, Tensor)
         }
-        shared, data = (), None
+        shared, data = set(), None
         if rules is not None:
             shared = {which[m] + show(path) for m in range(len(flats)) for path in rules.shared_inputs}
             data = rules.check_values(flats, tensors, shared, self._meeting.alone)
@@ -271,7 +241,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             flat, self.training, torch.is_grad_enabled(), Autocast.around(self._device.type), attributes
         )
 
-    def _ran(self, ready: _Ready, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
+    def _ran(self, ready: Ready, signature: Signature, flats: list[dict[Path, Any]]) -> list[Any]:
         grad, count, program = signature.grad, len(flats), ready.program
         if grad:
             self._boundary.begin(ready.order)
@@ -284,12 +254,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             operands += [flat[path] for path in program.input_keys]
             if program.uses_seed:
                 operands.append(torch.tensor(self._seed(m), dtype=torch.int64, device=self._device))
-        read = (
-            [x.clone() if i in ready.copied else x for i, x in enumerate(operands)]
-            if ready.copied
-            else operands
-        )
-        outputs = apart(self._run(ready, read, grad), read, ready.aliases)
+        outputs = ready.run(operands, grad, self._context, self._boundary, self._options)
         if self.training:
             self._rng_state = (self._rng_state[0], self._rng_state[1] + count)
         written = len(program.mutated_buffers)
@@ -308,24 +273,6 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             )
             for m in range(count)
         ]
-
-    def _run(self, ready: _Ready, operands: list, grad: bool) -> list:
-        if self._options.compile or not ready.gathers:
-            with use(self._context):
-                return list(ready.runner(*operands))
-        shares = dict(zip(ready.program.parameters, operands))
-        store = Store(
-            ready.gathers,
-            shares,
-            self._context,
-            self._boundary.arrived,
-            self._options.prefetch,
-            self._boundary.gradient_dtype,
-        )
-        with use(self._context.with_store(store)), store.notes() if grad else contextlib.nullcontext():
-            outputs = list(ready.runner(*operands))
-        store.end_forward()
-        return outputs
 
     def _inputs(self, args, kwargs) -> dict[Path, Any]:
         call = bind(args, kwargs, self._input_names, self._var_keyword)
@@ -349,48 +296,14 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
                 )
         return flat
 
-    def _program(self, signature: Signature, flat: dict[Path, Any]) -> Program:
-        """The program of a call, compiled ahead of it. Collective over the mesh."""
-        ready = self._prepared(signature, flat, 1)
-        self._last = signature
+    def make_ready(self, call: Mapping[str, Any], training: bool, around: Autocast | None = None) -> None:
+        """Compile the program of a call (arguments by name) ahead of it, with gradients and the attributes of
+        the model as it is. Collective over the mesh."""
+        flat = flatten(call)
+        signature = Signature.of(flat, training, True, around)
+        ready = self._programs.make(signature, flat, training)
+        self._programs.last = signature
         self._context.ensure_groups(ready.program.groups)
-        return ready.program
-
-    def _prepared(self, signature: Signature, flat: dict[Path, Any], count: int) -> _Ready:
-        """The program of a call, or of `count` micro-batches of it."""
-        if (signature, count) not in self._ready:
-            if count == 1:
-                program = self._compile_program(signature, flat, self.training)
-                unknown = [name for name in program.parameters if name not in self._placed]
-                if unknown:
-                    raise TedfxError(
-                        f"the program uses parameters without a layout: {', '.join(unknown[:5])}"
-                    )
-            else:
-                program = interleave(
-                    self._prepared(signature, flat, 1).program,
-                    count,
-                    self._boundary.gradient_dtype if self._options.compile else None,
-                )
-            runner = running = emit(program.graph_module)
-            if self._options.compile:
-                options = dict(self._options.compile) if isinstance(self._options.compile, Mapping) else {}
-                if not options.keys() & {"mode", "options", "backend"}:
-                    options["options"] = inductor_options()
-                # `forward`, not the module: an fx module's call reads tracebacks when it fails, which dynamo
-                # then stumbles on, and the cause is lost.
-                compiled = torch.compile(running.forward, fullgraph=True, **options)
-
-                def runner(*operands):
-                    # counts of routed rows are host integers: symbols of the compiled graph, not constants
-                    with torch._dynamo.config.patch(capture_scalar_outputs=True), functions_recompute():
-                        return compiled(*operands)
-
-            aliases = possible_aliases(program.graph_module.graph, len(program.mutated_buffers))
-            self._ready[signature, count] = _Ready(
-                program, runner, program.gathers(), program.use_order(), program.overwritten(), aliases
-            )
-        return self._ready[signature, count]
 
     def _twin(self) -> nn.Module | None:
         return self._origin[0] if self.__dict__.get("_sealed") else None
@@ -404,7 +317,7 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
     @property
     def trained(self) -> bool:
         """Whether a forward with gradients ran."""
-        return self._boundary.used
+        return bool(self._boundary.used)
 
     def _seed(self, ahead: int = 0) -> int:
         base, step = self._rng_state
@@ -439,27 +352,27 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
     def rng_state(self, state: tuple[int, int]) -> None:
         self._rng_state = (int(state[0]), int(state[1]))
 
-    device_mesh = property(lambda self: self._mesh, doc="The user's mesh.")
-    device = property(
-        lambda self: self._device, doc="Where this rank's parameters are and its inputs must be."
-    )
-    context = property(lambda self: self._context, doc="The RankContext that programs run in.")
-    layouts = property(
-        lambda self: [p.layout for p in self._placed.values()], doc="A ParameterLayout per parameter."
-    )
-    programs = property(
-        lambda self: {
-            signature: ready.program for (signature, count), ready in self._ready.items() if count == 1
-        },
-        doc="{Signature: Program}, in order of first use.",
-    )
+    @property
+    def roles(self) -> Roles | None:
+        """What the mesh's axes do."""
+        return self._roles
+
+    @property
+    def last_signature(self) -> Signature | None:
+        """Of the program that was made or called last; None before."""
+        return self._programs.last
+
+    @property
+    def programs(self) -> dict[Signature, Program]:
+        """{Signature: Program}, in order of first use."""
+        return self._programs.by_signature()
 
     # ---- looking at it -------------------------------------------------------------------------------------
 
     @property
     def graph(self) -> fx.GraphModule:
         """The local graph of the last signature."""
-        return self._last_program().graph_module
+        return self._programs.current().graph_module
 
     @property
     def graphs(self) -> dict[Signature, fx.GraphModule]:
@@ -468,18 +381,13 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
     @property
     def history(self) -> list[Any]:
         """A result per pass, of the last signature."""
-        return self._last_program().history
+        return self._programs.current().history
 
     @property
     def reductions(self):
         """What the last synced backward summed: a `tedfx.runtime.gradients.Reduction` per bucket, in order of
         launch."""
         return self._boundary.reductions
-
-    def _last_program(self) -> Program:
-        if self._last is None:
-            raise TedfxError("nothing is compiled yet: call the module once")
-        return self._ready[self._last, 1].program
 
     def explain(self, **options):
         """The local graph as a table: see `tedfx.report.explanation`."""
@@ -508,19 +416,25 @@ class ParallelModule(WeightAccess, StateAccess, Mirror):
             raise
 
 
-def allocate(placed: Placed, source: Callable[[str], Tensor], device: torch.device) -> nn.Parameter:
-    """This rank's parameter without values, in the dtype of `source`'s tensor (on the meta device)."""
-    layout = placed.layout
-    like = source(layout.names[0])
-    want = layout.shape[1:] if layout.sources else layout.shape
-    if tuple(like.shape) != want:
-        raise ConfigError(
-            f"parameter {layout.names[0]} has shape {tuple(like.shape)}, the layout of {layout.name} "
-            f"expects {want}"
-        )
-    return nn.Parameter(
-        placed.dtensor(torch.empty(placed.kept.shape, dtype=like.dtype, device=device)),
-        requires_grad=layout.requires_grad,
+def _agree(
+    meeting: Meeting,
+    layouts: list[ParameterLayout],
+    buffers: Mapping[str, Tensor],
+    on_meta: Callable[[str], Tensor] | None,
+    options: Options,
+) -> None:
+    """RanksDisagree where ranks are about to build different modules. on_meta: of a model without weights,
+    user's name -> tensor."""
+    kinds = ["with weights"]
+    if on_meta is not None:
+        dtypes = [str(on_meta(name).dtype) for layout in layouts for name in layout.names[:1]]
+        kinds = ["on the meta device", *dtypes]
+    kinds += [f"precision {options.precision}"] * (options.precision is not None)
+    shapes = [(layout, tuple(buffers)) for layout in layouts]
+    meeting.agree(
+        ", ".join(kinds) + " " + repr(shapes) + repr(meeting.mesh.mesh.tolist()),
+        "the model",
+        "Every rank must parallelize the same model on the same mesh",
     )
 
 

@@ -11,17 +11,15 @@ go through `torch.distributed.checkpoint`, and a file written on one mesh loads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tedfx.errors import ConfigError, TedfxError
-from tedfx.ranks.checks import Meeting
-from tedfx.runtime.mirror import Part
+from tedfx.errors import TedfxError
+from tedfx.runtime.pretrained import Pretrained
 from tedfx.state.parameters import Placed
 from tedfx.state.pieces import PiecedTensor
 
@@ -35,46 +33,8 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class StateAccess:
-    """Mixed into ParallelModule."""
-
-    def _init_state(self, placed: dict[str, Placed], non_persistent: set[str]) -> None:
-        self._placed, self._non_persistent = placed, non_persistent
-
-    def _place(self, name: str, tensor: Tensor) -> None:
-        """Register under a dotted name, in modules made as needed.
-
-        By setattr, which unlike `register_*` does not mind a user's name that is also an attribute of this
-        class.
-        """
-        *path, last = name.split(".")
-        module = self
-        for i, part in enumerate(path):
-            if part not in module._modules:
-                setattr(module, part, Part(self, ".".join(path[: i + 1])))
-            module = module._modules[part]
-        setattr(module, last, tensor)
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        *path, last = name.split(".")
-        module = self
-        for part in path:
-            module = module._modules[part]
-        return module, last
-
-    def _parameter(self, name: str) -> nn.Parameter:
-        module, last = self._owner(name)
-        return module._parameters[last]
-
-    def get_buffer(self, target: str) -> Tensor:
-        module, last = self._owner(target)
-        return module._buffers[last]
-
-    def _buffer_names(self, persistent: bool = False) -> list[str]:
-        names = [name for name, _ in self.named_buffers(remove_duplicate=False)]
-        return [name for name in names if not (persistent and name in self._non_persistent)]
-
-    # ---- out -----------------------------------------------------------------------------------------------
+class StateDicts(Pretrained):
+    """`state_dict`, `load_state_dict`, and full parameters and gradients."""
 
     def state_dict(
         self,
@@ -99,9 +59,9 @@ class StateAccess:
             )
         state = {} if destination is None else destination
         for name, placed in self._placed.items():
-            for user_name, entry in placed.entries(self._parameter(name)).items():
+            for user_name, entry in placed.entries(self.held(name)).items():
                 state[prefix + user_name] = entry
-        for name in self._buffer_names(persistent=True):
+        for name in self.buffer_names(persistent=True):
             state[prefix + name] = self.get_buffer(name).detach()
         return state
 
@@ -114,9 +74,9 @@ class StateAccess:
         self.require_weights("gather_parameters")
         full = {}
         for name, placed in self._placed.items():
-            full.update((k, v.clone()) for k, v in placed.gather(self._parameter(name)).items())
+            full.update((k, v.clone()) for k, v in placed.gather(self.held(name)).items())
         if buffers:
-            full.update((name, self.get_buffer(name).clone()) for name in self._buffer_names(persistent=True))
+            full.update((name, self.get_buffer(name).clone()) for name in self.buffer_names(persistent=True))
         return full
 
     @torch.no_grad()
@@ -127,7 +87,7 @@ class StateAccess:
         """
         full = {}
         for name, placed in self._placed.items():
-            parameter, taker = self._parameter(name), self._boundary.leaving.of(name)
+            parameter, taker = self.get_parameter(name), self._boundary.leaving.of(name)
             taken = taker.taken(name) if taker is not None else None
             found = (
                 {}
@@ -167,10 +127,9 @@ class StateAccess:
         ] = []  # (parameter or buffer, its layout, tied names)
         for name, placed in self._placed.items():
             layout = placed.layout
-            shape = layout.shape[1:] if layout.sources else layout.shape
-            wanted.update((user_name, torch.Size(shape)) for user_name in layout.names)
+            wanted.update((user_name, torch.Size(layout.user_shape)) for user_name in layout.names)
             groups.extend((name, placed, names) for names in layout.groups)
-        for name in self._buffer_names(persistent=True):
+        for name in self.buffer_names(persistent=True):
             wanted[name] = self.get_buffer(name).shape
             groups.append((name, None, (name,)))
         missing = [names[0] for _, _, names in groups if not any(n in state_dict for n in names)]
@@ -186,7 +145,7 @@ class StateAccess:
         if problems:
             raise StateError("the state dict does not fit: " + "; ".join(problems))
         self._fill_buffers()
-        current = {name: placed.entries(self._parameter(name)) for name, placed in self._placed.items()}
+        current = {name: placed.entries(self.held(name)) for name, placed in self._placed.items()}
         for name, placed, names in groups:
             given = next((n for n in names if n in state_dict), None)
             if given is None:
@@ -208,67 +167,8 @@ class StateAccess:
                 mine.to_local().copy_(value.to_local())
                 return
         full = value.full_tensor() if isinstance(value, (DTensor, PiecedTensor)) else value
-        placed.kept.cut(given, full, self._parameter(name).to_local().view(placed.kept.shape))
+        placed.kept.cut(given, full, self.local(name))
 
 
 def _few(items: list[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
-
-
-# ---- the first rank's values -------------------------------------------------------------------------------
-
-_DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-]
-_MAX_DIMS = 8
-
-
-def broadcast_from_first(
-    name: str, source: Callable[[str], Tensor], meeting: Meeting, group, device
-) -> Tensor:
-    """The mesh's first rank's `source(name)`, on every rank, on `device`; never the user's own storage.
-
-    A header goes ahead, so that the other ranks need no tensor of their own and an error on the first rank is
-    one on all. Collective over the mesh.
-    """
-    first = dist.get_rank() == meeting.ranks[0]
-    header, problem, full = [0] * (2 + _MAX_DIMS), None, None
-    if first:
-        try:
-            value = source(name).detach()
-            if isinstance(value, DTensor):
-                raise ConfigError(f"{name} is a DTensor already: parallelize takes the single-device model")
-            if value.is_meta:
-                raise ConfigError(f"{name} is on the meta device: give it values before it is distributed")
-            if value.dtype not in _DTYPES or value.dim() > _MAX_DIMS:
-                raise ConfigError(f"{name}: {value.dim()} dims of {value.dtype} cannot be distributed")
-            full = torch.empty(value.shape, dtype=value.dtype, device=device)
-            full.copy_(value)
-            header = [_DTYPES.index(value.dtype) + 1, value.dim(), *value.shape, *header[2 + value.dim() :]]
-        except Exception as error:  # told to the other ranks, then raised
-            problem = error
-    header = meeting.exchange(header, "parallelize")[meeting.ranks[0]]
-    if header[0] == 0:
-        raise problem or ConfigError(f"{name}: the first rank of the mesh could not read it; see its error")
-    if full is None:
-        full = torch.empty(header[2 : 2 + header[1]], dtype=_DTYPES[header[0] - 1], device=device)
-    if group is not None:
-        flat = full.reshape(-1)
-        flat = (
-            flat.view(torch.uint8) if full.element_size() == 1 else flat
-        )  # bool and 8-bit floats: no backend need know
-        dist.broadcast(flat, src=meeting.ranks[0], group=group)
-    return full

@@ -1,9 +1,9 @@
-"""Weights for a ParallelModule whose model has none (it was made on the meta device), and a folder of them
-from any.
+"""Weights for a ParallelModule whose model has none: it was made on the meta device.
 
-A rank holds its share of every parameter from the start, empty. `init_weights`, `load_pretrained` and
-`load_state_dict` fill it; before one of them has, whatever needs weights is refused. Beside the share at most
-one tensor of the model is in memory in full, on the host: the one that is initialised, converted or gathered.
+A rank holds its share of every parameter from the start, empty. `init_weights`, `load_pretrained`
+(`tedfx/runtime/pretrained.py`) and `load_state_dict` fill it; before one of them has, whatever needs weights
+is refused. Beside the share at most one tensor of the model is in memory in full, on the host: the one that
+is initialised, converted or gathered.
 
 All three methods are collectives over the mesh: every rank calls them with the same arguments. An error on
 one rank is raised on all.
@@ -11,38 +11,44 @@ one rank is raised on all.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tedfx import _transformers
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.ranks.failures import RankFailed, failure_line
-from tedfx.state.hf_folder import Folder, box_of, plan
-from tedfx.state.initialise import Slot, initialise
+from tedfx.runtime.held import Held
+from tedfx.state.hf_folder import box_of
+from tedfx.state.initialise import initialise
+from tedfx.state.one_at_a_time import Slot
 from tedfx.state.parameters import Placed
-from tedfx.state.shards import Writer, check_target
 
 WAYS = "give it weights first: pm.init_weights(), pm.load_pretrained(folder) or pm.load_state_dict(state)"
+
+
+Found = TypeVar("Found")
+Row = tuple[str, Placed | None, tuple[str, ...]]
+"""(parameter or buffer, its place, the user's names of one tensor in it: the first stands for all)"""
 
 
 class NoWeights(TedfxError, RuntimeError):
     """The module was made on the meta device and has no weights yet."""
 
 
-class WeightAccess:
-    """Mixed into ParallelModule. Uses its `_placed`, `_parameter`, `get_buffer`, `_meeting`, `_context`."""
+class Weights(Held):
+    """Which tensors have values, and the model's own initialisation.
 
-    def _init_weights_state(self, origin: nn.Module | None, absent: Iterable[str]) -> None:
-        """origin: the user's model; absent: its tensors (tied ones by their first name) that have no values
-        yet."""
-        self._origin, self._absent = (origin,), set(absent)  # in a tuple: it is no submodule of this one
+    origin: the user's model; absent: its tensors (tied ones by their first name) that have no values yet.
+    """
+
+    def __init__(self, *held, origin: nn.Module | None, absent: Iterable[str]):
+        super().__init__(*held)
+        self._origin = (origin,)  # in a tuple: it is no submodule of this one
+        self._absent: set[str] = set(absent)
         self._conversions: list | None = None
-
-    # ---- without weights -----------------------------------------------------------------------------------
 
     @property
     def has_weights(self) -> bool:
@@ -80,16 +86,12 @@ class WeightAccess:
             )
         return self._origin[0]
 
-    def _names(self) -> list[tuple[str, Placed | None, tuple[str, ...]]]:
-        """(parameter or buffer, its layout, the user's names of one tensor in it, the first of which stands
-        for all)."""
-        rows: list = []
+    def _names(self) -> list[Row]:
+        """One for each tensor of the user's."""
+        rows: list[Row] = []
         for name, placed in self._placed.items():
             rows.extend((name, placed, names) for names in placed.layout.groups)
-        return rows + [(name, None, (name,)) for name in self._buffer_names()]
-
-    def _local(self, name: str, placed: Placed) -> Tensor:
-        return self._parameter(name).to_local().detach().view(placed.kept.shape)
+        return rows + [(name, None, (name,)) for name in self.buffer_names()]
 
     # ---- initialisation ------------------------------------------------------------------------------------
 
@@ -158,9 +160,7 @@ class WeightAccess:
                 buffer = self.get_buffer(name)
                 keep, fetch = buffer.copy_, buffer.cpu
             else:
-                keep = lambda full, n=names[0], p=placed, local=self._local(name, placed): p.kept.cut(
-                    n, full, local
-                )
+                keep = lambda full, n=names[0], p=placed, local=self.local(name): p.kept.cut(n, full, local)
                 fetch = lambda n=names[0], p=placed, name=name: self._whole(name, p, n).cpu()
             slots.append(Slot(names[0], meta, keep, fetch, muted=only is not None and names[0] not in only))
         return slots
@@ -168,10 +168,8 @@ class WeightAccess:
     def _whole(self, name: str, placed: Placed, user_name: str, to_first: bool = False) -> Tensor:
         """The user's full tensor, on every rank (or of use on the first one only), bit by bit. A
         collective."""
-        local, layout = self._local(name, placed), placed.layout
-        full = torch.zeros(
-            layout.shape[1:] if layout.sources else layout.shape, dtype=local.dtype, device=local.device
-        )
+        local, layout = self.local(name), placed.layout
+        full = torch.zeros(layout.user_shape, dtype=local.dtype, device=local.device)
         mesh = placed.mesh
         if all(
             at == 0
@@ -192,6 +190,16 @@ class WeightAccess:
                 dist.all_reduce(words, group=group)
         return full
 
+    def _together(self, what: str, act: Callable[[], Found]) -> Found:
+        """What `act` gives on this rank, which needs no other; an error on one rank is raised on all."""
+        error, found = None, []
+        try:
+            found.append(act())
+        except Exception as raised:  # told to the other ranks, then raised
+            error = raised
+        self._settle(error, what)
+        return found[0]
+
     def _settle(self, error: Exception | None, what: str, number: int = 0) -> list[int]:
         """Every rank is done with `what`: an error on one is raised on all. The ranks' numbers."""
         if self._mesh.size() == 1:
@@ -210,179 +218,3 @@ class WeightAccess:
             rank, text = next((r, t) for r, t in texts.items() if t)
             raise RankFailed(f"rank {rank}: {text}")
         return [int(row[1]) for row in every]
-
-    # ---- folders -------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def load_pretrained(self, path: str | os.PathLike) -> None:
-        """Read a folder that `from_pretrained` reads: model.safetensors, or model.safetensors.index.json with
-        its shards.
-
-        path   a local folder, seen by every rank. For a model of Hugging Face transformers its names are a
-               checkpoint's, and the library's conversions (experts merged, gate and up joined, renames) are
-               made while reading; for other modules they are those of their state dict. Of tied tensors one
-               name is enough.
-
-        Each rank reads the slices that it holds; where a conversion is none of stack, concatenate, chunk and
-        transpose, one target's sources at a time are read whole. Values are cast to the parameters' dtypes.
-        Raises CheckpointError in one line where the folder is not there or does not fit (missing, too many,
-        other shapes, quantized), before anything is changed. A failure while reading leaves the module
-        without weights.
-        """
-        model, rows = (
-            self._model(),
-            [row for row in self._names() if row[1] is not None or row[0] not in self._non_persistent],
-        )
-        error = None
-        try:
-            folder = Folder(path)
-            nodes, used = plan(model, folder, self._wanted(), [names for _, _, names in rows])
-            picked = {names[0]: self._same(folder, nodes, placed, names) for _, placed, names in rows}
-            self._fill_buffers()
-        except Exception as raised:  # told to the other ranks, then raised
-            error = raised
-        self._settle(error, "load_pretrained")
-        mine = {names[0] for _, _, names in rows}
-        self._absent |= mine
-        try:
-            for name, placed, names in rows:
-                target = self.get_buffer(name) if placed is None else self._local(name, placed)
-                with folder.reading() as read:
-                    self._fill(nodes[picked[names[0]]], target, placed, picked[names[0]], read)
-        except Exception as raised:
-            error = raised
-        self._settle(error, "load_pretrained")
-        self._absent -= mine
-        self._conversions = used
-
-    def _wanted(self) -> dict[str, Tensor]:
-        """{user's name: a tensor without values, of its shape and dtype}: parameters and persistent
-        buffers."""
-        wanted = {}
-        for name, placed, names in self._names():
-            tensor = self.get_buffer(name) if placed is None else self._parameter(name).to_local()
-            if placed is not None or name not in self._non_persistent:
-                shape = (
-                    tensor.shape
-                    if placed is None
-                    else placed.layout.shape[1:]
-                    if placed.layout.sources
-                    else placed.layout.shape
-                )
-                wanted.update((n, torch.empty(shape, dtype=tensor.dtype, device="meta")) for n in names)
-        return wanted
-
-    def _same(self, folder: Folder, nodes: dict, placed: Placed | None, names: tuple[str, ...]) -> str:
-        """The name to read a tied tensor by; where the folder has several, this rank's parts of them have to
-        be equal."""
-        first, *others = [name for name in names if name in nodes]
-        for other in others:
-            for offsets, where in placed.kept.chunks[first]:
-                with folder.reading() as read:
-                    box = box_of(offsets, torch.empty(placed.kept.shape, device="meta")[where].shape)
-                    parts = [
-                        torch.empty([b.stop - b.start for b in box], dtype=torch.float64) for _ in range(2)
-                    ]
-                    for node, part in zip((nodes[first], nodes[other]), parts):
-                        node.fill(box, part, read)
-                if not torch.equal(*parts):
-                    raise ConfigError(
-                        f"{folder.path}: {first} and {other} are one tensor in the model and differ in "
-                        "the checkpoint; make the model without tying them"
-                    )
-        return first
-
-    def _fill(self, node, target: Tensor, placed: Placed | None, name: str, read) -> None:
-        boxes = [((0,) * target.dim(), ...)] if placed is None else placed.kept.chunks[name]
-        for offsets, where in boxes:
-            part = target[where]
-            node.fill(box_of(offsets, part.shape), part, read)
-
-    @torch.no_grad()
-    def save_pretrained(
-        self,
-        path: str | os.PathLike,
-        max_shard_size: int | str = "5GB",
-        overwrite: bool = False,
-        dry_run: bool = False,
-    ) -> None:
-        """Write a folder that plain `from_pretrained` (and `load_pretrained`) reads, with the same weights
-        bit by bit.
-
-        path             a new or empty folder. The first rank writes, into a folder beside it that is renamed
-                         at the end: a folder of this name is complete.
-        max_shard_size   bytes per file, a number or "5GB".
-        overwrite        replace a folder of weights that is there, by renames when the new one is complete;
-                         what else is in it (a tokenizer) stays.
-        dry_run          look whether it can be done, and write nothing: before a training run whose end it
-                         is.
-
-        Config, generation config and names are those of the library's own `save_pretrained`; for modules that
-        are not of Hugging Face transformers the files hold the state dict alone. One parameter at a time is
-        gathered, converted and written at its place in its file. Raises ConfigError where the folder is not
-        empty or the model cannot be saved so.
-        """
-        self.require_weights("save_pretrained")
-        model, first = self._model(), dist.get_rank() == self._meeting.ranks[0]
-        pretrained, rows, wanted = _transformers.is_pretrained(model), {}, self._wanted()
-        for name, placed, names in self._names():
-            if placed is not None or name not in self._non_persistent:
-                kept = (
-                    [n for n in names if n not in _transformers.tied(model)][:1] or names[:1]
-                    if pretrained
-                    else names
-                )
-                rows.update((n, (name, placed, names[0])) for n in kept)
-        error, writer = None, None
-        try:
-            if pretrained:
-                _transformers.check_savable(model)
-                rows = {n: row for n, row in rows.items() if n not in _transformers.ignored_on_save(model)}
-                groups = _transformers.save_groups(model, list(rows), self._conversions)
-                convert = lambda tensors: _transformers.to_checkpoint(model, tensors, self._conversions)
-            else:
-                groups, convert = [[name] for name in rows], dict
-            if first:
-                planned: dict[str, Tensor] = {}
-                for group in groups:
-                    planned.update(convert({name: wanted[name] for name in group}))
-                if dry_run:
-                    check_target(os.path.realpath(path), overwrite)
-                else:
-                    writer = Writer(path, planned, max_shard_size, overwrite)
-                if pretrained and writer is not None:
-                    dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-                    _transformers.save_configs(model, dtype, writer.folder)
-        except Exception as raised:  # told to the other ranks, then raised
-            error = raised
-        try:
-            self._settle(error, "save_pretrained")
-            if dry_run:
-                return
-            for group in groups:
-                full = {
-                    n: self._whole(name, placed, tensor, to_first=True)
-                    if placed is not None
-                    else self.get_buffer(name)
-                    for n in group
-                    for name, placed, tensor in [rows[n]]
-                }
-                error = None
-                if first:
-                    try:
-                        for name, tensor in convert(full).items():
-                            writer.write(name, tensor)
-                    except Exception as raised:
-                        error = raised
-                del full
-                self._settle(error, "save_pretrained")
-            try:
-                if first:
-                    writer.finish()
-            except Exception as raised:
-                error = raised
-            self._settle(error, "save_pretrained")
-        except BaseException:
-            if writer is not None:
-                writer.abandon()
-            raise

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from tedfx.saving import owner as checkpoint_owner
+from tedfx.saving import owner
 from tedfx.saving.checksums import damage
 from tedfx.saving.folder import CheckpointError, Damaged, Folder, check_finished, read_metadata
 
@@ -34,12 +34,12 @@ class Choice:
         """
 
         def look() -> tuple[list[Path], str, str | None]:
-            return *folder.find(given), checkpoint_owner.other(folder.path)
+            return *folder.find(given), owner.other(folder.path)
 
-        candidates, wrong, owner = self._together(lambda: look() if self._rank == 0 else None)[0]
-        if owner:
+        candidates, wrong, writer = self._together(lambda: look() if self._rank == 0 else None)[0]
+        if writer:
             self.warn(
-                f"another run writes its checkpoints to {folder.path} ({owner}): this one can load them "
+                f"another run writes its checkpoints to {folder.path} ({writer}): this one can load them "
                 "and cannot save there"
             )
         if not candidates:

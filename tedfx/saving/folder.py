@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.futures import Future
 
 from tedfx.errors import TedfxError
-from tedfx.saving import owner as checkpoint_owner
+from tedfx.saving import owner
 from tedfx.saving.checksums import Summing, Written, read_checksums, write_checksums
 
 LATEST, METADATA = "latest", ".metadata"
@@ -49,7 +49,7 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike, keep: int):
         self.path, self.keep = Path(path), keep
-        self._owner: checkpoint_owner.Owner | None = None
+        self._owner: owner.Owner | None = None
 
     def named(self) -> tuple[list[str], str]:
         """Names of the whole checkpoints, newest first, and what is wrong with `latest`, "" where nothing
@@ -122,12 +122,12 @@ class Folder:
         """Make the folder, and make it this process's: CheckpointError while another run that lives writes to
         it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        found = checkpoint_owner.claim(self.path)
+        found = owner.claim(self.path)
         if isinstance(found, str):
             raise CheckpointError(
                 f"another run writes its checkpoints to {self.path} ({found}): give this run a folder "
                 "of its own, or end that one; if that process is gone, remove "
-                f"{self.path / checkpoint_owner.OWNER}"
+                f"{self.path / owner.OWNER}"
             )
         self._owner = found
 

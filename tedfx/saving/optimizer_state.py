@@ -47,7 +47,7 @@ class _TorchOptimizer:
     """The interface above for a `torch.optim.Optimizer`; states are made as the checkpoint describes them."""
 
     def __init__(self, pm, optimizer: torch.optim.Optimizer):
-        self.optimizer, self.parameters = optimizer, {name: pm._parameter(name) for name in pm._placed}
+        self.optimizer, self.parameters = optimizer, {name: pm.get_parameter(name) for name in pm.placed}
         self._name = {parameter: name for name, parameter in self.parameters.items()}
         if any(
             parameter not in self._name for group in optimizer.param_groups for parameter in group["params"]
@@ -133,7 +133,7 @@ class OptimizerState:
 
     def _users(self, name: str) -> tuple[str, ...]:
         """The user's names of a parameter; of a tied one, the first."""
-        layout = self.pm._placed[name].layout
+        layout = self.pm.placed[name].layout
         return layout.sources or (layout.name,)
 
     # ---- out -----------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class OptimizerState:
         for name, values in state.items():
             for key, value in values.items():
                 if isinstance(value, DTensor):
-                    entries = self.pm._placed[name].entries(value)
+                    entries = self.pm.placed[name].entries(value)
                     found.update((f"optimizer/{user}/{key}", entries[user]) for user in self._users(name))
         if (
             self.own
@@ -211,7 +211,7 @@ class OptimizerState:
         """
         if self.own:
             return self.tensors(self.read())
-        layout = {user: name for name in self.pm._placed for user in self._users(name)}
+        layout = {user: name for name in self.pm.placed for user in self._users(name)}
         self._targets = {}
         for path, dtype in saved.items():
             user, _, key = path.removeprefix("optimizer/").partition("/")
@@ -251,7 +251,7 @@ class OptimizerState:
                     f"parameter group {index} and the checkpoint's do not have the same options: "
                     f"{', '.join(options)}; resume with the same optimizer"
                 )
-        for name in self.pm._placed:
+        for name in self.pm.placed:
             self._number(name, small["numbers"])
         if small.get("phase") is not None:
             self.state.check_phase(small["phase"])
@@ -271,7 +271,7 @@ class OptimizerState:
 
     def load(self, small: dict[str, Any]) -> None:
         """After the tensors are filled: numbers, hyperparameters, scaler."""
-        numbers = {name: self._number(name, small["numbers"]) for name in self.pm._placed}
+        numbers = {name: self._number(name, small["numbers"]) for name in self.pm.placed}
         layouts = [group["names"] for group in self.state.hyperparameters()]
         self.state.load_hyperparameters(
             [{**group, "names": names} for group, names in zip(small["groups"], layouts)]

@@ -29,11 +29,18 @@ class Flight:
     a reduce-scatter reads; landed: it has gone where it belongs."""
 
     bucket: Bucket
-    flat: Tensor
+    flat: Tensor | None
     have: list[bool]
     work: dist.Work
     rows: Tensor | None
     landed: bool = False
+
+    def land(self) -> tuple[Tensor, Tensor | None]:
+        """(flat, rows), which are let go of here."""
+        flat, rows = self.flat, self.rows
+        assert flat is not None and not self.landed
+        self.landed, self.flat, self.rows = True, None, None
+        return flat, rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Reduction:
     op: str = "all_reduce"
 
 
-def plan(
+def pack_buckets(
     summed: Iterable[tuple[str, torch.dtype]], placed: Mapping[str, Placed], bucket_bytes: int
 ) -> list[Bucket]:
     """Buckets of (name, dtype of its gradient), given in order of use: filled in the reverse; a bucket's

@@ -1,9 +1,9 @@
 """A folder of safetensors as `from_pretrained` reads it: which of its tensors make which of the model's, and
 reading.
 
-`plan` looks at names, shapes and dtypes only and refuses, in one line, a folder that does not fit the model;
-nothing is changed before it has returned. `Folder.reading()` opens files for the time of one target, so that
-pages of a file that were looked at do not stay mapped.
+`nodes_of` looks at names, shapes and dtypes only and refuses, in one line, a folder that does not fit the
+model; nothing is changed before it has returned. `Folder.reading()` opens files for the time of one target,
+so that pages of a file that were looked at do not stay mapped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tedfx import _transformers
 from tedfx.errors import ConfigError, TedfxError
-from tedfx.state.lazy import Box, Read, Source, from_recipe
+from tedfx.state.lazy import Box, Node, Read, Source, from_recipe
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -97,9 +97,9 @@ class Folder:
             opened.clear()
 
 
-def plan(
+def nodes_of(
     model: nn.Module, folder: Folder, wanted: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]
-) -> tuple[dict[str, object], list | None]:
+) -> tuple[dict[str, Node], list | None]:
     """({the model's name: node that makes it}, the conversions that were used).
 
     wanted: the model's names -> tensor of their shape and dtype. groups: names of which one is enough (those
@@ -112,7 +112,8 @@ def plan(
             f"({folder.config['quantization_config'].get('quant_method')}), which is not supported; "
             "dequantize them first"
         )
-    nodes, unexpected, used, problems = {}, [], None, []
+    nodes: dict[str, Node] = {}
+    unexpected, used, problems, unmade = [], None, [], []
     if _transformers.is_pretrained(model):
         recipes, unexpected, used = _transformers.recipes(model, list(folder.files))
         for recipe in recipes:
@@ -132,18 +133,19 @@ def plan(
                     f"{recipe.first} cannot be made of {sources[0]} and {len(sources) - 1} more: "
                     f"{' '.join(str(error).split())[:200]}"
                 )
-                nodes[recipe.first] = None
+                unmade.append(recipe.first)
                 continue
             nodes.update(from_recipe(recipe, folder.shapes, made, model))
     else:
         nodes = {name: Source(name, folder.shapes[name]) for name in folder.files if name in wanted}
         unexpected = [name for name in folder.files if name not in wanted]
-    unexpected += [name for name in nodes if name not in wanted]
-    missing = [names[0] for names in groups if not any(name in nodes for name in names)]
+    unexpected += [name for name in (*nodes, *unmade) if name not in wanted]
+    made_or_not = {*nodes, *unmade}
+    missing = [names[0] for names in groups if not made_or_not.intersection(names)]
     shapes = [
         f"{n} {node.shape}, expected {tuple(wanted[n].shape)}"
         for n, node in nodes.items()
-        if node is not None and n in wanted and node.shape != tuple(wanted[n].shape)
+        if n in wanted and node.shape != tuple(wanted[n].shape)
     ]
     problems += (
         [f"missing: {_few(missing)}"] * bool(missing)

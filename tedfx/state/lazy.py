@@ -11,13 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tedfx import _transformers
 
 Box = tuple[slice, ...]
 Read = Callable[[str, Box | None], Tensor]
+
+
+Item = TypeVar("Item")
+
+
+class Node(Protocol):
+    """A tensor that is made of what is in the files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def fill(self, box: Box, out: Tensor, read: Read) -> None:
+        """Write the part `box` into `out`."""
 
 
 @dataclass
@@ -36,7 +51,7 @@ class Stack:
     """Nodes of one shape along a new dim."""
 
     dim: int
-    parts: list
+    parts: list[Node]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +69,7 @@ class Cat:
     """Nodes one behind the other along a dim."""
 
     dim: int
-    parts: list
+    parts: list[Node]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,7 +95,7 @@ class Cut:
     dim: int
     start: int
     length: int
-    part: object
+    part: Node
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,7 +112,7 @@ class Swap:
 
     dim0: int
     dim1: int
-    part: object
+    part: Node
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,8 +130,8 @@ class Whole:
     recipe: _transformers.Recipe
     name: str
     shape: tuple[int, ...]
-    model: object
-    dtype: object
+    model: nn.Module
+    dtype: torch.dtype
 
     def fill(self, box: Box, out: Tensor, read: Read) -> None:
         sources = {
@@ -126,8 +141,11 @@ class Whole:
 
 
 def from_recipe(
-    recipe: _transformers.Recipe, shapes: dict[str, tuple[int, ...]], made: dict[str, Tensor], model
-) -> dict[str, object]:
+    recipe: _transformers.Recipe,
+    shapes: dict[str, tuple[int, ...]],
+    made: dict[str, Tensor],
+    model: nn.Module,
+) -> dict[str, Node]:
     """{target: node}. `made`: what the library makes of the sources, as meta tensors in the targets'
     dtypes."""
     plain = _moved(recipe, shapes, len(made), model)
@@ -136,13 +154,15 @@ def from_recipe(
     return {name: Whole(recipe, name, tuple(t.shape), model, t.dtype) for name, t in made.items()}
 
 
-def _moved(recipe, shapes, targets: int, model) -> list | None:
+def _moved(
+    recipe: _transformers.Recipe, shapes: dict[str, tuple[int, ...]], targets: int, model: nn.Module
+) -> list[Node] | None:
     """The nodes of the targets in order, where every step is a movement of blocks as it is understood
     here."""
     steps = _transformers.steps(recipe, model)
     if steps is None:
         return None
-    nodes = [
+    nodes: list[list[Node]] = [
         [Source(name, shapes[name]) for name in recipe.sources[p]]
         for p in recipe.converter.source_patterns
         if p in recipe.sources
@@ -168,7 +188,7 @@ def _moved(recipe, shapes, targets: int, model) -> list | None:
     return nodes[0] if len(nodes) == 1 and len(nodes[0]) == targets else None
 
 
-def _swapped(items: tuple, a: int, b: int) -> tuple:
-    items = list(items)
-    items[a], items[b] = items[b], items[a]
-    return tuple(items)
+def _swapped(items: tuple[Item, ...], a: int, b: int) -> tuple[Item, ...]:
+    swapped = list(items)
+    swapped[a], swapped[b] = swapped[b], swapped[a]
+    return tuple(swapped)

@@ -42,7 +42,7 @@ class ParameterLayout:
 
     name: str
     shape: tuple[int, ...]
-    view: tuple[int, ...] = None
+    view: tuple[int, ...] = ()  # missing: `shape`
     shards: tuple[tuple[str, int], ...] = ()
     reduce_axes: tuple[str, ...] = ()
     requires_grad: bool = True
@@ -54,7 +54,7 @@ class ParameterLayout:
         shards = self.shards.items() if isinstance(self.shards, Mapping) else self.shards
         put = object.__setattr__
         put(self, "shape", tuple(int(size) for size in self.shape))
-        put(self, "view", self.shape if self.view is None else tuple(int(size) for size in self.view))
+        put(self, "view", tuple(int(size) for size in self.view or self.shape))
         put(self, "shards", tuple((axis, int(dim)) for axis, dim in shards))
         for field in ("reduce_axes", "sources", "aliases", "stack_aliases"):
             put(self, field, tuple(getattr(self, field)))
@@ -68,6 +68,11 @@ class ParameterLayout:
                 f"parameter {self.name}: a stack of {len(self.sources)} needs dim 0 of that size, whole "
                 "in its view"
             )
+
+    @property
+    def user_shape(self) -> tuple[int, ...]:
+        """Of each of the user's tensors."""
+        return self.shape[1:] if self.sources else self.shape
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -230,7 +235,13 @@ class Placed:
         """The part of a whole local tensor that is this rank's share; a view."""
         if self.share_dim is None:
             return local
-        return self.cut.share_of(local, self.index)
+        return self.share_cut.share_of(local, self.index)
+
+    @property
+    def share_cut(self) -> Cut:
+        """`cut`, of a parameter whose share is not the whole."""
+        assert self.cut is not None
+        return self.cut
 
     def entries(self, held: DTensor) -> dict[str, Tensor]:
         """The user's tensors that `held` (the parameter, its gradient, a moment of the optimizer) consists
@@ -272,13 +283,19 @@ def _flat_index(coordinates, sizes) -> int:
     return index
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's piece of a DTensor, which a parameter or its gradient is."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
 def materialize(placed: Placed, broadcast: Callable[[str], Tensor]) -> nn.Parameter:
     """This rank's parameter. `broadcast(name)` is a collective that returns rank 0's full tensor on every
     rank."""
     layout, local = placed.layout, None
     for name in layout.sources or (layout.name,):
         full = broadcast(name)
-        want = layout.shape[1:] if layout.sources else layout.shape
+        want = layout.user_shape
         if tuple(full.shape) != want:
             raise ConfigError(
                 f"parameter {name} has shape {tuple(full.shape)}, the layout of {layout.name} expects {want}"

@@ -55,12 +55,13 @@ class PiecedTensor(Tensor):
     Over the axes in `shard_axes` the ranks of `mesh` hold different boxes, over the others the same.
     """
 
+    pieces: list[tuple[tuple[int, ...], Tensor]]
+    place: _Place
+
     @staticmethod
-    def __new__(cls, shape, pieces, mesh, shard_axes, dtype, device):
+    def __new__(cls, shape, pieces, mesh, shard_axes, dtype, device) -> PiecedTensor:
         self = _torch.make_wrapper(cls, torch.Size(shape), dtype=dtype, device=device)
-        self.pieces: list[tuple[tuple[int, ...], Tensor]] = [
-            (tuple(offsets), piece) for offsets, piece in pieces
-        ]
+        self.pieces = [(tuple(offsets), piece) for offsets, piece in pieces]
         self.place = _Place(mesh, shard_axes)
         return self
 
@@ -79,7 +80,7 @@ class PiecedTensor(Tensor):
                 dist.all_reduce(full, group=self.mesh.get_group(axis))
         return full
 
-    def copy_pieces_(self, source: "PiecedTensor | Tensor") -> None:
+    def copy_pieces_(self, source: PiecedTensor | Tensor) -> None:
         """Fill the pieces from a full tensor, or from a PiecedTensor with the same boxes."""
         if isinstance(source, PiecedTensor):
             if [o for o, _ in source.pieces] != [o for o, _ in self.pieces]:
@@ -96,7 +97,7 @@ class PiecedTensor(Tensor):
             tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape)) for offsets, piece in self.pieces
         ]
 
-    def _with(self, pieces: Sequence[Tensor], dtype, device) -> "PiecedTensor":
+    def _with(self, pieces: Sequence[Tensor], dtype, device) -> PiecedTensor:
         offsets = [o for o, _ in self.pieces]
         return PiecedTensor(self.shape, zip(offsets, pieces), self.mesh, self.shard_axes, dtype, device)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tedfx.graph.signature import Path
-from tedfx.ranks.checks import checksums
+from tedfx.ranks.call_check import checksums
 from tedfx.trace.call_sizes import SizeCheck
 from tedfx.trace.call_values import ranges
 

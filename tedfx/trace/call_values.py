@@ -2,8 +2,8 @@
 
 An integer input that reaches an embedding or a cross-entropy through views only has that table's size as its
 range. The smallest and the largest are compared, which two small kernels find; on a device they are read with
-the checksums (`tedfx/ranks/checks.py`), at no copy of their own. Positions that follow from the sizes alone
-are looked at once per size.
+the checksums (`tedfx/ranks/call_check.py`), at no copy of their own. Positions that follow from the sizes
+alone are looked at once per size.
 """
 
 from __future__ import annotations

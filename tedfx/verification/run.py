@@ -10,12 +10,9 @@ compared bit by bit.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import hashlib
-import inspect
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,16 +21,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tedfx._torch import pytree
-from tedfx.dtypes import cast_module, widest
+from tedfx.dtypes import cast_module
 from tedfx.errors import ConfigError
-from tedfx.graph.signature import Path
 from tedfx.optim import ShardedOptimizer
 from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
-from tedfx.trace.input_sizes import is_batch
 from tedfx.trace.precision import cast_model, parameter_dtypes
+from tedfx.verification.batches import Batches, split_batch, step_batches
+from tedfx.verification.errors import digests
 
-IGNORED = -100  # a label that does not count
 KEPT = 2**24  # elements of gradients over all steps: up to that many those of every step are compared
 
 
@@ -80,130 +76,9 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-# ---- the global batch --------------------------------------------------------------------------------------
-
-
-def make_batch(model: nn.Module, size: int, sequence: int, seed: int) -> dict[str, Tensor]:
-    """Random token ids, and labels of which the first half of the rows keeps about 70% and the second half
-    one in all.
-
-    So over two batch ranks one has a single valid label, and over four or more some have none. A model that
-    scores a row as a whole has a label per row, all valid (a number where it has one score), and padding at
-    the end of every other row where it knows a padding id.
-    """
-    inputs = inspect.signature(model.forward).parameters
-    if "input_ids" not in inputs:
-        raise ConfigError(
-            f"{type(model).__name__}.forward takes no input_ids: pass batch={{name: tensor}}, or let "
-            "the factory return (model, inputs): the global batch"
-        )
-    generator = torch.Generator().manual_seed(seed + 1)
-    ids = torch.randint(0, _vocabulary(model), (size, sequence), generator=generator)
-    if "labels" not in inputs:
-        return {"input_ids": ids}
-    scores = _scores(model, ids[:2]) if inputs["labels"].default is not inspect.Parameter.empty else None
-    if scores is not None and scores.dim() == 2:
-        classes, padding = scores.shape[1], getattr(getattr(model, "config", None), "pad_token_id", None)
-        labels = (
-            torch.randint(0, classes, (size,), generator=generator)
-            if classes > 1
-            else torch.randn(size, generator=generator).to(scores.dtype)
-        )
-        if padding is None:
-            return {"input_ids": ids, "labels": labels}
-        ids[::2, sequence - sequence // 4 :] = padding
-        masks = {"attention_mask": (ids != padding).long()} if "attention_mask" in inputs else {}
-        return {"input_ids": ids, **masks, "labels": labels}
-    known = ids if scores is None or scores.dim() < 2 else ids % scores.shape[-1]
-    labels = torch.where(torch.rand(size, sequence, generator=generator) < 0.3, IGNORED, known)
-    if size > 1:
-        half = (size + 1) // 2
-        labels[half:] = IGNORED
-        labels[half, sequence // 2] = known[half, sequence // 2]
-    return {"input_ids": ids, "labels": labels}
-
-
-@torch.no_grad()
-def _scores(model: nn.Module, ids: Tensor) -> Tensor | None:
-    """What the model gives without labels: scores of tokens [rows, sequence, classes] or of rows [rows,
-    classes]. A copy runs, so that nothing of the model moves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a process whose other threads have worked cannot be forked
-    try:
-        output = copy.deepcopy(model).eval()(input_ids=ids)
-    # it may need more than ids; the labels are then those of tokens, and what is wrong shows where the model
-    # is run
-    except Exception:
-        return None
-    finally:
-        torch.set_num_threads(threads)
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return (
-        named
-        if isinstance(named, Tensor)
-        else next(
-            (x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()), None
-        )
-    )
-
-
-def _vocabulary(model: nn.Module) -> int:
-    with contextlib.suppress(AttributeError, NotImplementedError):
-        return model.get_input_embeddings().num_embeddings
-    return min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
-
-
-def split_batch(
-    batch: Mapping[str, Any], index: int, count: int, inputs: Collection[Path] | None = None
-) -> dict[str, Any]:
-    """The share of batch coordinate `index` of `count`: rows of what has a batch dim. Scalars, positions of
-    shape [S], masks of shape [S, S] are global and stay.
-
-    inputs: paths of the inputs with a batch dim, where a trace has decided; else as the sizes say.
-    """
-    leaves, spec = pytree.tree_flatten(dict(batch))
-    paths = [
-        tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path)
-        for path, _ in pytree.tree_flatten_with_path(dict(batch))[0]
-    ]
-    cut = is_batch(batch) if inputs is None else [path in inputs for path in paths]
-    return pytree.tree_unflatten(
-        [x.chunk(count)[index] if is_cut else x for x, is_cut in zip(leaves, cut)], spec
-    )
-
-
-Batches = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-
-
-def step_batches(batch: Batches, steps: int) -> list[Mapping[str, Any]]:
-    """The global batch of each step: as given, one for each, or one whose rows are another rank's in every
-    step. Rows of size 1 stay."""
-    if not isinstance(batch, Mapping):
-        return [batch[i % len(batch)] for i in range(steps)]
-    leaves, spec = pytree.tree_flatten(dict(batch))
-    rows = is_batch(batch)
-    return [
-        spec.unflatten([x.roll(step, 0) if row else x for x, row in zip(leaves, rows)])
-        for step in range(steps)
-    ]
-
-
 def rate_of_step(step: int) -> float:
     """Factor of the learning rate: no two steps in a row have the same."""
     return (1.0, 0.25, 2.0, 0.5)[step % 4]
-
-
-def check_batch(batch: Mapping[str, Any], roles: Roles) -> None:
-    mesh, axes = roles.mesh, roles.mesh.wide(roles.batch)
-    count = mesh.size(roles.batch)
-    rows = {x.shape[0] for x, is_cut in zip(pytree.tree_leaves(dict(batch)), is_batch(batch)) if is_cut}
-    for size in sorted(rows):
-        if size % count:
-            over = ", ".join(f"{a}={mesh.size((a,))}" for a in axes)
-            raise ConfigError(
-                f"a batch of {size} cannot be split over the batch axes {over} ({count} ranks): use a "
-                f"multiple of {count}, such as {-(-size // count) * count}"
-            )
 
 
 def objective(output: Any) -> tuple[Tensor, bool]:
@@ -379,29 +254,6 @@ def _on_first(rank, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.cpu() for name, t in tensors.items()} if rank.index == 0 else {}
 
 
-def digests(module: nn.Module) -> dict[tuple, str]:
-    """{(name, coordinates on the axes that shard it): digest of the bits} of this rank's parameters,
-    gradients and buffers."""
-    found = {}
-    for name, p in module.named_parameters():
-        coordinate = p.device_mesh.get_coordinate()
-        where = lambda placements: tuple(
-            (axis, at)
-            for axis, at, placed in zip(p.device_mesh.mesh_dim_names, coordinate, placements)
-            if placed.is_shard()
-        )  # noqa: B023, E731
-        found[name, where(p.placements)] = _digest(p.detach().to_local())
-        if p.grad is not None:
-            found[f"gradient of {name}", where(p.grad.placements)] = _digest(p.grad.to_local())
-    found.update(((name, ()), _digest(b.detach())) for name, b in module.named_buffers())
-    return found
-
-
-def _digest(tensor: Tensor) -> str:
-    bits = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(bits.numpy().tobytes(), digest_size=16).hexdigest()
-
-
 @contextlib.contextmanager
 def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Options, prepared=(), **call):
     """This rank's ParallelModule on a new mesh. `call`: more of `parallelize`'s own keywords."""
@@ -447,30 +299,6 @@ def prepare(
             dtypes=parameter_dtypes(model, options.precision),
         )
     )
-
-
-# ---- comparing ---------------------------------------------------------------------------------------------
-
-
-def relative(actual: float, expected: float) -> float:
-    error = abs(actual - expected) / max(abs(expected), 1e-30)
-    return error if error == error else float("inf")
-
-
-def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Per name: norm of the difference over the larger of the reference's norm and 1e-6 of the total norm.
-
-    A tensor that one side lacks counts as zero there.
-    """
-    norms = {name: widest(e).norm() for name, e in expected.items()}
-    total = float(torch.stack(list(norms.values())).norm()) if norms else 0.0
-    found = {}
-    for name in {**expected, **actual}:
-        a, e = actual.get(name), expected.get(name)
-        difference = (widest(a) if e is None else widest(e) if a is None else widest(a) - widest(e)).norm()
-        error = float(difference / max(float(norms.get(name, 0.0)), 1e-6 * total, 1e-300))
-        found[name] = error if error == error else float("inf")
-    return found
 
 
 def unequal_replicas(outcomes: Sequence[Outcome]) -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tedfx.checking.compare import difference
-from tedfx.verification.run import Outcome, errors, relative
+from tedfx.verification.errors import errors, relative
+from tedfx.verification.run import Outcome
 
 
 @dataclass(frozen=True)

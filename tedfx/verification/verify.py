@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,120 +30,10 @@ from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.trace.precision import cast_parameters, parameter_dtypes
-from tedfx.verification import processes as verify_ranks
-from tedfx.verification.run import (
-    Batches,
-    Outcome,
-    Recipe,
-    check_batch,
-    errors,
-    make_batch,
-    prepare,
-    split_batch,
-    train_rank,
-    train_reference,
-    unequal_replicas,
-)
-from tedfx.verification.steps import compare_steps, where_they_part, worst
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    loss: float
-    norm: float
-    gradients: float
-    parameters: float
-    later: float = 1.0  # after the first step the parameters differ as well: how much more is allowed there
-
-
-TOLERANCES = {
-    torch.float64: Tolerance(1e-6, 1e-5, 1e-5, 1e-5),
-    torch.float32: Tolerance(1e-5, 1e-4, 1e-4, 1e-3, later=10.0),
-    torch.bfloat16: Tolerance(2e-2, 5e-2, 3e-1, 5e-2, later=3.0),
-    torch.float16: Tolerance(5e-3, 2e-2, 1e-1, 2e-2, later=5.0),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison. `reference` and `value` are for reading; `error` is what is judged."""
-
-    quantity: str
-    reference: str
-    value: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.tolerance
-
-
-@dataclass(frozen=True)
-class ParameterError:
-    name: str
-    shape: tuple[int, ...]
-    gradient: float
-    parameter: float
-
-
-@dataclass
-class VerifyResult:
-    """`ok` is the verdict; `rows` the comparisons; `parameters` all of them, worst gradient first. `str()` is
-    the table."""
-
-    title: str
-    rows: list[Row]
-    parameters: list[ParameterError]
-    notes: list[str] = field(default_factory=list)
-    shown: int = 5
-    first: str = ""  # the first comparison, in the order of the run, that failed
-
-    @property
-    def ok(self) -> bool:
-        return all(row.ok for row in self.rows)
-
-    def __getitem__(self, quantity: str) -> Row:
-        return next(row for row in self.rows if row.quantity.startswith(quantity))
-
-    def __str__(self) -> str:
-        from tabulate import tabulate
-
-        rows = [
-            [
-                r.quantity,
-                r.reference,
-                r.value,
-                f"{r.error:.1e}",
-                f"{r.tolerance:.0e}",
-                "ok" if r.ok else "FAIL",
-            ]
-            for r in self.rows
-        ]
-        worst = [
-            [p.name, "x".join(map(str, p.shape)), f"{p.gradient:.1e}", f"{p.parameter:.1e}"]
-            for p in self.parameters[: self.shown]
-        ]
-        return "\n".join(
-            [
-                self.title,
-                "",
-                tabulate(
-                    rows, ["", "single device", "this mesh", "error", "allowed", ""], disable_numparse=True
-                ),
-                "",
-                tabulate(
-                    worst, ["worst parameters", "shape", "gradient", "parameter"], disable_numparse=True
-                ),
-                "",
-                *self.notes,
-                "verified"
-                if self.ok
-                else "NOT VERIFIED: "
-                + ", ".join(r.quantity for r in self.rows if not r.ok)
-                + (f"\nthe first difference: {self.first}" if self.first else ""),
-            ]
-        )
+from tedfx.verification import processes
+from tedfx.verification.batches import Batches, check_batch, make_batch, split_batch
+from tedfx.verification.run import Outcome, Recipe, prepare, train_rank, train_reference
+from tedfx.verification.verdict import TOLERANCES, Tolerance, VerifyResult, compare
 
 
 def verify(
@@ -184,7 +73,7 @@ def verify(
                    single device's parameters are cast to its precision, and the tolerance is that of this
                    dtype. A budget is for the rows of one rank. With capacity "local" the single device runs
                    the model's own graph with its tokens in as many groups as the mesh has batch coordinates
-                   (`verify_run.in_groups`). With zero 1 and 2 the mesh steps with
+                   (`tedfx.verification.run.in_groups`). With zero 1 and 2 the mesh steps with
                    `tedfx.optim.ShardedOptimizer`.
 
     Raises ConfigError and its kin for what cannot be run, RankFailure (one line, naming the rank) for what
@@ -204,7 +93,7 @@ def verify(
             "and steps at least 1"
         )
     device, backend = _place(shape.world, device, backend)
-    fork = device == "cpu" and verify_ranks.can_fork()
+    fork = device == "cpu" and processes.can_fork()
     if fork and options.compile:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the ranks are the parallelism
 
@@ -227,11 +116,11 @@ def verify(
         source = model
         # The trace of a Function runs its backward. Where torch has a device, or counts one, that started a
         # thread.
-        fork = verify_ranks.can_fork()
+        fork = processes.can_fork()
     if not fork:
         prepared, source = [], model_factory
         _check_picklable(model_factory)
-    ranks = verify_ranks.jobs(
+    ranks = processes.jobs(
         train_rank,
         (source, batches, recipe, shape, {"roles": roles, "example_inputs": example}, prepared, before),
         shape.world,
@@ -239,12 +128,12 @@ def verify(
         backend,
         timeout,
     )
-    single = verify_ranks.Job(
+    single = processes.Job(
         "the single device",
         _reference,
         (source, batches, recipe, device, shape.size(resolved.batch) if options.capacity == "local" else 1),
     )
-    reference, *outcomes = verify_ranks.run([single, *ranks], fork, timeout)
+    reference, *outcomes = processes.run([single, *ranks], fork, timeout)
 
     name = (
         getattr(model_factory, "model_type", None)
@@ -263,70 +152,6 @@ def verify(
     result = compare(title, reference, outcomes, tolerance, steps)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result
-
-
-def compare(
-    title: str, reference: Outcome, outcomes: Sequence[Outcome], tolerance: Tolerance, steps: int
-) -> VerifyResult:
-    """The verdict on the ranks' outcomes, given the single device's."""
-    first = outcomes[0]
-    losses = (
-        first.losses
-        if first.global_loss
-        else [sum(values) for values in zip(*{o.batch_index: o.losses for o in outcomes}.values())]
-    )
-    gradients = errors(first.gradients[1], reference.gradients[1])
-    parameters = errors(first.parameters, reference.parameters)
-    table = [
-        ParameterError(n, tuple(reference.parameters[n].shape), gradients.get(n, 0.0), parameters[n])
-        for n in reference.parameters
-    ]
-    seen = compare_steps(reference, first, losses, tolerance)
-    different = unequal_replicas(outcomes)
-    shown = {"loss": (reference.losses, losses), "gradient norm": (reference.norms, first.norms)}
-
-    def row(kind: str, quantity: str, later: bool) -> list[Row]:
-        found = worst(
-            seen, kind, lambda step: step > 1 if later else step == 1 or kind in ("parameters", "buffers")
-        )
-        if found is None:
-            return [] if later or kind == "buffers" else [Row(quantity, "", "", float("inf"), 0.0)]
-        its, mine = (
-            (f"{values[found.step - 1]:.10g}" for values in shown[kind])
-            if kind in shown
-            else ("", found.name)
-        )
-        return [
-            Row(
-                quantity,
-                its,
-                mine if not later else f"{mine} (step {found.step})",
-                found.error,
-                found.allowed,
-            )
-        ]
-
-    rows = [
-        *row("loss", "loss", False),
-        *row("gradient norm", "gradient norm", False),
-        *row("gradients", "gradients, worst", False),
-        *row("parameters", f"parameters after {steps} AdamW step{'s' if steps > 1 else ''}, worst", False),
-        *row("loss", "later losses, worst", True),
-        *row("gradient norm", "later gradient norms, worst", True),
-        *row("gradients", "later gradients, worst", True),
-        *row("buffers", "buffers, worst", False),
-        Row(
-            "replicas, bit by bit",
-            "",
-            f"{len(different)} differ: {different[0]}" if different else "all equal",
-            float(len(different)),
-            0.0,
-        ),
-    ]
-    # Tied names are on the mesh alone; any other name there that the model lacks would be a bug.
-    return VerifyResult(
-        title, rows, sorted(table, key=lambda p: (-p.gradient, -p.parameter)), first=where_they_part(seen)
-    )
 
 
 def _reference(rank_model, batch, recipe: Recipe, device: str, groups: int) -> Outcome:
@@ -398,15 +223,3 @@ def versions() -> str:
     except ImportError:
         pass
     return ", ".join([*words, f"Python {platform.python_version()}"])
-
-
-__all__ = [
-    "TOLERANCES",
-    "ParameterError",
-    "Row",
-    "Tolerance",
-    "VerifyResult",
-    "compare",
-    "verify",
-    "versions",
-]

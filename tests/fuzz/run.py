@@ -38,7 +38,9 @@ from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes as verify_ranks
-from tedfx.verification.run import digests, errors, prepare, split_batch, unequal_replicas
+from tedfx.verification.batches import split_batch
+from tedfx.verification.errors import digests, errors
+from tedfx.verification.run import prepare, unequal_replicas
 from tests.fuzz.program import LOSSES, PIECES, Program, without
 
 MESHES = {

@@ -119,12 +119,9 @@ def again(model, pm):
     model.config.coef = 0.5
 
 
-def through(model, pm):
+def through_and_absent(model, pm):
     pm.scale = 2.0
     assert model.scale == pm.scale == 2.0
-
-
-def absent(model, pm):
     pm.gain = 3.0
     pm.mixture.k = 1
 

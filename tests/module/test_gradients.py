@@ -198,7 +198,7 @@ def some_unused():
     pm(mine)["y"].sum().backward()
     assert dict(pm.named_parameters())["head"].grad is None
     # Step 3: each rank leaves other parameters out
-    boundary, pm = pm._boundary, None
+    boundary, pm = pm.boundary, None
     names = ["mlp.gate_up", "mlp.down", "head"]
     for unsynced in (False, True):
         for name in names:
@@ -245,10 +245,10 @@ def broken():
         def backward(ctx, grad):
             raise ArithmeticError("no")
 
-    leaves = pm._boundary.leaves(["mlp.gate_up", "head"])
+    leaves = pm.boundary.leaves(["mlp.gate_up", "head"])
     with pytest.raises(ArithmeticError):
         (Raise.apply(leaves[0] * 2).sum() + leaves[1].sum() + x.sum()).backward()
-    assert pm._boundary._tasks
+    assert pm.boundary._tasks
     backward(pm, 0)
     assert toy.worst(pm.gather_gradients(), expected_grads(0)) < 1e-12
 
@@ -282,12 +282,12 @@ def pointers():
     pm = toy.parallel(context((2,), ("dp",)).device_mesh)
     parameters = dict(pm.named_parameters())
     assert not parameters["frozen"].requires_grad
-    leaf = pm._boundary.leaves(["mlp.down"])[0]
-    assert leaf is pm._boundary.leaves(["mlp.down"])[0]
+    leaf = pm.boundary.leaves(["mlp.down"])[0]
+    assert leaf is pm.boundary.leaves(["mlp.down"])[0]
     assert leaf.data_ptr() == parameters["mlp.down"].to_local().data_ptr()
     pm._apply(lambda tensor: tensor.clone())
     assert parameters["mlp.down"] is dict(pm.named_parameters())["mlp.down"]
-    other = pm._boundary.leaves(["mlp.down"])[0]
+    other = pm.boundary.leaves(["mlp.down"])[0]
     assert other is not leaf and other.data_ptr() == parameters["mlp.down"].to_local().data_ptr()
     backward(pm, 0)
     assert toy.worst(pm.gather_gradients(), expected_grads(0)) < 1e-12
@@ -365,7 +365,7 @@ def summed_wide(stage):
     (x, labels), grads = (t.to(torch.bfloat16) for t in toy.shard(pm, *toy.data(0, rows=8))), {}
     with pm.no_sync():
         pm(x[:2], labels[:2])["loss"].backward()
-    for name, p in ((name, pm._parameter(name)) for name in pm._placed):
+    for name, p in ((name, pm.get_parameter(name)) for name in pm.placed):
         grads[name] = None if p.grad is None else p.grad.to_local().clone()
         assert p.grad is None or p.grad.dtype == p.grad.to_local().dtype == torch.float32
     pm(x[2:], labels[2:])["loss"].backward()
@@ -374,7 +374,7 @@ def summed_wide(stage):
         for p in pm.parameters()
     )
     assert sum(r.bytes for r in pm.reductions) == 4 * sum(
-        pm._placed[n].whole.numel for n, g in grads.items() if g is not None
+        pm.placed[n].whole.numel for n, g in grads.items() if g is not None
     )
     expected = {n: g.float() for n, g in named_grads_of_halves(toy.data(0, rows=8)).items()}
     found = pm.gather_gradients()

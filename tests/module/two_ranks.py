@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.module import (
-    test_checkpoint_resume,
+    saving,
     test_checks,
     test_compile,
     test_gradients,
     test_module,
+    test_saving_resume,
     test_state,
 )
 
@@ -41,7 +42,7 @@ def main():
     else:
         dist.init_process_group("gloo")
     for module in (
-        test_checkpoint_resume,
+        saving,
         test_checks,
         test_compile,
         test_gradients,
@@ -76,12 +77,12 @@ def main():
             (test_state.load, loaded, f"{folder[0]}/{number}"),
         ]
     jobs += [
-        (test_checkpoint_resume.bitwise, f"{folder[0]}/{name}", name, True)
-        for name in test_checkpoint_resume.OPTIMIZERS
+        (test_saving_resume.bitwise, f"{folder[0]}/{name}", name, True)
+        for name in test_saving_resume.OPTIMIZERS
     ]
     jobs += [
-        (test_checkpoint_resume.bitwise, f"{folder[0]}/sync", "adamw", False),
-        (test_checkpoint_resume.own_state, f"{folder[0]}/own"),
+        (test_saving_resume.bitwise, f"{folder[0]}/sync", "adamw", False),
+        (test_saving_resume.own_state, f"{folder[0]}/own"),
     ]
     jobs += [(test_compile.compiled, True)]
     for function, *args in jobs:

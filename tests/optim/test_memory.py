@@ -65,8 +65,8 @@ def experts(number, zero, dtype, names=("dp",)):
         ("dp",),
         options=tedfx.Options(zero=zero, bucket_bytes=2048),
     )
-    for name, placed in pm._placed.items():
-        pm._parameter(name).grad = placed.dtensor(
+    for name, placed in pm.placed.items():
+        pm.get_parameter(name).grad = placed.dtensor(
             torch.full(placed.share.shape, 0.1, dtype=dtype), placed.share.placements
         )
     return pm

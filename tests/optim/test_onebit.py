@@ -278,6 +278,7 @@ def experts():
         model,
         mesh(shape, names),
         example_inputs=dict(zip(("x", "labels"), [x[: 16 // 4], labels[: 16 // 4]])),
+        check="none",
     )
     both, alone = made((2, 2), ("dp", "ep")), made((4,), ("ep",))
     real, CompressedMean.mean = CompressedMean.mean, exact_mean
@@ -322,7 +323,12 @@ def descend(feedback, steps=60, warm=5):
     own gradients do not vanish at the minimum."""
     pm = module((2,), ("dp",), 0)
     optimizer = OneBitAdam(
-        [pm._parameter("mlp.bias")], module=pm, warmup_steps=warm, lr=0.2, betas=(0.5, 0.9), weight_decay=0.0
+        [pm.get_parameter("mlp.bias")],
+        module=pm,
+        warmup_steps=warm,
+        lr=0.2,
+        betas=(0.5, 0.9),
+        weight_decay=0.0,
     )
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.92)
     for _ in range(steps):
@@ -400,9 +406,9 @@ def missing():
         (pm(x, labels=labels)["loss"] if used else pm(x)["y"].square().sum()).backward()
         head.grad = pm.gather_gradients()["head"] if used else None
         if step == 5:
-            pm._parameter("mlp.down").grad = None  # on both ranks
+            pm.get_parameter("mlp.down").grad = None  # on both ranks
         if step == 6 and dist.get_rank() == 0:
-            pm._parameter("mlp.down").grad = None  # on one of them, where the other's still counts
+            pm.get_parameter("mlp.down").grad = None  # on one of them, where the other's still counts
         before, counts = (
             weights(pm),
             {name: float(state["step"]) for name, state in optimizer.named_state().items()},
@@ -474,9 +480,7 @@ def volume():
     pm = tedfx.parallelize(Wide().to(torch.bfloat16), mesh((2,), ("dp",)), example_inputs={"x": x})
     optimizer = OneBitAdam(pm, warmup_steps=3, bucket=2**17)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        counted = Counted(
-            monkeypatch, [group for group in pm._boundary._groups.values() if group is not None]
-        )
+        counted = Counted(monkeypatch, [group for group in pm.boundary.groups.values() if group is not None])
         for step in range(20):
             before = counted.sent
             optimizer.zero_grad()
@@ -552,20 +556,20 @@ def resumed(folder, dtype):
     assert (
         tedfx.Checkpointer(folder, other, more).load().step == 5
         and more.compressed
-        and not other._boundary.synced
+        and not other.boundary.synced
     )
     train(other, more, 2, start=5)
     same(pm, optimizer, other, more)
     third, last = made()
     third.load_state_dict({name: full for name, full in params.items() if name != "tied"}, strict=False)
     last.load_state_dict(saved)
-    assert last.compressed and not third._boundary.synced and last.volume.steps == 5
+    assert last.compressed and not third.boundary.synced and last.volume.steps == 5
     train(third, last, 2, start=5)
     same(pm, optimizer, third, last)
 
     # Back into the warm-up: gradients are summed again, and the run is the same once more.
     tedfx.Checkpointer(folder, other, more).load(folder / "step-00000001")
-    assert not more.compressed and other._boundary.synced and not more.rank_state()
+    assert not more.compressed and other.boundary.synced and not more.rank_state()
     train(other, more, 6, start=1)
     same(pm, optimizer, other, more)
 
@@ -575,7 +579,7 @@ def resumed(folder, dtype):
         tedfx.Checkpointer(folder, wide, apart).load(folder / "step-00000005")
     assert (
         apart.compressed
-        and not wide._boundary.synced
+        and not wide.boundary.synced
         and not any(value.any() for value in apart.rank_state().values())
     )
     assert toy.worst(weights(wide), params) == 0
@@ -597,7 +601,7 @@ def test_a_run_goes_on(ranks, tmp_path, dtype):
 
 def refused():
     pm = module((2,), ("dp",), 0)
-    head = pm._parameter("head")
+    head = pm.get_parameter("head")
     for message, make in {
         "zero >= 1": lambda: OneBitAdam(module((2,), ("dp",), 1), warmup_steps=2),
         "warmup_steps=0": lambda: OneBitAdam(pm, warmup_steps=0),
@@ -631,7 +635,7 @@ def refused():
     with pytest.raises(TedfxError, match="after the warm-up .* no rank has the global gradient"):
         optimizer.clip_grad_norm_(1.0)
     with pytest.raises(ConfigError, match="add_param_group after the warm-up"):
-        optimizer.add_param_group({"params": [pm._parameter("mlp.down")]})
+        optimizer.add_param_group({"params": [pm.get_parameter("mlp.down")]})
     pm.set_requires_gradient_sync(True)
     loss_of(pm, 0).backward()
     before = weights(pm)

@@ -58,7 +58,7 @@ def no_gradient(zero):
         (model(x, labels)["loss"] if step != 1 else model(x)["y"].square().sum()).backward()
         mine, target = toy.shard(pm, x, labels)
         (pm(mine, labels=target)["loss"] if step != 1 else pm(mine)["y"].square().sum()).backward()
-        assert step != 1 or pm._parameter("head").grad is None
+        assert step != 1 or pm.get_parameter("head").grad is None
         reference.step()
         optimizer.step()
         assert optimizer.grad_norm is None
@@ -89,7 +89,7 @@ def shares_only(zero):
     for name, state in optimizer.named_state().items():
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         for key in ("exp_avg", "exp_avg_sq"):
-            held, placed = state[key], pm._placed[name]
+            held, placed = state[key], pm.placed[name]
             assert (
                 isinstance(held, DTensor)
                 and held.placements == placed.share.placements
@@ -97,7 +97,8 @@ def shares_only(zero):
             )
             assert held.to_local().untyped_storage().nbytes() == 8 * want[name], (name, key)
             assert (
-                optimizer.state[pm._parameter(name)][key].to_local().data_ptr() == held.to_local().data_ptr()
+                optimizer.state[pm.get_parameter(name)][key].to_local().data_ptr()
+                == held.to_local().data_ptr()
             )
         assert optimizer._shares[name].master is None
     views = {
@@ -181,7 +182,7 @@ def refused():
         "unexpected keyword argument 'momentum'": dict(momentum=0.1),
         "needs the ParallelModule that the parameters are of": dict(source=list(pm.parameters())),
         "parameter 1 of group 0, of shape .*is not the module's": dict(
-            source=[pm._parameter("head"), torch.nn.Parameter(torch.zeros(3))], module=pm
+            source=[pm.get_parameter("head"), torch.nn.Parameter(torch.zeros(3))], module=pm
         ),
     }.items():
         with pytest.raises(ConfigError, match=message) as error:
@@ -195,7 +196,7 @@ def refused():
     with pytest.raises(TedfxError, match="is not summed over .*outside of no_sync"):
         optimizer.step()
     with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": [pm._parameter("head")]})
+        optimizer.add_param_group({"params": [pm.get_parameter("head")]})
     assert len(optimizer.param_groups) == 1
     LossScale(init_scale=2.0)
 
@@ -226,7 +227,9 @@ def whole_parameters():
     optimizer.load_state_dict(saved)
     with pytest.raises(ConfigError, match="scales.* is a stack|a stack"):
         ShardedOptimizer(
-            [named["scales.*.weight"]] if "scales.*.weight" in named else [pm._parameter("scales.*.weight")],
+            [named["scales.*.weight"]]
+            if "scales.*.weight" in named
+            else [pm.get_parameter("scales.*.weight")],
             torch.optim.Adafactor,
             module=pm,
             tile=None,
@@ -287,9 +290,9 @@ def gradients_stay():
     before = {name: p.grad.to_local().clone() for name, p in pm.named_parameters() if p.grad is not None}
     optimizer.step()
     assert all(
-        torch.equal(pm._parameter(name).grad.to_local(), grad)
+        torch.equal(pm.get_parameter(name).grad.to_local(), grad)
         for name, grad in before.items()
-        if name in pm._placed
+        if name in pm.placed
     )
     assert dist.get_world_size() == 2 and before
 

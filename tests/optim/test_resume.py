@@ -64,7 +64,7 @@ def masters(folder):
     whole = lambda pm, optimizer: {
         n: v
         for name, state in optimizer.named_state().items()
-        for n, v in pm._placed[name].gather(state["master"]).items()
+        for n, v in pm.placed[name].gather(state["master"]).items()
     }
     mine, theirs = whole(pm, optimizer), whole(other, more)
     assert mine.keys() == theirs.keys() and all(

@@ -97,7 +97,7 @@ def created(name):
         for key, value in state.items():
             if key != "step":
                 first = options.get("initial_accumulator_value", 0)
-                assert value.placements == pm._placed[layout].share.placements and bool(
+                assert value.placements == pm.placed[layout].share.placements and bool(
                     (value.to_local() == first).all()
                 ), (layout, key)
     shapes = {
@@ -218,7 +218,7 @@ def misfits():
     assert optimizer.loss_scale == 4 and optimizer.skipped == 3
     # a parameter without a saved state has none afterwards, and starts anew
     optimizer.load_state_dict(changed(lambda s, g: s.pop("head")))
-    assert optimizer.named_state()["head"] == {} and pm._parameter("head") not in optimizer.state
+    assert optimizer.named_state()["head"] == {} and pm.get_parameter("head") not in optimizer.state
     assert all(torch.equal(p, weights[n]) for n, p in pm.gather_parameters().items())
     train(pm, optimizer, 1, start=1)
     assert (

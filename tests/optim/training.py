@@ -72,8 +72,8 @@ def parameters(model):
 
 def assert_replicas_equal(pm):
     """Every local tensor is bitwise that of the ranks which hold the same."""
-    for name, placed in pm._placed.items():
-        local = pm._parameter(name).to_local().detach()
+    for name, placed in pm.placed.items():
+        local = pm.get_parameter(name).to_local().detach()
         if placed.kept is not placed.whole:
             continue
         for axis in pm.device_mesh.mesh_dim_names:

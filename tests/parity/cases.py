@@ -23,7 +23,7 @@ from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes
 from tedfx.verification.run import Outcome, Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
-from tedfx.verification.verify import TOLERANCES, VerifyResult, compare
+from tedfx.verification.verdict import TOLERANCES, VerifyResult, compare
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
 

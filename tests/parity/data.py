@@ -2,7 +2,7 @@
 
 import torch
 
-from tedfx.verification.run import make_batch
+from tedfx.verification.batches import make_batch
 
 
 def uneven_labels(model):

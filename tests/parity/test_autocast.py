@@ -4,7 +4,7 @@ recompute, micro-batches layer by layer. The oracle is the model under the same 
 import pytest
 import torch
 
-from tedfx.verification.run import split_batch
+from tedfx.verification.batches import split_batch
 from tests.parity.cases import case, on_ranks, on_single
 
 ONE = {"num_hidden_layers": 1}

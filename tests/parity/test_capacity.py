@@ -6,7 +6,7 @@ import functools
 import pytest
 
 from tedfx.ops import count_collectives
-from tedfx.verification.run import split_batch
+from tedfx.verification.batches import split_batch
 from tests.parity.cases import case, on_ranks, on_single, verified
 from tests.parity.pairwise import cover, pairs_of
 

@@ -9,7 +9,8 @@ import torch
 from tedfx.analysis.communication import COUNTED
 from tedfx.analysis.cost import Cost
 from tedfx.ops import count_collectives, count_events
-from tedfx.verification.run import errors, relative, split_batch
+from tedfx.verification.batches import split_batch
+from tedfx.verification.errors import errors, relative
 from tests.parity.cases import case, on_ranks, on_single
 
 PPMOE = {"expert": "tp"}
@@ -155,8 +156,8 @@ def compiled(pm, batch, rank):
     backend = aot_autograd(
         fw_compiler=plain, bw_compiler=watch, partition_fn=min_cut_rematerialization_partition
     )
-    pm._options = pm._options.replace(compile={"backend": backend})
-    pm._ready.clear()
+    pm._options = pm._programs.options = pm._options.replace(compile={"backend": backend})
+    pm._programs.forget()
     loss = pm(**split_batch(batch, *pm.batch_coordinate)).loss
     loss.backward()
     return float(loss.detach()), pm.gather_gradients(), sum(counters["graph_break"].values()), backward

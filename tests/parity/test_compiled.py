@@ -7,7 +7,8 @@ What counts is dynamo's part, so that test leaves inductor (minutes of C++) out;
 import pytest
 import torch
 
-from tedfx.verification.run import errors, make_batch, relative, split_batch
+from tedfx.verification.batches import make_batch, split_batch
+from tedfx.verification.errors import errors, relative
 from tests.parity.cases import case, on_ranks, on_single, verified
 
 ONE_LAYER = dict(overrides={"num_hidden_layers": 1}, outputs=("loss",))

@@ -10,8 +10,8 @@ import torch
 
 import tedfx
 from tedfx.errors import ConfigError
+from tedfx.verification.batches import split_batch
 from tedfx.verification.models import factory
-from tedfx.verification.run import split_batch
 from tedfx.verification.verify import verify
 from tests.parity.cases import case, on_ranks
 from tests.parity.nursery import nursery

@@ -13,7 +13,7 @@ from tedfx.analysis.layers import layers
 from tedfx.errors import TedfxError
 from tedfx.ops import count_collectives
 from tedfx.runtime.layered import interleave, segments
-from tedfx.verification.run import split_batch
+from tedfx.verification.batches import split_batch
 from tests.parity.cases import case, on_ranks
 
 NO_AUX = {"router_aux_loss_coef": 0.0}  # the router's loss of a batch is not the mean of its parts'
@@ -141,8 +141,7 @@ def order(pm, batch, rank):
         if n.op == "call_function" and "micro_batch" in n.meta
     ]
     pieces, weights = micro_batches(pm, batch)
-    pm._boundary.bucket_bytes = 1
-    pm._boundary._plan_key = None
+    pm.boundary.bucket_bytes = 1
     sum(out.loss for out in pm.layered(pieces)).backward()
     return (
         seen,

@@ -4,8 +4,9 @@ import dataclasses
 
 import torch
 
-from tedfx.verification.run import Outcome, rate_of_step, step_batches
-from tedfx.verification.verify import TOLERANCES, compare
+from tedfx.verification.batches import step_batches
+from tedfx.verification.run import Outcome, rate_of_step
+from tedfx.verification.verdict import TOLERANCES, compare
 from tests.parity import mutations
 from tests.parity.cases import case, verified
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tedfx.ops import count_collectives
-from tedfx.verification.run import split_batch
+from tedfx.verification.batches import split_batch
 from tests.parity.cases import case, on_ranks
 
 # What may be whole on tp: norms, routers with their biases, attention's per-head scalars aside, the biases of

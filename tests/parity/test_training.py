@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tedfx.verification.run import errors, relative, split_batch
+from tedfx.verification.batches import split_batch
+from tedfx.verification.errors import errors, relative
 from tests.parity import data
 from tests.parity.cases import case, on_ranks, on_single, verified
 

@@ -7,7 +7,7 @@ import torch
 
 from tedfx.ops import count_collectives
 from tedfx.optim import ShardedOptimizer
-from tedfx.verification.run import split_batch
+from tedfx.verification.batches import split_batch
 from tests.parity.cases import case, on_ranks
 
 TILE = 500
@@ -38,13 +38,13 @@ def step(pm, batch, rank):
         p.grad.to_local().untyped_storage().data_ptr(): p.grad.to_local().untyped_storage().nbytes()
         for p in pm.parameters()
     }
-    whole = {name: placed.whole.numel for name, placed in pm._placed.items()}
+    whole = {name: placed.whole.numel for name, placed in pm.placed.items()}
     return dict(
         parameters=sum(p.to_local().numel() for p in pm.parameters()),
         gradients=sum(p.grad.to_local().numel() for p in pm.parameters()),
         alive=sum(storages.values()) // 8,
         whole=sum(whole.values()),
-        share=sum(placed.share.numel for placed in pm._placed.values()),
+        share=sum(placed.share.numel for placed in pm.placed.values()),
         gathers=Counter(c.phase for c in log if c.op == "gather_parameters"),
         gathered=Counter(
             {

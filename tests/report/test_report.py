@@ -137,7 +137,7 @@ def test_module_without_a_compilation():
         device_mesh=mesh,
         layouts=layouts,
         programs={},
-        _last=None,
+        last_signature=None,
         roles=Roles.resolve(MeshShape.of("dp=4,tp=2")),
     )
     check(
@@ -154,7 +154,7 @@ def test_module_without_a_compilation():
     pm.programs["forward(x)"] = SimpleNamespace(
         compilation=None, graph_module=compile_toy("dp=1").graph_module
     )
-    pm._last = "forward(x)"
+    pm.last_signature = "forward(x)"
     check(explain(pm), r"^signature +forward\(x\); \d+ nodes")
 
 

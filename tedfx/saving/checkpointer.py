@@ -22,7 +22,7 @@ import datetime
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,19 +31,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.tensor import DTensor
 
 from tedfx.ops.groups import group_among
-from tedfx.ranks.failures import lost_rank
 from tedfx.saving.checksums import ALGORITHM, CHECKSUMS
 from tedfx.saving.choice import Choice
 from tedfx.saving.folder import CheckpointError, Folder, Writer
+from tedfx.saving.host_copy import HostCopy, on_host, pieces_of
 from tedfx.saving.optimizer_state import OptimizerState
-from tedfx.state.pieces import PiecedTensor
+from tedfx.saving.together import Together, line_of
 
 SMALL = "tedfx"
-_AFTER = ("the checkpoints named before it are as they were", "nothing was changed; load another one")
 
 
 class Resumed(NamedTuple):
@@ -98,6 +95,7 @@ class Checkpointer:
             timeout=datetime.timedelta(seconds=timeout),
             group_desc="tedfx_checkpoints",
         )
+        self._together = Together(self._ranks, self._group)
         self._first, self._pending, self._verify = dist.get_rank(self._group) == 0, None, verify
 
     # ---- saving --------------------------------------------------------------------------------------------
@@ -105,7 +103,7 @@ class Checkpointer:
     def claim(self) -> None:
         """Make the folder this run's, as the first save does: CheckpointError while another run that lives
         writes to it. So it is known before the first step."""
-        self._together("claim", lambda: self._folder.claim() if self._first else None)
+        self._together.every("claim", lambda: self._folder.claim() if self._first else None)
 
     def save(self, step: int, position: Any = None, asynchronous: bool = False) -> None:
         """Write folder/step-{step}. Call it between an optimizer step and the next forward; gradients are not
@@ -123,7 +121,7 @@ class Checkpointer:
                 self._folder.begin(name)
             return step, torch.get_rng_state()
 
-        begun = self._together(f"save of step {step}", begin)
+        begun = self._together.every(f"save of step {step}", begin)
         if len({there for there, _ in begun}) > 1:
             raise CheckpointError(
                 "ranks save different steps: "
@@ -140,11 +138,11 @@ class Checkpointer:
             self._pending = (
                 step,
                 dcp.async_save(
-                    tensors, storage_writer=writer, process_group=self._group, async_stager=_HostCopy()
+                    tensors, storage_writer=writer, process_group=self._group, async_stager=HostCopy()
                 ),
             )
         else:
-            self._run(
+            self._together.run(
                 f"save of step {step}",
                 lambda: dcp.save(tensors, storage_writer=writer, process_group=self._group),
             )
@@ -153,7 +151,7 @@ class Checkpointer:
         """Until the save under way is named. A collective only in what it waits for."""
         if self._pending is not None:
             (step, future), self._pending = self._pending, None
-            self._run(f"save of step {step}", future.result)
+            self._together.run(f"save of step {step}", future.result)
 
     def _small(self, step: int, position: Any, generators: list[Tensor]) -> dict[str, Any]:
         alike = all(torch.equal(generator, generators[0]) for generator in generators)
@@ -188,7 +186,7 @@ class Checkpointer:
         self.wait()
         # Step 1: the same one on every rank, whole, and its small object.
         choice = Choice(
-            lambda act: self._together("load", act),
+            lambda act: self._together.every("load", act),
             dist.get_rank(self._group),
             len(self._ranks),
             self._verify,
@@ -202,7 +200,7 @@ class Checkpointer:
                 "pm.load_state_dict"
             )
         packed = {SMALL: b""}
-        self._run("load", lambda: dcp.load(packed, checkpoint_id=found, process_group=self._group))
+        self._together.run("load", lambda: dcp.load(packed, checkpoint_id=found, process_group=self._group))
 
         # Step 2: does it fit?
         state, small, live = OptimizerState(self._pm, self._optimizer), {}, {}
@@ -234,16 +232,16 @@ class Checkpointer:
             _fits(found, moments, targets)
             live.update(targets)
 
-        self._together("load", compare)
+        self._together.every("load", compare)
 
         # Step 3: read beside, then copy, then everything that is small.
-        staged = {key: _host(entry, fill=False) for key, entry in live.items()}
-        self._run("load", lambda: dcp.load(staged, checkpoint_id=found, process_group=self._group))
+        staged = {key: on_host(entry, fill=False) for key, entry in live.items()}
+        self._together.run("load", lambda: dcp.load(staged, checkpoint_id=found, process_group=self._group))
         with torch.no_grad():
             for key, entry in live.items():
-                for (_, mine), (_, read_piece) in zip(_pieces(entry), staged[key].pieces):
+                for (_, mine), (_, read_piece) in zip(pieces_of(entry), staged[key].pieces):
                     mine.copy_(read_piece)
-        self._together("load", lambda: self._restore(state, small))
+        self._together.every("load", lambda: self._restore(state, small))
         return Resumed(small["step"], small["position"], found)
 
     def _compare(self, path: Path, small: dict[str, Any]) -> None:
@@ -278,47 +276,6 @@ class Checkpointer:
                 small["extra"][name]
             )
 
-    # ---- together ------------------------------------------------------------------------------------------
-
-    def _together(self, what: str, act: Callable[[], Any]) -> list:
-        """What `act` gives on each rank, in mesh order; an error on one is a CheckpointError on all."""
-        try:
-            mine = (True, act())
-        except Exception as error:  # told to the other ranks
-            mine = (
-                False,
-                str(error)
-                if isinstance(error, CheckpointError)
-                else f"{type(error).__name__}: {_line(error)}",
-            )
-        every = [None] * len(self._ranks)
-        self._run(what, lambda: dist.all_gather_object(every, mine, group=self._group))
-        failed = {rank: text for rank, (fine, text) in zip(self._ranks, every) if not fine}
-        if failed:
-            rank, text = next(iter(failed.items()))
-            raise CheckpointError(
-                text if len(failed) == len(every) else f"{text} (rank {rank}, of {len(failed)} that failed)"
-            )
-        return [value for _, value in every]
-
-    def _run(self, what: str, act: Callable[[], Any]) -> None:
-        """A collective of torch.distributed, whose errors are one line."""
-        try:
-            act()
-        except dcp.CheckpointException as error:
-            rank, (cause, _) = next(iter(error.failures.items()))
-            raise CheckpointError(
-                f"{what} failed on rank {self._ranks[rank]}: {type(cause).__name__}: {_line(cause)}; "
-                f"{_AFTER[what == 'load']}"
-            ) from error
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{what}: {lost_rank(error) or _line(error)}; {_AFTER[what == 'load']}"
-            ) from error
-
-
-# ---- tensors and bytes -------------------------------------------------------------------------------------
-
 
 def _fits(path: Path, saved: Mapping[str, TensorStorageMetadata], live: Mapping[str, Tensor]) -> None:
     """Every key, shape and dtype of the checkpoint against those here; all that is wrong in one line."""
@@ -344,54 +301,6 @@ def _fits(path: Path, saved: Mapping[str, TensorStorageMetadata], live: Mapping[
         )
 
 
-def _pieces(entry: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
-    """(offsets, tensor) of what this rank holds of an entry of a state dict."""
-    if isinstance(entry, PiecedTensor):
-        return entry.pieces
-    if isinstance(entry, DTensor):
-        (chunk,), local = entry.__create_chunk_list__(), entry.to_local()
-        return [(tuple(chunk.offsets), local.view(chunk.sizes))]
-    return [((0,) * entry.dim(), entry)]
-
-
-def _host(entry: Tensor, fill: bool) -> PiecedTensor:
-    """The same pieces in host memory of their own; `fill`: with their values."""
-    copy = (
-        (lambda t: t.detach().to("cpu", copy=True))
-        if fill
-        else (lambda t: torch.empty(t.shape, dtype=t.dtype))
-    )
-    return PiecedTensor(
-        entry.shape,
-        [(offsets, copy(piece)) for offsets, piece in _pieces(entry)],
-        None,
-        (),
-        entry.dtype,
-        torch.device("cpu"),
-    )
-
-
-class _HostCopy(AsyncStager):
-    """What `dcp.async_save` writes while training goes on: each piece copied, not the storage that pieces
-    share."""
-
-    _synchronize_after_execute = False
-
-    def stage(self, state_dict):
-        copied = {
-            key: _host(entry, fill=True) if isinstance(entry, Tensor) else entry
-            for key, entry in state_dict.items()
-            if key != "model"
-        }
-        return {
-            "model": {name: _host(entry, fill=True) for name, entry in state_dict["model"].items()},
-            **copied,
-        }
-
-    def close(self) -> None:
-        pass
-
-
 def _pack(small: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(small, buffer)
@@ -403,10 +312,6 @@ def _unpack(data: bytes, path: Path) -> dict[str, Any]:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
     except Exception as error:  # a pickle can raise anything
         raise CheckpointError(
-            f"{path}: what it says of the run cannot be read ({type(error).__name__}: {_line(error)}); "
+            f"{path}: what it says of the run cannot be read ({type(error).__name__}: {line_of(error)}); "
             "load another one"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

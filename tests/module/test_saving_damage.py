@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 import tedfx
-from tedfx.saving import owner as checkpoint_owner
+from tedfx.saving import owner
 from tedfx.saving.checksums import CHECKSUMS, Sum, damage, sum_of, write_checksums
 from tedfx.saving.folder import CheckpointError, Folder
-from tests.module.test_checkpoint_resume import held, make, saved_toy, step
+from tests.module.saving import held, make, saved_toy, step
 
 
 @pytest.fixture(scope="module")
 def template(ranks, tmp_path_factory):
-    """Step 1 and step 2 of a run, saved by four ranks."""
+    """Step 1 and step 2 of a run, saved by two ranks."""
     folder = tmp_path_factory.mktemp("template")
-    ranks(4).run(saved_toy, folder)
+    ranks(2).run(saved_toy, folder)
     return folder
 
 
@@ -45,7 +45,7 @@ def test_every_flip_in_every_file_is_found(run):
     path, draw = run / "step-00000002", random.Random(0)
     assert damage(path) == []
     names = sorted(os.listdir(path))
-    assert names == [".metadata", *(f"__{rank}_0.distcp" for rank in range(4)), CHECKSUMS]
+    assert names == [".metadata", *(f"__{rank}_0.distcp" for rank in range(2)), CHECKSUMS]
     for name in names:
         before = (path / name).read_bytes()
         for _ in range(20):
@@ -67,7 +67,7 @@ def test_every_flip_in_every_file_is_found(run):
 )
 def test_files_of_other_lengths_are_found(run, how, line):
     path = run / "step-00000002"
-    for name in (".metadata", "__0_0.distcp", "__3_0.distcp"):
+    for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
         before = (path / name).read_bytes()
         how(path / name)
         (problem,) = damage(path)
@@ -95,7 +95,7 @@ def test_ranks_share_the_files(tmp_path):
 def loading(folder, path="auto", verify=True, **options):
     """(name and step of what was loaded, or the line; what was warned of; what is held then), on this
     rank."""
-    pm, optimizer = make(seed=3)
+    pm, optimizer = make(seed=3, mesh_name="tp2")
     checkpoints = tedfx.Checkpointer(folder, pm, optimizer, verify=verify)
     before = held(pm, optimizer)
     with warnings.catch_warnings(record=True) as caught:
@@ -113,9 +113,9 @@ def loading(folder, path="auto", verify=True, **options):
     )
 
 
-def on_four(ranks, *args, **options):
-    """What all four ranks say alike, and what the first one warns of."""
-    every = ranks(4).run(called, args, options)
+def on_both(ranks, *args, **options):
+    """What both ranks say alike, and what the first one warns of."""
+    every = ranks(2).run(called, args, options)
     assert all(each[0] == every[0][0] for each in every) and not any(each[1] for each in every[1:])
     return every[0][0], every[0][1], [each[2] for each in every]
 
@@ -126,29 +126,29 @@ def called(args, options):
 
 def test_a_damaged_newest_is_refused_and_older_ones_are_named(ranks, run):
     newest, before = run / "step-00000002", run / "step-00000001"
-    flip(newest / "__2_0.distcp", 0.7)
-    told, warned, _ = on_four(ranks, run)
+    flip(newest / "__1_0.distcp", 0.7)
+    told, warned, _ = on_both(ranks, run)
     assert (
-        told == f"{newest} is damaged, __2_0.distcp does not have the checksum with which it was written; "
+        told == f"{newest} is damaged, __1_0.distcp does not have the checksum with which it was written; "
         f"whole: step-00000001; load({str(before)!r}), or load(older=True)"
     )
-    assert not warned and on_four(ranks, run, newest)[0] == told
-    assert on_four(ranks, run, before)[0] == ("step-00000001", 1)
-    told, (warned,), _ = on_four(ranks, run, older=True)
+    assert not warned and on_both(ranks, run, newest)[0] == told
+    assert on_both(ranks, run, before)[0] == ("step-00000001", 1)
+    told, (warned,), _ = on_both(ranks, run, older=True)
     assert told == ("step-00000001", 1) and warned.endswith(
         f"{before}, the newest whole checkpoint, is taken"
     )
-    assert on_four(ranks, run, verify=False)[0] == ("step-00000002", 2)
+    assert on_both(ranks, run, verify=False)[0] == ("step-00000002", 2)
     os.truncate(before / ".metadata", 0)
-    assert on_four(ranks, run, older=True)[0].endswith(f"; no older checkpoint in {run} is whole")
+    assert on_both(ranks, run, older=True)[0].endswith(f"; no older checkpoint in {run} is whole")
 
 
 def test_without_checksums(ranks, run):
     """Written before there were any: one warning, the same values. A lost file of checksums is not that: in
-    test_checkpoint_resume."""
-    whole = on_four(ranks, run)
-    ranks(4).run(save_as_before, run)
-    told, (warned,), values = on_four(ranks, run)
+    test_saving_refusals."""
+    whole = on_both(ranks, run)
+    ranks(2).run(save_as_before, run)
+    told, (warned,), values = on_both(ranks, run)
     assert (
         told == ("step-00000003", 3)
         and warned
@@ -156,12 +156,12 @@ def test_without_checksums(ranks, run):
         "files may not be seen"
     )
     assert values == whole[2]
-    assert on_four(ranks, run, verify=False)[:2] == (("step-00000003", 3), [])
+    assert on_both(ranks, run, verify=False)[:2] == (("step-00000003", 3), [])
 
 
 def save_as_before(folder):
     """Step 3, with the values of the latest, as it was saved without checksums."""
-    pm, optimizer = make(seed=3)
+    pm, optimizer = make(seed=3, mesh_name="tp2")
     checkpoints = tedfx.Checkpointer(folder, pm, optimizer)
     checkpoints.load()
     small = checkpoints._small
@@ -187,21 +187,21 @@ def test_a_latest_that_is_damaged(ranks, run, content, line):
     os.remove(run / "latest")
     if content is not None:
         (run / "latest").write_text(content)
-    told, (warned,), _ = on_four(ranks, run)
+    told, (warned,), _ = on_both(ranks, run)
     assert (
         told == ("step-00000002", 2)
         and warned == f"{run}/{line}{run / 'step-00000002'}, the newest whole checkpoint, is taken"
     )
-    assert on_four(ranks, run, run)[:2] == (told, [warned])
+    assert on_both(ranks, run, run)[:2] == (told, [warned])
     if content == "":
         flip(run / "step-00000002" / "__0_0.distcp", 0.5)
-        told, (warned,), _ = on_four(ranks, run)
+        told, (warned,), _ = on_both(ranks, run)
         assert told == ("step-00000001", 1) and warned.startswith(
             f"{run}/latest is empty, and {run / 'step-00000002'} is damaged, __0_0.distcp does not have"
         )
     for name in ("step-00000001", "step-00000002"):
         shutil.rmtree(run / name)
-    told, warned, _ = on_four(ranks, run)
+    told, warned, _ = on_both(ranks, run)
     assert not warned and (
         told is None
         if content is None
@@ -275,10 +275,17 @@ def test_killed_anywhere_in_naming(run, tmp_path, monkeypatch):
     assert points > 6  # that many calls, each of them the last one once
 
 
-HOLDER = (
-    "import sys; from pathlib import Path; from tedfx.saving.folder import Folder; f = "
-    "Folder(Path(sys.argv[1]), 2); f.claim(); print('mine', flush=True); sys.stdin.read()"
-)
+# Of one file, whose imports are python's own: a process that needs no torch is there at once.
+ALONE = f"""
+import importlib.util, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("owner", {owner.__file__!r})
+owner = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(owner)
+folder = Path(sys.argv[1])
+"""
+HOLDER = ALONE + "mine = owner.claim(folder); print('mine', flush=True); sys.stdin.read()"
+OTHER = ALONE + "print(owner.other(folder))"
 
 
 @pytest.fixture
@@ -294,8 +301,8 @@ def holder(run):
 
 
 def saving(folder, number, patience):
-    checkpoint_owner.PATIENCE = patience
-    pm, optimizer = make()
+    owner.PATIENCE = patience
+    pm, optimizer = make(mesh_name="tp2")
     checkpoints, told = tedfx.Checkpointer(folder, pm, optimizer), []
     step(pm, optimizer, 0)
     for act in (
@@ -317,17 +324,17 @@ def test_two_runs_in_one_folder(ranks, run, holder):
         "): give this run a folder of its own, or end that one; if that process is gone, remove "
         f"{run / 'owner'} (rank 0, of 1 that failed)"
     )
-    for told in ranks(4).run(saving, run, 5, 0.0):
+    for told in ranks(2).run(saving, run, 5, 0.0):
         assert len(told) == 3 and len(set(told)) == 1 and told[0].startswith(line) and told[0].endswith(end)
-    told, (warned,), _ = on_four(ranks, run)
+    told, (warned,), _ = on_both(ranks, run)
     assert (
         told == ("step-00000002", 2)
         and warned.startswith(line)
         and warned.endswith("): this one can load them and cannot save there")
     )
     holder.kill()  # a hard end: what it held is free
-    assert ranks(4).run(saving, run, 5, 5.0) == [[]] * 4
-    assert on_four(ranks, run)[:2] == (("step-00000006", 6), [])
+    assert ranks(2).run(saving, run, 5, 5.0) == [[]] * 2
+    assert on_both(ranks, run)[:2] == (("step-00000006", 6), [])
 
 
 def test_a_folder_is_held_as_long_as_somebody_saves_there(tmp_path):
@@ -345,10 +352,3 @@ def test_a_folder_is_held_as_long_as_somebody_saves_there(tmp_path):
     assert f"process {os.getpid()} on " in taken()
     del second
     assert taken() == "None"
-
-
-OTHER = (
-    "import sys; from pathlib import Path; import importlib.util as u; s = "
-    "u.spec_from_file_location('owner', '%s'); m = u.module_from_spec(s); s.loader.exec_module(m); "
-    "print(m.other(Path(sys.argv[1])))" % checkpoint_owner.__file__
-)
