@@ -71,7 +71,8 @@ def made(row):
         overrides={"layers": 1} | ({"expert": "normed"} if row["model"] == "modules" else {}),
         change=row["routing"],
         batch=row["batch"],
-        steps=2,
+        # tied scores: after a step, rounding decides which expert is first
+        steps=1 if row["routing"] == "ties" else 2,
         sharded={"tile": None},
         **{
             name: row[name]

@@ -82,10 +82,11 @@ def allowed(row) -> bool:
         and (tensor or row["sequence_parallel"])  # off is what it is there
         and (data or not row["zero"])  # refused
         and (row["optimizer"] != "torch" or row["zero"] in (0, 3))  # refused
-        # An expert without tokens has no gradient in a loop over experts, and zeros here; in float32 the
-        # gradients of queries and keys, which cancel, are noise.
-        and (row["batch"] != "one_token" or (not plain and row["dtype"] == "float64"))
-        and (row["batch"] != "shorter_than_ranks" or not plain)  # two positions are refused there
+        # Of equal tokens, or of two, the gradients of queries and keys cancel: in float32 they are noise.
+        and (row["batch"] not in ("one_token", "shorter_than_ranks") or row["dtype"] == "float64")
+        # An expert without tokens has no gradient in a loop over experts, and zeros here; two positions are
+        # refused.
+        and (row["batch"] not in ("one_token", "shorter_than_ranks") or not plain)
         and (row["dtype"] == "float64" or row["model"] in ("mixtral", "llama"))
         # eight ranks take as long as four cases
         and (mesh.count("2") < 3 or row["model"] in ("deepseek_v3", "mixtral"))
