@@ -54,7 +54,7 @@ def dispatch(
     apart, arrived = Shard(rows), R if "scatter" in plan.algebra else I
     whole_ids = I if ids == P or isinstance(ids, Shard) else None
     # the first that holds: (when, tokens and ids as they have to be, what rows, counts and order are)
-    ways: list[tuple[bool, list[Placement | None], list[Placement]]] = [
+    ways: list[tuple[object, list[Placement | None], list[Placement]]] = [
         # each rank sends a share of the slots, and needs the tokens of all
         (sends_piece and in_slots(node, plan), [R, I], [R if met else apart, I, apart]),
         # tokens differ: each rank's stay its own

@@ -33,7 +33,7 @@ from tedfx.graph.nodes import is_tensor, op_name, operands, results
 from tedfx.placement.factors import Dim, Factor, leaves, settle, unify
 from tedfx.placement.plan import Plan, roots
 from tedfx.placement.roles import Roles
-from tedfx.placement.sizes import as_size, symbols_of
+from tedfx.placement.sizes import as_size, same, symbols_of
 from tedfx.placement.types import I, P, Placement, R, Shard
 from tedfx.rules.base import Annotator, Relation, flat, shape_of
 from tedfx.trace.bodies import Body
@@ -143,7 +143,7 @@ def _find(body: Body) -> Found:
             if f is not None:
                 found.classes.setdefault(f, []).append((i, d))
     types = _Types(body)
-    one = [all(size == 1 for size in shape_of(n)) for n in body.operands]
+    one = [all(same(size, 1) for size in shape_of(n)) for n in body.operands]
     found.constant = frozenset(
         i for i, g in enumerate(body.gradients) if g is not None and one[i] and not types.values_behind([g])
     )

@@ -6,6 +6,7 @@ from torch import fx
 
 from tedfx.graph.nodes import argument, is_tensor, op_name, operand
 from tedfx.placement.factors import Dim
+from tedfx.placement.sizes import same
 from tedfx.rules.base import Annotator, Relation, dim_of, flat, rule, shape_of, whole_everywhere
 from tedfx.rules.pointwise import broadcast
 
@@ -52,13 +53,13 @@ def gather(node: fx.Node, ctx: Annotator) -> Relation:
             return whole_everywhere(node, ctx)
         d = dim_of(node, rank, 2)
     sizes = zip(shape_of(x), shape_of(idx))
-    same = [i != d and bool(a == b) for i, (a, b) in enumerate(sizes)]
+    alike = [i != d and same(a, b) for i, (a, b) in enumerate(sizes)]
     for i in range(rank):
-        if same[i]:
+        if alike[i]:
             ctx.match((x, i), (idx, i))
-    whole = flat(ctx.dims(x)[i] for i in range(rank) if not same[i])
+    whole = flat(ctx.dims(x)[i] for i in range(rank) if not alike[i])
     # the index's own extra dim (k of top-k) passes; a part-length index of another dim does not
-    index_whole = flat(ctx.dims(idx)[i] for i in range(rank) if not same[i] and i != d)
+    index_whole = flat(ctx.dims(idx)[i] for i in range(rank) if not alike[i] and i != d)
     return Relation(out=ctx.dims(idx), whole={0: whole, 1: index_whole}, linear=ONE)
 
 
