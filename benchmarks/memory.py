@@ -38,7 +38,7 @@ from tedfx import ops
 from tedfx._torch import FakeTensorMode, TorchDispatchMode, fake_world, memory_tracker
 from tedfx.analysis.activations import Ledger, Sizing
 from tedfx.analysis.layers import layers
-from tedfx.api import _groups  # private to tedfx
+from tedfx.calls import groups_of
 from tedfx.compiler import compile_graph, default_passes, example_sizes
 from tedfx.graph.emission import emit
 from tedfx.ops.context import RankContext, use
@@ -202,7 +202,7 @@ def rank_of(program: LocalGraph) -> Iterator[RankContext]:
         with fake_world(0, math.prod(mesh.sizes)):
             context = RankContext(
                 init_device_mesh("cpu", mesh.sizes, mesh_dim_names=mesh.names),
-                [tuple(mesh.names), *map(tuple, _groups(program, mesh))],
+                [tuple(mesh.names), *map(tuple, groups_of(program))],
             )
             with use(context):
                 yield context

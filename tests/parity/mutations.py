@@ -35,8 +35,8 @@ def sum_gradient_averages(rank):
 def _scaled_reduction(factor, axes=None):
     before = gradients.GradientBoundary._launch
 
-    def launch(self, overlapped):
-        before(self, overlapped)
+    def launch(self, bucket, overlapped):
+        before(self, bucket, overlapped)
         flight = self._flying[-1]
         if axes in (None, flight.bucket.axes):
             flight.work.wait()
