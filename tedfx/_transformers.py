@@ -4,14 +4,15 @@ place.
 The library is never loaded from here for a model that is not its own. What is used (releases 5.17 to 5.23): a
 model's `initialize_weights` and `all_tied_weights_keys`, the dtypes that it keeps whatever dtype it is loaded
 in, the weight conversions between checkpoints and modules (`conversion_mapping`, `core_model_loading`), and
-what a model says to ignore in a checkpoint. Public replacement of all of it: none; `from_pretrained` and
-`save_pretrained` hold whole models.
+what a model says to ignore in a checkpoint, and the hooks that record outputs (`utils.output_capturing`).
+Public replacement of all of it: none; `from_pretrained` and `save_pretrained` hold whole models.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,20 @@ from tedfx.errors import ConfigError
 def is_pretrained(module: nn.Module) -> bool:
     """Whether this is a model of the library. It cannot exist unless the library is loaded."""
     return "transformers" in sys.modules and isinstance(module, sys.modules["transformers"].PreTrainedModel)
+
+
+# The attribute in which a model remembers that the hooks below are there.
+RECORDING = "_output_capturing_hooks_installed"
+
+
+def install_recording_hooks(model: nn.Module) -> None:
+    """What the first call that records outputs (a router's scores, for one) installs on a model's modules."""
+    from transformers.utils import output_capturing
+
+    records = lambda f: getattr(f, "__globals__", None) is vars(output_capturing)
+    for module in model.modules():
+        if records(inspect.unwrap(type(module).forward, stop=records)):
+            output_capturing.maybe_install_capturing_hooks(module)
 
 
 def tied(model) -> dict[str, str]:

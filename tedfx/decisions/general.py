@@ -22,10 +22,12 @@ def nothing_reduced(position: int) -> bool:
 
 
 def _carried(node: fx.Node) -> frozenset[Factor]:
-    """The factors of a value; kept with it, since factors do not change once types are asked for."""
-    if "carried" not in node.meta:
-        node.meta["carried"] = frozenset(roots(flat(node.meta["dims"])))
-    return node.meta["carried"]
+    """The factors of a value; kept beside the dims that they were read from."""
+    dims, (of, found) = node.meta["dims"], node.meta.get("carried", (None, None))
+    if of is not dims:
+        found = frozenset(roots(flat(dims)))
+        node.meta["carried"] = (dims, found)
+    return found
 
 
 def general(

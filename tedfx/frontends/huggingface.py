@@ -28,6 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from tedfx._transformers import RECORDING, install_recording_hooks
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.ops import experts as ops
 
@@ -70,7 +71,7 @@ class HuggingFace:
     # Python numbers that are data: they change from step to step, so they enter the graph as 0-dim tensors.
     number_inputs = ("num_items_in_batch",)
     # Set by the first call that records a router's scores, for good, with the hooks that record them.
-    memories = ("_output_capturing_hooks_installed",)
+    memories = (RECORDING,)
 
     def applies(self, model: nn.Module) -> bool:
         # A model of the library cannot exist unless the library is loaded.
@@ -146,16 +147,11 @@ def _restored(model: nn.Module) -> Iterator[None]:
 def _recording(model: nn.Module) -> Iterator[None]:
     """With the hooks that record outputs (a router's scores, for one) already installed, as from the second
     call on: the first call is then traced as all others."""
-    from transformers.utils import output_capturing
-
-    wrapped = lambda f: getattr(f, "__globals__", None) is vars(output_capturing)
     hooks = [(table := m._forward_hooks, dict(table)) for m in model.modules()]
     flags = HuggingFace.memories
     own = [(vars(m), {k: vars(m)[k] for k in flags if k in vars(m)}) for m in model.modules()]
     try:
-        for module in model.modules():
-            if wrapped(inspect.unwrap(type(module).forward, stop=wrapped)):
-                output_capturing.maybe_install_capturing_hooks(module)
+        install_recording_hooks(model)
         yield
     finally:
         for table, saved in hooks:
