@@ -34,7 +34,7 @@ class MoE(nn.Module):
 def main():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))  # "cuda" on GPUs
     torch.manual_seed(0)
-    pm = tedfx.parallelize(MoE(), mesh)  # this rank's module; the weights are rank 0's
+    pm = tedfx.parallelize(MoE(), mesh)  # this rank's module, initialised with the weights of rank 0
     optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
     index, count = pm.batch_coordinate  # which share of the global batch is this rank's
 

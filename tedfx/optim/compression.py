@@ -2,7 +2,7 @@
 
 The tensors of a bucket are laid out as rows, one for each rank of the group: a tensor of N elements has
 ceil(N / 8n) * 8 of them in each of the n rows, zeros behind the last. So every row is whole bytes of signs,
-every rank serves a part of every tensor, and all rows have the same segments. A tensor's part of a row has a
+every rank serves a part of every tensor, and all rows have the same stretches. A tensor's part of a row has a
 scale of its own, the mean of the absolute values: tensors of different magnitude do not share one (a scale
 per fused buffer does not know them apart), it costs 4 n bytes per tensor, and it is the best multiple of the
 signs in the 2-norm, so that what is left is always smaller than what was compressed (EF-SGD, arXiv
@@ -32,7 +32,7 @@ from tedfx import _torch
 
 
 @dataclass(frozen=True)
-class Segment:
+class Stretch:
     """`count` tensors of `numel` elements each (a stack has a scale for each of its tensors), `width`
     elements of each in a row, from `start` on."""
 
@@ -68,24 +68,24 @@ class CompressedMean:
             dtype,
             device,
         )
-        self.segments, at = [], 0
+        self.stretches, at = [], 0
         for count, numel in sizes:
             width = -(-numel // (8 * self.ranks)) * 8
-            self.segments.append(Segment(count, numel, width, at))
+            self.stretches.append(Stretch(count, numel, width, at))
             at += count * width
-        self.width, self.scales = at, sum(segment.count for segment in self.segments)
+        self.width, self.scales = at, sum(stretch.count for stretch in self.stretches)
         self.worker_error = torch.zeros(self.ranks, self.width, dtype=dtype, device=device)
         self.server_error = torch.zeros(1, self.width, dtype=dtype, device=device)
         self.sent: dict[str, int] = {}
         self._powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
         # Per scale: how many bytes of a row it stands for, as the index of the scale of each byte; and how
         # many elements of each row are no padding.
-        bytes_of = [segment.width // 8 for segment in self.segments for _ in range(segment.count)]
+        bytes_of = [stretch.width // 8 for stretch in self.stretches for _ in range(stretch.count)]
         self._scale_of = (
             torch.arange(self.scales).repeat_interleave(torch.tensor(bytes_of, dtype=torch.int64)).to(device)
         )
         real = [
-            [min(max(s.numel - row * s.width, 0), s.width) for s in self.segments for _ in range(s.count)]
+            [min(max(s.numel - row * s.width, 0), s.width) for s in self.stretches for _ in range(s.count)]
             for row in range(self.ranks)
         ]
         self._real = torch.tensor(real, dtype=dtype).clamp(min=1).to(device)
@@ -93,7 +93,7 @@ class CompressedMean:
     @property
     def message(self) -> int:
         """Bytes of a row: signs, scales, a flag per member."""
-        return self.width // 8 + self.scales * self.dtype.itemsize + len(self.segments)
+        return self.width // 8 + self.scales * self.dtype.itemsize + len(self.stretches)
 
     def mean(self, values: Sequence[Tensor], have: Sequence[bool]) -> list[Tensor | None]:
         """The mean over the ranks of each member, [count, numel]; None, on all ranks, where no rank has it,
@@ -124,7 +124,7 @@ class CompressedMean:
         rows, flags = self._expand(gathered)
         present = flags[0].tolist() if missing else None
         found: list[Tensor | None] = []
-        for index in range(len(self.segments)):
+        for index in range(len(self.stretches)):
             if present is not None and not present[index]:
                 for error, old in zip((self.worker_error, self.server_error), before[index]):
                     self._part(error, index).copy_(old)
@@ -137,25 +137,25 @@ class CompressedMean:
 
     def _part(self, rows: Tensor, index: int) -> Tensor:
         """A member's elements of rows[r, width], as a view [r, count, width of one]."""
-        s = self.segments[index]
+        s = self.stretches[index]
         return rows[:, s.start : s.start + s.count * s.width].unflatten(1, (s.count, s.width))
 
     def _rows(self, values: Sequence[Tensor]) -> Tensor:
         rows = torch.empty(self.ranks, self.width, dtype=self.dtype, device=self.device)
-        for index, (s, value) in enumerate(zip(self.segments, values)):
+        for index, (s, value) in enumerate(zip(self.stretches, values)):
             spare = self.ranks * s.width - s.numel
             padded = torch.nn.functional.pad(value, (0, spare)) if spare else value
             self._part(rows, index).copy_(padded.view(s.count, self.ranks, s.width).transpose(0, 1))
         return rows
 
     def _take(self, rows: Tensor, index: int) -> Tensor:
-        s = self.segments[index]
+        s = self.stretches[index]
         return self._part(rows, index).transpose(0, 1).reshape(s.count, self.ranks * s.width)[:, : s.numel]
 
     def _clear(self, rows: Tensor, numbers: Sequence[int]) -> None:
         """Zero the padding of these rows of the layout: a sign cannot say zero, and what it says there is
         nobody's."""
-        for index, s in enumerate(self.segments):
+        for index, s in enumerate(self.stretches):
             for at, row in enumerate(numbers):
                 real = min(max(s.numel - row * s.width, 0), s.width)
                 if real < s.width:
@@ -171,7 +171,7 @@ class CompressedMean:
         sums = torch.cat(
             [
                 torch.linalg.vector_norm(self._part(rows, index), 1, dim=-1)
-                for index in range(len(self.segments))
+                for index in range(len(self.stretches))
             ],
             1,
         )
@@ -189,7 +189,7 @@ class CompressedMean:
 
     def _expand(self, messages: Tensor) -> tuple[Tensor, Tensor]:
         """messages[r, message] -> (rows[r, width], flags[r, members])."""
-        sizes = [self.width // 8, self.scales * self.dtype.itemsize, len(self.segments)]
+        sizes = [self.width // 8, self.scales * self.dtype.itemsize, len(self.stretches)]
         packed, scales, flags = messages.split(sizes, 1)
         signs = packed.unsqueeze(-1).bitwise_and(self._powers).ne(0)
         return self._signed(signs, scales.contiguous().view(self.dtype)), flags

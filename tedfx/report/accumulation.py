@@ -13,7 +13,7 @@ from tedfx.analysis.cost import Cost, parameter_nodes
 from tedfx.analysis.layers import regions
 from tedfx.analysis.text import format_bytes
 from tedfx.placement.types import R
-from tedfx.runtime.layered import segments
+from tedfx.runtime.layered import turns
 from tedfx.state.layouts import placed_on_first
 
 
@@ -72,7 +72,7 @@ def schedules(compilation, cost: Cost, values: Mapping[str, int], count: int) ->
 def _gradients(compilation) -> tuple[int, int]:
     """Bytes of gradients that a rank holds at most: with `no_sync`, and layer by layer."""
     graph, stage = compilation.graph_module.graph, compilation.options.zero
-    place = segments(graph)
+    place = turns(graph)
     apart = shares = 0
     layer: dict[int, int] = {}
     for node in parameter_nodes(compilation):

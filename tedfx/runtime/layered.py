@@ -41,7 +41,7 @@ def interleave(program: Program, count: int, sum_dtype: torch.dtype | None = Non
     )
 
 
-def segments(graph: fx.Graph) -> dict[fx.Node, int]:
+def turns(graph: fx.Graph) -> dict[fx.Node, int]:
     """Contiguous pieces of the graph's order: one begins where a layer does, and one where the last layer has
     ended."""
     where, found, at, current = layers(graph), {}, 0, ""
@@ -110,9 +110,9 @@ class _Interleaving:
         return apart
 
     def _order(self) -> list[tuple[fx.Node, int | None]]:
-        """Segment by segment, in each micro-batch by micro-batch, as far as operands allow: only a buffer
+        """Turn by turn, in each micro-batch by micro-batch, as far as operands allow: only a buffer
         that is written late and read early can ask for another order."""
-        place, position = segments(self.old), {node: i for i, node in enumerate(self.old.nodes)}
+        place, position = turns(self.old), {node: i for i, node in enumerate(self.old.nodes)}
         units = [
             (node, m)
             for node in self.old.nodes

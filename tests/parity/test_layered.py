@@ -12,7 +12,7 @@ import tedfx
 from tedfx.analysis.layers import layers
 from tedfx.errors import TedfxError
 from tedfx.ops import count_collectives
-from tedfx.runtime.layered import interleave, segments
+from tedfx.runtime.layered import interleave, turns
 from tedfx.verification.batches import split_batch
 from tests.parity.cases import case, on_ranks
 
@@ -129,11 +129,11 @@ def test_a_compiled_step_gathers_and_scatters_once(model, checkpoint):
 
 
 def order(pm, batch, rank):
-    """Of the interleaved graph: (segment, micro-batch) along it; the layers in it; the order in which buckets
+    """Of the interleaved graph: (turn, micro-batch) along it; the layers in it; the order in which buckets
     were summed, by layer."""
     (program,) = pm.programs.values()
     made = interleave(program, 3)
-    place = segments(program.graph_module.graph)
+    place = turns(program.graph_module.graph)
     names = {node.name: place[node] for node in place}
     seen = [
         (names[n.name.removesuffix(f"_mb{n.meta['micro_batch']}")], n.meta["micro_batch"])
