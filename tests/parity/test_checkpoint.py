@@ -169,6 +169,7 @@ def loss_and_gradients(model, batch):
     return float(loss), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_compiled_full_decides_once():
     """Compiled kernels may round otherwise when they recompute: a choice made again could differ from the
     rows that were exchanged by the first."""
