@@ -2,7 +2,7 @@
 
 Routing never recompiles; a first change of batch size, or of length, compiles once more and then no further.
 What counts is dynamo's part, so that test leaves inductor (minutes of C++) out; a slow one runs it once.
-A compilation takes ten seconds a rank: here are one of a routed layer and one of slots, the others are `slow`.
+A compilation takes ten seconds a rank, so that of slots is `slow` as well.
 """
 
 import pytest
@@ -75,7 +75,8 @@ def test_inductor_computes_the_same():
     assert result.ok, f"\n{result}"
 
 
-@pytest.mark.parametrize("model", ["gshard", pytest.param("grouped", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gshard", "grouped"])
 def test_capacities_compile(model):
     """Rows with a tail; slots."""
     this = case(f"capacity_{model}", "ep=2", compile="aot_eager", outputs=("loss",), overrides={"layers": 1})
