@@ -1,5 +1,5 @@
 # make demo    an unmodified Mixtral trains on 4 local ranks (ep=2, tp=2), on the standard library's own source
-# make test    the test suite; make test-slow: what takes minutes (inductor); make test-all: both
+# make test    the test suite; make test-slow: what takes long (compiled graphs, more of a kind); make test-all: both
 # make lint    ruff: format at 110 columns, and its checks; pyright: types
 # make parity  every model on every mesh against the single device; writes docs/parity.md
 # make fuzz    random small programs against the single device: ARGS="--count 2000 --first 1000" (that is the default); ARGS="17 --trace" is one of them
@@ -8,8 +8,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-# test files at a time; each may hold eight rank processes
-JOBS ?= 2
+# test files at a time; each may hold eight rank processes, and waits for them now and then
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 

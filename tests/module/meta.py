@@ -19,10 +19,10 @@ HF = {
     "deepseek_v3": models.deepseek_v3,
     "gpt_oss": partial(models.gpt_oss, num_hidden_layers=1),
 }
-CASES = [
-    *(("tp2", name) for name in ("mixtral", "tied", "plain_tied")),
-    *(("ep2", name) for name in ("deepseek_v3", "plain")),
-    ("ep2 tp2", "gpt_oss"),
+CASES = [("tp2", "mixtral"), ("tp2", "plain_tied"), ("ep2", "deepseek_v3")]
+MORE = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("tp2", "tied"), ("ep2", "plain"), ("ep2 tp2", "gpt_oss"))
 ]
 
 

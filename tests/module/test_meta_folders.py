@@ -16,6 +16,7 @@ from tedfx.runtime.weights import NoWeights
 from tests.module.meta import (
     CASES,
     HF,
+    MORE,
     batch,
     library,
     load_all,
@@ -100,7 +101,7 @@ def test_overwrite(ranks, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in load_all(folder).items())
 
 
-@pytest.mark.parametrize("mesh, name", CASES)
+@pytest.mark.parametrize("mesh, name", CASES + MORE)
 def test_folders(ranks, tmp_path, name, mesh):
     model, folder, out = single(name), str(tmp_path / "in"), str(tmp_path / "out")
     if name in HF:

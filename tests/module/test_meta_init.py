@@ -10,7 +10,7 @@ from torch import nn
 import tedfx
 from tedfx.runtime.weights import NoWeights
 from tests.models_plain import Config, PlainMoELM
-from tests.module.meta import CASES, MESHES, batch, make, on_meta, refused, same, single, world
+from tests.module.meta import CASES, MESHES, MORE, batch, make, on_meta, refused, same, single, world
 from tests.pool import context
 
 
@@ -45,7 +45,7 @@ def initialised(name, mesh):
     assert all(torch.equal(value, theirs[key]) for key, value in pm.gather_parameters().items())
 
 
-@pytest.mark.parametrize("mesh, name", CASES)
+@pytest.mark.parametrize("mesh, name", CASES + MORE)
 def test_own_initialisation(ranks, name, mesh):
     ranks(world(mesh)).run(initialised, name, mesh)
 

@@ -103,6 +103,7 @@ PRETRAIN = (
 )
 
 
+@pytest.mark.slow
 def test_pretrain_restarts_and_stops(ranks, tmp_path):
     """A rank is killed at step 8: torchrun's agent starts all again, they go on from the checkpoint of step 5
     with the losses that they had. Then one rank is told to stop at step 9: all stop after it, with a

@@ -9,7 +9,10 @@ from tests.parity.cases import case, on_ranks, on_single
 
 ONE = {"num_hidden_layers": 1}
 CASES = [
-    case("llama", "dp=2", zero=3, compile="aot_eager", dtype="float32", overrides=ONE),
+    pytest.param(
+        case("llama", "dp=2", zero=3, compile="aot_eager", dtype="float32", overrides=ONE),
+        marks=pytest.mark.slow,
+    ),
     case("llama", "dp=2", zero=3, checkpoint="full", dtype="float32", overrides=ONE),
 ]
 

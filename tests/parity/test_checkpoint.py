@@ -169,6 +169,7 @@ def loss_and_gradients(model, batch):
     return float(loss), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_compiled_full_decides_once():
     """Compiled kernels may round otherwise when they recompute: a choice made again could differ from the
     rows that were exchanged by the first."""
@@ -191,6 +192,7 @@ def test_compiled_full_decides_once():
         )  # the exchanges of rows and the router's scores are recomputed
 
 
+@pytest.mark.slow
 def test_compiled_comm_is_one_graph_that_repeats_no_collective():
     this = case("mixtral", "ep=2", overrides={"num_hidden_layers": 1}, outputs=("loss",), checkpoint="comm")
     expected, grads = on_single(this, loss_and_gradients)

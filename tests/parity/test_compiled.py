@@ -2,6 +2,7 @@
 
 Routing never recompiles; a first change of batch size, or of length, compiles once more and then no further.
 What counts is dynamo's part, so that test leaves inductor (minutes of C++) out; a slow one runs it once.
+A compilation takes ten seconds a rank, so that of slots is `slow` as well.
 """
 
 import pytest
@@ -74,6 +75,7 @@ def test_inductor_computes_the_same():
     assert result.ok, f"\n{result}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gshard", "grouped"])
 def test_capacities_compile(model):
     """Rows with a tail; slots."""

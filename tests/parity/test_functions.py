@@ -14,7 +14,9 @@ from tests.parity.test_layered import three_ways
 VERIFIED = [
     case("everything", "ep=2,tp=2"),
     case("everything", "dp=2,tp=2", checkpoint="full"),
-    case("everything", "ep=2", compile="aot_eager", checkpoint="comm", steps=1),
+    pytest.param(
+        case("everything", "ep=2", compile="aot_eager", checkpoint="comm", steps=1), marks=pytest.mark.slow
+    ),
 ]
 
 

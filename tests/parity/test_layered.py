@@ -117,6 +117,7 @@ def compiled_all_ways(pm, batch, rank):
     return three_ways(pm, batch, rank), compiled_collectives(pm, batch, rank), len(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, checkpoint", [("llama", "none"), ("mixtral", "comm")])
 def test_a_compiled_step_gathers_and_scatters_once(model, checkpoint):
     """Backward gathers again instead of keeping whole weights: all but the embedding's, whose adjoint needs
@@ -194,7 +195,15 @@ def half_model():
     return nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).bfloat16()
 
 
-@pytest.mark.parametrize("how", [(0, False), (3, False), (3, {"backend": "aot_eager"})], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        (0, False),
+        (3, False),
+        pytest.param((3, {"backend": "aot_eager"}), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_gradients_accumulate_in_float32_when_asked(how):
     for found, narrow in on_ranks(case("llama", "dp=2", overrides=ONE), in_half_precision, how):
         # a compiled graph gives each rank's sum of the micro-batches back in bfloat16, rounded once

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch._dynamo
 
 from tedfx.compiler import compile_graph, default_passes
 from tedfx.placement.roles import MeshShape, Roles
@@ -23,6 +24,13 @@ def compiled(name, mesh, layers=3, **options):
         GlobalGraph.of(each, Roles.resolve(MeshShape.of(mesh)), set(each.parameters)),
         default_passes(**{"dedup": False, "sequence_parallel": False, **options}),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shape_functions_are_cached():
+    """A step on fake tensors asks for the same sizes again and again; tests/conftest.py has it off."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=True):
+        yield
 
 
 @pytest.fixture

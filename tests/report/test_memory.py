@@ -68,6 +68,7 @@ def test_policies(mesh, sequence_parallel):
         assert selective - 4 * (1 - 1 / t) == pytest.approx(34 / t, abs=STATISTICS)
 
 
+@pytest.mark.slow
 def test_fake_tensors_keep_the_same():
     assert measured("selective", "tp=2", True, real=False) == measured("selective", "tp=2", True)
     for policy in ("none", "comm"):

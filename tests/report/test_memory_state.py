@@ -68,6 +68,7 @@ def test_teds_expression(state, gpt):
     assert row.total == pytest.approx(state.ted_memory(shape.base, 2, 4, 16), rel=5e-3)
 
 
+@pytest.mark.slow
 def test_layers_add_up(state, gpt):
     shape = dataclasses.replace(gpt(), layers=3)
     whole, sum_ = (
@@ -105,7 +106,7 @@ def test_offload_leaves_what_its_table_says(state, gpt, where, device, host):
     assert 0 <= row.idle - row.total + (2 * row.psi if where == "optimizer" else 0) < 1000
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_real_tensors_take_the_same(state, gpt, stage):
     steppers = [{"tile": 5000, "fused": True}, {"tile": None, "fused": True}]
     fake, real = (
