@@ -11,7 +11,7 @@ from torch import fx
 from tedfx.dtypes import has_gradient
 from tedfx.errors import user_line
 from tedfx.graph.facts import DIFFERENTIABLE, DIMS, RELATION, VAL
-from tedfx.graph.nodes import is_tensor, operands
+from tedfx.graph.nodes import argument, is_tensor, operands
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.factors import Factor
 from tedfx.placement.plan import Plan
@@ -81,7 +81,8 @@ class Annotate(Pass[GlobalGraph]):
             elif node.op != "call_function":
                 raise AssertionError(f"unexpected node {node.op} {node.target}")
         # of a size that the model's pairs refined, the part that a shard cuts
-        sequence = ctx.symbols.get(trace.extents.get("sequence"))
+        extent = trace.extents.get("sequence")
+        sequence = None if extent is None else ctx.symbols.get(extent)
         result.next = program.then(
             PlannedGraph,
             plan=Plan(program.roles, hints=program.hints()),
@@ -104,7 +105,7 @@ class Annotate(Pass[GlobalGraph]):
     def _rows(output: fx.Node, ctx: Annotator, batch: Factor | None, written: int) -> None:
         """A returned tensor whose dim 0 is as long as the batch is the batch's rows, also where an op without
         a rule lost the factor."""
-        given = list(output.args[0])
+        given = list(argument(output, 0))
         for i, value in enumerate(given):
             if batch is None or i < written or not is_tensor(value) or not VAL[value].dim():
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -16,7 +16,9 @@ from tedfx.analysis.layers import layers
 from tedfx.graph.emission import schedule
 from tedfx.graph.emit import insert
 from tedfx.graph.facts import DIFFERENTIABLE, LOCAL_SHAPE, RUNS, VAL, take_over
+from tedfx.graph.nodes import argument
 from tedfx.passes.base import Pass, PassResult
+from tedfx.placement.sizes import Size
 from tedfx.stages.graphs import LocalGraph
 
 
@@ -24,20 +26,20 @@ class Kind(NamedTuple):
     """What the pass has to know of an op; its batched form is in `ops.BATCHED`."""
 
     axes: Callable[[fx.Node], tuple]
-    operand: Callable[[fx.Node], tuple]  # the local shape of what a node hands to the collective
+    operand: Callable[[fx.Node], Sequence[Size]]  # the local shape of what a node hands to the collective
     arguments: Callable[[list[fx.Node]], tuple]  # of the batched op, behind values and axes
     may: Callable[[fx.Node], bool] = lambda node: True
 
 
 def _totals(node: fx.Node) -> tuple:
-    shape, dim = LOCAL_SHAPE[node], node.args[1]
+    shape, dim = LOCAL_SHAPE[node], argument(node, 1)
     return (*shape[:dim], RUNS[node], *shape[dim + 1 :])
 
 
 KINDS = {
-    ops.all_reduce: Kind(lambda n: n.args[1], lambda n: LOCAL_SHAPE[n], lambda nodes: ()),
+    ops.all_reduce: Kind(lambda n: argument(n, 1), lambda n: LOCAL_SHAPE[n], lambda nodes: ()),
     ops.cumsum: Kind(
-        lambda n: n.args[2],
+        lambda n: argument(n, 2),
         _totals,
         lambda nodes: ([n.args[1] for n in nodes], [n.args[3] for n in nodes], VAL[nodes[0]].dtype),
         may=lambda n: not VAL[n].dtype.is_floating_point and not VAL[n].dtype.is_complex,

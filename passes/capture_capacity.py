@@ -238,11 +238,10 @@ def _check(start: _Product, end: _Product) -> None:
 
 def _covers(dispatched: Term, combined: Term) -> bool:
     """The first is 1 wherever the second is not 0."""
-    same = dispatched.routing is combined.routing and (dispatched.slot.queue, dispatched.slot.first) == (
-        combined.slot.queue,
-        combined.slot.first,
-    )
-    if not same:
+    here, there = dispatched.slot, combined.slot
+    if here is None or there is None or dispatched.routing is not combined.routing:
+        return False
+    if (here.queue, here.first) != (there.queue, there.first):
         return False
     return (
         dispatched.guards <= combined.guards
@@ -259,15 +258,17 @@ def _known_slots(start: _Product, routing) -> Slots:
     )
 
 
+def _labelled(product: _Product, letters: list) -> dict[int, tuple[str, ...]]:
+    """The labels of the mask's dims, by where their letters stand; a feature's letter has none."""
+    return {d: product.labels[letter] for d, letter in enumerate(letters) if letter in product.labels}
+
+
 def _tokens(graph: fx.Graph, start: _Product, routing) -> fx.Node:
     """The dispatched value as [N, H]."""
     x, shape = start.other, shape_of(start.other)
-    given = [start.labels.get(letter) for letter in start.theirs]
-    feature = [d for d, label in enumerate(given) if label is None]
-    order = sorted(
-        (d for d in range(len(given)) if d not in feature),
-        key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0,
-    )
+    given = _labelled(start, start.theirs)
+    feature = [d for d in range(len(start.theirs)) if d not in given]
+    order = sorted(given, key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0)
     if (
         len(feature) != 1
         or not isinstance(shape[feature[0]], int)
@@ -278,11 +279,11 @@ def _tokens(graph: fx.Graph, start: _Product, routing) -> fx.Node:
             start.node,
             "let it be (tokens, features)",
         )
-    if order + feature != list(range(len(given))):
+    if order + feature != list(range(len(start.theirs))):
         x = emit(graph, aten.permute.default, (x, order + feature), like=start.node)
     return (
         x
-        if len(given) == 2
+        if len(start.theirs) == 2
         else emit(graph, aten.reshape.default, (x, [-1, shape[feature[0]]]), like=start.node)
     )
 
@@ -292,12 +293,9 @@ def _shaped(graph: fx.Graph, out: fx.Node, start: _Product, end: _Product, routi
     val = VAL[end.node]
     if VAL[out].dtype != val.dtype:
         out = emit(graph, aten.to.dtype, (out, val.dtype), like=end.node)
-    given = [end.labels.get(letter) for letter in end.out]
-    order = sorted(
-        (d for d, label in enumerate(given) if label is not None),
-        key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0,
-    )
-    (feature,) = [d for d, label in enumerate(given) if label is None]
+    given = _labelled(end, end.out)
+    order = sorted(given, key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0)
+    (feature,) = [d for d in range(len(end.out)) if d not in given]
     if tuple(x for d in order for x in given[d]) != routing.tokens:
         raise refuse(
             "what is combined is not a row of features per token", end.node, "let it be (tokens, features)"

@@ -48,6 +48,7 @@ from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import find_uncaptured
 from tedfx.errors import CaptureError, user_line, warn
 from tedfx.graph.facts import STACK_TRACE, VAL
+from tedfx.graph.nodes import argument, operand
 from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
@@ -118,7 +119,8 @@ def _capture(
         if gathered:
             _check_places(bodies, routing, chain, end)
         value = bodies.lift(tuple(step.value for step in chain))
-        if value.kind not in ("rows", "weighted") or value.right != 1:
+        rows = value.node
+        if value.kind not in ("rows", "weighted") or value.right != 1 or rows is None:
             raise refuse(
                 "what an expert adds is not a row of features per token",
                 chain[0].value,
@@ -130,7 +132,6 @@ def _capture(
                 chain[0].value,
                 "multiply it by a gate made from the router's choice: (w * (ids == e)).sum(-1, keepdim=True)",
             )
-        rows = value.node
         if VAL[rows].dim() != 2:
             rows = bodies.emit(aten.reshape.default, (rows, [-1, shape_of(rows)[-1]]), {}, end)
         weights = bodies.weights(value.of if value.kind == "weighted" else None, end)
@@ -138,14 +139,16 @@ def _capture(
         if VAL[out].dtype != VAL[end].dtype:
             out = bodies.emit(aten.to.dtype, (out, VAL[end].dtype), {}, end)
         if VAL[end].dim() > 2:
-            like = bodies.x if VAL[bodies.x].dim() == VAL[end].dim() else base
+            like = base
+            if bodies.x is not None and VAL[bodies.x].dim() == VAL[end].dim():
+                like = bodies.x
             if like is None:
                 raise refuse(
                     "tokens that were flattened and are summed unflattened",
                     end,
                     "start the sum from zeros_like(x)",
                 )
-            like = like.args[0] if name_of(like) == "zeros_like" else like
+            like = operand(like, 0) if name_of(like) == "zeros_like" else like
             sizes = [bodies.emit(aten.sym_size.int, (like, d), {}, end) for d in range(VAL[end].dim() - 1)]
             out = bodies.emit(aten.reshape.default, (out, [*sizes, shape_of(end)[-1]]), {}, end)
         if base is not None and not is_zero(base):
@@ -162,8 +165,8 @@ def _capture(
 def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.Node) -> None:
     """Every step adds at its own expert's tokens, and none twice where the step overwrites."""
     for indices in (
-        [step.index for step in chain],
-        [tuple(step.read.args[1]) for step in chain if step.read is not None],
+        [step.index for step in chain if step.index is not None],
+        [tuple(argument(step.read, 1)) for step in chain if step.read is not None],
     ):
         if not indices:
             continue
@@ -248,17 +251,17 @@ def _masks(node: fx.Node) -> list[fx.Node]:
     if name in ("nonzero", "nonzero_numpy", "argwhere", "masked_select") or (
         name == "where" and len(node.args) == 1
     ):
-        return [node.args[-1] if name == "masked_select" else node.args[0]]
+        return [operand(node, len(node.args) - 1 if name == "masked_select" else 0)]
     if name in ("index", "index_put"):
-        return [m for m in node.args[1] if isinstance(m, fx.Node) and VAL[m].dtype == torch.bool]
+        return [m for m in argument(node, 1) if isinstance(m, fx.Node) and VAL[m].dtype == torch.bool]
     return []
 
 
 def _compared(mask: fx.Node) -> fx.Node | None:
     """x of `x == 3`, through any()."""
     while name_of(mask) in ("any", "to", "view", "reshape"):
-        mask = mask.args[0]
-    return mask.args[0] if name_of(mask) == "eq" and isinstance(mask.args[1], int) else None
+        mask = operand(mask, 0)
+    return operand(mask, 0) if name_of(mask) == "eq" and isinstance(mask.args[1], int) else None
 
 
 def _check_answers(trace: Any, frames: set[tuple[str, str]]) -> bool:

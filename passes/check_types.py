@@ -7,7 +7,7 @@ from torch import fx
 from tedfx.decisions.decide import decide
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.graph.facts import CONVERSION, DIMS, RELATION, TYPE, TYPES_OF
-from tedfx.graph.nodes import operands
+from tedfx.graph.nodes import operand, operands
 from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, R, Shard, kind
 from tedfx.stages.graphs import LocalGraph, TypedGraph
@@ -78,7 +78,7 @@ def _fail(node: fx.Node, axis, text: str, after: str):
 
 def _check_node(program, node: fx.Node, after: str) -> None:
     relation = RELATION[node]
-    if relation.kind in ("getitem",) and node.args[0] not in TYPES_OF:
+    if relation.kind in ("getitem",) and operand(node, 0) not in TYPES_OF:
         return
     nodes = operands(node)
     if relation.kind in ("grouped", "expert_rows", "combine", "dispatch") and any(
@@ -89,13 +89,13 @@ def _check_node(program, node: fx.Node, after: str) -> None:
         types = [TYPE[n][axis] for n in nodes]
         decision = decide(node, axis, types, program.plan, lambda i: False)
         have = [t[axis] for t in TYPES_OF[node]] if relation.several else [TYPE[node][axis]]
-        for operand, current, target in zip(nodes, types, decision.targets):
+        for value, current, target in zip(nodes, types, decision.targets):
             if (
                 target is not None
                 and current != target
-                and not (not differentiable(operand) and current in (R, I) and target in (R, I))
+                and not (not differentiable(value) and current in (R, I) and target in (R, I))
             ):
-                _fail(node, axis, f"operand {operand.name} is {current}, the op needs {target}", after)
+                _fail(node, axis, f"operand {value.name} is {current}, the op needs {target}", after)
         if decision.out != have:
             _fail(node, axis, f"its type is {have}, its operands {types} make it {decision.out}", after)
 

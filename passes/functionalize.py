@@ -35,6 +35,7 @@ from torch import fx
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import argument, arguments, function, operand, operand_or_none, operator_of, overload
 from tedfx.graph.signature import show
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.sizes import as_size
@@ -87,7 +88,7 @@ def _shape_alone(graph: fx.Graph, node: fx.Node) -> None:
     """`x.view_as(y)` asks y for its shape and nothing else: written as a view, it needs no value of y on any
     rank."""
     if node.target in _LIKE:
-        x, like = node.args
+        x, like = operand(node, 0), operand(node, 1)
         with graph.inserting_before(node):
             sizes = [
                 emit(graph, aten.sym_size.int, (like, d), like=node)
@@ -145,12 +146,12 @@ class _Walk:
             self.sizes.setdefault(VAL[node].node.expr, node)
         storage = _storage(node)
         if node.op == "call_function" and storage is not None:
-            for operand in _nodes(original):
-                operand = self._name(operand)
-                if node.target is operator.getitem and operand not in self.looks_into:
+            for source in _nodes(original):
+                source = self._name(source)
+                if node.target is operator.getitem and source not in self.looks_into:
                     break  # one of several fresh results
-                if _storage(operand) == storage:
-                    self.looks_into[node], self.original[node] = operand, original
+                if _storage(source) == storage:
+                    self.looks_into[node], self.original[node] = source, original
                     self.made_at[node] = self.version.get(self.root(node), 0)
                     break
 
@@ -197,7 +198,7 @@ class _Walk:
         version = self.version.get(self.root(node), 0)
         if self.made_at.get(node, 0) < version:
             args, kwargs = fx.map_arg(self.original[node], self.current)
-            self.value[node] = emit(self.graph, node.target, args, kwargs, like=node)
+            self.value[node] = emit(self.graph, function(node), args, kwargs, like=node)
             self.made_at[node] = version
         return self.value.get(node, node)
 
@@ -208,12 +209,12 @@ class _Walk:
         target = node.target
         if positions != [0] or not isinstance(node.args[0], fx.Node):
             raise _refusal(node, "writes into more than its first operand")
-        operand = self._name(node.args[0])
+        written = self._name(node.args[0])
         kwargs = dict(node.kwargs)
-        args = fx.map_arg((self.current(operand), *node.args[1:]), self.current)
+        args = fx.map_arg((self.current(written), *node.args[1:]), self.current)
         new = self._functional(node, target, list(args), fx.map_arg(kwargs, self.current))
-        self._store(operand, new, node)
-        self.renamed[node] = operand
+        self._store(written, new, node)
+        self.renamed[node] = written
         self.dead.append(node)
 
     def _functional(self, node: fx.Node, target: Any, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
@@ -304,18 +305,15 @@ class _Walk:
         self, node: fx.Node, view: fx.Node, whole: fx.Node, new: fx.Node, why: fx.Node
     ) -> fx.Node:
         """The value of `whole` after `new` was written through `view` (of which `node` may be one part)."""
-        args = view.args
-        name = view.target._schema.name.removeprefix("aten::")
+        args = arguments(view)
+        name = operator_of(view)._schema.name.removeprefix("aten::")
 
         def put(target: Callable, *rest: Any) -> fx.Node:
             return emit(self.graph, target, rest, like=why)
 
-        def arg(position: int, key: str, default: Any = None) -> Any:
-            return args[position] if len(args) > position else view.kwargs.get(key, default)
-
         if node is not view:
-            dim = arg(1, "dim", 0) if name == "unbind" else arg(2, "dim", 0)
-            index = node.args[1]
+            dim = argument(view, 1 if name == "unbind" else 2, "dim", 0)
+            index = argument(node, 1)
             if name == "unbind":
                 return put(aten.select_scatter.default, whole, new, dim, index)
             widths = [part.shape[dim] for part in VAL[view]]
@@ -340,7 +338,7 @@ class _Walk:
             case "diagonal":
                 return put(aten.diagonal_scatter.default, whole, new, *args[1:])
             case "transpose" | "t" | "swapaxes" | "swapdims":
-                return put(view.target, new, *args[1:])
+                return put(function(view), new, *args[1:])
             case "permute":
                 rank = len(args[1])
                 forward = [d % rank for d in args[1]]
@@ -364,7 +362,7 @@ class _Walk:
 def _counterpart(node: fx.Node) -> Any:
     """The functional operator of an in-place one: the same name without its underscore, the same
     arguments."""
-    schema = node.target._schema
+    schema = operator_of(node)._schema
     namespace, name = schema.name.split("::")
     names = {"normal_": "normal_functional"}
     if name.startswith("__i") and name.endswith("__"):
@@ -374,7 +372,7 @@ def _counterpart(node: fx.Node) -> Any:
     else:
         plain = ""
     packet = getattr(getattr(torch.ops, namespace), plain, None) if plain else None
-    found = getattr(packet, node.target._overloadname, None)
+    found = getattr(packet, overload(node), None)
     if found is None or found._schema.is_mutable or found._schema.returns[0].alias_info is not None:
         raise _refusal(node, "changes its operand in place, and tedfx knows no functional form of it")
     if [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:
@@ -415,9 +413,10 @@ def _tile(node: fx.Node) -> int:
     parts: list[tuple[int, int, fx.Node]] = []
     below: Any = node
     while isinstance(below, fx.Node) and below.target is aten.slice_scatter.default:
-        source, d, start, stop, step = (*below.args[1:], *(0, None, None, 1)[len(below.args) - 2 :])[:5]
+        source, d, step = operand(below, 1), argument(below, 2, "dim", 0), argument(below, 5, "step", 1)
+        start, stop = argument(below, 3, "start") or 0, argument(below, 4, "end")
         size = size_of[d]
-        start, stop = start or 0, size if stop is None or stop == END else stop
+        stop = size if stop is None or stop == END else stop
         if (
             step != 1
             or not all(isinstance(x, int) for x in (size, start, stop))
@@ -461,12 +460,9 @@ _COPIES = {
 def _drop_noops(graph: fx.Graph) -> int:
     dropped = 0
     for node in list(graph.nodes):
-        if (
-            node.op == "call_function"
-            and isinstance(node.args[0] if node.args else None, fx.Node)
-            and _does_nothing(node)
-        ):
-            node.replace_all_uses_with(node.args[0])
+        source = operand_or_none(node, 0)
+        if node.op == "call_function" and source is not None and _does_nothing(node):
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
             dropped += 1
     return dropped
@@ -483,19 +479,20 @@ def _looked_into(node: fx.Node) -> fx.Node:
 
 def _does_nothing(node: fx.Node) -> bool:
     name = getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
-    old, new = VAL.get(node.args[0]), VAL.get(node)
+    old, new = VAL.get(operand(node, 0)), VAL.get(node)
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return False
     if name in _COPIES:
-        copies = name != "lift_fresh_copy" and _storage(node) != _storage(node.args[0])
-        if copies and _looked_into(node.args[0]).op == "placeholder":
+        copies = name != "lift_fresh_copy" and _storage(node) != _storage(operand(node, 0))
+        if copies and _looked_into(operand(node, 0)).op == "placeholder":
             return False  # who has the original may write to it before backward: the caller, an optimizer
         same = old.dtype == new.dtype and old.device == new.device and old.layout == new.layout
         return same and _same_sizes(old.shape, new.shape) and _same_sizes(old.stride(), new.stride())
     if name == "slice":
         return _is_whole(node)
     if name == "dropout":
-        return node.args[1] == 0 or not node.args[2]
+        p, train = arguments(node)[1:]
+        return p == 0 or not train
     if (
         name in ("add", "sub")
         and len(node.args) == 2
@@ -513,13 +510,13 @@ def _does_nothing(node: fx.Node) -> bool:
 
 def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes everything."""
-    _, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]
+    _, dim, start, stop, step = (*arguments(node), *(0, None, None, 1)[len(node.args) - 1 :])[:5]
     return (
         start in (None, 0)
         and step == 1
         and (
             stop is None
             or stop == END
-            or (isinstance(stop, int) and as_size(VAL[node.args[0]].shape[dim]) == stop)
+            or (isinstance(stop, int) and as_size(VAL[operand(node, 0)].shape[dim]) == stop)
         )
     )

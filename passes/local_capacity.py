@@ -27,6 +27,7 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from tedfx import ops
 from tedfx.capture.routing import dim_of, name_of, shape_of
@@ -35,6 +36,7 @@ from tedfx.capture.slots import Place, Totals
 from tedfx.errors import CaptureError, ConfigError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import SLOTS, VAL
+from tedfx.graph.nodes import function, is_elementwise, operand
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.sizes import as_size
 from tedfx.stages.graphs import GlobalGraph
@@ -92,7 +94,7 @@ def _has(size, symbol) -> bool:
 
 def _upstream(dispatches: list[fx.Node]) -> set[fx.Node]:
     """What the ids of the dispatches are made of: with their keep bits, so with all places and limits."""
-    found, todo = set(), [n.args[1] for n in dispatches]
+    found, todo = set(), [operand(n, 1) for n in dispatches]
     while todo:
         node = todo.pop()
         if node not in found:
@@ -128,6 +130,8 @@ class _Groups:
         places = [n for n in node.all_input_nodes if isinstance(self.known.get(n), Place)]
         if name == "cumsum" and isinstance(fact, Place):
             dim = dim_of(node, len(fact.dims))
+            if dim is None:
+                raise _refuse("places are numbered along no dim", node, "give cumsum a dim")
             args = (
                 node.args[0],
                 dim,
@@ -155,8 +159,8 @@ class _Groups:
                 self._number(arg, node) if isinstance(arg, fx.Node) and arg not in places else arg
             )
             node.args, node.kwargs = (
-                fx.node.map_aggregate(node.args, swap),
-                fx.node.map_aggregate(node.kwargs, swap),
+                map_aggregate(node.args, swap),
+                map_aggregate(node.kwargs, swap),
             )
             return before != (node.args, node.kwargs)
         if places and fact is None and not _by_row(node):
@@ -252,8 +256,8 @@ class _Groups:
         numbers = [n for n in value.all_input_nodes if isinstance(VAL.get(n), (torch.SymInt, torch.SymFloat))]
         if numbers:
             swap = lambda arg: self._number(arg, like) if isinstance(arg, fx.Node) else arg
-            args, kwargs = fx.node.map_aggregate((value.args, dict(value.kwargs)), swap)
-            return emit(self.graph, value.target, args, kwargs, like=value)
+            args, kwargs = map_aggregate((value.args, dict(value.kwargs)), swap)
+            return emit(self.graph, function(value), args, kwargs, like=value)
         size = as_size(VAL[value])  # of a tensor: as many times the batch as it is tokens
         if (size / self.batch).has(self.batch):
             raise _refuse(
@@ -266,8 +270,7 @@ class _Groups:
 
 def _by_row(node: fx.Node) -> bool:
     """Whether an op that has no fact treats each place by itself."""
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or name_of(node) in (
+    return is_elementwise(node) or name_of(node) in (
         "sym_size",
         "gather",
         "reshape",

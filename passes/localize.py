@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from tedfx import ops
 from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.facts import DIMS, DIMS_OF, LOCAL_SHAPE, RELATION, RUNS, TYPE, TYPES_OF, VAL, copy_value
-from tedfx.graph.nodes import REGROUPS, argument, op_name, operand
+from tedfx.graph.nodes import REGROUPS, argument, arguments, op_name, operand, overload
 from tedfx.ops.random import NUMBERED, SHARE
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.factors import leaves
@@ -142,13 +143,13 @@ class _Localizer:
             return
         axes = [a for leaf in leaves(DIMS[node][0]) for a in sharding_axes(TYPE[node], leaf)]
         (length,) = self.shape(node)
-        overload = node.target._overloadname
+        form = overload(node)
         if not axes:
             return
         start = (
-            0 if overload == "default" else self.number(node.args[0])
+            0 if form == "default" else self.number(node.args[0])
         )  # global numbers, as everything that `numbers` rewrites
-        step = self.number(node.args[2]) if overload == "start_step" and len(node.args) > 2 else 1
+        step = self.number(node.args[2]) if form == "start_step" and len(node.args) > 2 else 1
         with self.graph.inserting_before(node):
             offset = self.graph.call_function(ops.axis_offset, (length, tuple(axes)))
         node.target, node.args, node.kwargs = (
@@ -176,10 +177,10 @@ class _Localizer:
             user.replace_input_with(node, last)
 
     def slice(self, node: fx.Node) -> None:
-        x = node.args[0]
+        x = operand(node, 0)
         rank = len(DIMS[x])
         narrow = op_name(node) == "aten.narrow"
-        d = (node.args[1] if narrow else argument(node, 1, "dim", 0)) % rank
+        d = (argument(node, 1) if narrow else argument(node, 1, "dim", 0)) % rank
         whole, local = as_size(VAL[x].shape[d]), self.sizes.dim(DIMS[x][d], TYPE[x])
         if not any(sharding_axes(TYPE[x], f) for f in leaves(DIMS[x][d])):
             return
@@ -188,7 +189,9 @@ class _Localizer:
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
         start, step = (
-            (node.args[2], 1) if narrow else (argument(node, 2, "start") or 0, argument(node, 4, "step", 1))
+            (argument(node, 2), 1)
+            if narrow
+            else (argument(node, 2, "start") or 0, argument(node, 4, "step", 1))
         )
         if step == 1:
             start = as_size(VAL[start] if isinstance(start, fx.Node) else start)
@@ -197,13 +200,15 @@ class _Localizer:
                 as_size(VAL[node].shape[d]),
                 whole,
             )
+            if index is None:
+                raise TraceError(f"{node.name} is no piece of the dim that it cuts ({user_line(node)})")
             start, end = self.sizes.node(index * length), self.sizes.node((index + 1) * length)
         else:
             end = self.sizes.node(local)
         node.target, node.args, node.kwargs = aten.slice.Tensor, (x, d, start, end, step), {}
 
     def split(self, node: fx.Node) -> None:
-        x = node.args[0]
+        x = operand(node, 0)
         d = argument(node, 2, "dim", 0) % len(DIMS[x])
         lengths = [
             self.sizes.node(self.sizes.dim(dims[d], type_))
@@ -212,7 +217,7 @@ class _Localizer:
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (x, lengths, d), {}
 
     def mean(self, node: fx.Node) -> None:
-        x = node.args[0]
+        x = operand(node, 0)
         gone = roots(RELATION[node].contracted)
         if not any(isinstance(p, Shard) and p.factor.root() in gone for p in TYPE[x].values()):
             return
@@ -221,7 +226,7 @@ class _Localizer:
             count = count * self.sizes.whole(factor.size)
         dims, keep = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
         dtype = node.kwargs.get("dtype") or VAL[node].dtype
-        if node.target._overloadname == "default":
+        if overload(node) == "default":
             node.target, node.args, node.kwargs = aten.sum.default, (x,), {"dtype": dtype}
         else:
             node.target, node.args, node.kwargs = aten.sum.dim_IntList, (x, dims, keep), {"dtype": dtype}
@@ -229,7 +234,7 @@ class _Localizer:
         self.after(node, [(aten.div.Tensor, divisor)])
 
     def cumsum(self, node: fx.Node) -> None:
-        x = node.args[0]
+        x = operand(node, 0)
         if not DIMS[x]:
             return
         dim, outer, sharded = argument(node, 1, "dim") % len(DIMS[x]), 1, []
@@ -254,15 +259,15 @@ class _Localizer:
     def groups(self, node: fx.Node) -> None:
         """Groups of tokens, one per batch coordinate: of a shard by the batch there are as many fewer, and
         the runs before it are local."""
-        x, *given, groups, outer, dtype = node.args
-        before, local, degree, batch = 1, 1, 1, self.program.batch_factor.root()
+        x, *given, groups, outer, dtype = arguments(node)
+        before, local, degree, batch = 1, 1, 1, self.program.batch_factor
         for leaf in leaves(DIMS[x][given[-1]]):
             axes = sharding_axes(TYPE[x], leaf)
-            if leaf.root() is batch:
+            if batch is not None and leaf.root() is batch.root():
                 degree = self.plan.roles.mesh.size(axes)
                 break
             before, local = before * leaf.size, local * self.sizes.factor(leaf, TYPE[x])
-        if before != outer or groups % degree:
+        if batch is None or before != outer or groups % degree:
             raise TraceError(
                 "capacity='local': tokens are numbered with the batch behind another dim; put the "
                 f"batch first ({user_line(node)})"
@@ -270,7 +275,7 @@ class _Localizer:
         node.args = (x, *given, groups // degree, self.sizes.node(local), dtype)
 
     def dropout(self, node: fx.Node) -> None:
-        x, p = node.args[0], argument(node, 1, "p")
+        x, p = operand(node, 0), argument(node, 1, "p")
         if not argument(node, 2, "train") or p == 0:
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
@@ -308,8 +313,8 @@ class _Localizer:
 
     # sizes as numbers ---------------------------------------------------------------------------------------
     def numbers(self, node: fx.Node) -> None:
-        node.args = fx.node.map_aggregate(node.args, self.number)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, self.number)
+        node.args = map_aggregate(node.args, self.number)
+        node.kwargs = map_aggregate(node.kwargs, self.number)
 
     def number(self, arg):
         """The global value of a size used as a number; anything else as it is."""

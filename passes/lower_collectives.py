@@ -11,7 +11,7 @@ from tedfx import ops
 from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TypeCheckError, user_line
 from tedfx.graph.facts import CONVERSION, DIMS, LOWERED, TYPE, take_over
-from tedfx.graph.nodes import op_name
+from tedfx.graph.nodes import op_name, operand
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.place import convert
 from tedfx.placement.factors import leaves
@@ -39,7 +39,7 @@ class LowerCollectives(Pass[TypedGraph]):
         order = program.roles.mesh.names
         for node in list(graph.nodes):
             if node.target is regroup_barrier:
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(operand(node, 0))
                 graph.erase_node(node)
             elif node.target is convert:
                 result.matches += 1
@@ -48,10 +48,10 @@ class LowerCollectives(Pass[TypedGraph]):
                 if source == P and isinstance(target, Shard):
                     node = self._before_dropout(node)
                 fn, axes, extra = self._op(node, axis, source, target, sizes)
-                below = node.args[0]
+                below = operand(node, 0)
                 if LOWERED.get(below, (None,))[:2] == (fn, extra) and len(below.users) == 1:
                     axes = tuple(a for a in order if a in axes + LOWERED[below][2])
-                    value = below.args[0]
+                    value = operand(below, 0)
                 else:
                     below, value = None, below
                 with graph.inserting_before(node):
@@ -71,16 +71,16 @@ class LowerCollectives(Pass[TypedGraph]):
     def _before_dropout(node: fx.Node) -> fx.Node:
         """scatter(dropout(x)) -> dropout(scatter(x)), where nobody else sees the dropout, which stays where
         it stood. The scatter."""
-        dropout, type_ = node.args[0], TYPE[node]
+        dropout, type_ = operand(node, 0), TYPE[node]
         if (
             op_name(dropout) != "aten.dropout"
             or len(dropout.users) > 1
-            or TYPE[dropout.args[0]] != TYPE[dropout]
+            or TYPE[operand(dropout, 0)] != TYPE[dropout]
         ):
             return node
         node.replace_all_uses_with(dropout)
-        node.replace_input_with(dropout, dropout.args[0])
-        dropout.replace_input_with(dropout.args[0], node)
+        node.replace_input_with(dropout, operand(dropout, 0))
+        dropout.replace_input_with(operand(dropout, 0), node)
         dropout.prepend(node)
         TYPE[dropout] = dict(type_)
         return node
@@ -113,14 +113,19 @@ class LowerCollectives(Pass[TypedGraph]):
         if target == P:
             return ops.partial, axes, (str(source),)
         factor = (source if isinstance(source, Shard) else target).factor
-        dim, place = find_dim(DIMS[node], factor)
+        found = find_dim(DIMS[node], factor)
+        if found is None:
+            raise TypeCheckError(
+                f"{node.name} has no dim with {factor}, which it converts ({user_line(node)})"
+            )
+        dim, place = found
         outer, inner = (
             sizes.dim(part, TYPE[node])
             for part in (leaves(DIMS[node][dim])[:place], leaves(DIMS[node][dim])[place + 1 :])
         )
         at, split = (
             (dim, sizes.node(outer)),
-            TYPE[node.args[0] if isinstance(source, Shard) else node],
+            TYPE[operand(node, 0) if isinstance(source, Shard) else node],
         )
         behind = (
             (sizes.node(inner),) if isinstance(sizes.factor(factor, split), Share) and inner != 1 else ()

@@ -24,6 +24,7 @@ from tedfx.graph.facts import (
     copy_value,
     set_value,
 )
+from tedfx.graph.nodes import argument, arguments, operand
 from tedfx.passes.base import Pass, PassResult
 from tedfx.passes.lower_slots import SlotLayer, in_slots
 from tedfx.passes.row_numbers import RowNumbers
@@ -96,10 +97,12 @@ class LowerExperts(Pass[TypedGraph]):
                 layers[layer.order] = layer
                 result.matches += 1
                 result.changes += bool(layer.exchange)
-            elif kind == "combine" and isinstance(layers[node.args[1]], SlotLayer):
-                layers[node.args[1]].combine(node)
             elif kind == "combine":
-                self._combine(graph, node, layers[node.args[1]])
+                there = layers[operand(node, 1)]
+                if isinstance(there, SlotLayer):
+                    there.combine(node)
+                else:
+                    self._combine(graph, node, there)
         numbers = {
             made[0] for made in program.row_numbers.values()
         }  # `passes/localize.py` gives them to the dropouts
@@ -107,7 +110,7 @@ class LowerExperts(Pass[TypedGraph]):
         return result
 
     def _dispatch(self, program: TypedGraph, graph: fx.Graph, node: fx.Node) -> _Layer:
-        x, ids, num_experts, *tail = node.args
+        x, ids, num_experts, *tail = arguments(node)
         experts = leaves(DIMS_OF[node][1][0])[0]
         split = program.plan.axes_of(experts)
         travel = tuple(a for a in split if isinstance(TYPE[x][a], Shard))
@@ -226,15 +229,15 @@ class LowerExperts(Pass[TypedGraph]):
         if any(tail) and split:
             _without_tail(node)
         for user in list(node.users):
-            user.replace_all_uses_with({0: rows, 1: counts, 2: order}[user.args[1]])
-            new = {0: rows, 1: counts, 2: order}[user.args[1]]
+            new = (rows, counts, order)[argument(user, 1)]
+            user.replace_all_uses_with(new)
             VAL[new] = VAL[user]
             graph.erase_node(user)
         graph.erase_node(node)
         return layer
 
     def _combine(self, graph: fx.Graph, node: fx.Node, layer: _Layer) -> None:
-        rows = node.args[0]
+        rows = operand(node, 0)
         if layer.exchange:
 
             def make(target, *args, type_=TYPE[rows]):

@@ -21,6 +21,7 @@ from tedfx.graph.facts import (
     copy_provenance,
     copy_value,
 )
+from tedfx.graph.nodes import argument, arguments, operand
 from tedfx.passes.row_numbers import RowNumbers
 from tedfx.placement.factors import leaves
 from tedfx.placement.sizes import as_size
@@ -45,7 +46,7 @@ class SlotLayer:
 
     def __init__(self, program: TypedGraph, node: fx.Node, slots, sizes: Sizes):
         self.graph, self.node, mesh = program.graph_module.graph, node, program.roles.mesh
-        x, ids, num_experts, *_ = node.args
+        x, ids, num_experts, *_ = arguments(node)
         rows_type, _, order_type = TYPES_OF[node]
         rows_dims, _, order_dims = DIMS_OF[node]
         experts = leaves(DIMS_OF[node][1][0])[0]
@@ -94,8 +95,8 @@ class SlotLayer:
                 numbers.arrive()
         self._body()
         for user in list(node.users):
-            if user.args[1] != 1:
-                new = (rows, None, self.order)[user.args[1]]
+            if argument(user, 1) != 1:
+                new = {0: rows, 2: self.order}[argument(user, 1)]
                 VAL[new] = VAL[user]
                 user.replace_all_uses_with(new)
             self.graph.erase_node(user)
@@ -129,7 +130,7 @@ class SlotLayer:
                 user.target, user.args = target, tuple(user.args[i] for i in kept if i < len(user.args))
 
     def combine(self, node: fx.Node) -> None:
-        rows = node.args[0]
+        rows = operand(node, 0)
 
         def make(target, *args, type_):
             new = self.graph.call_function(target, args)

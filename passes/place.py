@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from tedfx.decisions.decide import decide
 from tedfx.graph.emit import emit_typed, insert
 from tedfx.graph.facts import CONVERSION, DIMS, RELATION, TYPE, TYPES_OF, VAL, copy_value
-from tedfx.graph.nodes import argument, is_tensor, op_name, operands
+from tedfx.graph.nodes import argument, is_tensor, op_name, operand, operands
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.plan import differentiable
-from tedfx.placement.types import I, P, R, Shard, find_dim
+from tedfx.placement.types import I, P, Placement, R, Shard, find_dim
 from tedfx.rules import Relation
 from tedfx.stages.graphs import PlannedGraph, TypedGraph
 
@@ -119,7 +121,7 @@ class _Placement:
         )
         return decide(node, axis, types, self.plan, reduced)
 
-    def _type(self, node: fx.Node) -> dict:
+    def _type(self, node: fx.Node) -> Mapping[str, Placement]:
         return TYPE[node]
 
     @staticmethod
@@ -149,8 +151,8 @@ class _Placement:
         if old == new:
             return
         swap = lambda arg: next(queue) if isinstance(arg, fx.Node) and _counts(arg) else arg
-        node.args = fx.node.map_aggregate(node.args, swap)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+        node.args = map_aggregate(node.args, swap)
+        node.kwargs = map_aggregate(node.kwargs, swap)
 
     # conversions --------------------------------------------------------------------------------------------
     def converted(self, value: fx.Node, axis: str, target, user: fx.Node) -> fx.Node:
@@ -214,15 +216,14 @@ class _Placement:
             if not isinstance(arg, fx.Node) or arg not in DIMS:
                 return arg
             factor = self.program.batch_factor
-            rows = rows and factor is not None and find_dim(DIMS[arg], factor) is not None
-            cut = lambda axis: isinstance(p := TYPE[arg][axis], Shard) and p.factor.root() is factor.root()
-            if rows and all(cut(axis) for axis in batch):
+            if not rows or factor is None or find_dim(DIMS[arg], factor) is None:
+                return self.convert_all(arg, {axis: I for axis in self.plan.axes}, node)
+            if all(TYPE[arg][axis] == Shard(factor) for axis in batch):
                 return self.convert_all(arg, {axis: I for axis in self.plan.axes if axis not in batch}, node)
             arg = self.convert_all(arg, {axis: I for axis in self.plan.axes}, node)
-            return self.convert_all(arg, {axis: Shard(factor) for axis in batch}, node) if rows else arg
+            return self.convert_all(arg, {axis: Shard(factor) for axis in batch}, node)
 
-        (given,) = node.args
-        node.args = (tuple(finish(arg, i >= written) for i, arg in enumerate(given)),)
+        node.args = (tuple(finish(arg, i >= written) for i, arg in enumerate(argument(node, 0))),)
 
     def boundary(self) -> None:
         """Parameters all of whose uses on an axis go through I -> R are R there, and so are casts of them
@@ -238,10 +239,10 @@ class _Placement:
                 axis, source, target = CONVERSION[uses[0]]
                 if (source, target) != (I, R):
                     break
-                for value in {node, *(user.args[0] for user in uses)}:
+                for value in {node, *(operand(user, 0) for user in uses)}:
                     TYPE[value] = {**TYPE[value], axis: R}
                 for user in uses:
-                    user.replace_all_uses_with(user.args[0])
+                    user.replace_all_uses_with(operand(user, 0))
                     self.graph.erase_node(user)
                     self.result.changes -= 1
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.graph.facts import DIFFERENTIABLE, DIMS, DIMS_OF, TYPE, VAL
-from tedfx.graph.nodes import argument, op_name
+from tedfx.graph.nodes import argument, op_name, operand
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, Shard
 from tedfx.stages.graphs import TypedGraph
@@ -31,7 +31,7 @@ class RowNumbers:
 
     def __init__(self, program: TypedGraph, dispatch: fx.Node, order: fx.Node, make: Callable):
         self.program, self.make = program, make
-        self.tokens, ids = dispatch.args[:2]
+        self.tokens, ids = operand(dispatch, 0), operand(dispatch, 1)
         self.top_k = VAL[ids].shape[1]
         self.dims = [DIMS_OF[dispatch][0][0]]
         self.factor = leaves(self.dims[0])[0].root()

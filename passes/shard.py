@@ -75,10 +75,13 @@ class ShardExperts(Pass[PlannedGraph]):
                 continue
             seen.add(experts)
             degree = mesh.size(axes)
-            if experts.size % degree:
-                fits = [n for n in range(1, experts.size + 1) if experts.size % n == 0]
+            count = experts.size
+            if not isinstance(count, int):
+                raise TypeError(f"{node.name} has {count} experts, which is no number")
+            if count % degree:
+                fits = [n for n in range(1, count + 1) if count % n == 0]
                 raise ConfigError(
-                    f"{experts.size} experts cannot be split over expert axes {axes} of size {degree}; "
+                    f"{count} experts cannot be split over expert axes {axes} of size {degree}; "
                     f"sizes that fit: {', '.join(map(str, fits))}"
                 )
             plan.take(axes, experts)

@@ -27,8 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from tedfx._torch import OpOverload, pytree
 from tedfx.graph.emit import emit, evaluate
 from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import argument, function, is_elementwise, op_name, operand
 from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
@@ -37,6 +39,7 @@ __all__ = ["SimplifyMasks"]
 aten = torch.ops.aten
 
 _SDPA = aten.scaled_dot_product_attention.default
+_SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SMALL = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257)
 _WHOLE = 260  # up to this size every row is compared
 _LARGEST = 1 << 21  # beyond this a range alone is too large to run
@@ -107,8 +110,8 @@ class SimplifyMasks(Pass[GlobalGraph]):
 
 
 def _index_as_view(node: fx.Node) -> int:
-    operand, indices = node.args[0], node.args[1]
-    shape = VAL[operand].shape
+    source, indices = operand(node, 0), argument(node, 1)
+    shape = VAL[source].shape
     if len(indices) != len(shape):
         return 0
     places = []  # where each dim of the operand lands, counted from the right
@@ -122,7 +125,7 @@ def _index_as_view(node: fx.Node) -> int:
     rank = VAL[node].dim()
     graph = node.graph
     with graph.inserting_before(node):
-        value = operand
+        value = source
         order = sorted(range(len(places)), key=lambda d: places[d])
         if order != list(range(len(places))):
             value = emit(graph, aten.permute.default, (value, order), like=node)
@@ -253,6 +256,8 @@ def _prove(
                 expected &= key > query - band.window
             if not bool((keep == expected).all()):
                 raise _Unproven(f"it is neither causal nor a window at size {s}")
+    if band is None:
+        raise _Unproven("it has no size to prove it at")
     return band
 
 
@@ -302,7 +307,7 @@ def _symbols(node: fx.Node) -> set[Any]:
 def _numbers(tree: Any) -> list[float]:
     return [
         x
-        for x in torch.utils._pytree.tree_leaves(tree)
+        for x in pytree.tree_leaves(tree)
         if isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e18
     ]
 
@@ -327,7 +332,7 @@ class _Run:
                 if self.partial and self._is_square(node):
                     raise _Unproven("its rows are not computed one by one")
                 args, kwargs = fx.map_arg((node.args, node.kwargs), self.whole)
-                self.known[node] = node.target(*args, **_on_cpu(kwargs))
+                self.known[node] = function(node)(*args, **_on_cpu(kwargs))
         return self.known[node]
 
     def square(self, node: fx.Node) -> torch.Tensor:
@@ -345,21 +350,23 @@ class _Run:
 
     def _square(self, node: fx.Node) -> torch.Tensor:
         target, val = node.target, VAL[node]
+        if not isinstance(target, OpOverload):
+            raise _Unproven(f"{op_name(node)} combines its rows")
         shape = [self._size(s) for s in val.shape]
         shape[-2] = len(self.rows)
         if target in _CREATE:
             like = {"full_like": 1, "full": 1, "new_full": 2}.get(target._schema.name.removeprefix("aten::"))
-            fill = node.args[like] if like else float("ones" in target._schema.name)
+            fill = argument(node, like) if like else float("ones" in target._schema.name)
             return torch.full(shape, self.whole(fill) if isinstance(fill, fx.Node) else fill, dtype=val.dtype)
         if target in (aten.tril.default, aten.triu.default):
-            diagonal = node.args[1] if len(node.args) > 1 else 0
+            diagonal = argument(node, 1, "diagonal", 0)
             offset = torch.arange(self.size)[None, :] - self.rows[:, None]
             keep = offset <= diagonal if target is aten.tril.default else offset >= diagonal
-            return torch.where(keep, self.square(node.args[0]), torch.zeros((), dtype=val.dtype))
+            return torch.where(keep, self.square(operand(node, 0)), torch.zeros((), dtype=val.dtype))
         if target is aten.expand.default:
-            return self._operand(node.args[0]).expand(shape)
+            return self._operand(operand(node, 0)).expand(shape)
         if target is aten.unsqueeze.default and node.args[1] % val.dim() < val.dim() - 2:
-            return self.square(node.args[0]).unsqueeze(node.args[1] % val.dim())
+            return self.square(operand(node, 0)).unsqueeze(node.args[1] % val.dim())
         if torch.Tag.pointwise in target.tags or target in _SAME or target in _POINTWISE:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._operand)
             return target(*args, **_on_cpu(kwargs))
@@ -411,15 +418,10 @@ def _use(mask: fx.Node, band: _Band) -> int:
 def _attend_causally(node: fx.Node, mask: fx.Node) -> int:
     if node.target is not _SDPA:
         return 0
-    query, key, value, given, dropout, causal = (*node.args, None, 0.0, False)[: len(node.args)] + (
-        None,
-        0.0,
-        False,
-    )[len(node.args) - 3 :]
-    kwargs = dict(node.kwargs)
-    given = kwargs.pop("attn_mask", given)
-    dropout, causal = kwargs.pop("dropout_p", dropout), kwargs.pop("is_causal", causal)
-    if given is not mask or not _same(VAL[query].shape[-2], VAL[key].shape[-2]):
+    query, key, value = (operand(node, i, name) for i, name in enumerate(_SDPA_ARGS[:3]))
+    dropout = argument(node, 4, "dropout_p", 0.0)
+    kwargs = {name: value for name, value in node.kwargs.items() if name not in _SDPA_ARGS}
+    if argument(node, 3, "attn_mask") is not mask or not _same(VAL[query].shape[-2], VAL[key].shape[-2]):
         return 0
     node.args, node.kwargs = (query, key, value, None, dropout, True), kwargs
     return 1
@@ -453,13 +455,10 @@ def _take(user: fx.Node, mask: fx.Node, plain: fx.Node) -> int:
     """Let `user` read `plain`, which broadcasts where `mask` was written out, if that gives the same
     shape."""
     old = VAL.get(user)
-    broadcasts = user.target is _SDPA or (
-        isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
-    )
-    if not broadcasts or not isinstance(old, torch.Tensor):
+    if not (user.target is _SDPA or is_elementwise(user)) or not isinstance(old, torch.Tensor):
         return 0
     user.replace_input_with(mask, plain)
-    new = evaluate(user.graph, user.target, user.args, user.kwargs)
+    new = evaluate(user.graph, function(user), user.args, user.kwargs)
     if len(new.shape) != len(old.shape) or not all(_same(a, b) for a, b in zip(new.shape, old.shape)):
         user.replace_input_with(plain, mask)
         return 0

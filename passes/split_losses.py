@@ -11,7 +11,7 @@ from torch import fx
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import argument, op_name
+from tedfx.graph.nodes import argument, op_name, operand
 from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
@@ -46,7 +46,7 @@ class SplitLosses(Pass[GlobalGraph]):
         return result
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node) -> None:
-        logits, labels = node.args[:2]
+        logits, labels = operand(node, 0), operand(node, 1)
         weight, reduction = argument(node, 2, "weight"), argument(node, 3, "reduction", 1)
         ignore, smoothing = argument(node, 4, "ignore_index", -100), argument(node, 5, "label_smoothing", 0.0)
         if VAL[labels].dtype.is_floating_point:
@@ -77,7 +77,7 @@ class SplitLosses(Pass[GlobalGraph]):
                 )
             rows = make(aten.cross_entropy_loss.default, logits, labels, weight, 0, ignore, smoothing)
             if reduction == 0:
-                shape = VAL[node.args[1]].shape
+                shape = VAL[operand(node, 1)].shape
                 if len(shape) == 1:
                     raise AssertionError(node)
                 sizes = [

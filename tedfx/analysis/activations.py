@@ -20,6 +20,7 @@ import sympy
 from torch import fx
 
 from tedfx.analysis.saved import CONTRACTIONS, COPIES, dtype_of, hidden, is_value, is_view, saved
+from tedfx.graph.facts import LOCAL_SHAPE, PARAMETER
 from tedfx.graph.nodes import operand, short_name
 
 
@@ -38,13 +39,13 @@ class Sizing:
 
     def elements(self, node: fx.Node) -> float:
         """Of a value; 0 where no rule gave it a shape."""
-        shape = node.meta.get("local_shape")
+        shape = LOCAL_SHAPE.get(node)
         return 0.0 if shape is None else float(prod(self.number(s) for s in shape))
 
     def bytes(self, node: fx.Node) -> float:
         return (
             0.0
-            if node.op == "placeholder" or node.meta.get("parameter")
+            if node.op == "placeholder" or PARAMETER.get(node)
             else self.elements(node) * dtype_of(node).itemsize
         )
 
@@ -75,12 +76,12 @@ class Sizing:
         out = self.elements(node)
         if name == "scaled_dot_product_attention":
             queries, keys = operand(node, 0), operand(node, 1)
-            return 4.0 * self.elements(queries) * self.number(keys.meta["local_shape"][-2])
+            return 4.0 * self.elements(queries) * self.number(LOCAL_SHAPE[keys][-2])
         if name in CONTRACTIONS:
             first = (
                 next(n for n in node.all_input_nodes if is_value(n)) if name != "addmm" else operand(node, 1)
             )
-            return 2.0 * out * self.number(first.meta["local_shape"][-1])
+            return 2.0 * out * self.number(LOCAL_SHAPE[first][-1])
         return out
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import fx
 
 from tedfx.analysis.saved import CONTRACTIONS
-from tedfx.graph.nodes import short_name
+from tedfx.graph.nodes import operand, short_name
 
 _PRODUCTS = frozenset(["matmul", "bmm"])
 _SOFTMAX = frozenset(["softmax", "_softmax"])
@@ -53,14 +53,14 @@ def _nearest(node: fx.Node, neighbours) -> list[fx.Node]:
 
 def _activations(product: fx.Node) -> bool:
     """Whether both operands are made by the graph, not views of a parameter."""
-    for operand in product.args[:2]:
+    for value in (operand(product, 0), operand(product, 1)):
         while (
-            operand.op == "call_function"
-            and len(operand.all_input_nodes) == 1
-            and short_name(operand) not in CONTRACTIONS
+            value.op == "call_function"
+            and len(value.all_input_nodes) == 1
+            and short_name(value) not in CONTRACTIONS
         ):
-            operand = operand.all_input_nodes[0]
-        if operand.op == "placeholder":
+            value = value.all_input_nodes[0]
+        if value.op == "placeholder":
             return False
     return True
 

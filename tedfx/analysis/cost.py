@@ -38,6 +38,8 @@ from tedfx.analysis.layers import regions
 from tedfx.analysis.local_names import LocalSizes
 from tedfx.analysis.saved import repeated, saved, saves, viewed
 from tedfx.analysis.sends import Counting, sent
+from tedfx.graph.facts import DIFFERENTIABLE, IN_GRAPH, REGION, TYPE, VAL
+from tedfx.placement.sizes import symbols_of
 from tedfx.placement.types import I, P, R
 from tedfx.state.layouts import placed_on_first
 
@@ -90,7 +92,7 @@ class Cost:
         found: dict[tuple, list] = {}
         for item in self.items:
             if item.op == ALL_TO_ALL:
-                type_ = nodes[item.node].meta["type"]
+                type_ = TYPE[nodes[item.node]]
                 copies = tuple(
                     a for a in mesh.wide(mesh.names) if a not in item.axes and type_[a] in (R, I, P)
                 )
@@ -107,7 +109,7 @@ class Cost:
         key = (expr, tuple(values.items()))
         if key not in self._numbers:
             value = sympy.sympify(expr).subs(
-                {s: values[s.name] for s in expr.free_symbols if s.name in values}
+                {s: values[s.name] for s in symbols_of(expr) if s.name in values}
             )
             self._numbers[key] = (
                 None if not value.is_number else int(value) if value.is_Integer else float(value)
@@ -151,8 +153,8 @@ class Cost:
     @staticmethod
     def _in_work(gather: fx.Node) -> bool:
         """Whether a gather stands in a recompute region with its users."""
-        return "region" in gather.meta and any(
-            user.meta.get("region") == gather.meta["region"] for whole in gather.users for user in whole.users
+        return gather in REGION and any(
+            REGION.get(user) == REGION[gather] for whole in gather.users for user in whole.users
         )
 
     # ---- the gradient boundary -----------------------------------------------------------------------------
@@ -168,12 +170,12 @@ class Cost:
         filling: dict[tuple, list[list[int]]] = {}  # [whole elements, elements that travel]
         flags: Counter = Counter()
         for node in reversed(parameters):
-            axes = tuple(a for a in mesh.names if node.meta["type"].get(a) == R)
-            if not mesh.wide(axes) or any(u.meta.get("in_graph") for u in node.users):
+            axes = tuple(a for a in mesh.names if TYPE[node].get(a) == R)
+            if not mesh.wide(axes) or any(IN_GRAPH.get(u) for u in node.users):
                 continue
             flags[axes] += 1
             placed = placed_on_first(self.compilation, node, options.zero)
-            dtype, elements = options.gradient_dtype or node.meta["val"].dtype, placed.whole.numel
+            dtype, elements = options.gradient_dtype or VAL[node].dtype, placed.whole.numel
             travels = elements if placed.cut is None else placed.cut.width * len(placed.cut.lengths)
             op = ALL_REDUCE if placed.cut is None else REDUCE_SCATTER
             buckets = filling.setdefault((axes, dtype, op), [[0, 0]])
@@ -198,7 +200,7 @@ def parameter_nodes(compilation) -> list[fx.Node]:
     return [
         n
         for n in compilation.graph_module.graph.find_nodes(op="placeholder")
-        if n.name in names and "type" in n.meta
+        if n.name in names and n in TYPE
     ]
 
 
@@ -218,11 +220,11 @@ def _reached(compilation) -> set[fx.Node]:
     loss = [
         v for v, name in zip(leaves_, compilation.setting.output_names) if name == "loss" and v is not None
     ]
-    todo = [v for v in (loss or leaves_) if isinstance(v, fx.Node) and v.meta.get("differentiable")]
+    todo = [v for v in (loss or leaves_) if isinstance(v, fx.Node) and DIFFERENTIABLE.get(v)]
     found = set(todo)
     while todo:
         for source in todo.pop().all_input_nodes:
-            if source not in found and source.meta.get("differentiable"):
+            if source not in found and DIFFERENTIABLE.get(source):
                 found.add(source)
                 todo.append(source)
     return found

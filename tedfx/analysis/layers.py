@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tedfx.graph.facts import CONVERSION, MODULES
+from tedfx.graph.facts import CONVERSION, MODULES, REGION
 from tedfx.placement.types import P
 
 
@@ -48,6 +48,6 @@ def regions(graph: fx.Graph) -> dict[int, list[fx.Node]]:
     """The nodes of each region that backward recomputes, by its number."""
     found: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        if "region" in node.meta:
-            found.setdefault(node.meta["region"], []).append(node)
+        if node in REGION:
+            found.setdefault(REGION[node], []).append(node)
     return found

@@ -8,6 +8,8 @@ import sympy
 from torch import fx
 
 from tedfx.analysis.sizes import Share
+from tedfx.errors import TedfxError
+from tedfx.graph.facts import LOCAL_SHAPE
 
 
 class LocalSizes:
@@ -20,7 +22,7 @@ class LocalSizes:
         symbols = {
             s
             for n in compilation.graph_module.graph.find_nodes(op="placeholder")
-            for s in _free(n.meta.get("local_shape") or ())
+            for s in _free(LOCAL_SHAPE.get(n) or ())
         }
         for symbol in [*roles, *sorted(symbols - set(roles), key=str)]:
             node, dim = compilation.size_sources.get(str(symbol), (str(symbol), 0))
@@ -42,11 +44,14 @@ class LocalSizes:
         return self._renamed[size]
 
     def shape(self, node: fx.Node) -> tuple | None:
-        shape = node.meta.get("local_shape")
+        shape = LOCAL_SHAPE.get(node)
         return None if shape is None else tuple(self(s) for s in shape)
 
     def elements(self, node: fx.Node):
-        return prod(self.shape(node))
+        shape = self.shape(node)
+        if shape is None:
+            raise TedfxError(f"{node.name} has no local shape, so its elements cannot be counted")
+        return prod(shape)
 
 
 def _free(shape) -> set:

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from tedfx.graph.aliases import may_alias
-from tedfx.graph.nodes import op_name, short_name
+from tedfx.graph.facts import DIFFERENTIABLE, LOCAL_SHAPE, VAL
+from tedfx.graph.nodes import arguments, op_name, operand, short_name
 from tedfx.ops.properties import Op, properties
 
 COPIES = frozenset(["reshape", "contiguous"])  # of a value that was expanded
@@ -50,7 +51,7 @@ CONTRACTIONS = frozenset(
 def is_value(node) -> bool:
     """A tensor, not a size or a list."""
     return isinstance(node, fx.Node) and (
-        node.meta.get("local_shape") is not None or isinstance(node.meta.get("val"), torch.Tensor)
+        LOCAL_SHAPE.get(node) is not None or isinstance(VAL.get(node), torch.Tensor)
     )
 
 
@@ -73,7 +74,7 @@ def viewed(node: fx.Node) -> fx.Node:
 def saved(node: fx.Node) -> list[fx.Node]:
     """The values (operands, or the node itself) that the op's backward reads. Empty where no gradient goes
     through it."""
-    if node.op != "call_function" or not node.meta.get("differentiable"):
+    if node.op != "call_function" or not DIFFERENTIABLE.get(node):
         return []
     values = [n for n in node.all_input_nodes if is_value(n)]
     if (ours := properties(node.target)) is not None:
@@ -87,12 +88,12 @@ def saved(node: fx.Node) -> list[fx.Node]:
     if name in _RESULT:
         return [node]
     if name in _OPERAND:
-        return [node.args[0]]
+        return [operand(node, 0)]
     if name in _PRODUCTS or name == "div":
         return _factors(node, name)
     if name == "dropout":
         return []  # its mask is no node: see `hidden`
-    if isinstance(node.meta.get("val"), (tuple, list)) and name in ("topk", "sort", "max", "min", "kthvalue"):
+    if isinstance(VAL.get(node), (tuple, list)) and name in ("topk", "sort", "max", "min", "kthvalue"):
         return [u for u in node.users if u.args[1:] == (1,)]
     if name == "cross_entropy_loss":
         return values[1:]  # of the logits their log-softmax: see `hidden`
@@ -111,14 +112,14 @@ def _said(node: fx.Node, ours: Op, values: list[fx.Node]) -> list[fx.Node]:
 def _factors(node: fx.Node, name: str) -> list[fx.Node]:
     """Of a product: each factor whose partner has a gradient. A quotient reads its divisor either way."""
     operands = (
-        list(node.args[1])
+        list(arguments(node)[1])
         if name == "einsum"
-        else list(node.args[1:3] if name in ("addmm", "baddbmm") else node.args[:2])
+        else list(arguments(node)[1:3] if name in ("addmm", "baddbmm") else arguments(node)[:2])
     )
     if len(operands) != 2:
         return [n for n in operands if is_value(n)]
     a, b = operands
-    learns = lambda n: is_value(n) and bool(n.meta.get("differentiable"))
+    learns = lambda n: is_value(n) and bool(DIFFERENTIABLE.get(n))
     found = [a] * learns(b) + [b] * (learns(a) or (name == "div" and learns(b)))
     return [n for n in dict.fromkeys(found) if is_value(n)]
 
@@ -146,23 +147,23 @@ def repeated(nodes: list[fx.Node]) -> list[fx.Node]:
 def hidden(node: fx.Node, elements: Callable[[fx.Node], float]) -> float:
     """Bytes that a backward reads and that are no node of the graph: a dropout's mask, attention's
     log-sum-exp, a loss's log-softmax."""
-    if not node.meta.get("differentiable"):
+    if not DIFFERENTIABLE.get(node):
         return 0
     name = short_name(node)
     if name == "dropout":
         return elements(node)  # a bool each
     if name == "scaled_dot_product_attention":
-        width = node.meta["local_shape"][-1] if node.meta.get("local_shape") else 1
+        width = LOCAL_SHAPE[node][-1] if LOCAL_SHAPE.get(node) else 1
         return 4 * elements(node) / (int(width) if not isinstance(width, sympy.Expr) else 1)
     if name == "cross_entropy_loss":
-        return elements(node.args[0]) * dtype_of(node.args[0]).itemsize
+        return elements(operand(node, 0)) * dtype_of(operand(node, 0)).itemsize
     return 0
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:
     """Of a value, or of the value that it moves."""
-    while not isinstance(node.meta.get("val"), torch.Tensor):
+    while not isinstance(VAL.get(node), torch.Tensor):
         if not node.all_input_nodes:
             return torch.int64
         node = node.all_input_nodes[0]
-    return node.meta["val"].dtype
+    return VAL[node].dtype

@@ -21,6 +21,8 @@ from tedfx.analysis.communication import (
     Size,
 )
 from tedfx.analysis.local_names import LocalSizes
+from tedfx.graph.facts import DIMS, IN_GRAPH, LOCAL_SHAPE, RUNS, VAL
+from tedfx.graph.nodes import arguments, function, operand
 from tedfx.ops.cuts import Cut
 from tedfx.ops.properties import argument, properties
 from tedfx.placement.factors import leaves
@@ -51,25 +53,21 @@ class Counting:
         return [Communication(node.name, op, axes, self.mesh.size(axes), phase, elements, dtype, ragged)]
 
 
-def _value(node: fx.Node, index: int = 0) -> fx.Node:
-    return node.args[index]
-
-
 def _dtype(node: fx.Node) -> torch.dtype:
     """Of a node, or of the value that it moves."""
-    while not isinstance(node.meta.get("val"), torch.Tensor):
-        node = node.args[0]
-    return node.meta["val"].dtype
+    while not isinstance(VAL.get(node), torch.Tensor):
+        node = operand(node, 0)
+    return VAL[node].dtype
 
 
 def _ragged(node: fx.Node) -> bool:
-    return any(f.ragged for dim in node.meta.get("dims") or () for f in leaves(dim))
+    return any(f.ragged for dim in DIMS.get(node) or () for f in leaves(dim))
 
 
 def _cross_entropy(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
     """A maximum per row, then the sum of exponentials and the label's logit, packed; at least in float32."""
-    logits = _value(node)
-    rows, dtype = counting.sizes.shape(logits)[0], _dtype(logits)
+    logits = operand(node, 0)
+    rows, dtype = counting.sizes(LOCAL_SHAPE[logits][0]), _dtype(logits)
     wide = torch.float32 if dtype.itemsize < 4 else dtype
     axes = argument(node, "axes")
     return counting.make(node, ALL_REDUCE, axes, "forward", rows, wide) + counting.make(
@@ -78,11 +76,11 @@ def _cross_entropy(node: fx.Node, counting: Counting, reached: bool) -> list[Com
 
 
 def _exchange_counts(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
-    counts = _value(node)
-    if counts.meta.get("local_shape") is not None:
+    counts = operand(node, 0)
+    if LOCAL_SHAPE.get(counts) is not None:
         experts = counting.sizes.elements(counts)
     else:  # an item of route(ids, num_experts, ..)
-        experts = _value(counts).args[1]
+        experts = arguments(operand(counts, 0))[1]
     return counting.make(node, ALL_GATHER, argument(node, "axes"), "forward", experts, torch.int64)
 
 
@@ -90,14 +88,14 @@ def _all_to_all(node: fx.Node, counting: Counting, reached: bool) -> list[Commun
     axes, made = argument(node, "axes"), []
     for phase in ("forward", "backward") if reached else ("forward",):
         made += counting.make(
-            node, ALL_TO_ALL, axes, phase, counting.sizes.elements(node), _dtype(_value(node)), True
+            node, ALL_TO_ALL, axes, phase, counting.sizes.elements(node), _dtype(operand(node, 0)), True
         )
     return made
 
 
 def _cumsum(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
     """The totals of this rank's runs."""
-    x, dim, axes = node.args[:3]
+    x, dim, axes = arguments(node)[:3]
     made = []
     for phase in ("forward", "backward") if reached else ("forward",):
         made += counting.make(
@@ -105,14 +103,14 @@ def _cumsum(node: fx.Node, counting: Counting, reached: bool) -> list[Communicat
             ALL_GATHER,
             axes,
             phase,
-            _totals(counting, x, dim, counting.sizes(node.meta["runs"])),
+            _totals(counting, x, dim, counting.sizes(RUNS[node])),
             _dtype(node),
         )
     return made
 
 
 def _cumsum_batched(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
-    values, axes, dims, outers, dtype = node.args
+    values, axes, dims, outers, dtype = arguments(node)
     return counting.make(
         node,
         ALL_GATHER,
@@ -124,12 +122,12 @@ def _cumsum_batched(node: fx.Node, counting: Counting, reached: bool) -> list[Co
 
 
 def _totals(counting, x, dim, runs):
-    shape = counting.sizes.shape(x)
+    shape = [counting.sizes(size) for size in LOCAL_SHAPE[x]]
     return prod(shape[:dim]) * runs * prod(shape[dim + 1 :])
 
 
 def _all_reduce_batched(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
-    values, axes = node.args
+    values, axes = arguments(node)
     return counting.make(
         node, ALL_REDUCE, axes, "forward", sum(counting.sizes.elements(v) for v in values), _dtype(values[0])
     )
@@ -137,10 +135,10 @@ def _all_reduce_batched(node: fx.Node, counting: Counting, reached: bool) -> lis
 
 def _gather_parameters(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
     """The row of this rank's shares; in a compiled graph its adjoint scatters rows of all ranks."""
-    _, axes, cuts, _, summed_in = node.args
-    row, dtype = sum(Cut(*cut).width for cut in cuts), _dtype(node.args[0][0])
+    rows, axes, cuts, _, summed_in = arguments(node)
+    row, dtype = sum(Cut(*cut).width for cut in cuts), _dtype(rows[0])
     made = counting.make(node, GATHER_PARAMETERS, axes, "forward", row, dtype)
-    if reached and node.meta["in_graph"]:
+    if reached and IN_GRAPH[node]:
         made += counting.make(
             node,
             SCATTER_GRADIENTS,
@@ -171,11 +169,12 @@ def sent(node: fx.Node, counting: Counting, reached: bool) -> list[Communication
     what, made = properties(node.target) if node.op == "call_function" else None, []
     if what is None:
         return made
-    if node.target in OTHER:
-        return OTHER[node.target](node, counting, reached)
+    other = OTHER.get(function(node))
+    if other is not None:
+        return other(node, counting, reached)
     for phase, moves in (("forward", what.forward), ("backward", what.backward if reached else None)):
         if moves is not None and all(argument(node, name) in values for name, values in moves.when.items()):
-            value = node if moves.operand == "out" else _value(node)
+            value = node if moves.operand == "out" else operand(node, 0)
             made += counting.make(
                 node,
                 moves.collective,

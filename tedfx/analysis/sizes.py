@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from functools import reduce
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -42,6 +43,9 @@ _NUMBERS = {
     "TruncToInt": math.trunc,
     "RoundToInt": round,
 }
+
+
+Number: TypeAlias = int | float | fx.Node
 
 
 class Share(sympy.Function):
@@ -77,7 +81,8 @@ class Sizes:
         self.nodes: dict = {}
         self.locals: dict = {}  # (global size, degree) -> local size
         self.products: dict = {}
-        self.last, self.current = None, None
+        self.last: fx.Node | None = None
+        self.current: fx.Node | None = None
         for node in self.graph.find_nodes(op="placeholder"):
             self.last = node
             for d, dim in enumerate(DIMS.get(node, ())):
@@ -137,7 +142,7 @@ class Sizes:
         return [self.dim(d, TYPE[node]) for d in DIMS[node]]
 
     # nodes --------------------------------------------------------------------------------------------------
-    def node(self, expr):
+    def node(self, expr) -> Number:
         """An int, or the node that computes the expression from the inputs' sizes."""
         expr = as_size(expr)
         if isinstance(expr, int):
@@ -148,12 +153,19 @@ class Sizes:
 
     def _call(self, target, *args) -> fx.Node:
         """Behind the inputs and their sizes; behind its operands where those are sizes of computed values."""
-        later = max([self.last, *(a for a in args if isinstance(a, fx.Node))])
+        given = [a for a in args if isinstance(a, fx.Node)]
+        later = max(given if self.last is None else [self.last, *given])
         with self.graph.inserting_after(later):
             made = self.graph.call_function(target, args)
         if later is self.last:
             self.last = made
         return made
+
+    def _fold(self, target, numbers: list[Number]) -> Number:
+        first, *rest = numbers
+        for other in rest:
+            first = self._call(target, first, other)
+        return first
 
     def _of_data(self, symbol) -> tuple[fx.Node, int]:
         """The first value that is as long as only the data tells. What the node at hand makes, pieces of a
@@ -170,7 +182,7 @@ class Sizes:
             "elements, or a size that follows from those of the inputs"
         )
 
-    def _make(self, expr):
+    def _make(self, expr) -> Number:
         if expr.is_Float:
             return float(expr)
         if expr.is_Symbol:
@@ -182,13 +194,14 @@ class Sizes:
                 return self._call(operator.floordiv, self.node(top), int(bottom))
         if isinstance(expr, Share):
             return self._call(ops.share, self.node(expr.args[0]), expr.axes)
-        args = [self.node(a) for a in expr.args]
+        args: list[Number] = [self.node(a) for a in expr.args]
         if expr.is_Add:
-            return reduce(lambda a, b: self._call(operator.add, a, b), args)
+            return self._fold(operator.add, args)
         if expr.is_Mul:
-            return reduce(lambda a, b: self._call(operator.mul, a, b), args)
+            return self._fold(operator.mul, args)
         if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
-            return reduce(lambda a, b: self._call(operator.mul, a, b), [self.node(expr.base)] * int(expr.exp))
+            args = [self.node(expr.base)] * int(expr.exp)
+            return self._fold(operator.mul, args)
         table = {
             "FloorDiv": operator.floordiv,
             "Mod": operator.mod,
@@ -201,7 +214,7 @@ class Sizes:
         if name in _NUMBERS:
             return self._call(_NUMBERS[name], *args)
         if name in table:
-            return reduce(lambda a, b: self._call(table[name], a, b), args)
+            return self._fold(table[name], args)
         raise TraceError(
             f"a size of the form {expr} cannot be written for one rank | at {user_line(self.current)} | "
             "make it of +, *, //, %, min and max of the inputs' sizes"

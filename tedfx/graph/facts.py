@@ -67,7 +67,7 @@ class Key(Generic[T]):
 # Where a node comes from.
 STACK_TRACE: Key[str] = Key("stack_trace", "torch.export")  # the user's frames, innermost last
 # (path, class) of the modules around it, outer first
-MODULES: Key[Mapping[str, tuple[str, Any]]] = Key("nn_module_stack", "torch.export")
+MODULES: Key[dict[str, tuple[str, Any]]] = Key("nn_module_stack", "torch.export")
 
 # How a node makes its value.
 RELATION: Key[Relation] = Key("relation", "annotate")  # the rule's word on factors of operands and result

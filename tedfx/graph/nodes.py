@@ -8,6 +8,7 @@ for: a value of the graph (`operand`), or a constant (`argument`).
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -20,6 +21,8 @@ from tedfx.errors import TedfxError, user_line
 __all__ = [
     "REGROUPS",
     "argument",
+    "arguments",
+    "function",
     "is_elementwise",
     "is_tensor",
     "namespace",
@@ -27,6 +30,7 @@ __all__ = [
     "operand",
     "operand_or_none",
     "operands",
+    "operator_of",
     "overload",
     "results",
     "short_name",
@@ -58,6 +62,20 @@ def namespace(node: fx.Node) -> str:
     return node.target.namespace if isinstance(node.target, OpOverload) else ""
 
 
+def function(node: fx.Node) -> Callable[..., Any]:
+    """What a call calls. TedfxError where the node calls nothing, or a method by its name."""
+    if isinstance(node.target, str):
+        raise TedfxError(f"{node.name} is a {node.op}, not the call of a function | at {user_line(node)}")
+    return node.target
+
+
+def operator_of(node: fx.Node) -> OpOverload:
+    """The operator of torch's that a call calls. TedfxError where it is something else."""
+    if not isinstance(node.target, OpOverload):
+        raise TedfxError(f"{node.name} calls {op_name(node)}, no operator of torch's | at {user_line(node)}")
+    return node.target
+
+
 def is_elementwise(node: fx.Node) -> bool:
     """Whether torch itself tags the operator as pointwise."""
     return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
@@ -78,6 +96,11 @@ def argument(node: fx.Node, index: int, name: str = "", default: Any = None) -> 
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """All that is given by position: what each is, the op knows."""
+    return node.args
 
 
 def operand(node: fx.Node, index: int, name: str = "") -> fx.Node:
