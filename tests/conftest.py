@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# The cache of torch's shape functions pays from about ten layers on; for models of one it is a third of a trace.
+# The cache of torch's shape functions pays from about ten layers on; of one layer it is a third of a trace.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")  # half a minute for a few kernels
 
