@@ -169,10 +169,8 @@ def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> No
             graph, routing, stacks, start.node, labels, sizes, _followers(graph, {start.node})
         )
         choices = Choices(graph, end.mask.terms, end.node)
-        (rows, counts, order), tail = choices.dispatch(
-            _tokens(graph, start, routing), _known_slots(start, routing)
-        )
-        bodies.start(rows, counts, order, tail)
+        dispatched, tail = choices.dispatch(_tokens(graph, start, routing), _known_slots(start, routing))
+        bodies.start(dispatched, tail)
         value = bodies.value(end.other)
         if value.kind != "rows" or value.right != 1 or len(end.theirs) != value.span + 1:
             raise refuse(
@@ -188,7 +186,7 @@ def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> No
         out = emit(
             graph,
             torch.ops.tedfx.combine.default,
-            (value.node, order, choices.weights(end.node)),
+            (value.node, dispatched.sorted, choices.weights(end.node)),
             like=end.node,
         )
         out = _shaped(graph, out, start, end, routing)

@@ -13,16 +13,17 @@ A batched value stands for E values, one per expert. It is one of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import fx
 
 from tedfx._torch import pytree
-from tedfx.capture.routing import name_of
-from tedfx.errors import CaptureError, user_line
+from tedfx.capture.routing import name_of, shape_of
+from tedfx.errors import CaptureError, TedfxError, user_line
+from tedfx.graph.facts import VAL
 from tedfx.ops.function import kept_of
-from tedfx.placement.sizes import as_size
+from tedfx.placement.sizes import Size
 
 __all__ = [
     "Batch",
@@ -42,15 +43,22 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Batched:
     kind: str
-    node: fx.Node | None
+    made: fx.Node | None  # None of what is no value of the graph: an `index`, a `weight`, a `count`
     like: fx.Node  # the model's node, of the first expert
     right: int = 0
     span: int = 0
     of: Any = None  # what an `index`, a `weight` or a `weighted` value is about (bodies.py)
+    dropped: int = 0  # so many leading dims of the model's node this value has not
 
     @property
-    def shape(self) -> list:
-        return [as_size(size) for size in self.like.meta["val"].shape]
+    def node(self) -> fx.Node:
+        if self.made is None:
+            raise TedfxError(f"{self.kind} of an expert is no value of the graph | at {user_line(self.like)}")
+        return self.made
+
+    @property
+    def shape(self) -> list[Size]:
+        return shape_of(self.like)[self.dropped :]
 
     @property
     def start(self) -> int:
@@ -61,9 +69,11 @@ class Batch(Protocol):
     """What rules ask of the body that they are for (`Rows` in rows.py): it makes nodes and knows the rows."""
 
     experts: int
-    counts: fx.Node
     tail: tuple[bool, ...]
     transposes: dict[fx.Node, fx.Node]
+
+    @property
+    def counts(self) -> fx.Node: ...
 
     def emit(self, target: Any, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node: ...
 
@@ -72,7 +82,7 @@ class Batch(Protocol):
     def expert_rows(self, param: fx.Node, lead: Batched, like: fx.Node) -> fx.Node: ...
 
 
-def is_value(x: Any) -> bool:
+def is_value(x: object) -> TypeGuard[Batched]:
     return isinstance(x, Batched)
 
 
@@ -115,7 +125,7 @@ def unknown(like: fx.Node) -> CaptureError:
     )
 
 
-def leaves(tree) -> list:
+def leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree, is_leaf=is_value)
 
 
@@ -129,7 +139,7 @@ def leading(values: list[Batched], like: fx.Node) -> Batched:
 
 def aligned(batch: Batch, like: fx.Node, value: Batched, lead: Batched) -> fx.Node:
     """`value` so that it broadcasts (from the right) against the batched `lead`."""
-    if not isinstance(value.like.meta["val"], torch.Tensor):
+    if not isinstance(VAL[value.like], torch.Tensor):
         return value.node
     shape, right = value.shape, lead.right
     if value.kind == "rows":

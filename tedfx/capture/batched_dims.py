@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from tedfx.capture.batched import Batch, Batched, leading, refuse, unknown
-from tedfx.capture.routing import argument, product
-from tedfx.placement.sizes import as_size
+from tedfx.capture.routing import argument, product, shape_of, swapped
+from tedfx.graph.nodes import operator_of
+from tedfx.placement.sizes import Size
 
 __all__ = ["ALONG", "OVER", "along", "cat", "permute", "view"]
 
@@ -70,11 +73,12 @@ def along(batch: Batch, like: fx.Node, name: str, value: Batched) -> Batched:
     given = argument(like, "dim")
     if given is None:
         raise refuse(f"{like.target} over all the rows", like, "work on each row alone")
-    dims = list(given) if isinstance(given, (list, tuple)) else [given]
+    dims: Sequence[int] = given if isinstance(given, (list, tuple)) else [given]
     rank, moved = len(value.shape), [_move(value, d, like, int(name == "unsqueeze")) for d in dims]
-    kwargs = {spec.name: argument(like, spec.name) for spec in like.target._schema.arguments[1:]}
+    others = operator_of(like)._schema.arguments[1:]
+    kwargs: dict[str, Any] = {spec.name: argument(like, spec.name) for spec in others}
     kwargs["dim"] = moved if isinstance(given, (list, tuple)) else moved[0]
-    positional = [kwargs.pop(spec.name) for spec in like.target._schema.arguments[1:] if not spec.kwarg_only]
+    positional = [kwargs.pop(spec.name) for spec in others if not spec.kwarg_only]
     node = batch.emit(like.target, (value.node, *positional), kwargs, like)
     after = (
         sum(d % rank >= value.start + value.span for d in dims)
@@ -86,13 +90,13 @@ def along(batch: Batch, like: fx.Node, name: str, value: Batched) -> Batched:
         right += after
     elif name in ("select", "unbind") or (name in OVER and not argument(like, "keepdim")):
         right -= after
-    return replace(value, node=node, like=like, right=right)
+    return replace(value, made=node, like=like, right=right)
 
 
 def view(batch: Batch, like: fx.Node, value: Batched) -> Batched:
     """A change of shape that keeps the rows together: the sizes before, of and after the rows stay what they
     are."""
-    shape, out = value.shape, [as_size(size) for size in like.meta["val"].shape]
+    shape, out = value.shape, shape_of(like)
     if value.kind == "stacked":
         node = batch.emit(aten.reshape.default, (value.node, [batch.experts, *out]), {}, like)
         return Batched("stacked", node, like, right=len(out))
@@ -101,9 +105,9 @@ def view(batch: Batch, like: fx.Node, value: Batched) -> Batched:
     for start in range(len(out)):
         for stop in range(start + 1, len(out) + 1):
             if product(out[:start]) == left and product(out[start:stop]) == rows:
-                sizes = [*out[:start], -1, *out[stop:]]
+                sizes: list[Size] = [*out[:start], -1, *out[stop:]]
                 if all(isinstance(size, int) for size in sizes):
-                    same = out == shape or [as_size(s) for s in value.node.meta["val"].shape][1:] == sizes[1:]
+                    same = out == shape or shape_of(value.node)[1:] == sizes[1:]
                     node = (
                         value.node
                         if same
@@ -115,12 +119,7 @@ def view(batch: Batch, like: fx.Node, value: Batched) -> Batched:
 
 def permute(batch: Batch, like: fx.Node, name: str, value: Batched) -> Batched:
     rank = len(value.shape)
-    order = list(range(rank))
-    if name == "permute":
-        order = [d % rank for d in like.args[1]]
-    elif rank > 1:
-        one, other = (0, 1) if name == "t" else (like.args[1] % rank, like.args[2] % rank)
-        order[one], order[other] = order[other], order[one]
+    order = swapped(like, name, rank)
     if value.kind == "stacked":
         node = batch.emit(aten.permute.default, (value.node, [0, *(d + 1 for d in order)]), {}, like)
         if order == [1, 0]:
@@ -137,11 +136,11 @@ def permute(batch: Batch, like: fx.Node, name: str, value: Batched) -> Batched:
 
 
 def cat(batch: Batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
-    values = [v for v in args[0]]
+    values: list[Batched] = list(args[0])
     lead = leading(values, like)
     if any((v.kind, v.right, v.span) != (lead.kind, lead.right, lead.span) for v in values):
         raise unknown(like)
     given = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     dim = _move(lead, given, like, int(name == "stack"))
     node = batch.emit(like.target, ([v.node for v in values], dim), {}, like)
-    return replace(lead, node=node, like=like, right=lead.right + int(name == "stack" and dim < 0))
+    return replace(lead, made=node, like=like, right=lead.right + int(name == "stack" and dim < 0))

@@ -27,6 +27,8 @@ from tedfx.capture.rules import apply_rule
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.weights import Weight, weight, weighted
 from tedfx.errors import user_line
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operand
 from tedfx.ops.function import kept_of
 from tedfx.rules.functions import adds_up
 
@@ -60,7 +62,7 @@ class Bodies(Rows):
         if all(node.op == "placeholder" for node in nodes):
             if self.stacks.same(nodes):
                 return Batched("shared", first, first)
-            return Batched("stacked", self.stacks.stack(nodes), first, right=first.meta["val"].dim())
+            return Batched("stacked", self.stacks.stack(nodes), first, right=VAL[first].dim())
         for node in nodes[1:]:
             if node.op != first.op or node.target != first.target:
                 what = (
@@ -77,7 +79,7 @@ class Bodies(Rows):
         if "index" in kinds:
             return self.indexed(first, name, args)
         if "count" in kinds and name not in ("view", "reshape", "_unsafe_view", "unflatten", "sym_size"):
-            if kinds <= {"count"} and not isinstance(first.meta["val"], torch.Tensor):
+            if kinds <= {"count"} and not isinstance(VAL[first], torch.Tensor):
                 return Batched("count", None, first)
             raise refuse(
                 "an expert's result depends on how many tokens it has",
@@ -179,7 +181,7 @@ class Bodies(Rows):
                 "picked", source.node, first, of=argument(first, "dim") % len(shape_of(source.node))
             )
         if source.kind == "shared" and name == "getitem" and name_of(source.node) == "unbind":
-            whole = source.node.args[0]
+            whole = operand(source.node, 0)
             return Batched("picked", whole, first, of=argument(source.node, "dim") % len(shape_of(whole)))
         raise refuse(
             f"{first.target} computes with the expert's number",

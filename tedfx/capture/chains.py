@@ -13,32 +13,41 @@ a sum. The first sum is anything; zeros are told apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from torch import fx
 
 from tedfx.capture.batched import refuse
 from tedfx.capture.routing import Fact, Routing, argument, name_of, shape_of
+from tedfx.graph import nodes
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operand
 
-__all__ = ["Step", "chain_of", "dependence", "is_zero"]
+__all__ = ["Depends", "Step", "chain_of", "dependence", "is_zero"]
+
+Depends: TypeAlias = dict[fx.Node, dict[Routing, frozenset[int]]]
 
 
-def dependence(graph: fx.Graph, known: dict[fx.Node, Fact]) -> tuple[dict, list[tuple[Routing, fx.Node]]]:
+def dependence(
+    graph: fx.Graph, known: Mapping[fx.Node, Fact]
+) -> tuple[Depends, list[tuple[Routing, fx.Node]]]:
     """node -> {routing: experts it depends on}, as long as those are not all that the graph names; and the
     steps that make them all."""
     named: dict[Routing, set[int]] = {}
     for fact in known.values():
         if fact.expert is not None and 0 <= fact.expert < fact.routing.experts:
             named.setdefault(fact.routing, set()).add(fact.expert)
-    depends: dict[fx.Node, dict[Routing, frozenset[int]]] = {}
-    ends = []
+    depends: Depends = {}
+    ends: list[tuple[Routing, fx.Node]] = []
     for node in graph.nodes:
         found: dict[Routing, frozenset[int]] = {}
         for source in node.all_input_nodes:
             for routing, experts in depends.get(source, {}).items():
                 found[routing] = found.get(routing, frozenset()) | experts
         fact = known.get(node)
-        if fact is not None and fact.expert in named.get(fact.routing, ()):
+        if fact is not None and fact.expert is not None and fact.expert in named.get(fact.routing, ()):
             found[fact.routing] = found.get(fact.routing, frozenset()) | {fact.expert}
         for routing in [r for r, experts in found.items() if experts == named[r] and len(experts) > 1]:
             if node.op == "call_function" and _step(node, routing, depends) is not None:
@@ -57,61 +66,56 @@ class Step:
     node: fx.Node
     base: fx.Node | None
     value: fx.Node
-    index: tuple | None = None
+    index: tuple[Any, ...] | None = None
     read: fx.Node | None = None
     once: bool = False  # what is placed at a position twice is lost
     overwrites: bool = False  # what was there is lost too
 
 
-def _step(node: fx.Node, routing: Routing, depends: dict) -> Step | None:
+def _experts(value: object, routing: Routing, depends: Depends) -> frozenset[int]:
+    return depends.get(value, {}).get(routing, frozenset()) if isinstance(value, fx.Node) else frozenset()
+
+
+def _step(node: fx.Node, routing: Routing, depends: Depends) -> Step | None:
     """`node` as a step of the loop of this routing, or None."""
-
-    def experts(value) -> frozenset[int]:
-        return depends.get(value, {}).get(routing, frozenset()) if isinstance(value, fx.Node) else frozenset()
-
     name = name_of(node)
-    if name == "index_add" and argument(node, "alpha") == 1:
-        dim = node.args[1] % node.meta["val"].dim()
-        return Step(node, node.args[0], node.args[3], (*[None] * dim, node.args[2]))
-    if name in ("index_put", "index_copy"):
-        if name == "index_copy":
-            return Step(
-                node,
-                node.args[0],
-                node.args[3],
-                (*[None] * (node.args[1] % node.meta["val"].dim()), node.args[2]),
-                once=True,
-                overwrites=True,
-            )
-        base, index, value = node.args[:3]
+    if (name == "index_add" and argument(node, "alpha") == 1) or name == "index_copy":
+        dim = argument(node, "dim") % VAL[node].dim()
+        lost = name == "index_copy"
+        index = (*[None] * dim, operand(node, 2))
+        return Step(node, operand(node, 0), operand(node, 3), index, once=lost, overwrites=lost)
+    if name == "index_put":
+        base, index, value = operand(node, 0), tuple(nodes.argument(node, 1)), operand(node, 2)
         if argument(node, "accumulate"):
-            return Step(node, base, value, tuple(index))
-        for read, added in ((0, 1), (1, 0)):
-            if (
-                name_of(value) == "add"
-                and argument(value, "alpha") == 1
-                and name_of(value.args[read]) == "index"
-                and value.args[read].args[0] is base
-            ):
-                return Step(node, base, value.args[added], tuple(index), value.args[read], once=True)
-        return Step(node, base, value, tuple(index), once=True, overwrites=True)
+            return Step(node, base, value, index)
+        if name_of(value) == "add" and argument(value, "alpha") == 1:
+            for read, added in (value.args[:2], value.args[1::-1]):
+                if not isinstance(read, fx.Node) or not isinstance(added, fx.Node):
+                    continue
+                if name_of(read) == "index" and operand(read, 0) is base:
+                    return Step(node, base, added, index, read, once=True)
+        return Step(node, base, value, index, once=True, overwrites=True)
     if name == "add" and len(node.args) == 2 and argument(node, "alpha") == 1 and len(shape_of(node)) > 1:
         base, value = node.args
-        if len(experts(value)) != 1 and len(experts(base)) == 1:
+        if len(_experts(value, routing, depends)) != 1 and len(_experts(base, routing, depends)) == 1:
             base, value = value, base
-        if len(experts(value)) == 1 and isinstance(base, fx.Node):
+        if (
+            isinstance(value, fx.Node)
+            and isinstance(base, fx.Node)
+            and len(_experts(value, routing, depends)) == 1
+        ):
             return Step(node, base, value)
     return None
 
 
-def chain_of(end: fx.Node, routing: Routing, depends: dict) -> tuple[list[Step], fx.Node | None]:
+def chain_of(end: fx.Node, routing: Routing, depends: Depends) -> tuple[list[Step], fx.Node | None]:
     """The steps that lead to `end`, in the order of the experts, and what they start from (None: nothing)."""
 
-    def experts(node) -> frozenset[int]:
-        return depends.get(node, {}).get(routing, frozenset()) if isinstance(node, fx.Node) else frozenset()
+    def experts(value: object) -> frozenset[int]:
+        return _experts(value, routing, depends)
 
     chain: list[Step] = []
-    node = end
+    node, start = end, None
     while True:
         step = _step(node, routing, depends)
         if (
@@ -120,14 +124,15 @@ def chain_of(end: fx.Node, routing: Routing, depends: dict) -> tuple[list[Step],
             and (not chain or (step.index is None) == (chain[-1].index is None))
         ):
             chain.append(step)
-            node = step.base
-            if not experts(node):
+            start = step.base
+            if start is None or not experts(start):
                 break
+            node = start
         elif chain and chain[-1].index is None and len(experts(node)) == 1:
             while name_of(node) == "add" and node.args[1] == 0:  # sum(..) starts from 0
-                node = node.args[0]
+                node = operand(node, 0)
             chain.append(Step(node, None, node))
-            node = None
+            start = None
             break
         else:
             names = sorted(experts(node))
@@ -171,11 +176,11 @@ def chain_of(end: fx.Node, routing: Routing, depends: dict) -> tuple[list[Step],
             raise refuse(
                 "out[token] = .. keeps only the last expert of a token", end, "add: out[token] += .."
             )
-        node = None  # a token has one expert, so nothing of the first sum is left
-    return sorted(chain, key=lambda s: min(experts(s.value))), node
+        start = None  # a token has one expert, so nothing of the first sum is left
+    return sorted(chain, key=lambda s: min(experts(s.value))), start
 
 
-def _inner(step: Step, routing: Routing, depends: dict) -> Step:
+def _inner(step: Step, routing: Routing, depends: Depends) -> Step:
     """A step that adds rows placed in zeros of their own is one that adds the rows at their places."""
     if step.index is None and name_of(step.value) in ("index_add", "index_put", "index_copy"):
         inner = _step(step.value, routing, depends)
@@ -185,6 +190,9 @@ def _inner(step: Step, routing: Routing, depends: dict) -> Step:
 
 
 def is_zero(node: fx.Node | None) -> bool:
+    """Whether a first sum is zero everywhere, as written; nothing is not."""
+    if node is None:
+        return False
     while name_of(node) in (
         "view",
         "reshape",
@@ -197,7 +205,7 @@ def is_zero(node: fx.Node | None) -> bool:
         "alias",
         "detach",
     ):
-        node = node.args[0]
+        node = operand(node, 0)
     return name_of(node) in ("zeros", "zeros_like", "new_zeros") or (
-        name_of(node) in ("full", "full_like", "new_full") and argument(node, "fill_value") == 0
+        name_of(node) in ("full", "full_like", "new_full") and bool(argument(node, "fill_value") == 0)
     )

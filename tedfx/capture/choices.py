@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import operator
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import fx
 
 from tedfx.capture.batched import refuse
-from tedfx.capture.routing import Routing, product, shape_of
+from tedfx.capture.routing import Dims, Routing, product, shape_of
+from tedfx.capture.rows import Dispatched
 from tedfx.capture.slots import Bit, Term, Value
 from tedfx.graph.emit import emit
+from tedfx.graph.facts import SLOTS, VAL
 from tedfx.placement.sizes import as_size
 from tedfx.placement.slots import Slots
 
@@ -35,11 +38,11 @@ class Choices:
         self.graph, self.terms, self.like = graph, terms, like
         self.ids = [self._flat(term.routing.node, term.routing.dims, term.routing) for term in terms]
 
-    def emit(self, target, *args, **kwargs) -> fx.Node:
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return emit(self.graph, target, args, kwargs, like=self.like)
 
-    def dispatch(self, x: fx.Node, slots: Slots) -> tuple[tuple[fx.Node, fx.Node, fx.Node], bool]:
-        """((rows, counts, order), whether there may be a tail)."""
+    def dispatch(self, x: fx.Node, slots: Slots) -> tuple[Dispatched, bool]:
+        """What it made, and whether there may be a tail."""
         experts = self.terms[0].routing.experts
         kept = [self._kept(term, ids) for term, ids in zip(self.terms, self.ids)]
         tail = any(keep is not None for keep in kept)
@@ -50,21 +53,20 @@ class Choices:
         out = self.emit(
             torch.ops.tedfx.dispatch.default, x, self._side_by_side(sent), experts, *(True,) * tail
         )
-        out.meta["slots"] = slots
-        return tuple(self.emit(operator.getitem, out, i) for i in range(3)), tail
+        SLOTS[out] = slots
+        return Dispatched(*(self.emit(operator.getitem, out, i) for i in range(3))), tail
 
     def _kept(self, term: Term, ids: fx.Node) -> fx.Node | None:
         """Where all guards of a term are 1: truth values that broadcast to [N, K]; None for a term without
         any."""
-        bits = [bit.source for bit in term.guards]
-        bits = sorted(bits, key=lambda value: (value.node, value.inverted)) + self._within(
-            term
-        )  # in the order of the graph: a set has none
+        bits = [bit.value for bit in term.guards]
+        bits.sort(key=lambda value: (value.node, value.inverted))  # in the order of the graph: a set has none
+        bits += self._within(term)
         read = [self._read(value, term.routing, ids, torch.bool) for value in bits]
         return reduce(lambda a, b: self.emit(aten.logical_and.default, a, b), read) if read else None
 
     def weights(self, end: fx.Node) -> fx.Node:
-        dtype = end.meta["val"].dtype
+        dtype = VAL[end].dtype
         return self._side_by_side([self._weight(term, ids, dtype) for term, ids in zip(self.terms, self.ids)])
 
     def _side_by_side(self, nodes: list[fx.Node]) -> fx.Node:
@@ -78,17 +80,17 @@ class Choices:
             total = read if total is None else self.emit(aten.mul.Tensor, total, read)
         if (
             total is None
-            or not isinstance(total.meta["val"], torch.Tensor)
+            or not isinstance(VAL[total], torch.Tensor)
             or as_size(shape_of(total)[-1]) != as_size(shape_of(ids)[-1])
             or shape_of(total)[0] == 1
         ):
             ones = self.emit(aten.ones_like.default, ids, dtype=dtype)
             total = ones if total is None else self.emit(aten.mul.Tensor, ones, total)
-        return total if total.meta["val"].dtype == dtype else self.emit(aten.to.dtype, total, dtype)
+        return total if VAL[total].dtype == dtype else self.emit(aten.to.dtype, total, dtype)
 
     def _within(self, term: Term) -> list[Value]:
         """A place beyond the last slot has none: the bit that says so, unless the term has it already."""
-        slot = term.slot
+        slot = term.own_slot
         if slot.beyond is None:
             return []
         limit = as_size(slot.size - slot.first)
@@ -110,10 +112,10 @@ class Choices:
         """A value at (token, choice): [N, K], [N, 1] or [1, 1]."""
         node = value.node
         if not isinstance(node, fx.Node):
-            return self.emit(aten.full.default, [1, 1], node, dtype=dtype, device=ids.meta["val"].device)
-        if not node.meta["val"].dtype.is_floating_point:
+            return self.emit(aten.full.default, [1, 1], node, dtype=dtype, device=VAL[ids].device)
+        if not VAL[node].dtype.is_floating_point:
             node = self.emit(aten.logical_not.default, node) if value.inverted else node
-            node = node if node.meta["val"].dtype == dtype else self.emit(aten.to.dtype, node, dtype)
+            node = node if VAL[node].dtype == dtype else self.emit(aten.to.dtype, node, dtype)
         labels = {x for dim in value.dims for x in dim}
         if not labels:
             return self.emit(aten.reshape.default, node, [1, 1])
@@ -127,9 +129,9 @@ class Choices:
         picked = self.emit(aten.gather.default, flat, 1, self.emit(aten.reshape.default, ids, [-1, 1]))
         return self.emit(aten.reshape.default, picked, [-1, routing.choices])
 
-    def _flat(self, node: fx.Node, dims: tuple, routing: Routing) -> fx.Node:
+    def _flat(self, node: fx.Node, dims: Dims, routing: Routing) -> fx.Node:
         """[N, K]; with a dim of experts [N, E], or [N * K, E] where there are choices too."""
-        split: list = []
+        split: list[tuple[str, ...]] = []
         for dim in dims:
             rest = tuple(x for x in dim if x != "k")
             split += (

@@ -8,11 +8,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from tedfx.capture.batched import Batch, Batched, aligned, refuse, unknown
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operator_of
 
 __all__ = ["linear", "norm"]
 
@@ -37,7 +40,7 @@ def linear(batch: Batch, like: fx.Node, name: str, args: tuple) -> Batched:
         given = (rows.node, weight.node)
         node = batch.emit(aten.linear.default if name == "linear" else aten.matmul.default, given, {}, like)
     else:
-        if rows.node.meta["val"].dim() != 2 or weight.right != 2:
+        if VAL[rows.node].dim() != 2 or weight.right != 2:
             raise refuse(
                 "a matrix product of an expert that is not (rows, features) by (features, features)",
                 like,
@@ -54,27 +57,27 @@ def linear(batch: Batch, like: fx.Node, name: str, args: tuple) -> Batched:
     out = Batched("rows", node, like, 1, rows.span)
     if bias is not None:
         node = batch.emit(aten.add.Tensor, (node, aligned(batch, like, bias, out)), {}, like)
-    return replace(out, node=node)
+    return replace(out, made=node)
 
 
 def norm(batch: Batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:
-    def operand(name, default=None):
-        for position, spec in enumerate(like.target._schema.arguments):
+    def given(name: str) -> Any:
+        for position, spec in enumerate(operator_of(like)._schema.arguments):
             if spec.name == name:
                 return args[position] if position < len(args) else kwargs.get(name, spec.default_value)
-        return default
+        return None
 
-    source, shape = operand("input"), operand("normalized_shape")
+    source, shape = given("input"), given("normalized_shape")
     if source.kind == "shared":
         source = batch.tokens(source, like)
     if source.kind != "rows" or len(shape) > source.right:
         raise refuse(f"{name} over the rows", like, "normalise the features of each row")
-    weight, bias, eps = operand("weight"), operand("bias"), operand("eps")
-    given = (source.node, shape, None, None, eps) if name == "layer_norm" else (source.node, shape, None, eps)
-    out = Batched("rows", batch.emit(like.target, given, {}, like), like, source.right, source.span)
+    weight, bias, eps = given("weight"), given("bias"), given("eps")
+    plain = (source.node, shape, None, None, eps) if name == "layer_norm" else (source.node, shape, None, eps)
+    out = Batched("rows", batch.emit(like.target, plain, {}, like), like, source.right, source.span)
     for target, value in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
         if value is not None:
             out = replace(
-                out, node=batch.emit(target, (out.node, aligned(batch, like, value, out)), {}, like)
+                out, made=batch.emit(target, (out.node, aligned(batch, like, value, out)), {}, like)
             )
     return out

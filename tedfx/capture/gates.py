@@ -15,31 +15,37 @@ one entry for two choices, is what lets `combine` read its entries at the ids an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 from torch import fx
 
-from tedfx.capture.routing import Fact, argument, dim_of, name_of, product, shape_of
+from tedfx.capture.routing import Dims, Fact, argument, dim_of, known_of, name_of, product, shape_of
+from tedfx.graph import nodes
+from tedfx.graph.nodes import operand, overload
+from tedfx.placement.sizes import Size
 
 __all__ = ["masked_fill", "multiply", "scatter", "softmax", "where"]
 
+Known: TypeAlias = Mapping[fx.Node, Fact]
 
-def multiply(node: fx.Node, known: dict) -> Fact | None:
+
+def multiply(node: fx.Node, known: Known) -> Fact | None:
     """A mask times weights; a gate times (or over) anything is a gate."""
     left, right = node.args[:2]
-    if known.get(left) is None and isinstance(right, fx.Node) and name_of(node) == "mul":
+    if known_of(known, left) is None and isinstance(right, fx.Node) and name_of(node) == "mul":
         left, right = right, left
-    fact = known.get(left)
-    if fact is None or fact.kind not in ("hit", "gate"):
+    fact = known_of(known, left)
+    if fact is None or fact.kind not in ("hit", "gate") or known_of(known, right) is not None:
         return None
-    if isinstance(right, fx.Node) and known.get(right) is not None:
-        return None
-    return _weigh(node, fact, left, right)
+    return _weigh(node, fact, right)
 
 
-def _weigh(node: fx.Node, fact: Fact, mask: fx.Node, weight) -> Fact | None:
+def _weigh(node: fx.Node, fact: Fact, weight: object) -> Fact | None:
+    """A mask, of which `fact` is known, times `weight`."""
     shape = shape_of(node)
-    dims = ((),) * (len(shape) - len(fact.dims)) + tuple(fact.dims)
+    dims: Dims = ((),) * (len(shape) - len(fact.dims)) + fact.dims
     if shape != [product(fact.routing.sizes[label] for label in dim) for dim in dims]:
         return None  # the other operand broadcasts the mask: a product with rows, say
     if fact.kind == "gate":
@@ -51,9 +57,8 @@ def _weigh(node: fx.Node, fact: Fact, mask: fx.Node, weight) -> Fact | None:
         return Fact("gate", fact.routing, dims, weight=(node, dims))
     if fact.reduced and fact.routing.choices > 1:
         return None
-    theirs = shape_of(weight)
-    theirs = [1] * (len(dims) - len(theirs)) + theirs
-    weight_dims = []
+    theirs: list[Size] = [1] * (len(dims) - len(shape_of(weight))) + shape_of(weight)
+    weight_dims: list[tuple[str, ...]] = []
     for dim, size in zip(dims, theirs):
         labels = [label for label in dim if label != "e" and fact.routing.sizes[label] != 1]
         if labels and size == 1:
@@ -71,13 +76,19 @@ def _weigh(node: fx.Node, fact: Fact, mask: fx.Node, weight) -> Fact | None:
     return replace(found, kind="gate") if fact.routing.choices == 1 else found
 
 
-def scatter(node: fx.Node, known: dict) -> Fact | None:
+def scatter(node: fx.Node, known: Known) -> Fact | None:
     """Ids scattered into a matrix over the experts: a mask (of ones), gates (into zeros) or logits (into
     -inf)."""
-    base, ids = node.args[0], known.get(node.args[2])
-    rank = len(shape_of(node))
+    index = operand(node, 2)
+    ids, rank = known.get(index), len(shape_of(node))
     dim = dim_of(node, rank)
-    if ids is None or ids.kind != "ids" or len(ids.dims) != rank or ids.dims[dim] not in (("k",), ()):
+    if (
+        ids is None
+        or dim is None
+        or ids.kind != "ids"
+        or len(ids.dims) != rank
+        or ids.dims[dim] not in (("k",), ())
+    ):
         return None
     routing = ids.routing
     tokens = tuple(d for position, d in enumerate(ids.dims) if position != dim)
@@ -87,43 +98,44 @@ def scatter(node: fx.Node, known: dict) -> Fact | None:
     ]:
         return None
     dims = (*ids.dims[:dim], ("e",), *ids.dims[dim + 1 :])
-    value = _filled(base)
-    source = argument(node, "src") if "src" in node.target._overloadname else argument(node, "value")
+    value = _filled(node.args[0])
+    source = argument(node, "src" if "src" in overload(node) else "value")
     if value == 0 and source == 1:
         return Fact("hit", routing, dims, reduced=True)
-    if not isinstance(source, fx.Node) or not routing.unique or shape_of(source) != shape_of(node.args[2]):
+    if not isinstance(source, fx.Node) or not routing.unique or shape_of(source) != shape_of(index):
         return None
     if value == 0:
         return Fact("gate", routing, dims, weight=(source, ids.dims))
     return Fact("logits", routing, dims) if value == -math.inf else None
 
 
-def softmax(node: fx.Node, known: dict) -> Fact | None:
-    fact = known[node.args[0]]
-    if fact.kind != "logits" or fact.dims[dim_of(node, len(fact.dims))] != ("e",):
+def softmax(node: fx.Node, known: Known) -> Fact | None:
+    fact = known[operand(node, 0)]
+    dim = dim_of(node, len(fact.dims))
+    if fact.kind != "logits" or dim is None or fact.dims[dim] != ("e",):
         return None
     return replace(fact, kind="gate", weight=(node, fact.dims))
 
 
-def masked_fill(node: fx.Node, known: dict) -> Fact | None:
+def masked_fill(node: fx.Node, known: Known) -> Fact | None:
     """`w.masked_fill(ids != e, 0)`."""
-    fact = known.get(node.args[1])
+    fact = known.get(operand(node, 1))
     if fact is None or fact.kind != "miss":
         return None
     if node.args[2] == -math.inf:
         return _mask_logits(node, fact)
-    return None if node.args[2] != 0 else _weigh(node, replace(fact, kind="hit"), node.args[1], node.args[0])
+    return None if node.args[2] != 0 else _weigh(node, replace(fact, kind="hit"), node.args[0])
 
 
-def where(node: fx.Node, known: dict) -> Fact | None:
+def where(node: fx.Node, known: Known) -> Fact | None:
     """`where(hit, w, 0)` weighs; `where(hit, logits, -inf)` are logits."""
-    fact = known.get(node.args[0])
+    fact = known.get(operand(node, 0))
     if fact is None or fact.kind != "hit":
         return None
     other = _filled(node.args[2])
     if other == -math.inf:
         return _mask_logits(node, fact)
-    return _weigh(node, fact, node.args[0], node.args[1]) if other == 0 else None
+    return _weigh(node, fact, node.args[1]) if other == 0 else None
 
 
 def _mask_logits(node: fx.Node, fact: Fact) -> Fact | None:
@@ -136,13 +148,13 @@ def _mask_logits(node: fx.Node, fact: Fact) -> Fact | None:
     return Fact("logits", fact.routing, fact.dims)
 
 
-def _filled(value) -> float | None:
-    """The number that `value` is everywhere, if it is known."""
+def _filled(value: Any) -> Any:
+    """The number that `value` is everywhere, if it is known; a constant is itself."""
     if not isinstance(value, fx.Node):
         return value
     name = name_of(value)
     if name in ("zeros", "zeros_like", "new_zeros"):
         return 0
     if name in ("full", "full_like", "new_full", "scalar_tensor"):
-        return value.args[-1] if name != "scalar_tensor" else value.args[0]
+        return nodes.argument(value, 0 if name == "scalar_tensor" else len(value.args) - 1)
     return None

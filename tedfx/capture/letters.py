@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from torch import fx
 
 from tedfx.capture.routing import name_of, shape_of
+from tedfx.graph.nodes import argument, operand
 
-__all__ = ["contraction_of"]
+__all__ = ["Contraction", "Letters", "contraction_of", "einsum_letters"]
+
+Letters: TypeAlias = list[str]
+Contraction: TypeAlias = tuple[tuple[fx.Node, Letters], tuple[fx.Node, Letters], Letters]
 
 
-def contraction_of(node: fx.Node):
+def einsum_letters(node: fx.Node) -> tuple[list[str], str] | None:
+    """The letters of the operands and of the result of an einsum; None where it has an ellipsis, no result
+    or a letter twice in an operand."""
+    left, _, out = argument(node, 0).replace(" ", "").partition("->")
+    terms = left.split(",")
+    return None if "." in left or not out or any(len(set(t)) != len(t) for t in terms) else (terms, out)
+
+
+def contraction_of(node: fx.Node) -> Contraction | None:
     """((left, its letters), (right, its letters), letters of the result) of an einsum of two, matmul, mm,
     bmm, baddbmm; None for anything else."""
     name = name_of(node)
     if name == "einsum":
-        left, _, out = node.args[0].replace(" ", "").partition("->")
-        terms = left.split(",")
-        if len(terms) != 2 or "." in left or not out or any(len(set(t)) != len(t) for t in (*terms, out)):
+        parsed = einsum_letters(node)
+        if parsed is None or len(parsed[0]) != 2 or len(set(parsed[1])) != len(parsed[1]):
             return None
-        return (node.args[1][0], list(terms[0])), (node.args[1][1], list(terms[1])), list(out)
+        (left, right), (one, other) = argument(node, 1), parsed[0]
+        return (left, list(one)), (right, list(other)), list(parsed[1])
     if name not in ("matmul", "mm", "bmm", "baddbmm"):
         return None
-    left, right = node.args[1:3] if name == "baddbmm" else node.args[:2]
+    first = 1 if name == "baddbmm" else 0
+    left, right = operand(node, first), operand(node, first + 1)
     ranks = [len(shape_of(x)) for x in (left, right)]
     if min(ranks) < 2:
         return None
     lead = max(ranks) - 2
-    batch = list(range(lead))
+    batch = [str(d) for d in range(lead)]
     return (
         (left, batch[lead - ranks[0] + 2 :] + ["m", "k"]),
         (right, batch[lead - ranks[1] + 2 :] + ["k", "n"]),

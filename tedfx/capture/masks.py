@@ -14,17 +14,33 @@ taken for a hit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from tedfx.capture.gates import masked_fill, multiply, scatter, softmax, where
-from tedfx.capture.routing import Dims, Fact, argument, dim_of, moved, name_of, origin, shape_of
-from tedfx.graph.nodes import REGROUPS
+from tedfx.capture.routing import (
+    Dims,
+    Fact,
+    Routing,
+    argument,
+    dim_of,
+    known_of,
+    moved,
+    name_of,
+    origin,
+    shape_of,
+)
+from tedfx.graph import nodes
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import REGROUPS, operand, operand_or_none
 
 __all__ = ["facts"]
+
+Known: TypeAlias = Mapping[fx.Node, Fact]
 
 
 def facts(graph: fx.Graph) -> dict[fx.Node, Fact]:
@@ -38,13 +54,13 @@ def facts(graph: fx.Graph) -> dict[fx.Node, Fact]:
     return known
 
 
-def _derive(node: fx.Node, known: dict) -> Fact | None:
+def _derive(node: fx.Node, known: Known) -> Fact | None:
     """What follows from known operands."""
     name = name_of(node)
     if name == "arange" and len(node.args) == 1 and isinstance(node.args[0], int):
-        return Fact("numbers", None, (("e",),), expert=None, column=node.args[0])
-    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    fact = known.get(source)
+        count, dims = node.args[0], (("e",),)
+        return Fact("numbers", Routing(node, dims, {"e": count}, count, unique=True), dims)
+    fact = known_of(known, operand_or_none(node, 0))
     if name in _BINARY:
         return _BINARY[name](node, known)
     if name in ("scatter", "where", "masked_fill"):
@@ -60,10 +76,6 @@ def _derive(node: fx.Node, known: dict) -> Fact | None:
         return fact if same else None
     dims = _layout(node, name, fact)
     return replace(fact, dims=dims) if dims is not None else None
-
-
-def _sizes(fact: Fact) -> dict:
-    return fact.routing.sizes if fact.routing is not None else {"e": fact.column}
 
 
 _SAME = (
@@ -87,10 +99,10 @@ def _layout(node: fx.Node, name: str, fact: Fact) -> Dims | None:
     if name in _SAME:
         return (
             fact.dims
-            if fact.kind in ("hit", "miss", "ids", "numbers") or node.meta["val"].is_floating_point()
+            if fact.kind in ("hit", "miss", "ids", "numbers") or VAL[node].is_floating_point()
             else None
         )
-    return moved(node, name, fact.dims, _sizes(fact))
+    return moved(node, name, fact.dims, fact.routing.sizes)
 
 
 def _same_kind(a: Dims, b: Dims) -> Dims | None:
@@ -101,23 +113,19 @@ def _same_kind(a: Dims, b: Dims) -> Dims | None:
     return out if all(not x or not y or x == y for x, y in zip(a, b)) else None
 
 
-def _compare(node: fx.Node, known: dict) -> Fact | None:
+def _compare(node: fx.Node, known: Known) -> Fact | None:
     """`ids == e`, `ids.unsqueeze(-1) == arange(E)`; of a hit, `== 1`, `!= 0`, `> 0`."""
-    name, (left, right) = name_of(node), node.args[:2]
-    if (
-        isinstance(right, fx.Node)
-        and known.get(right) is not None
-        and (known.get(left) is None or known[left].kind == "numbers")
-    ):
-        left, right = right, left
-    fact, other = known.get(left), known.get(right) if isinstance(right, fx.Node) else None
+    name, (_, right) = name_of(node), node.args[:2]
+    fact, other = (known_of(known, x) for x in node.args[:2])
+    if other is not None and (fact is None or fact.kind == "numbers"):
+        (right, _), fact, other = node.args[:2], other, fact
     if fact is None:
         return None
     if fact.kind == "ids" and name in ("eq", "ne"):
         kind = "hit" if name == "eq" else "miss"
         if isinstance(right, int) and not isinstance(right, bool):
             return Fact(kind, fact.routing, fact.dims, expert=right)
-        if other is not None and other.kind == "numbers" and other.column == fact.routing.experts:
+        if other is not None and other.kind == "numbers" and other.routing.experts == fact.routing.experts:
             dims = _same_kind(fact.dims, other.dims)
             return (
                 Fact(kind, fact.routing, dims)
@@ -129,9 +137,10 @@ def _compare(node: fx.Node, known: dict) -> Fact | None:
     return None
 
 
-def _reduce(node: fx.Node, known: dict) -> Fact | None:
+def _reduce(node: fx.Node, known: Known) -> Fact | None:
     """`any` and `sum` over the choices."""
-    fact, rank = known[node.args[0]], len(known[node.args[0]].dims)
+    fact = known[operand(node, 0)]
+    rank = len(fact.dims)
     dim = argument(node, "dim")
     if dim is None or fact.kind not in ("hit", "weighed", "gate"):
         return None
@@ -150,21 +159,21 @@ def _reduce(node: fx.Node, known: dict) -> Fact | None:
     return replace(fact, dims=dims, reduced=True, kind="hit" if fact.kind == "hit" else "gate")
 
 
-def _one_hot(node: fx.Node, known: dict) -> Fact | None:
-    fact = known[node.args[0]]
+def _one_hot(node: fx.Node, known: Known) -> Fact | None:
+    fact = known[operand(node, 0)]
     if fact.kind != "ids" or node.args[1] != fact.routing.experts:
         return None
     return Fact("hit", fact.routing, (*fact.dims, ("e",)))
 
 
-def _pick(node: fx.Node, known: dict) -> Fact | None:
+def _pick(node: fx.Node, known: Known) -> Fact | None:
     """`mask[e]`, `gates[:, e]`, `gates[:, e:e+1]`."""
-    fact = known[node.args[0]]
+    fact = known[operand(node, 0)]
     if fact.kind == "search":
         return _column(node, name_of(node), fact)
     dim = dim_of(node, len(fact.dims), default=0)
     if dim is not None and fact.dims[dim] == ():
-        dims = moved(node, name_of(node), fact.dims, _sizes(fact))
+        dims = moved(node, name_of(node), fact.dims, fact.routing.sizes)
         return replace(fact, dims=dims) if dims is not None else None
     if dim is None or fact.dims[dim] != ("e",) or fact.kind not in ("hit", "miss", "weighed", "gate"):
         return None
@@ -179,20 +188,20 @@ def _pick(node: fx.Node, known: dict) -> Fact | None:
     return replace(fact, dims=dims, expert=expert % fact.routing.experts)
 
 
-def _unbind(node: fx.Node, known: dict) -> Fact | None:
-    fact = known[node.args[0]]
+def _unbind(node: fx.Node, known: Known) -> Fact | None:
+    fact = known[operand(node, 0)]
     if fact.kind == "search":
         return fact if dim_of(node, 2, default=0) == 1 else None
     dim = dim_of(node, len(fact.dims), default=0)
-    if fact.dims[dim] != ("e",):
+    if dim is None or fact.dims[dim] != ("e",) or fact.kind == "numbers":
         return None
     return replace(
         fact, dims=(("e",), *fact.dims[:dim], *fact.dims[dim + 1 :]), column=-1
     )  # a list over experts
 
 
-def _getitem(node: fx.Node, known: dict) -> Fact | None:
-    fact, index = known[node.args[0]], node.args[1]
+def _getitem(node: fx.Node, known: Known) -> Fact | None:
+    fact, index = known[operand(node, 0)], nodes.argument(node, 1)
     if fact.kind == "search":
         return replace(fact, column=index % len(fact.dims)) if fact.column is None else None
     if fact.column == -1:
@@ -200,14 +209,14 @@ def _getitem(node: fx.Node, known: dict) -> Fact | None:
     return None
 
 
-def _find(node: fx.Node, known: dict) -> Fact | None:
+def _find(node: fx.Node, known: Known) -> Fact | None:
     """`torch.where` of one operand searches, of three it chooses."""
     return _search(node, known) if len(node.args) == 1 else where(node, known)
 
 
-def _search(node: fx.Node, known: dict) -> Fact | None:
+def _search(node: fx.Node, known: Known) -> Fact | None:
     """`torch.where(mask)`, `mask.nonzero()`."""
-    fact = known.get(node.args[0])
+    fact = known_of(known, node.args[0])
     return (
         replace(fact, kind="search")
         if fact is not None and fact.kind == "hit" and fact.expert is not None
@@ -219,7 +228,7 @@ def _column(node: fx.Node, name: str, fact: Fact) -> Fact | None:
     """One column of `mask.nonzero()`, a matrix with a row per entry found."""
     width = len(fact.dims)
     if name == "select" and argument(node, "dim") in (1, -1):
-        return replace(fact, column=node.args[2] % width)
+        return replace(fact, column=argument(node, "index") % width)
     if name in _SAME:
         return fact
     if width == 1 and name in ("squeeze", "view", "reshape", "flatten") and len(shape_of(node)) == 1:
@@ -229,13 +238,14 @@ def _column(node: fx.Node, name: str, fact: Fact) -> Fact | None:
     return None
 
 
-def _not(node: fx.Node, known: dict) -> Fact | None:
-    fact = known[node.args[0]]
+def _not(node: fx.Node, known: Known) -> Fact | None:
+    fact = known[operand(node, 0)]
     other = {"hit": "miss", "miss": "hit"}.get(fact.kind)
-    return replace(fact, kind=other) if other and node.meta["val"].dtype == torch.bool else None
+    return replace(fact, kind=other) if other and VAL[node].dtype == torch.bool else None
 
 
-_BINARY: dict[str, Callable] = {
+_Rule: TypeAlias = Callable[[fx.Node, Known], Fact | None]
+_BINARY: dict[str, _Rule] = {
     "eq": _compare,
     "ne": _compare,
     "gt": _compare,
@@ -243,7 +253,7 @@ _BINARY: dict[str, Callable] = {
     "mul": multiply,
     "div": multiply,
 }
-_SPECIAL: dict[str, Callable] = {
+_SPECIAL: dict[str, _Rule] = {
     "any": _reduce,
     "sum": _reduce,
     "amax": _reduce,

@@ -7,30 +7,38 @@ a mask by a dim that has no label.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
 from torch import fx
 
-from tedfx.capture.routing import product, shape_of
-from tedfx.capture.slots import Bit, Mask, Place, Term, Total, Totals, Value, sizes_of
+from tedfx.capture.routing import Dims, Sizes, known_of, product, shape_of
+from tedfx.capture.slots import Bit, Mask, Place, SlotFact, Term, Total, Totals, Value, sizes_of
+from tedfx.graph.facts import VAL
 
 __all__ = ["multiply", "reduce", "scaled"]
 
 
-def scaled(fact: Mask, node: fx.Node, dims) -> Mask | None:
+def scaled(fact: Mask, node: fx.Node, dims: Dims) -> Mask | None:
     """A value by token that was computed on: `node` is the value now."""
     if len(fact.terms) != 1:
         return None
     return Mask(dims, (replace(fact.terms[0], values=(Value(node, dims),)),))
 
 
-def multiply(node: fx.Node, operands: list, letters: list, known: dict, divides: bool = False):
+def multiply(
+    node: fx.Node,
+    operands: Sequence[tuple[object, Sequence[str]]],
+    letters: Sequence[str],
+    known: Mapping[fx.Node, SlotFact],
+    divides: bool = False,
+) -> Mask | Place | None:
     """The product of (operand, its letters), before any sum; `divides`: by the second."""
-    labels: dict = {}
-    found = []
+    labels: dict[str, tuple[str, ...]] = {}
+    found: list[Mask | Place | None] = []
     for x, own in operands:
-        fact = known.get(x) if isinstance(x, fx.Node) else None
+        fact = known_of(known, x)
         fact = fact if isinstance(fact, (Mask, Place)) else None
         found.append(fact)
         for letter, dim in zip(own, fact.dims if fact is not None else ()):
@@ -52,8 +60,12 @@ def multiply(node: fx.Node, operands: list, letters: list, known: dict, divides:
     values: list[Value] = []
     sizes = {k: v for m in masks for k, v in sizes_of(m).items()}
     for (x, own), fact in zip(operands, found):
-        usable = fact is not None and not (divides and fact is found[-1] and x is operands[-1][0])
-        if usable and not (all(t.plain for t in fact.terms) and fact.terms[0].routing not in routings):
+        divisor = divides and fact is found[-1] and x is operands[-1][0]
+        if (
+            isinstance(fact, Mask)
+            and not divisor
+            and not (all(t.plain for t in fact.terms) and fact.terms[0].routing not in routings)
+        ):
             total = list(fact.terms) if total is None else _times(total, fact.terms)
             if total is None:
                 return None
@@ -65,8 +77,9 @@ def multiply(node: fx.Node, operands: list, letters: list, known: dict, divides:
     if total is None:
         return None
     for value in values:
-        total = [_valued(term, value, divides) for term in total]
-        if None in total:
+        valued = [_valued(term, value, divides) for term in total]
+        total = [term for term in valued if term is not None]
+        if len(total) != len(valued):
             return None
     if all(term.plain for term in total):
         return scaled(Mask(out, tuple(total)), node, out) if len(total) == 1 else None
@@ -75,11 +88,13 @@ def multiply(node: fx.Node, operands: list, letters: list, known: dict, divides:
     return Mask(out, tuple(total))
 
 
-def _dims_of(x, own: list, labels: dict, sizes: dict):
+def _dims_of(
+    x: object, own: Sequence[str], labels: Mapping[str, tuple[str, ...]], sizes: Sizes
+) -> Dims | None:
     """The labels of an operand of which nothing is known."""
-    if not isinstance(x, fx.Node) or not isinstance(x.meta["val"], torch.Tensor):
+    if not isinstance(x, fx.Node) or not isinstance(VAL[x], torch.Tensor):
         return ()
-    dims = []
+    dims: list[tuple[str, ...]] = []
     for letter, size in zip(own, shape_of(x)):
         dim = labels.get(letter, ())
         if size == 1:
@@ -91,8 +106,8 @@ def _dims_of(x, own: list, labels: dict, sizes: dict):
     return tuple(dims)
 
 
-def _times(left, right) -> list[Term] | None:
-    out = []
+def _times(left: Iterable[Term], right: Sequence[Term]) -> list[Term] | None:
+    out: list[Term] = []
     for a in left:
         for b in right:
             if a.routing is not b.routing or (a.slot is not None and b.slot is not None and a.slot != b.slot):
@@ -119,16 +134,16 @@ def _valued(term: Term, value: Value, divides: bool) -> Term | None:
         return None
     if not isinstance(value.node, fx.Node) and value.node == 1:
         return term
-    if isinstance(value.node, fx.Node) and value.node.meta["val"].dtype == torch.bool and not divides:
+    if isinstance(value.node, fx.Node) and VAL[value.node].dtype == torch.bool and not divides:
         return replace(
             term, values=(*term.values, value), guards=term.guards | {Bit(node=value.node, source=value)}
         )
     return replace(term, values=(*term.values, value), exact=False)
 
 
-def _masked(place: Place, mask: Mask, out) -> Place | None:
+def _masked(place: Place, mask: Mask, out: Dims) -> Place | None:
     """A place times a mask of bits: the place where they are 1."""
-    if len(mask.terms) != 1 or out != tuple(place.dims):
+    if len(mask.terms) != 1 or out != place.dims:
         return None
     (term,) = mask.terms
     if (
@@ -145,7 +160,7 @@ def _masked(place: Place, mask: Mask, out) -> Place | None:
     )
 
 
-def reduce(fact, labels: set, dims, node: fx.Node):
+def reduce(fact: SlotFact, labels: Set[str], dims: Dims, node: fx.Node) -> SlotFact | None:
     """The sum over dims with these labels; `dims` are left."""
     if isinstance(fact, Place):
         if labels == {"e"} and fact.outside == 0 and not fact.queue.merged and not fact.reduced:

@@ -12,7 +12,7 @@ follows from a routing by layout, comparison and reduction (`masks.py`) what it 
 | weighed | w[n,k] where ids[n,k] == e else 0 |
 | gate | the sum of those over k: the weight of expert e for token n, zero for an expert that is not chosen |
 | logits | as gate, with -inf instead of zero: its softmax over the experts is a gate |
-| numbers | e (an arange over `column` numbers, to be compared with ids) |
+| numbers | e (an arange, to be compared with ids: the only kind that is of no choice) |
 | search | indices that a search (`where(mask)`, `nonzero`) found for a mask; `column` c: into its dim c |
 
 Dims are tuples of labels: token dims "t0", "t1", .. (as many as the routing has), the choice "k", the expert
@@ -23,28 +23,36 @@ selected. A value that is not in the result means nothing.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
-import torch
 from torch import fx
 
-from tedfx.graph.nodes import REGROUPS
-from tedfx.placement.sizes import as_size
+from tedfx._torch import OpOverload
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import REGROUPS, operand, operand_or_none, operator_of
+from tedfx.placement.sizes import Size, as_size
 
 __all__ = [
     "Fact",
     "Routing",
+    "Sizes",
     "argument",
     "dim_of",
+    "known_of",
     "moved",
     "name_of",
     "origin",
     "product",
     "relabel",
     "shape_of",
+    "swapped",
 ]
 
-Dims = tuple
+Dims: TypeAlias = tuple[tuple[str, ...], ...]
+Sizes: TypeAlias = Mapping[str, Size]  # of labels
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +61,7 @@ class Routing:
 
     node: fx.Node
     dims: Dims
-    sizes: dict
+    sizes: Sizes
     experts: int
     unique: bool
 
@@ -63,7 +71,7 @@ class Routing:
 
     @property
     def choices(self) -> int:
-        return self.sizes.get("k", 1)
+        return int(self.sizes.get("k", 1))  # a number: `_routing` takes no other
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,11 @@ class Fact:
     dims: Dims
     expert: int | None = None
     reduced: bool = False
-    weight: tuple | None = None  # (node, dims): entry [n,k], or [n,e] of a gate matrix
+    weight: tuple[fx.Node, Dims] | None = None  # entry [n,k], or [n,e] of a gate matrix
     column: int | None = None
 
     @property
-    def order(self) -> tuple:
+    def order(self) -> tuple[str, ...]:
         """In which order a search lists what it finds: by its dims, major first; by tokens alone where a
         token is found once."""
         labels = tuple(label for dim in self.dims for label in dim)
@@ -91,24 +99,29 @@ class Fact:
 # --- reading nodes ------------------------------------------------------------------------------------------
 
 
-def name_of(node) -> str:
+def name_of(node: object) -> str:
     """`index_add` for `aten.index_add.default` and for `index_add_`; "" for what is not a call of an
     operator."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return ""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         name = node.target._schema.name.split("::")[1]
         return name if name.endswith("__") else name.removesuffix("_")
     return getattr(node.target, "__name__", "")
 
 
-def shape_of(node: fx.Node) -> list:
-    return [as_size(size) for size in node.meta["val"].shape]
+def shape_of(node: fx.Node) -> list[Size]:
+    return [as_size(size) for size in VAL[node].shape]
 
 
-def argument(node: fx.Node, name: str, default=None):
+def known_of(known: Mapping[fx.Node, T], x: object) -> T | None:
+    """What is known of an argument; nothing is of a constant."""
+    return known.get(x) if isinstance(x, fx.Node) else None
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An operand by the name it has in the operator's schema."""
-    for position, spec in enumerate(node.target._schema.arguments):
+    for position, spec in enumerate(operator_of(node)._schema.arguments):
         if spec.name == name:
             if position < len(node.args):
                 return node.args[position]
@@ -116,24 +129,27 @@ def argument(node: fx.Node, name: str, default=None):
     return default
 
 
-def dim_of(node: fx.Node, rank: int, name: str = "dim", default=None) -> int | None:
+def dim_of(node: fx.Node, rank: int, name: str = "dim", default: int | None = None) -> int | None:
+    """The dim that an operator is given, counted from the left; None where it is given none, or a scalar."""
     dim = argument(node, name, default)
     return dim % rank if isinstance(dim, int) and rank else None
 
 
-def product(sizes):
-    result = 1
+def product(sizes: Iterable[Size]) -> Size:
+    result: Size = 1
     for size in sizes:
         result = as_size(result * size)
     return result
 
 
-def relabel(dims: Dims, sizes: dict, shape: list) -> Dims | None:
+def relabel(dims: Dims, sizes: Sizes, shape: Sequence[Size]) -> Dims | None:
     """The dims of a view of this shape, or None where it cuts a dim."""
     flat = [label for dim in dims for label in dim if sizes[label] != 1]
-    out, position = [], 0
+    out: list[tuple[str, ...]] = []
+    position = 0
     for size in shape:
-        taken, product = [], 1
+        taken: list[str] = []
+        product: Size = 1
         while product != size:
             if position == len(flat):
                 return None
@@ -146,27 +162,31 @@ def relabel(dims: Dims, sizes: dict, shape: list) -> Dims | None:
     return tuple(out) if position == len(flat) else None
 
 
-def moved(node: fx.Node, name: str, dims: Dims, sizes: dict) -> Dims | None:
+def swapped(node: fx.Node, name: str, rank: int) -> list[int]:
+    """The dims of the operand of a `permute`, `transpose` or `t` in the order of its result."""
+    if name == "permute":
+        return [d % rank for d in argument(node, "dims")]
+    order = list(range(rank))
+    if rank > 1:
+        one = 0 if name == "t" else argument(node, "dim0") % rank
+        other = 1 if name == "t" else argument(node, "dim1") % rank
+        order[one], order[other] = order[other], order[one]
+    return order
+
+
+def moved(node: fx.Node, name: str, dims: Dims, sizes: Sizes) -> Dims | None:
     """The dims after a change of layout; None where `node` is something else or cuts a dim."""
     rank = len(dims)
     if name in REGROUPS:
         return relabel(dims, sizes, shape_of(node))
-    if name == "permute":
-        return tuple(dims[d % rank] for d in node.args[1])
-    if name in ("transpose", "t"):
-        one, other = (0, 1) if name == "t" else (node.args[1] % rank, node.args[2] % rank)
-        order = list(range(rank))
-        if rank > 1:
-            order[one], order[other] = order[other], order[one]
-        return tuple(dims[d] for d in order)
-    if (
-        name == "select"
-        and dims[dim_of(node, rank)] == ()
-        and shape_of(node.args[0])[dim_of(node, rank)] == 1
-    ):
-        return tuple(label for d, label in enumerate(dims) if d != dim_of(node, rank))
+    if name in ("permute", "transpose", "t"):
+        return tuple(dims[d] for d in swapped(node, name, rank))
+    if name == "select":
+        dim = dim_of(node, rank)
+        if dim is not None and dims[dim] == () and shape_of(operand(node, 0))[dim] == 1:
+            return (*dims[:dim], *dims[dim + 1 :])
     if name == "unsqueeze":
-        at = node.args[1] % (rank + 1)
+        at = argument(node, "dim") % (rank + 1)
         return (*dims[:at], (), *dims[at:])
     return None
 
@@ -174,26 +194,27 @@ def moved(node: fx.Node, name: str, dims: Dims, sizes: dict) -> Dims | None:
 # --- where ids come from ------------------------------------------------------------------------------------
 
 
-def _routing(node: fx.Node, dim: int | None, experts, unique: bool) -> Fact | None:
+def _routing(node: fx.Node, dim: int | None, experts: Size, unique: bool) -> Fact | None:
     """The fact of a new routing whose choices lie in `dim` (None: a token has one choice)."""
     if not isinstance(experts, int):
         return None
     shape = shape_of(node)
     if dim is not None and not isinstance(shape[dim], int):
         return None
-    labels, tokens = [], 0
+    labels: list[str] = []
+    tokens = 0
     for position in range(len(shape)):
-        labels.append(("k",) if position == dim else (f"t{tokens}",))
+        labels.append("k" if position == dim else f"t{tokens}")
         tokens += position != dim
-    sizes = {label[0]: size for label, size in zip(labels, shape)}
-    labels = tuple(() if sizes[label[0]] == 1 and label == ("k",) else label for label in labels)
-    return Fact("ids", Routing(node, labels, {**sizes, "e": experts}, experts, unique), labels)
+    sizes = dict(zip(labels, shape))
+    dims = tuple(() if sizes[label] == 1 and label == "k" else (label,) for label in labels)
+    return Fact("ids", Routing(node, dims, {**sizes, "e": experts}, experts, unique), dims)
 
 
-def origin(node: fx.Node, known: dict) -> Fact | None:
+def origin(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Fact | None:
     """Operators whose results are ids in a known range."""
     name = name_of(node)
-    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    source = operand_or_none(node, 0)
     if source is None:
         return None
     if (
@@ -201,7 +222,7 @@ def origin(node: fx.Node, known: dict) -> Fact | None:
         and node.args[1] == 1
         and name_of(source) in ("topk", "sort", "max", "min")
     ):
-        scores = source.args[0]
+        scores = operand(source, 0)
         rank, kind = len(shape_of(scores)), name_of(source)
         dim = dim_of(source, rank, default=-1)
         if dim is None or (kind in ("max", "min") and len(source.args) + len(source.kwargs) < 2):
@@ -223,13 +244,13 @@ def origin(node: fx.Node, known: dict) -> Fact | None:
         name == "remainder"
         and isinstance(node.args[1], int)
         and node.args[1] > 0
-        and not node.meta["val"].is_floating_point()
+        and not VAL[node].is_floating_point()
     ):
         return _routing(node, None, node.args[1], True)
     if name == "gather" and source in known and known[source].kind == "ids":
-        fact, index = known[source], known.get(node.args[2])
+        fact, index = known[source], known.get(operand(node, 2))
         dim = dim_of(node, len(fact.dims))
-        if fact.dims[dim] == ("k",):
+        if dim is not None and fact.dims[dim] == ("k",):
             unique = (
                 fact.routing.unique and index is not None and index.kind == "ids" and index.routing.unique
             )
@@ -237,10 +258,11 @@ def origin(node: fx.Node, known: dict) -> Fact | None:
     if name == "slice" and source in known and known[source].kind == "ids":
         fact = known[source]
         dim = dim_of(node, len(fact.dims), default=0)
-        if fact.dims[dim] == ("k",) and shape_of(node) != shape_of(source):
+        if dim is not None and fact.dims[dim] == ("k",) and shape_of(node) != shape_of(source):
             return _routing(node, dim, fact.routing.experts, fact.routing.unique)
     if name == "select" and source in known and known[source].kind == "ids":
         fact = known[source]
-        if fact.dims[dim_of(node, len(fact.dims))] == ("k",):
+        dim = dim_of(node, len(fact.dims))
+        if dim is not None and fact.dims[dim] == ("k",):
             return _routing(node, None, fact.routing.experts, True)
     return None

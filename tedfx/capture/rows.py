@@ -8,19 +8,34 @@ searches of a body must list an expert's tokens in one order.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from tedfx.capture.batched import Batched, refuse
-from tedfx.capture.routing import Routing, name_of, product, shape_of
+from tedfx.capture.routing import Dims, Fact, Routing, argument, name_of, product, shape_of
 from tedfx.capture.weights import Weight, weight
+from tedfx.errors import TedfxError
 from tedfx.graph.emit import emit
-from tedfx.placement.sizes import as_size
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operand
+from tedfx.placement.sizes import Size, as_size
 
-__all__ = ["Rows"]
+__all__ = ["Dispatched", "Rows"]
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What a `dispatch` made: rows sorted by expert, how many each expert has, and their order."""
+
+    rows: fx.Node
+    counts: fx.Node
+    sorted: fx.Node
 
 
 class Rows:
@@ -29,15 +44,33 @@ class Rows:
     def __init__(self, graph: fx.Graph, routing: Routing, gathered: bool):
         self.graph, self.routing, self.gathered = graph, routing, gathered
         self.experts = routing.experts
-        self.order: tuple | None = None  # of the rows in every search of a body
+        self.order: tuple[str, ...] | None = None  # of the rows in every search of a body
         self.transposes: dict[fx.Node, fx.Node] = {}  # an emitted transpose of a stacked matrix -> the matrix
-        self.flattened: dict[tuple, fx.Node] = {}
+        self.flattened: dict[tuple[fx.Node, Dims], fx.Node] = {}
         self.x: fx.Node | None = None
-        self.rows = self.counts = self.sorted = None
+        self.dispatched: Dispatched | None = None
         # (True,) where some rows belong to no expert: the last argument of the ops that tell experts apart
-        self.tail: tuple = ()
+        self.tail: tuple[bool, ...] = ()
 
-    def emit(self, target, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node:
+    @property
+    def _dispatched(self) -> Dispatched:
+        if self.dispatched is None:
+            raise TedfxError("rows of the experts are asked for before any token is dispatched")
+        return self.dispatched
+
+    @property
+    def rows(self) -> fx.Node:
+        return self._dispatched.rows
+
+    @property
+    def counts(self) -> fx.Node:
+        return self._dispatched.counts
+
+    @property
+    def sorted(self) -> fx.Node:
+        return self._dispatched.sorted
+
+    def emit(self, target: Any, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node:
         return emit(self.graph, target, tuple(args), dict(kwargs), like=like)
 
     def dispatch(self, x: fx.Node, like: fx.Node) -> fx.Node:
@@ -63,19 +96,16 @@ class Rows:
             {},
             like,
         )
-        self.rows, self.counts, self.sorted = (
-            self.emit(operator.getitem, (out, i), {}, like) for i in range(3)
-        )
+        self.dispatched = Dispatched(*(self.emit(operator.getitem, (out, i), {}, like) for i in range(3)))
         return self.rows
 
-    def flat(self, node: fx.Node, dims: tuple, like: fx.Node) -> fx.Node:
+    def flat(self, node: fx.Node, dims: Dims, like: fx.Node) -> fx.Node:
         """A value with these labels as [N, K] (or [N, E])."""
         if (node, dims) in self.flattened:
             return self.flattened[node, dims]
         given = (node, dims)
-        while name_of(node) == "unsqueeze" and dims[node.args[1] % len(dims)] == ():
-            at = node.args[1] % len(dims)
-            node, dims = node.args[0], dims[:at] + dims[at + 1 :]
+        while name_of(node) == "unsqueeze" and dims[at := argument(node, "dim") % len(dims)] == ():
+            node, dims = operand(node, 0), dims[:at] + dims[at + 1 :]
         last = [d for d, dim in enumerate(dims) if dim in (("k",), ("e",))]
         order = [d for d in range(len(dims)) if d not in last] + last
         tokens = tuple(label for d in order if d not in last for label in dims[d])
@@ -92,7 +122,7 @@ class Rows:
         return node
 
     def expert_rows(self, param: fx.Node, lead: Batched, like: fx.Node) -> fx.Node:
-        rows = lead.node if lead.node.meta["val"].dim() == 2 and lead.right == 1 else self.rows
+        rows = lead.node if VAL[lead.node].dim() == 2 and lead.right == 1 else self.rows
         return self.emit(
             torch.ops.tedfx.expert_rows.default, (param, self.counts, rows, *self.tail), {}, like
         )
@@ -101,7 +131,7 @@ class Rows:
         """The weights for `combine`: [N, K]."""
         if weight is None:
             ids = self.flat(self.routing.node, self.routing.dims, like)
-            return self.emit(aten.ones_like.default, (ids,), {"dtype": self.rows.meta["val"].dtype}, like)
+            return self.emit(aten.ones_like.default, (ids,), {"dtype": VAL[self.rows].dtype}, like)
         node = self.flat(weight.node, weight.dims, like)
         if any("e" in dim for dim in weight.dims):
             node = self.emit(
@@ -111,7 +141,7 @@ class Rows:
                 like,
             )
         for dtype in weight.casts:
-            if node.meta["val"].dtype != dtype:
+            if VAL[node].dtype != dtype:
                 node = self.emit(aten.to.dtype, (node, dtype), {}, like)
         return node
 
@@ -146,7 +176,7 @@ class Rows:
         own = list(range(len(shape)))
         if source.kind == "picked":
             own.remove(source.of)
-        full: list = [()] * len(shape)
+        full: list[tuple[str, ...]] = [()] * len(shape)
         for d, label in zip(own[at:], self.columns(where)):
             full[d] = label
             if as_size(shape[d]) != self.size(label):
@@ -174,39 +204,37 @@ class Rows:
             raise refuse("a token that is not a row of features", first, "flatten a token to one row")
         x = source.node
         while at and name_of(x) == "unsqueeze" and x.args[1] == 0:
-            x, at = x.args[0], at - 1
+            x, at = operand(x, 0), at - 1
         node = self.dispatch(x, first)
         left = len(shape_of(first)) - 2
         if left:
             node = self.emit(aten.reshape.default, (node, [1] * left + [-1, shape_of(first)[-1]]), {}, first)
         return Batched("rows", node, first, right=1, span=1)
 
-    def columns(self, where: list) -> list[tuple]:
+    def columns(self, where: Sequence[Batched | None]) -> list[tuple[str, ...]]:
         """Labels of the dims that are indexed, in order."""
-        out: list[tuple] = []
+        out: list[tuple[str, ...]] = []
         for value in where:
             if value is not None:
                 fact = value.of
                 out += list(fact.dims) if fact.kind == "hit" else [fact.dims[fact.column]]
         return out
 
-    def size(self, label: tuple):
-        size = 1
-        for part in label:
-            size = as_size(size * self.routing.sizes[part])
-        return size
+    def size(self, label: Iterable[str]) -> Size:
+        return product(self.routing.sizes[part] for part in label)
 
-    def indexed_dims(self, where: list, like: fx.Node) -> tuple[tuple, int]:
+    def indexed_dims(self, where: Sequence[Batched | None], like: fx.Node) -> tuple[tuple[str, ...], int]:
         """The labels that an index runs over, and the first dim it indexes; every search in a body lists its
         rows in one order."""
         given = [d for d, value in enumerate(where) if value is not None]
-        if given != list(range(given[0], given[-1] + 1)) or any(where[d].kind != "index" for d in given):
+        indexing = [value for value in where if value is not None]
+        if given != list(range(given[0], given[-1] + 1)) or any(v.kind != "index" for v in indexing):
             raise refuse(
                 "an index that mixes an expert's tokens with others",
                 like,
                 "index by token, or by token and slot",
             )
-        found = [where[d].of for d in given]
+        found: list[Fact] = [value.of for value in indexing]
         if any(f.kind == "search" and f.column is None or f.kind == "hit" and f.dims == () for f in found):
             raise refuse(
                 "an index of all columns of a search",
@@ -236,7 +264,7 @@ class Rows:
     def tokens(self, value: Batched, like: fx.Node) -> Batched:
         """Every expert runs on all tokens of a shared value: their rows."""
         shape = value.shape
-        count = as_size(self.size(self.routing.tokens))
+        count = self.size(self.routing.tokens)
         span = next((s for s in range(1, len(shape)) if product(shape[:s]) == count), None)
         if self.gathered or span is None or len(shape) != span + 1:
             raise refuse(
@@ -244,4 +272,4 @@ class Rows:
                 like,
                 "gather that value by token",
             )
-        return Batched("rows", self.dispatch(value.node, like), value.like, right=1, span=span)
+        return replace(value, kind="rows", made=self.dispatch(value.node, like), right=1, span=span)

@@ -29,6 +29,7 @@ from tedfx.capture.batched import (
 from tedfx.capture.batched_dims import ALONG, OVER, along, cat, permute, view
 from tedfx.capture.contractions import linear, norm
 from tedfx.capture.routing import name_of
+from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import REGROUPS
 from tedfx.ops.function import kept_of
 
@@ -57,7 +58,7 @@ def apply_rule(batch: Batch, like: fx.Node, args: tuple, kwargs: dict) -> Batche
     ):
         raise unknown(like)
     if name == "getitem":
-        return replace(first, node=batch.emit(like.target, (first.node, args[1]), {}, like), like=like)
+        return replace(first, made=batch.emit(like.target, (first.node, args[1]), {}, like), like=like)
     if name in ALONG | OVER | {"select", "unbind", "unsqueeze"}:
         return along(batch, like, name, first)
     if name in ("permute", "transpose", "t"):
@@ -69,13 +70,13 @@ def _pointwise(batch: Batch, like: fx.Node, args: tuple, kwargs: dict) -> Batche
     values = [v for v in leaves((args, kwargs)) if isinstance(v, Batched)]
     lead = leading(values, like)
 
-    def operand(value):
+    def operand(value: object) -> object:
         return aligned(batch, like, value, lead) if isinstance(value, Batched) else value
 
     new_args, new_kwargs = (pytree.tree_map(operand, x, is_leaf=is_value) for x in (args, kwargs))
     node = batch.emit(like.target, new_args, new_kwargs, like)
     if lead.kind == "stacked":
-        return Batched("stacked", node, like, right=like.meta["val"].dim())
+        return Batched("stacked", node, like, right=VAL[like].dim())
     return Batched("rows", node, like, lead.right, lead.span)
 
 
@@ -99,4 +100,4 @@ def _function(batch: Batch, like: fx.Node, args: tuple) -> Batched:
             "let all its operands be rows of tokens, or all of them parameters",
         )
     node = batch.emit(like.target, tuple(a.node if isinstance(a, Batched) else a for a in args), {}, like)
-    return replace(lead, node=node, like=like)
+    return replace(lead, made=node, like=like)

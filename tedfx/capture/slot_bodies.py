@@ -13,7 +13,6 @@ forgotten. Operators with rules in rules.py keep the rows apart; here is what a 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 from torch import fx
@@ -21,10 +20,24 @@ from torch import fx
 from tedfx._torch import pytree
 from tedfx.capture.batched import Batched, aligned, is_pointwise, refuse, unknown
 from tedfx.capture.bodies import Bodies
-from tedfx.capture.letters import contraction_of
-from tedfx.capture.routing import argument, dim_of, name_of, relabel, shape_of
+from tedfx.capture.letters import Letters, contraction_of
+from tedfx.capture.routing import (
+    Dims,
+    Routing,
+    Sizes,
+    argument,
+    dim_of,
+    name_of,
+    relabel,
+    shape_of,
+    swapped,
+)
+from tedfx.capture.rows import Dispatched
 from tedfx.capture.rules import apply_rule
-from tedfx.graph.nodes import operand
+from tedfx.capture.stacks import Stacks
+from tedfx.graph import nodes as calls
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operand, operand_or_none
 
 __all__ = ["SlotBodies"]
 
@@ -36,18 +49,27 @@ class SlotBodies(Bodies):
     """The body behind one dispatch. `slots`: the node of the dispatched tokens, `labels` those of its dims
     but the last, `sizes` of the labels."""
 
-    def __init__(self, graph, routing, stacks, slots: fx.Node, labels: tuple, sizes: dict, inside: set):
+    def __init__(
+        self,
+        graph: fx.Graph,
+        routing: Routing,
+        stacks: Stacks,
+        slots: fx.Node,
+        labels: Dims,
+        sizes: Sizes,
+        inside: set[fx.Node],
+    ):
         super().__init__(graph, routing, {}, stacks, True)
         self.slots, self.sizes, self.inside = slots, sizes, inside
         self.values: dict[fx.Node, Batched] = {}
-        self.labels: dict[fx.Node, tuple] = {slots: labels}  # of the dims that count rows
+        self.labels: dict[fx.Node, Dims] = {slots: labels}  # of the dims that count rows
         self.apart: dict[fx.Node, bool] = {}
-        self.left: tuple = ()  # labels of the slots of one expert
+        self.left: Dims = ()  # labels of the slots of one expert
 
-    def start(self, rows: fx.Node, counts: fx.Node, order: fx.Node, tail: bool) -> None:
-        self.rows, self.counts, self.sorted, self.tail = rows, counts, order, (True,) * tail
+    def start(self, dispatched: Dispatched, tail: bool) -> None:
+        self.dispatched, self.tail = dispatched, (True,) * tail
         self.values[self.slots] = Batched(
-            "rows", rows, self.slots, right=1, span=len(self.labels[self.slots])
+            "rows", dispatched.rows, self.slots, right=1, span=len(self.labels[self.slots])
         )
 
     def value(self, node: fx.Node) -> Batched:
@@ -55,7 +77,7 @@ class SlotBodies(Bodies):
             self.values[node], self.labels[node] = self._value(node)
         return self.values[node]
 
-    def _value(self, node: fx.Node) -> tuple[Batched, tuple]:
+    def _value(self, node: fx.Node) -> tuple[Batched, Dims]:
         name = name_of(node)
         if name in ("stack", "cat", "concat") and self._put_together(node):
             return self._lockstep(node, name)
@@ -69,21 +91,17 @@ class SlotBodies(Bodies):
                 "slots meet in different orders", node, "keep the dims of experts and slots in one order"
             )
         if name in ("permute", "transpose"):
-            order = list(range(len(shape_of(node))))
-            if name == "permute":
-                order = [d % len(order) for d in node.args[1]]
-            else:
-                one, other = node.args[1] % len(order), node.args[2] % len(order)
-                order[one], order[other] = order[other], order[one]
+            order = swapped(node, name, len(shape_of(node)))
             span = values[0].span
             if sorted(order[:span]) == list(range(span)) and order[span:] == list(range(span, len(order))):
                 return replace(values[0], like=node), tuple(labels[d] for d in order[:span])
-        convert = lambda x: self._operand(x, node, labels) if isinstance(x, fx.Node) else x
+        elementwise = is_pointwise(node)
+        convert = lambda x: self._operand(x, node, labels, elementwise) if isinstance(x, fx.Node) else x
         args, kwargs = pytree.tree_map(
             convert, (tuple(node.args), dict(node.kwargs)), is_leaf=lambda x: isinstance(x, fx.Node)
         )
         out = apply_rule(self, node, args, kwargs)
-        if out.kind != "rows" or not isinstance(node.meta["val"], torch.Tensor):
+        if out.kind != "rows" or not isinstance(VAL[node], torch.Tensor):
             return out, labels
         counted, before = shape_of(node)[: out.span], shape_of(rows[0])[: values[0].span]
         found = None if out.start else labels if counted == before else relabel(labels, self.sizes, counted)
@@ -93,11 +111,11 @@ class SlotBodies(Bodies):
             )
         return out, found
 
-    def _operand(self, x: fx.Node, node: fx.Node, labels: tuple):
+    def _operand(self, x: fx.Node, node: fx.Node, labels: Dims, elementwise: bool) -> Batched:
         """What meets the slots: other slots; a value of each expert; one of all."""
         if x in self.inside:
             return self.value(x)
-        if not isinstance(x.meta.get("val"), torch.Tensor) or not is_pointwise(node):
+        if not isinstance(VAL.get(x), torch.Tensor) or not elementwise:
             return Batched("shared", x, x)
         shape, rank = shape_of(x), len(shape_of(node))
         lead = shape[: max(len(labels) - (rank - len(shape)), 0)]  # its dims that are experts and slots
@@ -106,7 +124,8 @@ class SlotBodies(Bodies):
             return Batched(
                 "shared",
                 x if not lead else self.emit(aten.reshape.default, (x, features), {}, node),
-                _shaped(x, len(lead)),
+                x,
+                dropped=len(lead),
             )
         if any(
             size != 1 and not (label == ("e",) and size == self.experts) for size, label in zip(lead, over)
@@ -119,22 +138,19 @@ class SlotBodies(Bodies):
         each = (
             x if len(lead) == 1 else self.emit(aten.reshape.default, (x, [self.experts, *features]), {}, node)
         )
-        return Batched("stacked", each, _shaped(x, len(lead)), right=len(features))
+        return Batched("stacked", each, x, right=len(features), dropped=len(lead))
 
     # --- products with weights ---
 
-    def _product(self, node: fx.Node, name: str) -> tuple[Batched, tuple]:
-        bias, parsed = None, contraction_of(node)
-        if name == "baddbmm":
-            bias = node.args[0]
-            if node.kwargs:
-                raise unknown(node)
-        if parsed is None:
+    def _product(self, node: fx.Node, name: str) -> tuple[Batched, Dims]:
+        parsed = contraction_of(node)
+        bias = operand(node, 0) if name == "baddbmm" else None
+        if parsed is None or (bias is not None and node.kwargs):
             raise unknown(node)
         (one, mine), (other, theirs), out = parsed
         if one not in self.inside:
             (one, mine), (other, theirs) = (other, theirs), (one, mine)
-        if other in self.inside or (isinstance(bias, fx.Node) and bias in self.inside):
+        if other in self.inside or bias in self.inside:
             raise refuse("a product of slots with slots", node, "let an expert work on each row alone")
         rows, labels = self.value(one), self.labels[one]
         if rows.right != 1 or rows.start:
@@ -143,19 +159,16 @@ class SlotBodies(Bodies):
         expert = next((letter for letter, label in zip(count, labels) if label == ("e",)), None)
         weight, left = self._squeezed(other, theirs, node)
         new = [letter for letter in out if letter not in mine]
-        wanted = {inner, *new, expert} if expert in left else {inner, *new}
-        if (
-            len(new) != 1
-            or out[-1] != new[0]
-            or sorted(map(str, out[:-1])) != sorted(map(str, count))
-            or set(left) != wanted
-        ):
+        if expert not in left:
+            expert = None  # one matrix for all
+        wanted = {inner, *new} if expert is None else {inner, *new, expert}
+        if len(new) != 1 or out[-1] != new[0] or sorted(out[:-1]) != sorted(count) or set(left) != wanted:
             raise refuse(
                 "a product that is not one of each row with a matrix of its expert",
                 node,
                 "contract the features alone: einsum('ech,ehf->ecf', ..)",
             )
-        if expert in left:
+        if expert is not None:
             transposed = left.index(inner) < left.index(new[0])
             if left[0] != expert:
                 order = [left.index(x) for x in (expert, inner, new[0])]
@@ -172,15 +185,13 @@ class SlotBodies(Bodies):
         result = Batched("rows", made, node, 1, rows.span)
         order = tuple(labels[count.index(letter)] for letter in out[:-1])
         if bias is not None:
-            given = self._operand(
-                bias, SimpleNamespace(op="call_function", target=aten.add.Tensor, meta=node.meta), order
-            )
+            given = self._operand(bias, node, order, elementwise=True)
             result = replace(
-                result, node=self.emit(aten.add.Tensor, (made, aligned(self, node, given, result)), {}, node)
+                result, made=self.emit(aten.add.Tensor, (made, aligned(self, node, given, result)), {}, node)
             )
         return result, order
 
-    def _squeezed(self, weight: fx.Node, letters: list, node: fx.Node) -> tuple[fx.Node, list]:
+    def _squeezed(self, weight: fx.Node, letters: Letters, node: fx.Node) -> tuple[fx.Node, Letters]:
         shape = shape_of(weight)
         kept = [d for d, size in enumerate(shape) if size != 1 or len(shape) <= 2]
         if len(kept) == len(shape):
@@ -193,18 +204,19 @@ class SlotBodies(Bodies):
 
     def _taken(self, node: fx.Node) -> tuple[fx.Node, int, bool] | None:
         """(slots, expert, whether its dim is kept) of `x[e]`, `x.unbind()[e]`, `x.chunk(E)[e]`."""
-        name = name_of(node)
-        source, kept = node.args[0] if node.args else None, False
+        name, source, kept = name_of(node), operand_or_none(node, 0), False
+        if source is None:
+            return None
         if name == "getitem":
-            name, (source, *_) = name_of(source), source.args
-            number, dim, kept = node.args[1], argument(node.args[0], "dim"), name != "unbind"
-            if name not in ("unbind", "chunk", "split", "split_with_sizes", "tensor_split") or (
-                kept and len(operand(node, 0).meta["val"]) != self.experts
+            taken, kept = name_of(source), name_of(source) != "unbind"
+            if taken not in ("unbind", "chunk", "split", "split_with_sizes", "tensor_split") or (
+                kept and len(VAL[source]) != self.experts
             ):
                 return None
+            number, dim, source = calls.argument(node, 1), argument(source, "dim"), operand(source, 0)
         elif name == "select":
-            number, dim = node.args[2], node.args[1]
-        elif name == "slice" and isinstance(source, fx.Node) and isinstance(argument(node, "start"), int):
+            number, dim = argument(node, "index"), argument(node, "dim")
+        elif name == "slice" and isinstance(argument(node, "start"), int):
             number, dim, kept = argument(node, "start"), argument(node, "dim"), True
             if argument(node, "end") != number + 1:
                 return None
@@ -223,17 +235,17 @@ class SlotBodies(Bodies):
             self.apart[node] = False
             if node in self.inside and node is not self.slots:
                 inner = name_of(node) not in ("stack", "cat", "concat") or not self._put_together(node)
-                taken = isinstance(node.meta["val"], torch.Tensor) and self._taken(node) is not None
+                taken = isinstance(VAL[node], torch.Tensor) and self._taken(node) is not None
                 self.apart[node] = taken or (inner and any(self._per_expert(n) for n in node.all_input_nodes))
         return self.apart[node]
 
     def _put_together(self, node: fx.Node) -> bool:
-        parts = node.args[0]
+        parts = calls.argument(node, 0)
         return len(parts) == self.experts and all(self._per_expert(p) for p in parts)
 
     def _lift(self, nodes: tuple[fx.Node, ...]) -> Batched:
-        taken = [self._taken(node) for node in nodes]
-        if None in taken:
+        taken = [found for node in nodes if (found := self._taken(node)) is not None]
+        if len(taken) < len(nodes):
             return super()._lift(nodes)
         source, _, kept = taken[0]
         if [t[1] for t in taken] != self.numbers or any((t[0], t[2]) != (source, kept) for t in taken):
@@ -242,18 +254,19 @@ class SlotBodies(Bodies):
         self.left = tuple(() if x == ("e",) else x for x in labels if kept or x != ("e",))
         return Batched("rows", value.node, nodes[0], right=value.right, span=value.span - (not kept))
 
-    def _lockstep(self, node: fx.Node, name: str) -> tuple[Batched, tuple]:
-        out = self.lift(tuple(node.args[0]))
+    def _lockstep(self, node: fx.Node, name: str) -> tuple[Batched, Dims]:
+        parts: tuple[fx.Node, ...] = tuple(calls.argument(node, 0))
+        out = self.lift(parts)
         if out.kind != "rows" or out.start:
             raise refuse(
                 "what an expert gives is not a row of features per slot",
-                node.args[0][0],
+                parts[0],
                 "give every slot a row",
             )
         labels = relabel(self.left, {**self.sizes, "e": 1}, out.shape[: out.span])
         rank = len(shape_of(node))
         dim = dim_of(node, rank, default=0)
-        if labels is None or dim > out.span - (name != "stack"):
+        if labels is None or dim is None or dim > out.span - (name != "stack"):
             raise refuse(
                 "the experts' slots are put together along their features",
                 node,
@@ -264,12 +277,3 @@ class SlotBodies(Bodies):
         else:
             labels = (*labels[:dim], ("e", *labels[dim]), *labels[dim + 1 :])
         return replace(out, like=node, span=len(labels)), labels
-
-
-def _shaped(x: fx.Node, drop: int):
-    """Stands for a node with the shape of x less its leading dims."""
-    val = x.meta["val"]
-    with val.fake_mode:
-        return SimpleNamespace(
-            meta={**x.meta, "val": torch.empty(val.shape[drop:], dtype=val.dtype, device=val.device)}
-        )

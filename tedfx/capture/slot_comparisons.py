@@ -4,33 +4,40 @@ masks of slots by `==`, masks by `!= 0` and `>= 0`."""
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import sympy
 import torch
 from torch import fx
 
 from tedfx.capture.products import scaled
-from tedfx.capture.routing import argument, name_of, shape_of
-from tedfx.capture.slots import Bit, Drop, Mask, Numbers, Place, Slot, Term, Value
-from tedfx.placement.sizes import as_size
+from tedfx.capture.routing import Fact, argument, known_of, name_of, shape_of
+from tedfx.capture.slots import Bit, Drop, Mask, Numbers, Place, Slot, SlotFact, Term, Value
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operand
+from tedfx.placement.sizes import Size, as_size
+
+Known: TypeAlias = Mapping[fx.Node, SlotFact]
+Hits: TypeAlias = Mapping[fx.Node, Fact]
 
 COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
 CASTS = ("to", "_to_copy", "type_as", "float", "long", "int", "bool", "double")
 SAME = ("clone", "contiguous", "alias", "lift_fresh_copy", "detach")
 
 
-def number(value):
+def number(value: object) -> Size | None:
     """An int, or the expression of a size; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, fx.Node)):
         return None
     if isinstance(value, int):
         return value
-    return as_size(value.meta["val"]) if isinstance(value.meta.get("val"), torch.SymInt) else None
+    return as_size(VAL[value]) if isinstance(VAL.get(value), torch.SymInt) else None
 
 
-def cast(node: fx.Node, fact, known: dict):
-    dtype = node.meta["val"].dtype
+def cast(node: fx.Node, fact: SlotFact) -> SlotFact | None:
+    dtype = VAL[node].dtype
     if isinstance(fact, Place):
         return fact if dtype in COUNTS else None
     if not isinstance(fact, Mask):
@@ -54,12 +61,13 @@ def _nonzero(node: fx.Node, fact: Mask) -> Mask | None:
 _FLIPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
 
 
-def compare(node: fx.Node, known: dict, hits: dict):
+def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
     name, (left, right) = name_of(node), node.args[:2]
-    if not isinstance(known.get(left), (Place, Mask)):
+    if not isinstance(known_of(known, left), (Place, Mask)):
         left, right, name = right, left, _FLIPPED[name]
-    fact = known.get(left) if isinstance(left, fx.Node) else None
-    other = known.get(right) if isinstance(right, fx.Node) else None
+    fact, other = known_of(known, left), known_of(known, right)
+    if not isinstance(left, fx.Node):
+        return None
     if isinstance(fact, Mask):
         if (name, right) in (("ne", 0), ("gt", 0)) and (
             name == "ne" or all(t.exact or all(_nonnegative(v.node) for v in t.values) for t in fact.terms)
@@ -78,7 +86,8 @@ def compare(node: fx.Node, known: dict, hits: dict):
     ):
         place = Value(left, fact.dims)
         slot = Slot(fact.queue, fact.first, fact.guards, place, other.size, beyond=other.source)
-        hit = _known_outside(fact) and fact.outside < 0  # no slot where the expert was not chosen
+        outside = _outside_value(fact)
+        hit = outside is not None and outside < 0  # no slot where the expert was not chosen
         return Mask(
             (*fact.dims[:-1], ("c",)),
             (
@@ -98,12 +107,13 @@ def compare(node: fx.Node, known: dict, hits: dict):
     if (
         limit is None
         and isinstance(right, fx.Node)
-        and isinstance(right.meta["val"], torch.Tensor)
-        and right.meta["val"].dim()
+        and isinstance(VAL[right], torch.Tensor)
+        and VAL[right].dim()
     ):
         return None
     least = limit + (name == "gt") if name in ("gt", "ge") and isinstance(limit, int) else None
-    if least is not None and _known_outside(fact) and fact.outside < least <= fact.first:
+    outside = _outside_value(fact)
+    if least is not None and outside is not None and outside < least <= fact.first:
         value = Value(
             node, fact.dims
         )  # a place has no less than its first number; where guards are 0 nothing is known of it
@@ -130,18 +140,14 @@ def compare(node: fx.Node, known: dict, hits: dict):
     return Drop(fact.dims, term) if inverted else Mask(fact.dims, (term,))
 
 
-def _known_outside(place: Place) -> bool:
-    """Whether the place says of every (token, choice, expert) whether it was chosen, if one of its numbers
-    does."""
-    return (
-        place.outside is not None
-        and not place.reduced
-        and not place.queue.merged
-        and any("e" in dim for dim in place.dims)
-    )
+def _outside_value(place: Place) -> int | None:
+    """The number of every (token, choice, expert) that was not chosen; None where it is not known, or where
+    the place does not say of each of them whether it was."""
+    each = not place.reduced and not place.queue.merged and any("e" in dim for dim in place.dims)
+    return place.outside if each else None
 
 
-def _nonnegative(value, depth: int = 24) -> bool:
+def _nonnegative(value: object, depth: int = 24) -> bool:
     """Whether a value is provably not below zero."""
     if not isinstance(value, fx.Node):
         return isinstance(value, (int, float)) and value >= 0
@@ -150,7 +156,7 @@ def _nonnegative(value, depth: int = 24) -> bool:
         return False
     if (
         name in ("softmax", "_softmax", "sigmoid", "relu", "exp", "one_hot", "abs", "square")
-        or value.meta.get("val") is not None
+        or VAL.get(value) is not None
         and _is_bool(value)
     ):
         return True
@@ -190,11 +196,11 @@ def _nonnegative(value, depth: int = 24) -> bool:
 
 
 def _is_bool(node: fx.Node) -> bool:
-    return isinstance(node.meta["val"], torch.Tensor) and node.meta["val"].dtype == torch.bool
+    return isinstance(VAL[node], torch.Tensor) and VAL[node].dtype == torch.bool
 
 
-def negate(node: fx.Node, known: dict, hits: dict):
-    fact = known.get(node.args[0])
+def negate(node: fx.Node, known: Known, hits: Hits) -> Mask | Drop | None:
+    fact = known.get(operand(node, 0))
     if isinstance(fact, Drop) and _is_bool(node):
         return Mask(fact.dims, (replace(fact.term, values=(Value(node, fact.dims),)),))
     if (

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -28,17 +28,20 @@ from torch import fx
 from tedfx.capture import slot_comparisons, slot_masks, slot_places
 from tedfx.capture.masks import facts
 from tedfx.capture.products import scaled
-from tedfx.capture.routing import moved, name_of
-from tedfx.capture.slot_comparisons import CASTS, SAME, number
-from tedfx.capture.slots import Mask, Numbers, Term, sizes_of
+from tedfx.capture.routing import Fact, known_of, moved, name_of
+from tedfx.capture.slot_comparisons import CASTS, SAME, Hits, Known, number
+from tedfx.capture.slots import Mask, Numbers, SlotFact, Term, sizes_of
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operand_or_none
 
 __all__ = ["slot_facts"]
 
 
-def slot_facts(graph: fx.Graph) -> dict[fx.Node, Any]:
-    hits, known = facts(graph), {}
+def slot_facts(graph: fx.Graph) -> dict[fx.Node, SlotFact]:
+    hits = facts(graph)
+    known: dict[fx.Node, SlotFact] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        if node.op != "call_function" or not isinstance(VAL.get(node), torch.Tensor):
             continue
         found = _hit(hits.get(node)) or _derive(node, known, hits)
         if found is not None:
@@ -46,7 +49,7 @@ def slot_facts(graph: fx.Graph) -> dict[fx.Node, Any]:
     return known
 
 
-def _hit(fact) -> Mask | None:
+def _hit(fact: Fact | None) -> Mask | None:
     if (
         fact is None
         or fact.kind != "hit"
@@ -59,7 +62,7 @@ def _hit(fact) -> Mask | None:
     return Mask(fact.dims, (Term(fact.routing, hit=True, exact=True, merged=merged),))
 
 
-def _derive(node: fx.Node, known: dict, hits: dict):
+def _derive(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
     name = name_of(node)
     if (
         name == "arange" and len(node.args) == 1 and (length := number(node.args[0])) is not None
@@ -67,11 +70,11 @@ def _derive(node: fx.Node, known: dict, hits: dict):
         return Numbers((("c",),), length, node.args[0])
     if name in _RULES:
         return _RULES[name](node, known, hits)
-    fact = known.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    fact = known_of(known, operand_or_none(node, 0))
     if fact is None:
         return None
     if name in CASTS or name in SAME:
-        return slot_comparisons.cast(node, fact, known)
+        return slot_comparisons.cast(node, fact)
     dims = moved(node, name, fact.dims, sizes_of(fact))
     if dims is None:
         return None
@@ -80,7 +83,8 @@ def _derive(node: fx.Node, known: dict, hits: dict):
     return replace(fact, dims=dims)
 
 
-_RULES: dict[str, Callable] = {
+_Rule: TypeAlias = Callable[[fx.Node, Known, Hits], SlotFact | None]
+_RULES: dict[str, _Rule] = {
     "lt": slot_comparisons.compare,
     "le": slot_comparisons.compare,
     "gt": slot_comparisons.compare,

@@ -9,17 +9,22 @@ import sympy
 from torch import fx
 
 from tedfx.capture.products import scaled
-from tedfx.capture.routing import argument, dim_of, name_of, shape_of
-from tedfx.capture.slot_comparisons import COUNTS, number
-from tedfx.capture.slots import Bit, Mask, Place, Queue, Totals
+from tedfx.capture.routing import Dims, argument, dim_of, known_of, name_of, shape_of
+from tedfx.capture.slot_comparisons import COUNTS, Hits, Known, number
+from tedfx.capture.slots import Bit, Mask, Place, Queue, SlotFact, Totals
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operand
 from tedfx.placement.sizes import as_size
 
 
-def cumsum(node: fx.Node, known: dict, hits: dict) -> Place | None:
-    fact = known.get(node.args[0])
-    if not isinstance(fact, Mask) or len(fact.terms) != 1 or node.meta["val"].dtype not in COUNTS:
+def cumsum(node: fx.Node, known: Known, hits: Hits) -> Place | None:
+    fact = known.get(operand(node, 0))
+    if not isinstance(fact, Mask) or len(fact.terms) != 1 or VAL[node].dtype not in COUNTS:
         return None
-    term, labels = fact.terms[0], fact.dims[dim_of(node, len(fact.dims))]
+    term, dim = fact.terms[0], dim_of(node, len(fact.dims))
+    if dim is None:
+        return None
+    labels = fact.dims[dim]
     if (
         not term.exact
         or not term.hit
@@ -33,23 +38,21 @@ def cumsum(node: fx.Node, known: dict, hits: dict) -> Place | None:
     )
 
 
-def add(node: fx.Node, known: dict, hits: dict):
+def add(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
     name, (left, right) = name_of(node), node.args[:2]
     if argument(node, "alpha") != 1:
         return None
     if (
         name == "add"
-        and isinstance(known.get(right), (Place, Mask))
-        and not isinstance(known.get(left), (Place, Mask))
+        and isinstance(known_of(known, right), (Place, Mask))
+        and not isinstance(known_of(known, left), (Place, Mask))
     ):
         left, right = right, left
-    if name == "add" and isinstance(known.get(right), Place):
+    if name == "add" and isinstance(known_of(known, right), Place):
         left, right = right, left
-    fact, other, sign = (
-        known.get(left) if isinstance(left, fx.Node) else None,
-        known.get(right) if isinstance(right, fx.Node) else None,
-        1 if name == "add" else -1,
-    )
+    fact, other, sign = known_of(known, left), known_of(known, right), 1 if name == "add" else -1
+    if not isinstance(left, fx.Node):
+        return None
     if isinstance(fact, Place):
         if shape_of(node) != shape_of(left):
             return None
@@ -97,24 +100,24 @@ def add(node: fx.Node, known: dict, hits: dict):
         and fact.dims == other.dims
         and not any(t.plain for t in fact.terms + other.terms)
     ):
-        if shape_of(node) == shape_of(left) == shape_of(right):
+        if isinstance(right, fx.Node) and shape_of(node) == shape_of(left) == shape_of(right):
             return Mask(fact.dims, fact.terms + other.terms)
     return None
 
 
-def _same_dims(dims, other) -> bool:
+def _same_dims(dims: Dims, other: Dims) -> bool:
     """Whether `other` broadcasts against `dims`, labels on labels."""
-    other = ((),) * (len(dims) - len(other)) + tuple(other)
+    other = ((),) * (len(dims) - len(other)) + other
     return len(dims) == len(other) and all(not b or a == b for a, b in zip(dims, other))
 
 
-def clamp(node: fx.Node, known: dict, hits: dict) -> Place | None:
-    fact = known.get(node.args[0])
+def clamp(node: fx.Node, known: Known, hits: Hits) -> Place | None:
+    fact = known.get(operand(node, 0))
     low, high = argument(node, "min"), argument(node, "max")
     if not isinstance(fact, Place) or (low is not None and not (isinstance(low, int) and low <= fact.first)):
         return None
     if high is None:
-        return replace(fact, outside=None if fact.outside is None else max(fact.outside, low))
+        return replace(fact, outside=None if fact.outside is None or low is None else max(fact.outside, low))
     limit = number(high)
     if limit is None:
         return None
@@ -122,9 +125,9 @@ def clamp(node: fx.Node, known: dict, hits: dict) -> Place | None:
     return replace(fact, guards=fact.guards | {bit}, outside=None)
 
 
-def gather(node: fx.Node, known: dict, hits: dict) -> Place | None:
+def gather(node: fx.Node, known: Known, hits: Hits) -> Place | None:
     """Places at the ids."""
-    fact, ids = known.get(node.args[0]), hits.get(node.args[2])
+    fact, ids = known.get(operand(node, 0)), hits.get(operand(node, 2))
     if (
         not isinstance(fact, Place)
         or fact.reduced
@@ -134,7 +137,12 @@ def gather(node: fx.Node, known: dict, hits: dict) -> Place | None:
     ):
         return None
     dim = dim_of(node, len(fact.dims))
-    if fact.dims[dim] != ("e",) or len(ids.dims) != len(fact.dims) or ids.dims[dim] not in ((), ("k",)):
+    if (
+        dim is None
+        or fact.dims[dim] != ("e",)
+        or len(ids.dims) != len(fact.dims)
+        or ids.dims[dim] not in ((), ("k",))
+    ):
         return None
     if ids.dims[:dim] + ids.dims[dim + 1 :] != fact.dims[:dim] + fact.dims[dim + 1 :]:
         return None

@@ -21,12 +21,15 @@ two tokens share no slot (`shared_slot` finds none) if
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx
 
-from tedfx.capture.routing import Dims, Routing
+from tedfx.capture.routing import Dims, Routing, Sizes
+from tedfx.errors import TedfxError
+from tedfx.placement.sizes import Size
 
 __all__ = [
     "Bit",
@@ -36,6 +39,7 @@ __all__ = [
     "Place",
     "Queue",
     "Slot",
+    "SlotFact",
     "Term",
     "Total",
     "Totals",
@@ -50,8 +54,8 @@ class Total:
     """How many tokens of each expert have these guards, over `labels`. `source`: the mask that was summed."""
 
     routing: Routing
-    labels: frozenset
-    guards: frozenset
+    labels: frozenset[str]
+    guards: frozenset[Bit]
     source: Value | None = field(default=None, compare=False)
 
 
@@ -60,9 +64,9 @@ class Queue:
     """`merged`: of a mask that says whether any choice of a token is e."""
 
     routing: Routing
-    labels: frozenset
-    guards: frozenset = frozenset()
-    before: frozenset = frozenset()
+    labels: frozenset[str]
+    guards: frozenset[Bit] = frozenset()
+    before: frozenset[Total] = frozenset()
     merged: bool = False
 
 
@@ -79,9 +83,16 @@ class Bit:
     can be read (equal bits have equal values)."""
 
     queue: Queue | None = None
-    limit: Any = None
+    limit: Size | None = None
     node: fx.Node | None = None
     source: Value | None = field(default=None, compare=False)
+
+    @property
+    def value(self) -> Value:
+        """Where it can be read, as every guard of a term can; that of a place that is cut off cannot."""
+        if self.source is None:
+            raise TedfxError(f"a guard of a mask of slots is no value of the graph: {self}")
+        return self.source
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,9 @@ class Slot:
 
     queue: Queue
     first: int
-    guards: frozenset
+    guards: frozenset[Bit]
     place: Value
-    size: Any
+    size: Size
     beyond: Any = None
 
 
@@ -106,7 +117,7 @@ class Term:
     hit: bool = False
     slot: Slot | None = None
     values: tuple[Value, ...] = ()
-    guards: frozenset = frozenset()
+    guards: frozenset[Bit] = frozenset()
     exact: bool = False
     nonzero: bool = False
     merged: bool = False
@@ -115,6 +126,13 @@ class Term:
     def plain(self) -> bool:
         """A value by token, at the expert that was chosen."""
         return not self.hit and self.slot is None
+
+    @property
+    def own_slot(self) -> Slot:
+        """Its slot, of a term that has one: those of a mask of slots do."""
+        if self.slot is None:
+            raise TedfxError(f"a term of a mask of slots has no slot: {self}")
+        return self.slot
 
 
 # --- facts: what a node is ----------------------------------------------------------------------------------
@@ -134,7 +152,7 @@ class Place:
     dims: Dims
     queue: Queue
     first: int
-    guards: frozenset
+    guards: frozenset[Bit]
     outside: int | None = None
     reduced: bool = field(default=False)  # at the expert that was chosen
 
@@ -142,7 +160,7 @@ class Place:
 @dataclass(frozen=True)
 class Totals:
     dims: Dims
-    totals: frozenset
+    totals: frozenset[Total]
 
 
 @dataclass(frozen=True)
@@ -158,11 +176,14 @@ class Numbers:
     """0, 1, .. size - 1."""
 
     dims: Dims
-    size: Any
-    source: Any
+    size: Size
+    source: Any  # the node of the size, or a number
 
 
-def sizes_of(fact: Any) -> dict:
+SlotFact: TypeAlias = Mask | Place | Totals | Drop | Numbers
+
+
+def sizes_of(fact: SlotFact) -> Sizes:
     """Label -> size."""
     if isinstance(fact, Numbers):
         return {"c": fact.size}
@@ -178,14 +199,14 @@ def sizes_of(fact: Any) -> dict:
 # --- the proof ----------------------------------------------------------------------------------------------
 
 
-def shared_slot(terms: tuple[Term, ...], over: set) -> str:
+def shared_slot(terms: tuple[Term, ...], over: Set[str]) -> str:
     """Why two tokens (or choices of one) may share a slot of an expert, which sums over the token labels
     `over`; "" where none can."""
     for term in terms:
-        queue, choices = term.slot.queue, term.routing.choices > 1
+        queue, choices = term.own_slot.queue, term.routing.choices > 1
         if queue.routing is not term.routing:
             return "a token's place was counted among the tokens of another choice of experts"
-        if not term.slot.guards <= term.guards:
+        if not term.own_slot.guards <= term.guards:
             return "tokens beyond the capacity are not masked out: they share a slot"
         if choices and not (queue.merged or "k" in queue.labels):
             return "each choice counts its places from zero"
@@ -195,20 +216,21 @@ def shared_slot(terms: tuple[Term, ...], over: set) -> str:
             return "places are counted in groups of tokens, and the slots are filled from all groups"
     for i, one in enumerate(terms):
         for other in terms[i + 1 :]:
-            if one.slot.first != other.slot.first or not (_behind(one, other) or _behind(other, one)):
+            if one.own_slot.first != other.own_slot.first or not (_behind(one, other) or _behind(other, one)):
                 return "one choice of experts does not queue behind another"
     return ""
 
 
 def _behind(later: Term, earlier: Term) -> bool:
-    queue = earlier.slot.queue
+    queue = earlier.own_slot.queue
     first = {bit for bit in earlier.guards if bit.queue == queue}
-    for total in later.slot.queue.before:
+    before = later.own_slot.queue.before
+    for total in before:
         if (
             total.routing is queue.routing
             and total.labels == queue.labels
             and queue.guards <= total.guards <= queue.guards | first
         ):
-            if queue.before <= later.slot.queue.before - {total}:
+            if queue.before <= before - {total}:
                 return True
     return False

@@ -16,6 +16,7 @@ from torch import fx
 
 from tedfx.capture.batched import refuse
 from tedfx.graph.emit import emit
+from tedfx.graph.facts import VAL
 from tedfx.trace.global_graph import Trace
 
 __all__ = ["Stacks"]
@@ -31,14 +32,16 @@ class Stacks:
 
     def same(self, nodes: tuple[fx.Node, ...]) -> bool:
         """Whether these are one constant, made anew by the code of every expert."""
-        values = [self.trace.constants.get(node.name) for node in nodes]
-        return all(v is not None and v.dtype == values[0].dtype and torch.equal(v, values[0]) for v in values)
+        first, *others = (self.trace.constants.get(node.name) for node in nodes)
+        return first is not None and all(
+            other is not None and other.dtype == first.dtype and torch.equal(other, first) for other in others
+        )
 
     def stack(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
         if nodes in self.made:
             return self.made[nodes]
-        names = [self.trace.parameters.get(node.name) for node in nodes]
-        if None in names:
+        names = [name for node in nodes if (name := self.trace.parameters.get(node.name)) is not None]
+        if len(names) < len(nodes):
             what = f"experts read {', '.join(n.name for n in nodes)}, which are not all parameters"
             raise refuse(
                 what, next(iter(nodes[0].users)), "make what differs between experts a parameter of each"
@@ -53,7 +56,7 @@ class Stacks:
                     next(iter(node.users)),
                     "give every part its own parameters",
                 )
-        values = [node.meta["val"] for node in nodes]
+        values = [VAL[node] for node in nodes]
         if any(
             (v.shape, v.dtype, v.requires_grad) != (values[0].shape, values[0].dtype, values[0].requires_grad)
             for v in values[1:]
@@ -72,7 +75,7 @@ class Stacks:
                 "device": values[0].device,
                 "requires_grad": values[0].requires_grad,
             }
-            new.meta["val"] = torch.empty((len(nodes), *values[0].shape), **like)
+            VAL[new] = torch.empty((len(nodes), *values[0].shape), **like)
         self.made[nodes] = new
         if any(node.name in self.trainable for node in nodes):
             if not all(node.name in self.trainable for node in nodes):

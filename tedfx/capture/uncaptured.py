@@ -14,11 +14,15 @@ together with weights that have a dim of size E, or E alike groups of parameters
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+
 from torch import fx
 
 from tedfx.capture.masks import facts
-from tedfx.capture.routing import name_of, shape_of
+from tedfx.capture.routing import Fact, name_of, shape_of
 from tedfx.errors import user_line
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import operand
 
 __all__ = ["find_uncaptured"]
 
@@ -48,9 +52,7 @@ def find_uncaptured(graph: fx.Graph) -> list[tuple[str, str]]:
     duplicates."""
     known = facts(graph)
     chosen = {
-        fact.routing.experts
-        for fact in known.values()
-        if fact.routing is not None and fact.routing.experts > 1
+        fact.routing.experts for fact in known.values() if fact.kind != "numbers" and fact.routing.experts > 1
     }
     if not chosen:
         return []
@@ -63,7 +65,9 @@ def find_uncaptured(graph: fx.Graph) -> list[tuple[str, str]]:
     return list(found)
 
 
-def _style(node: fx.Node, chosen: set[int], known: dict, follows: set) -> str | None:
+def _style(
+    node: fx.Node, chosen: Set[int], known: Mapping[fx.Node, Fact], follows: Set[fx.Node]
+) -> str | None:
     name = name_of(node)
     if (
         name in ("where", "nonzero", "nonzero_numpy")
@@ -88,9 +92,9 @@ def _style(node: fx.Node, chosen: set[int], known: dict, follows: set) -> str | 
                 else "all experts on all tokens"
             )
     if name in ("stack", "cat") and isinstance(node.args[0], (list, tuple)) and len(node.args[0]) in chosen:
-        targets = [_computed_with(value) for value in node.args[0]]
+        targets = [found for value in node.args[0] if (found := _computed_with(value)) is not None]
         if (
-            all(targets)
+            len(targets) == len(node.args[0])
             and len({id(p) for p in targets}) == len(targets)
             and len({tuple(shape_of(p)) for p in targets}) == 1
         ):
@@ -98,17 +102,17 @@ def _style(node: fx.Node, chosen: set[int], known: dict, follows: set) -> str | 
     return None
 
 
-def _stack(node: fx.Node, chosen: set[int]) -> fx.Node | None:
+def _stack(node: fx.Node, chosen: Set[int]) -> fx.Node | None:
     """The parameter with one entry per expert that `node` is, up to layout."""
     while name_of(node) in _LAYOUT:
-        node = node.args[0]
-    if node.op != "placeholder" or not hasattr(node.meta.get("val"), "shape"):
+        node = operand(node, 0)
+    if node.op != "placeholder" or not hasattr(VAL.get(node), "shape"):
         return None
     shape = shape_of(node)
     return node if len(shape) >= 3 and any(size in chosen for size in shape[:1]) else None
 
 
-def _computed_with(value: fx.Node, depth: int = 12) -> fx.Node | None:
+def _computed_with(value: object, depth: int = 12) -> fx.Node | None:
     """The matrix of the last linear that made `value`, walking up a chain."""
     while isinstance(value, fx.Node) and depth:
         if name_of(value) in ("linear", "matmul", "mm", "addmm"):
@@ -118,7 +122,7 @@ def _computed_with(value: fx.Node, depth: int = 12) -> fx.Node | None:
     return None
 
 
-def _followers(graph: fx.Graph, start: set) -> set:
+def _followers(graph: fx.Graph, start: Set[fx.Node]) -> set[fx.Node]:
     out = set(start)
     for node in graph.nodes:
         if any(source in out for source in node.all_input_nodes):

@@ -15,8 +15,9 @@ from torch import fx
 
 from tedfx._torch import pytree
 from tedfx.capture.batched import Batch, Batched, is_pointwise, is_value, refuse
-from tedfx.capture.routing import product, shape_of
+from tedfx.capture.routing import Dims, product, shape_of
 from tedfx.capture.rules import apply_rule
+from tedfx.graph.facts import VAL
 
 __all__ = ["Weight", "weight", "weighted"]
 
@@ -42,11 +43,11 @@ class Weight:
     labels, `casts` follow it."""
 
     node: fx.Node
-    dims: tuple
+    dims: Dims
     casts: tuple[torch.dtype, ...] = ()
 
 
-def weight(like: fx.Node, dims: tuple, weight: Weight) -> Batched:
+def weight(like: fx.Node, dims: Dims, weight: Weight) -> Batched:
     """A weight per row; `dims` says which dim of `like` is the rows'."""
     at = [d for d, dim in enumerate(dims) if dim]
     span = at[-1] - at[0] + 1 if at else 1
@@ -74,7 +75,7 @@ def weighted(batch: Batch, like: fx.Node, name: str, args: tuple, kwargs: dict) 
     linear = (
         name in ("mul", "div", "neg", "dropout", "matmul", "mm")
         or name in _CASTS | _RESHAPES
-        or (name == "linear" and len(args) < 3)
+        or (name == "linear" and not args[2:])
     )
     if not linear or (args[0] is not value and name != "mul"):
         raise refuse(
@@ -90,8 +91,8 @@ def weighted(batch: Batch, like: fx.Node, name: str, args: tuple, kwargs: dict) 
 
 def _reshaped(like: fx.Node, value: Batched) -> Batched:
     shape, weight = shape_of(like), value.of
-    if is_pointwise(like) and like.meta["val"].dtype != value.like.meta["val"].dtype:
-        weight = replace(weight, casts=(*weight.casts, like.meta["val"].dtype))
+    if is_pointwise(like) and VAL[like].dtype != VAL[value.like].dtype:
+        weight = replace(weight, casts=(*weight.casts, VAL[like].dtype))
     rows = product(value.shape)
     for start in range(len(shape)):
         for stop in range(start + 1, len(shape) + 1):

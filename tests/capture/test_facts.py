@@ -182,6 +182,13 @@ def test_gates(d):
     assert fact(d, d(aten.mul.Tensor, hit, row)) is None  # one weight for many tokens
 
 
+def test_numbers_taken_apart_are_no_ids(d):
+    """`for e in torch.arange(E)`, which has no routing."""
+    one = d(operator.getitem, d(aten.unbind.int, d(aten.arange.default, E)), 1)
+    assert fact(d, one) is None
+    assert fact(d, d(aten.eq.Tensor, d.ids, one)) is None
+
+
 def test_dependence_ends_where_it_is_complete(d):
     total = d.input("x", torch.rand(N, 3))
     for e in range(E):
