@@ -17,12 +17,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tedfx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -41,7 +44,8 @@ def install_recording_hooks(model: nn.Module) -> None:
     records = lambda f: getattr(f, "__globals__", None) is vars(output_capturing)
     for module in model.modules():
         if records(inspect.unwrap(type(module).forward, stop=records)):
-            output_capturing.maybe_install_capturing_hooks(module)
+            # it asks for no more of a model than any module has
+            output_capturing.maybe_install_capturing_hooks(cast("PreTrainedModel", module))
 
 
 def tied(model) -> dict[str, str]:

@@ -20,25 +20,36 @@ __all__ = ["Capacities", "ExpertLoops", "Frontend", "HuggingFace", "default_fron
 
 
 class Frontend(Protocol):
-    name: str
-    number_inputs: tuple[str, ...]
-    """Arguments whose python numbers are data: they enter the graph as 0-dim tensors."""
-    memories: tuple[str, ...]
-    """Attributes of modules in which a library keeps that its first call has set something up; `prepare` sets
-    it up."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def number_inputs(self) -> tuple[str, ...]:
+        """Arguments whose python numbers are data: they enter the graph as 0-dim tensors."""
+        ...
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """Attributes of modules in which a library keeps that its first call has set something up; `prepare`
+        sets it up."""
+        ...
 
     def applies(self, model: torch.nn.Module) -> bool:
         """Whether this frontend knows something about `model`."""
+        ...
 
     def prepare(self, model: torch.nn.Module, notes: list[str]) -> AbstractContextManager[None]:
         """The model as it shall be traced; on exit it is as it was. Appends what a reader must know to
         `notes`."""
+        ...
 
     def reference(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """The model as its authors meant it; on exit it is as it was."""
+        ...
 
     def captured(self, model: torch.nn.Module) -> list[str]:
         """Names of the modules that `prepare` makes tedfx's own operators."""
+        ...
 
 
 def default_frontends() -> tuple[Frontend, ...]:

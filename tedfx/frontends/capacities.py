@@ -23,6 +23,7 @@ import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -141,5 +142,6 @@ class _OneHot(TorchFunctionMode):
         if function is F.one_hot:
             ids, classes = (*args, *kwargs.values())[:2] if len(args) + len(kwargs) > 1 else (args[0], -1)
             if isinstance(classes, torch.SymInt):
-                return (ids.unsqueeze(-1) == torch.arange(classes, device=ids.device)).to(torch.int64)
+                count = cast(int, classes)  # torch's types take no size there
+                return (ids.unsqueeze(-1) == torch.arange(count, device=ids.device)).to(torch.int64)
         return function(*args, **kwargs)

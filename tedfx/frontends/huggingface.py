@@ -23,14 +23,17 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tedfx._transformers import RECORDING, install_recording_hooks
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.ops import experts as ops
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = ["HuggingFace"]
 
@@ -38,11 +41,31 @@ IMPLEMENTATION = "tedfx"
 # These releases change the routing tensors in place inside an experts function, so that what a traced model
 # computes differs from what its authors meant.
 BROKEN = ((5, 8, 0), (5, 10, 0))
+Registry = MutableMapping[str, Any]  # experts functions by name
+
+
+class Experts(Protocol):
+    """What an experts module is asked for: its parameters, its activation, and the layout flags that the
+    library's decorator sets. The module has `gate_up_proj` or `up_proj`, and the biases and the norm that it
+    says it has."""
+
+    num_experts: int
+    is_transposed: bool
+    has_gate: bool
+    has_bias: bool
+    down_proj: Tensor
+    down_proj_bias: Tensor
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+    def act_fn(self, up: Tensor) -> Tensor: ...
+
+    def post_expert_norm(self, rows: Tensor) -> Tensor: ...
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+    self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """The registered experts function. `self` is the experts module; its layout flags come from its
     decorator."""
     transposed = self.is_transposed
@@ -96,14 +119,14 @@ class HuggingFace:
                 if vars(config).get("use_cache"):
                     config.use_cache = False
             for module, _ in _experts(model).values():
-                module.config._experts_implementation = "eager"
+                _implement(module, "eager")
             yield
 
     def captured(self, model: nn.Module) -> list[str]:
         return list(_experts(model))
 
 
-def _configs(model: nn.Module) -> Iterator[object]:
+def _configs(model: nn.Module) -> Iterator[PretrainedConfig]:
     """Every distinct config object that the model or a part of it holds, sub-configs included."""
     from transformers import PretrainedConfig
 
@@ -117,9 +140,9 @@ def _configs(model: nn.Module) -> Iterator[object]:
             todo.extend(vars(config).values())
 
 
-def _experts(model: nn.Module) -> dict[str, tuple[nn.Module, object]]:
+def _experts(model: nn.Module) -> dict[str, tuple[nn.Module, Registry]]:
     """Experts modules that look their forward up in a registry, by name, each with its registry."""
-    found = {}
+    found: dict[str, tuple[nn.Module, Registry]] = {}
     for name, module in model.named_modules():
         forward = inspect.unwrap(type(module).forward, stop=_looks_up)
         if _looks_up(forward):
@@ -127,7 +150,12 @@ def _experts(model: nn.Module) -> dict[str, tuple[nn.Module, object]]:
     return found
 
 
-def _looks_up(function) -> bool:
+def _implement(module: nn.Module, name: str) -> None:
+    """Experts look their forward up under this name, which their config holds."""
+    setattr(module.config, "_experts_implementation", name)
+
+
+def _looks_up(function: object) -> bool:
     code = getattr(function, "__code__", None)
     return code is not None and "experts_interface" in code.co_freevars
 
@@ -165,7 +193,7 @@ def _recording(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _registered(experts: dict[str, tuple[nn.Module, object]]) -> Iterator[None]:
+def _registered(experts: dict[str, tuple[nn.Module, Registry]]) -> Iterator[None]:
     for name, (module, _) in experts.items():
         if vars(module).get("_is_expert_parallel"):
             raise ConfigError(
@@ -183,7 +211,7 @@ def _registered(experts: dict[str, tuple[nn.Module, object]]) -> Iterator[None]:
         registry[IMPLEMENTATION] = experts_forward
     try:
         for module, _ in experts.values():
-            module.config._experts_implementation = IMPLEMENTATION
+            _implement(module, IMPLEMENTATION)
         yield
     finally:
         for registry in registries:

@@ -27,6 +27,7 @@ data; `len()` of rows used otherwise than as an emptiness test, since python's `
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -56,7 +57,7 @@ _SEARCHES = {
     torch.unique,
     T.unique,
 }
-_SIZES = {T.numel, T.nelement, T.size, T.shape.__get__, torch.numel}
+_SIZES = {T.numel, T.nelement, T.size, inspect.getattr_static(T, "shape").__get__, torch.numel}
 _ANY = {torch.any, T.any}
 _COUNTS = {torch.sum, T.sum, torch.count_nonzero, T.count_nonzero, torch.bincount, T.bincount}
 # What is known of a count that is positive, compared with a number.
@@ -108,10 +109,11 @@ class _NotEmpty(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        first = args[0] if args and isinstance(args[0], T) else None
+        first = args[0] if args else kwargs.get("input")
+        first = first if isinstance(first, T) else None
         known = self.known.get(id(first)) if first is not None else None
         whole = function in (T.__iter__, T.tolist, T.__len__) or (
-            function in (T.unbind, torch.unbind) and (*args[1:], *kwargs.values(), 0)[0] == 0
+            function in (T.unbind, torch.unbind) and (args[1] if len(args) > 1 else kwargs.get("dim", 0)) == 0
         )
         if whole and first is not None and first.dim() and _symbols(first.shape[0]) & self.rows:
             if function is T.__len__ and self._asked():
@@ -155,7 +157,7 @@ class _NotEmpty(TorchFunctionMode):
             if known[1] is not None:
                 return known[1]
             _torch.check(out > 0, "an expert without tokens was not expected here")
-        if function is T.__getitem__ and known is not None:
+        if function is T.__getitem__ and isinstance(out, T) and known is not None:
             self.known[id(out)] = (out, known[1])
         return out
 
@@ -164,7 +166,9 @@ class _NotEmpty(TorchFunctionMode):
         name = getattr(function, "__name__", "").strip("_")
         if function in _ANY:
             self.known[id(out)] = (out, True)
-        elif function in _COUNTS and (first.dtype == torch.bool or name in ("bincount", "count_nonzero")):
+        elif function in _COUNTS and (
+            (first is not None and first.dtype == torch.bool) or name in ("bincount", "count_nonzero")
+        ):
             self.known[id(out)] = (out, None)
         elif known is None:
             return
@@ -196,5 +200,5 @@ class _NotEmpty(TorchFunctionMode):
         return True
 
 
-def _symbols(size) -> set:
+def _symbols(size: object) -> set:
     return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()

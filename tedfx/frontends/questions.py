@@ -103,8 +103,9 @@ def tests_of(frame: FrameType) -> list[tuple[ast.If | ast.IfExp, list[ast.expr]]
     found: list[tuple[ast.If | ast.IfExp, list[ast.expr]]] = []
     for test in ast.walk(top):
         if isinstance(test, (ast.If, ast.IfExp)):
-            where = [n for n in ast.walk(test.test) if isinstance(n, ast.Name) and n.id in names]
-            found += [(test, [*where])] if where else []
+            walk = ast.walk(test.test)
+            where: list[ast.expr] = [n for n in walk if isinstance(n, ast.Name) and n.id in names]
+            found += [(test, where)] if where else []
     return found
 
 

@@ -32,6 +32,8 @@ from tedfx._torch import (
     symbolic_tensor,
 )
 from tedfx.errors import TedfxError, TraceError, user_line
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import argument
 from tedfx.ops.function import Kept, kept_of
 from tedfx.placement.sizes import Symbol, as_size
 from tedfx.trace.body_watch import Watch
@@ -72,7 +74,9 @@ def bodies_of(node: fx.Node) -> list[Body]:
     one per set of outputs that may get a cotangent, where the Function wants to be told
     of those that get none (`set_materialize_grads(False)`). TraceError for what it must not do."""
     kept = kept_of(node.target)
-    values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+    if kept is None:
+        raise TedfxError(f"{node.name} calls no Function of the user's own | at {user_line(node)}")
+    values = [VAL[a] if isinstance(a, fx.Node) else a for a in node.args]
     numbers: dict[Any, int] = {}
 
     def same(size: Any) -> int:
@@ -84,7 +88,7 @@ def bodies_of(node: fx.Node) -> list[Body]:
     used = (
         (0,)
         if kept.single
-        else tuple(sorted({user.args[1] for user in node.users if user.target is operator.getitem}))
+        else tuple(sorted({argument(user, 1) for user in node.users if user.target is operator.getitem}))
     )
     key = (kinds, used)
     if key not in kept.studied:
@@ -169,6 +173,7 @@ def _attempt(kept: Kept, values: list, sizes: list, used: tuple[int, ...], line:
         for v, s in zip(values, sizes)
     ]
     tensors = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
+    originals = [x for x in given if isinstance(x, Tensor)]
 
     def forward(operands):
         inside = [x.detach().requires_grad_(learns) for x, learns in zip(operands, kept.learns)]
@@ -181,8 +186,8 @@ def _attempt(kept: Kept, values: list, sizes: list, used: tuple[int, ...], line:
     watch = Watch(kept, line)
     # The dispatcher: see `tedfx.passes.base.evaluate`.
     with mode, enable_python_dispatcher(), torch.enable_grad(), _materializing() as asked:
-        with watch.over([given[i] for i in tensors]):
-            outs = forward([given[i] for i in tensors])[1]
+        with watch.over(originals):
+            outs = forward(originals)[1]
         backward = [k for k, out in enumerate(outs) if k in used and out.requires_grad]
         seeds = [torch.empty_like(outs[k].detach()) for k in backward]
 
@@ -200,10 +205,10 @@ def _attempt(kept: Kept, values: list, sizes: list, used: tuple[int, ...], line:
             return [*out, *gradients]
 
         watch.part = "forward"
-        with watch.over([*(given[i] for i in tensors), *seeds]):
-            traced = make_fx(joint)(*(given[i] for i in tensors), *seeds)
+        with watch.over([*originals, *seeds]):
+            traced = make_fx(joint)(*originals, *seeds)
     placeholders = list(traced.graph.find_nodes(op="placeholder"))
-    results = list(traced.graph.find_nodes(op="output")[0].args[0])
+    results = list(argument(traced.graph.output_node(), 0))
     return Body(
         traced.graph,
         placeholders[: len(tensors)],
@@ -220,9 +225,9 @@ def _materializing() -> Iterator[list]:
     """A list that has something in it when a Function asked for None instead of zeros."""
     asked, before = [], FunctionCtx.set_materialize_grads
 
-    def set_materialize_grads(ctx, value):
+    def set_materialize_grads(self: FunctionCtx, value: bool) -> None:
         asked.extend([] if value else [True])
-        before(ctx, value)
+        before(self, value)
 
     FunctionCtx.set_materialize_grads = set_materialize_grads
     try:

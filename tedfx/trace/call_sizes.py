@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from tedfx.errors import CallError
+from tedfx.graph.facts import VAL
 from tedfx.graph.signature import Path, show
+from tedfx.placement.sizes import as_size, symbols_of
 
 REMEDY = "pass inputs of these sizes as example_inputs of parallelize"
 
 
-def _expression(size: Any) -> sympy.Basic:
+def _expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
@@ -31,7 +33,7 @@ class SizeCheck:
     def __init__(self, trace, ranks: int = 1):
         placeholders = {n.name: n for n in trace.graph_module.graph.find_nodes(op="placeholder")}
         self.inputs = {
-            path: [_expression(s) for s in placeholders[name].meta["val"].shape]
+            path: [_expression(s) for s in VAL[placeholders[name]].shape]
             for name, path in trace.inputs.items()
         }
         self.bounds, self.conditions, self.ranks = trace.bounds, trace.conditions, ranks
@@ -71,14 +73,14 @@ class SizeCheck:
                 where = f"dim {dim} of {show(path)}"
                 whole = here * self.ranks if self.batch in expr.free_symbols else here
                 said = f"{here} on each of {self.ranks} ranks, {whole} in all" if whole != here else str(here)
-                unknown = [s for s in expr.free_symbols if s not in found]
+                unknown = [s for s in symbols_of(expr) if s not in found]
                 if len(unknown) == 1:
                     known = expr.subs({s: size for s, (size, _) in found.items()})
                     size = self._solve(known, unknown[0], whole, f"{where} is {said}")
                     found[unknown[0]] = (size, f"dim {dim} of {show(path)}")
                     self._bounded(unknown[0], size, known, f"{where} is {said}")
                 elif not unknown:
-                    expected = int(expr.subs({s: size for s, (size, _) in found.items()}))
+                    expected = int(as_size(expr.subs({s: size for s, (size, _) in found.items()})))
                     if expected != whole:
                         mine = expected // self.ranks if whole != here else expected
                         raise CallError(f"{where} is {here}; expected {mine}{self._why(expr, found)}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from tedfx.errors import CallError, user_line
+from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import short_name
 from tedfx.graph.signature import Path, show
 
@@ -96,17 +97,17 @@ def ranges(trace: Any) -> list[Range]:
     found: dict[tuple, Range] = {}
     for node in trace.graph_module.graph.find_nodes(op="call_function", target=aten.embedding.default):
         table, index = node.args[:2]
-        rows = table.meta["val"].shape[0]
+        rows = VAL[table].shape[0]
         if isinstance(rows, int):
             name = f" ({names[table.name]})" if table.name in names else ""
             _add(found, trace, node, index, rows, None, f"the embedding table of {rows} rows{name}")
     for target in (aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default):
         for node in trace.graph_module.graph.find_nodes(op="call_function", target=target):
             scores, labels = node.args[:2]
-            shape = scores.meta["val"].shape
+            shape = VAL[scores].shape
             classes = shape[min(1, len(shape) - 1)]
             ignored = node.args[4] if len(node.args) > 4 else node.kwargs.get("ignore_index", -100)
-            if isinstance(classes, int) and not labels.meta["val"].dtype.is_floating_point:
+            if isinstance(classes, int) and not VAL[labels].dtype.is_floating_point:
                 _add(found, trace, node, labels, classes, ignored, f"the cross-entropy's {classes} classes")
     return list(found.values())
 
@@ -128,9 +129,7 @@ def _add(
     sizes_of = {n for n in ancestors if n.op == "call_function" and short_name(n) == "sym_size"}
     data = [n for n in leaves if any(u in before and u not in sizes_of for u in n.users) or n is index]
     computed = [
-        n
-        for n in ancestors
-        if n.op == "call_function" and isinstance(n.meta.get("val"), (Tensor, list, tuple))
+        n for n in ancestors if n.op == "call_function" and isinstance(VAL.get(n), (Tensor, list, tuple))
     ]
     batch = trace.sizes.get("batch")
     if len(data) == 1 and all(short_name(n) in _MOVES or short_name(n) == "getitem" for n in computed):
@@ -154,7 +153,7 @@ def _add(
 
 
 def _mentions(node: fx.Node, batch: sympy.Symbol | None) -> bool:
-    value = node.meta.get("val")
+    value = VAL.get(node)
     return (
         batch is not None
         and isinstance(value, Tensor)

@@ -33,6 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tedfx._torch import TorchDispatchMode, hint, is_view, pytree, scratch_mode
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import function, operator_of
 from tedfx.ops.autocast import Autocast, region
 
 aten = torch.ops.aten
@@ -93,7 +95,7 @@ class Change:
             return False
 
         def cast(operand: fx.Node, dtype: torch.dtype) -> fx.Node:
-            weight = self.whole and operand.op == "placeholder" and operand.meta["val"].requires_grad
+            weight = self.whole and operand.op == "placeholder" and VAL[operand].requires_grad
             if weight and (operand, dtype) in weights:
                 return weights[operand, dtype]
             made = emit(node.graph, aten.to.dtype, (operand, dtype), like=node)
@@ -111,7 +113,7 @@ class Change:
 def _values(node: fx.Node) -> list[Any]:
     """The leaves of a node's arguments, nodes as their fake values."""
     return [
-        leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
+        VAL.get(leaf) if isinstance(leaf, fx.Node) else leaf
         for leaf in pytree.tree_leaves((node.args, node.kwargs))
     ]
 
@@ -142,9 +144,8 @@ def _observe(node: fx.Node, setting: Autocast) -> Change:
         for i, value in enumerate(_values(node))
         if _is_float(value) and value.dtype not in (setting.dtype, torch.float64)
     )
-    takes_dtype = (
-        any(a.name == "dtype" for a in node.target._schema.arguments) and node.kwargs.get("dtype") is None
-    )
+    schema = operator_of(node)._schema
+    takes_dtype = any(a.name == "dtype" for a in schema.arguments) and node.kwargs.get("dtype") is None
     for change in (
         Change(),
         Change(casts),
@@ -152,7 +153,7 @@ def _observe(node: fx.Node, setting: Autocast) -> Change:
         Change(lowered, whole=False),
     ):
         if (again := _attempt(node, change)) is not None and (again.rest, again.out) == (seen.rest, seen.out):
-            if change.casts and node.target._schema.is_mutable:
+            if change.casts and schema.is_mutable:
                 break  # a cast of what it writes to would take the write
             return change
     raise TraceError(
@@ -186,7 +187,7 @@ def _run(node: fx.Node, change: Change, setting: Autocast | None) -> "_Seen":
         args, kwargs = pytree.tree_unflatten(change.leaves(given, lambda x, dtype: x.to(dtype)), spec)
         seen = _Seen(given)
         with region(setting, device_type), seen:
-            out = node.target(*args, **change.keywords(kwargs))
+            out = function(node)(*args, **change.keywords(kwargs))
     seen.out = tuple(x.dtype for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
     return seen
 
@@ -236,7 +237,7 @@ class _Seen(TorchDispatchMode):
         )
         if func is aten._to_copy.default:
             if not self.rest:
-                self.casts.update(dict.fromkeys(self._positions.get(id(args[0]), ()), out.dtype))
+                self.casts.update((i, out.dtype) for i in self._positions.get(id(args[0]), ()))
         elif made and not is_view(func):
             self.rest.append((func, given, made))
         return out

@@ -106,8 +106,14 @@ def _items(value: dict) -> dict:
     return dict(dict.items(value))
 
 
+def base_of(value: dict) -> type[dict]:
+    """The class whose methods write to a dict as it holds its entries, whatever its own class makes of
+    them."""
+    return collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+
+
 def _set_items(value: dict, saved: dict) -> None:
-    base = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+    base = base_of(value)
     now = _items(value)
     for key in now:
         if key not in saved:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,10 +14,12 @@ from torch import nn
 from tedfx._torch import with_values
 from tedfx.errors import is_installed, is_machinery
 
+# What it is called, its state, how to set that.
+_Generator: TypeAlias = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
-def _generators(model: nn.Module) -> list[tuple[str, Callable[[], Any], Callable[[Any], None]]]:
-    """(what it is called, its state, how to set that) of each."""
-    found = [("Python's random", random.getstate, random.setstate)]
+
+def _generators(model: nn.Module) -> list[_Generator]:
+    found: list[_Generator] = [("Python's random", random.getstate, random.setstate)]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         found.append(

@@ -228,6 +228,7 @@ def _suggested(message: str, free: dict[str, Any]) -> dict[str, Any]:
     if lines:
         shapes = {name: {0: dim} for name, dim in free.items()}
         refined = refine_dynamic_shapes_from_suggested_fixes("Suggested fixes:\n" + "\n".join(lines), shapes)
+        assert isinstance(refined, dict), refined  # as the shapes were given
         return {n: refined[n][0] for n in free if repr(refined[n][0]) != repr(free[n])}
     # A test on a small size (`s - 1 != 1`) comes without a suggestion: ask for more than such tests look at,
     # then fix the size.

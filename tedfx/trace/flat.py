@@ -14,7 +14,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit, evaluate
-from tedfx.placement.sizes import symbol_of
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import argument, function
+from tedfx.placement.sizes import Symbol, symbol_of
 from tedfx.trace.calls import Subject, leaves_with_path
 from tedfx.trace.casts import explicit_casts
 from tedfx.trace.functions import keep_calls
@@ -42,7 +44,7 @@ def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping
     inline_regions(graph_module)
     lowered = keep_calls(graph)
     conditions = _conditions(
-        graph, {s for n in graph.find_nodes(op="placeholder") for s in _free_symbols(n.meta.get("val"))}
+        graph, {s for n in graph.find_nodes(op="placeholder") for s in _free_symbols(VAL.get(n))}
     )
     static += [f"the model only accepts sizes with {c}" for c in conditions]
     _count_into_fixed_bins(graph)
@@ -61,7 +63,10 @@ def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping
     graph_module.recompile()
 
     extents = _extents(roles)
-    symbols = {name: symbol_of(size) for name, size in extents.items()}
+    symbols = {name: symbol for name, (_, symbol) in extents.items()}
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    if in_spec is None or out_spec is None:
+        raise TraceError("torch.export did not say how the inputs and outputs of the model are flattened")
     return Trace(
         graph_module=graph_module,
         parameters=state.parameters,
@@ -69,12 +74,12 @@ def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping
         buffers=state.buffers,
         constants=state.constants,
         inputs=inputs,
-        in_spec=exported.call_spec.in_spec,
-        out_spec=exported.call_spec.out_spec,
+        in_spec=in_spec,
+        out_spec=out_spec,
         training=subject.model.training,
         signature=subject.signature,
         sizes=symbols,
-        extents={name: size.node.expr for name, size in extents.items()},
+        extents={name: size.node.expr for name, (size, _) in extents.items()},
         bounds={symbol: _bounds(free.get(name)) for name, symbol in symbols.items()},
         static=static,
         notes=subject.notes,
@@ -113,7 +118,10 @@ class _State:
                 owner[fqn] = node
                 (self.parameters if spec.kind is InputKind.PARAMETER else self.buffers)[name] = fqn
             elif spec.kind is InputKind.CONSTANT_TENSOR:
-                self.constants[name] = exported.constants[str(spec.target)]
+                constant = exported.constants[str(spec.target)]
+                if not isinstance(constant, torch.Tensor):
+                    raise TraceError(f"constant {name} is a {type(constant).__name__}, which is no tensor")
+                self.constants[name] = constant
             else:
                 where = user_line(next(iter(node.users), node))
                 raise TraceError(
@@ -151,14 +159,15 @@ def _inputs(graph: fx.Graph, user: Sequence[fx.Node], subject: Subject):
     return inputs, values, roles_of
 
 
-def _extents(roles_of: Mapping[fx.Node, Mapping[int, str]]) -> dict[str, torch.SymInt]:
-    """The sizes that are free, by name."""
-    found = {}
+def _extents(roles_of: Mapping[fx.Node, Mapping[int, str]]) -> dict[str, tuple[torch.SymInt, Symbol]]:
+    """The sizes that are free, by name, each with its symbol."""
+    found: dict[str, tuple[torch.SymInt, Symbol]] = {}
     for node, roles in roles_of.items():
         for dim, name in roles.items():
-            size = node.meta["val"].shape[dim]
-            if isinstance(size, torch.SymInt) and symbol_of(size) is not None:
-                found[name] = size
+            size = VAL[node].shape[dim]
+            symbol = symbol_of(size) if isinstance(size, torch.SymInt) else None
+            if symbol is not None:
+                found[name] = size, symbol
     return found
 
 
@@ -195,7 +204,7 @@ def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
     == 8 s`)."""
     found: dict[sympy.Basic, None] = {}
     for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
-        val = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+        val = VAL.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         expr = val.node.expr if isinstance(val, torch.SymBool) else None
         if isinstance(expr, sympy.Basic) and expr.free_symbols and expr.free_symbols <= of:
             symbols = sorted(expr.free_symbols, key=str)
@@ -207,10 +216,7 @@ def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
 
 def _bins(node: fx.Node) -> tuple[Any, int]:
     """(weights, minlength) of a bincount."""
-    return tuple(
-        node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
-        for i, name, default in ((1, "weights", None), (2, "minlength", 0))
-    )
+    return argument(node, 1, "weights"), argument(node, 2, "minlength", 0)
 
 
 def _count_into_fixed_bins(graph: fx.Graph) -> None:
@@ -218,14 +224,18 @@ def _count_into_fixed_bins(graph: fx.Graph) -> None:
     histogram of E bins."""
     asserted = {}
     for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
-        val = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+        val = VAL.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         expr = val.node.expr if isinstance(val, torch.SymBool) else None
-        if isinstance(expr, sympy.Eq) and expr.lhs.is_Symbol and expr.rhs.is_Integer:
+        if (
+            isinstance(expr, sympy.Eq)
+            and isinstance(expr.lhs, sympy.Symbol)
+            and isinstance(expr.rhs, sympy.Integer)
+        ):
             asserted[expr.lhs] = int(expr.rhs)
     stale: set[fx.Node] = set()  # their fake values still have the size that is data
     for node in list(graph.nodes):
         weights, bins = _bins(node) if node.target is aten.bincount.default else (None, 0)
-        if bins and weights is None and asserted.get(node.meta["val"].shape[0].node.expr) == bins:
+        if bins and weights is None and asserted.get(VAL[node].shape[0].node.expr) == bins:
             with graph.inserting_before(node):
                 exact = emit(graph, aten.to.dtype, (node.args[0], torch.float64), like=node)
                 counts = emit(graph, aten.histc.default, (exact, bins, 0, bins), like=node)
@@ -233,5 +243,5 @@ def _count_into_fixed_bins(graph: fx.Graph) -> None:
             node.replace_all_uses_with(counts)
             stale.update(counts.users)
         elif node in stale and node.op == "call_function" and node.target not in _ASSERTIONS:
-            node.meta["val"] = evaluate(graph, node.target, node.args, node.kwargs)
+            VAL[node] = evaluate(graph, function(node), node.args, node.kwargs)
             stale.update(node.users)

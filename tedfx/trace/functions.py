@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from tedfx._torch import every_apply, no_torch_function, pytree, recording
 from tedfx.errors import TedfxError, TraceError, line_of_definition, user_line
 from tedfx.graph.emit import emit
+from tedfx.graph.facts import VAL
 from tedfx.ops.autocast import Autocast
 from tedfx.ops.function import SIZE, TENSOR, Kept, operator_of
 from tedfx.trace.bodies import bodies_of
@@ -160,8 +161,7 @@ def keep_calls(graph: fx.Graph) -> frozenset[torch.dtype]:
         graph.erase_node(node)
         bodies_of(new)
         if kept.autocast is not None and any(
-            isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point()
-            for n in new.all_input_nodes
+            isinstance(VAL.get(n), Tensor) and VAL[n].is_floating_point() for n in new.all_input_nodes
         ):
             lowered.add(kept.autocast.dtype)
     return frozenset(lowered)

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from tedfx._torch import pytree
 from tedfx.errors import TraceError
+from tedfx.graph.facts import VAL
 from tedfx.ops.autocast import Autocast
 from tedfx.trace.call_check import SizeCheck
 from tedfx.trace.calls import bind, leaves_with_path, shown
@@ -83,11 +84,7 @@ class Trace:
     def frozen(self) -> set[str]:
         """Names of the parameters that took no gradient when this was traced, single ones."""
         nodes = {n.name: n for n in self.graph_module.graph.find_nodes(op="placeholder")}
-        return {
-            name
-            for p, name in self.parameters.items()
-            if p in nodes and not nodes[p].meta["val"].requires_grad
-        }
+        return {name for p, name in self.parameters.items() if p in nodes and not VAL[nodes[p]].requires_grad}
 
     def flatten(self, args: tuple = (), kwargs: dict[str, Any] | None = None) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the input placeholders; a call unlike the traced one is

@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -38,6 +38,9 @@ class Change:
     put: Callable[[], None] = lambda: None
 
 
+_Todo: TypeAlias = collections.deque[tuple[str, Any]]  # (path, value) of what is still to be looked at
+
+
 class Snapshot:
     """What `model` holds now."""
 
@@ -45,7 +48,7 @@ class Snapshot:
         self._cells: list[Cell] = []
         self._seen: dict[int, Any] = {}
         self.complete = True
-        todo: collections.deque = collections.deque()
+        todo: _Todo = collections.deque()
         for name, module in model.named_modules():
             self._module(name, module, todo)
         for named in named_outside(model):
@@ -58,7 +61,7 @@ class Snapshot:
 
     # ---- taking it -----------------------------------------------------------------------------------------
 
-    def _module(self, name: str, module: nn.Module, todo: collections.deque) -> None:
+    def _module(self, name: str, module: nn.Module, todo: _Todo) -> None:
         table = vars(module)
         if id(table) not in self._seen:
             self._seen[id(table)] = table
@@ -66,11 +69,11 @@ class Snapshot:
             self._cells.append(cell)
             todo.extend((cell.shown(key), value) for key, value in cell.saved.items())
 
-    def _named(self, named: Named, todo: collections.deque) -> None:
+    def _named(self, named: Named, todo: _Todo) -> None:
         self._cells.append(Cell("", named.read(), named.read, named.write, str))
         todo.extend(self._cells[-1].saved.items())
 
-    def _visit(self, path: str, value: Any, todo: collections.deque) -> None:
+    def _visit(self, path: str, value: Any, todo: _Todo) -> None:
         if is_scalar(value) or isinstance(value, (OPAQUE, nn.Module)) or id(value) in self._seen:
             return
         if isinstance(value, (nn.Parameter, nn.Buffer)):

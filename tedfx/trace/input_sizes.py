@@ -10,7 +10,7 @@ readings trace alike, the example is refused.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +51,7 @@ def reference(call: Mapping[str, Any]) -> Tensor:
 
 
 def plan_sizes(
-    call: Mapping[str, Any], taken: set[int] = frozenset(), reading: frozenset[int] = frozenset()
+    call: Mapping[str, Any], taken: Set[int] = frozenset(), reading: frozenset[int] = frozenset()
 ) -> tuple[dict[str, tuple[int, int]], list[Roles | None], list[str]]:
     """The free sizes, {"batch": (given, traced), ...}; per leaf of the call its roles, None where it is no
     tensor; and a line per size that the example fixes.
@@ -61,7 +61,8 @@ def plan_sizes(
     that `settle` reads as having no batch dim although their size is that of the batch.
     """
     lead = reference(call)
-    given, lines = dict(zip(("batch", "sequence"), lead.shape)), []
+    given: dict[str, int] = dict(zip(("batch", "sequence"), lead.shape))
+    lines: list[str] = []
     for name in [n for n, size in given.items() if size == 1]:
         lines.append(f"{name} = 1: the example input has size 1 there; trace with more to leave it free")
         del given[name]
@@ -132,8 +133,8 @@ def settle(call: Mapping[str, Any], names: Sequence[str], trace: Callable[[froze
         if failed:
             raise failed
         return natural
-    found = [] if natural is None else [(frozenset(), natural)]
-    several = (
+    found: list[tuple[frozenset[int], Any]] = [] if natural is None else [(frozenset(), natural)]
+    several: list[frozenset[int]] = (
         [frozenset({i}) for i in rows]
         if whole
         else [frozenset(s) for n in (1, 2, 3) for s in itertools.combinations(open_[:3], n)]
@@ -143,7 +144,7 @@ def settle(call: Mapping[str, Any], names: Sequence[str], trace: Callable[[froze
             found.append((reading, trace(reading)))
         except TraceError:
             pass  # not what is meant; the natural reading's error is raised where none is
-    if not found:
+    if failed and not found:
         raise failed
     most = max(len(t.sizes) for _, t in found)
     best = [(reading, t) for reading, t in found if len(t.sizes) == most]

@@ -22,8 +22,8 @@ The model is as it was, also when it is refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ from tedfx.trace.held import Change, Snapshot
 from tedfx.trace.named import MISSING
 from tedfx.trace.reads import Place, Reads, observed
 from tedfx.trace.values import is_scalar
+
+T = TypeVar("T")
 
 
 class Observation:
@@ -170,23 +172,13 @@ class _Tables:
         """Refuse what is no new value of a buffer."""
         self._assigned = []
         for name, module, parameters, buffers, modules in self._modules:
-            at = lambda key: f"{name}.{key}" if name else key  # noqa: B023, E731
-            for kind, old, now in (
-                ("parameter", parameters, module._parameters),
-                ("submodule", modules, module._modules),
-                ("buffer", buffers, module._buffers),
-            ):
-                for key in dict.fromkeys((*old, *now)):
-                    if old.get(key) is now.get(key):
-                        continue
-                    path = at(key)
-                    if kind == "submodule" or key not in old or key not in now or kind == "parameter":
-                        what = "registers" if key not in old else "removes" if key not in now else "replaces"
-                        raise TraceError(
-                            f"forward {what} the {kind} {path} | {kind} {path} | do it before "
-                            "parallelize; values of parameters and buffers change in place"
-                        )
-                    self._new_value(path, old[key], now[key])
+            prefix = f"{name}." if name else ""
+            _same(prefix, "parameter", parameters, module._parameters)
+            _same(prefix, "submodule", modules, module._modules)
+            for key in _differing(buffers, module._buffers):
+                if key not in buffers or key not in module._buffers:
+                    raise _changed(prefix + key, "buffer", buffers, module._buffers)
+                self._new_value(prefix + key, buffers[key], module._buffers[key])
 
     def _new_value(self, path: str, old: torch.Tensor | None, new: torch.Tensor | None) -> None:
         if old is None or new is None:
@@ -226,14 +218,34 @@ class _Tables:
     def restore(self) -> None:
         self.put_hooks([saved for _, saved in self._hooks])
         for _, module, parameters, buffers, modules in self._modules:
-            for table, saved in (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-                (module._modules, modules),
-            ):
-                if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):
-                    table.clear()
-                    table.update(saved)
+            _put_back(module._parameters, parameters)
+            _put_back(module._buffers, buffers)
+            _put_back(module._modules, modules)
+
+
+def _differing(old: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    return [key for key in dict.fromkeys((*old, *now)) if old.get(key) is not now.get(key)]
+
+
+def _same(prefix: str, kind: str, old: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Refuse any difference."""
+    for key in _differing(old, now):
+        raise _changed(prefix + key, kind, old, now)
+
+
+def _changed(path: str, kind: str, old: Mapping[str, object], now: Mapping[str, object]) -> TraceError:
+    key = path.rpartition(".")[2]
+    what = "registers" if key not in old else "removes" if key not in now else "replaces"
+    return TraceError(
+        f"forward {what} the {kind} {path} | {kind} {path} | do it before "
+        "parallelize; values of parameters and buffers change in place"
+    )
+
+
+def _put_back(table: dict[str, T], saved: Mapping[str, T]) -> None:
+    if list(table) != list(saved) or any(table[k] is not saved[k] for k in saved):
+        table.clear()
+        table.update(saved)
 
 
 def _kind(x: torch.Tensor) -> str:

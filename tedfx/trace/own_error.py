@@ -35,14 +35,14 @@ def own_error(
         for frontend in frontends:
             stack.enter_context(frontend.reference(model))
         stack.enter_context(untouched(model, lambda dtype: dtype, {id(p) for p in model.parameters()}))
-        if meta:
+        if mode is not None:
             device = torch.device("cpu")
             stack.enter_context(fakes(mode))
         stack.enter_context(torch.random.fork_rng(on_gpu(device)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(region(around, device.type))
         place = lambda x: (
-            (mode.from_tensor(x) if meta else x.detach().to(device, copy=True))
+            (mode.from_tensor(x) if mode is not None else x.detach().to(device, copy=True))
             if isinstance(x, torch.Tensor)
             else x
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class Reads:
 
     def _patch(self, cls: type, module: bool = False) -> None:
         """Report what is read of the instances of a class."""
-        original, own = cls.__getattribute__, vars(cls).get("__getattribute__")
+        original: Callable[[Any, str], Any] = getattr(cls, "__getattribute__")  # unbound, as of any class
+        own = vars(cls).get("__getattribute__")
         table_of, see, kinds = object.__getattribute__, self._see, self._kinds
 
         def get(this, name):
@@ -66,7 +67,7 @@ class Reads:
                     self._patch(kind)
             return value
 
-        cls.__getattribute__ = get
+        setattr(cls, "__getattribute__", get)
         self._patched.append((cls, own))
 
     @contextlib.contextmanager
@@ -95,7 +96,7 @@ class Reads:
             set_attribute(this, name, value)
 
         self._patch(nn.Module)
-        nn.Module.__setattr__ = write
+        setattr(nn.Module, "__setattr__", write)
         try:
             yield
         finally:
@@ -105,7 +106,7 @@ class Reads:
                 if own is None:
                     del cls.__getattribute__
                 else:
-                    cls.__getattribute__ = own
+                    setattr(cls, "__getattribute__", own)
 
     def stash(self, table: int, name: str) -> bool | None:
         """Of an attribute that was written: None, it was read first; else whether it was read afterwards."""
@@ -130,7 +131,9 @@ Place = tuple[str, ...]  # the module's name, then attributes; or CODE and a lab
 def observed(model: nn.Module, reads: Reads, steady: set[tuple[int, str]]) -> dict[Place, Any]:
     """{place: frozen value} of what was read. `steady`: attributes that forward itself sets to what they then
     stay."""
-    roots = {id(vars(module)): (name,) for name, module in reversed(list(model.named_modules()))}
+    roots: dict[int, Place] = {
+        id(vars(module)): (name,) for name, module in reversed(list(model.named_modules()))
+    }
     by_owner = collections.defaultdict(list)
     for table, name in reads.read:
         by_owner[table].append(name)

@@ -12,9 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from tedfx._torch import set_grad_enabled_function
 from tedfx.dtypes import has_gradient
-from tedfx.errors import TraceError, line_below, user_line
+from tedfx.errors import TedfxError, TraceError, line_below, user_line
 from tedfx.graph.aliases import returns_alias
 from tedfx.graph.emit import emit, evaluate
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import arguments, function
 from tedfx.trace.casts import mark
 
 aten = torch.ops.aten
@@ -40,10 +42,10 @@ def inline_regions(graph_module: fx.GraphModule) -> None:
         if node.op != "call_function":
             continue
         if node.target is hop.wrap_with_set_grad_enabled:
-            enabled, body, *operands = node.args
+            enabled, body, *operands = arguments(node)
             _inline(graph_module, node, body, operands, enabled)
         elif node.target is hop.wrap_with_autocast:
-            device_type, dtype, enabled, _, body, *operands = node.args
+            device_type, dtype, enabled, _, body, *operands = arguments(node)
             _inline(
                 graph_module, node, body, operands, True, lambda new: mark(new, device_type, dtype, enabled)
             )
@@ -55,9 +57,17 @@ def inline_regions(graph_module: fx.GraphModule) -> None:
     graph_module.graph.eliminate_dead_code()
 
 
-def _first_line(graph_module: fx.GraphModule, body: fx.Node) -> str:
-    nodes = graph_module.get_submodule(body.target).graph.nodes
-    return next((user_line(n) for n in nodes if n.op == "call_function"), "an unknown line")
+def _code_of(graph_module: fx.GraphModule, body: fx.Node) -> fx.GraphModule:
+    """The graph of a region, which is a submodule of the one around it."""
+    found = graph_module.get_submodule(str(body.target))
+    if not isinstance(found, fx.GraphModule):
+        raise TedfxError(f"region {body.target} of the exported graph is no graph itself")
+    return found
+
+
+def _first_line(region: fx.GraphModule) -> str:
+    lines = (user_line(n) for n in region.graph.nodes if n.op == "call_function")
+    return next(lines, "an unknown line")
 
 
 def _inline(
@@ -68,7 +78,7 @@ def _inline(
     gradient: bool,
     note: Callable[[fx.Node], None] = lambda node: None,
 ) -> None:
-    region = graph_module.get_submodule(body.target)
+    region = _code_of(graph_module, body)
     inline_regions(region)
     if not gradient:
         _check_no_grad_writes(region, operands)
@@ -85,8 +95,7 @@ def _inline(
             else:
                 if node.op == "get_attr":
                     raise TraceError(
-                        f"a constant inside a no-grad region | at {_first_line(graph_module, body)} | "
-                        "make it a buffer"
+                        f"a constant inside a no-grad region | at {_first_line(region)} | make it a buffer"
                     )
                 new = graph.node_copy(node, lambda n: values[n])
                 note(new)
@@ -103,7 +112,7 @@ def _inline(
                 if _aliases(
                     new
                 ):  # its fake value anew, so that it shares storage with its operand as the real one would
-                    new.meta["val"] = evaluate(graph, new.target, new.args, new.kwargs)
+                    VAL[new] = evaluate(graph, function(new), new.args, new.kwargs)
                 values[node] = new
                 if not write or new.args[0] in own:
                     own.add(new)
@@ -141,7 +150,7 @@ _MAY_RETURN_OPERAND = {
 def _returned_operand(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """The operand that the operator gave back as it was, the same object and not a view of it; None where it
     made a value."""
-    val = node.meta.get("val")
+    val = VAL.get(node)
     if node.target is operator.getitem or not isinstance(val, torch.Tensor):
         return None
     if not (_aliases(node) or node.target in _MAY_RETURN_OPERAND):
@@ -149,12 +158,10 @@ def _returned_operand(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     alike = [
         n
         for n in node.all_input_nodes
-        if isinstance(n.meta.get("val"), torch.Tensor)
-        and n.meta["val"].dtype == val.dtype
-        and n.meta["val"].dim() == val.dim()
+        if isinstance(VAL.get(n), torch.Tensor) and VAL[n].dtype == val.dtype and VAL[n].dim() == val.dim()
     ]
-    made = evaluate(graph, node.target, node.args, node.kwargs) if alike else None
-    return next((n for n in alike if n.meta["val"] is made), None)
+    made = evaluate(graph, function(node), node.args, node.kwargs) if alike else None
+    return next((n for n in alike if VAL[n] is made), None)
 
 
 def _is_write(node: fx.Node) -> bool:
@@ -181,13 +188,13 @@ def _check_no_grad_writes(region: fx.GraphModule, operands: list[Any]) -> None:
     says that."""
     storages = {}
     for placeholder, operand in zip(region.graph.find_nodes(op="placeholder"), operands):
-        val = placeholder.meta.get("val")
+        val = VAL.get(placeholder)
         if isinstance(val, torch.Tensor) and isinstance(operand, fx.Node) and _carries_gradient(operand):
             storages[val.untyped_storage()._cdata] = operand
     for node in region.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node):
-            val = node.args[0].meta.get("val")
+            val = VAL.get(node.args[0])
             if isinstance(val, torch.Tensor) and val.untyped_storage()._cdata in storages:
                 raise TraceError(
                     f"{node.target} under no_grad changes a value that carries gradients | at "
@@ -202,7 +209,7 @@ def _carries_gradient(node: fx.Node) -> bool:
         if n in seen:
             continue
         seen.add(n)
-        val = n.meta.get("val")
+        val = VAL.get(n)
         if n.op == "placeholder" and isinstance(val, torch.Tensor) and val.requires_grad:
             return True
         cut = n.target in (aten.detach.default, torch.ops.higher_order.wrap_with_set_grad_enabled)
@@ -212,7 +219,7 @@ def _carries_gradient(node: fx.Node) -> bool:
 
 
 def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    val = node.meta.get("val")
+    val = VAL.get(node)
     if not isinstance(val, torch.Tensor) or not has_gradient(val.dtype):
         return node
     return emit(graph, aten.detach.default, (node,), like=node)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tedfx.trace.cells import base_of
+
 __all__ = ["on_gpu", "untouched"]
 
 _CLOSED = (
@@ -87,7 +89,7 @@ class _State:
                 if len(now) != len(items) or any(
                     a is not c or b is not d for (a, b), (c, d) in zip(now, items)
                 ):
-                    kind = collections.OrderedDict if isinstance(container, collections.OrderedDict) else dict
+                    kind = base_of(container)
                     kind.clear(container)
                     for key, value in items:
                         kind.__setitem__(container, key, value)

@@ -15,6 +15,7 @@ only, so all of it would be lost: it is refused at its line while the model is t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 
@@ -38,7 +39,8 @@ _GRADIENTS = {
     torch.autograd.backward: "torch.autograd.backward",
     Tensor.backward: "backward()",
 }
-_GRAD_FN, _DATA, _SET_DATA = Tensor.grad_fn.__get__, Tensor.data.__get__, Tensor.data.__set__
+_GRAD_FN = inspect.getattr_static(Tensor, "grad_fn").__get__
+_DATA, _SET_DATA = (getattr(inspect.getattr_static(Tensor, "data"), how) for how in ("__get__", "__set__"))
 
 
 @contextlib.contextmanager
@@ -48,13 +50,13 @@ def refuse_side_gradients(line_of_call: Callable[[], str]) -> Iterator[None]:
     """
     enter = saved_tensors_hooks.__enter__
 
-    def entered(hooks):
-        if not is_machinery(_file(hooks.pack_hook)) or not is_machinery(_file(hooks.unpack_hook)):
+    def entered(self: saved_tensors_hooks) -> None:
+        if not is_machinery(_file(self.pack_hook)) or not is_machinery(_file(self.unpack_hook)):
             raise TraceError(
                 "saved_tensors_hooks in forward, whose pack and unpack may change what backward reads "
                 f"| at {line_of_call()} | take them out of the model"
             )
-        return enter(hooks)
+        return enter(self)
 
     def level() -> None:
         raise TraceError(
@@ -104,7 +106,7 @@ class _Mode(TorchFunctionMode):
 def _asker() -> str:
     """The file of the code that called what a mode is asked about; other modes may stand in between."""
     frame = sys._getframe(2)
-    while frame.f_code.co_name == "__torch_function__":
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code.co_filename
 

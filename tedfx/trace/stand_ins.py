@@ -28,14 +28,18 @@ def fake_state(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> 
             fakes[id(tensor)] = new
         return fakes[id(tensor)]
 
-    saved = []
+    saved: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+
+    def swap(table: dict[str, Any]) -> None:
+        for name, tensor in table.items():
+            if tensor is not None:
+                saved.append((table, name, tensor))
+                table[name] = fake(tensor)
+
     try:
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        saved.append((table, name, tensor))
-                        table[name] = fake(tensor)
+            swap(module._parameters)
+            swap(module._buffers)
         yield
     finally:
         for table, name, tensor in saved:

@@ -121,3 +121,19 @@ def test_tests_that_are_understood():
     traced, result = capture(model)
     assert result.matches == 1
     check(model, traced, x=tokens())
+
+
+def by_keyword(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        if torch.sum(input=ids == e) == 0:
+            continue
+        out = out.index_add(0, token, m.experts[e](x[token]) * w[token, slot, None])
+    return out * torch.sum(input=torch.ones_like(x), dim=-1, keepdim=True) / x.shape[-1]
+
+
+def test_counts_of_what_is_given_by_keyword():
+    model = Block(by_keyword).double()
+    traced, result = capture(model)
+    assert result.matches == 1
+    check(model, traced, x=tokens())
