@@ -43,7 +43,7 @@ test: $(VENV)/.stamp
 	$(PYTEST) -m "not slow" --durations=40 $(ARGS)
 
 test-slow: $(VENV)/.stamp
-	$(PYTEST) -m slow $(ARGS)
+	TEDFX_TEST_TIMEOUT=280 $(PYTEST) -n 2 --timeout 900 -m slow $(ARGS)
 
 test-all: $(VENV)/.stamp
 	$(PYTEST) --durations=40 $(ARGS)

@@ -81,7 +81,8 @@ def example_sizes(trace: Trace, call: Mapping[str, Any]) -> dict:
     """One rank's size per symbol of the inputs, from a call of that rank."""
     leaves, found = flatten(call), {}
     for node in trace.graph_module.graph.find_nodes(op="placeholder"):
-        value = leaves.get(trace.inputs.get(node.name))
+        path = trace.inputs.get(node.name)
+        value = None if path is None else leaves.get(path)
         if isinstance(value, torch.Tensor):
             for size, actual in zip(node.meta["val"].shape, value.shape):
                 if symbol_of(size) is not None:

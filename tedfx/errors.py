@@ -71,9 +71,9 @@ def _machinery() -> tuple[str, ...]:
     places = [
         spec.submodule_search_locations
         for name in ("torch", "tedfx", "tedfx.passes")
-        if (spec := importlib.util.find_spec(name))
+        if (spec := importlib.util.find_spec(name)) and spec.submodule_search_locations
     ]
-    return tuple(os.path.join(place, "") for group in places for place in group)
+    return tuple(os.path.join(place, "") for group in places for place in group or ())
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from tedfx._torch import pytree
 from tedfx.checking.inputs import attempts, random_inputs
 from tedfx.dtypes import precision, widest
 from tedfx.errors import CaptureError
-from tedfx.graph.nodes import argument
+from tedfx.graph.nodes import argument, arguments
 from tedfx.ops.autocast import region
 from tedfx.trace.global_graph import Trace
 from tedfx.trace.observed import kept
@@ -35,7 +35,8 @@ def draws(node: fx.Node) -> bool:
     ):
         return False
     if node.target is torch.ops.aten.dropout.default:
-        return node.args[1] != 0 and bool(node.args[2])
+        p, train = arguments(node)[1:]
+        return p != 0 and bool(train)
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return argument(node, 4, "dropout_p", 0.0) != 0
     return True
@@ -203,7 +204,8 @@ def _first_difference(model, captured: Trace, seen: dict[str, tuple], args, kwar
     class Watch(fx.Interpreter):
         def run_node(self, node):
             value = super().run_node(node)
-            own = seen.get(last.get(node), (None,))[-1]
+            name = last.get(node)
+            own = seen.get(name, (None,))[-1] if name is not None else None
             if isinstance(own, torch.Tensor):
                 error = _difference(value.reshape(own.shape) if value.numel() == own.numel() else value, own)
                 if error > _tolerance(value):

@@ -14,7 +14,7 @@ first, as many as `FULL` elements hold; the others are constants, and no copy of
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ def _not_checked(why: str, what: str = "it") -> str:
 def check_trace(
     model: nn.Module,
     captured: Trace,
-    dtypes: dict[str, torch.dtype] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> str:
     """Two training steps of the graph and of the model; the line for the history, CaptureError for a
@@ -107,6 +107,7 @@ def check_trace(
             if found.first is None:
                 return _line(found, "in float64", captured, sampled)
             first = first or found.first
+        assert first is not None  # of one of the dtypes: no run of them was without
         _refuse(first, model, captured, dtypes, "float64")
     except Draws as error:
         return _not_checked(f"{error} draws at random")

@@ -200,7 +200,7 @@ def _asked(captured: Trace) -> _Asked:
 
 def _train(
     run: Callable[[], list],
-    leaves: dict[str, torch.Tensor],
+    leaves: Mapping[str, torch.Tensor],
     buffers: Callable[[], dict],
     asked: _Asked,
     rate: float | None = None,

@@ -8,6 +8,8 @@ ahead and takes the gradients; then autograd only passes through here. In a comp
 are in the graph.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,17 +37,17 @@ def gather_parameters(
     Backward sums the gradients over `axes`, in the dtype `summed_in` (by default their own), and keeps this
     rank's share of each, in the share's dtype.
     """
-    span, cuts = context.span(axes), [Cut(*cut) for cut in cuts]
+    span, each = context.span(axes), [Cut(*cut) for cut in cuts]
     if not torch.compiler.is_compiling() and (store := context.current().store) is not None:
         return store.gather(number, shares)
     if not any(
         x.requires_grad for x in shares
     ):  # the dynamo of torch 2.11 calls such a Function's forward without its ctx
-        return wholes(gathered(pack(shares, cuts), span), cuts)
-    return list(_Gather.apply(span, cuts, summed_in, *shares))
+        return wholes(gathered(pack(shares, each), span), each)
+    return list(_Gather.apply(span, each, summed_in, *shares))
 
 
-def pack(shares, cuts: list[Cut]) -> Tensor:
+def pack(shares, cuts: Sequence[Cut]) -> Tensor:
     """The shares as one row."""
     return torch.cat([cut.padded(x) for cut, x in zip(cuts, shares)])
 
@@ -56,7 +58,7 @@ def gathered(row: Tensor, span: Span) -> Tensor:
     return _torch.all_gather(row, span.size, span.name).view(span.size, row.shape[0])
 
 
-def wholes(rows: Tensor, cuts: list[Cut]) -> list[Tensor]:
+def wholes(rows: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
     """The whole tensors, each with a storage of its own."""
     return [_own(cut.collect(part)) for cut, part in zip(cuts, rows.split([cut.width for cut in cuts], 1))]
 

@@ -134,7 +134,7 @@ class OneBitAdam(OneBitState):
                 key: torch.zeros(share.numel, dtype=share.dtype, device=share.device)
                 for key in ("exp_avg", "exp_avg_sq")
             }
-            master = {"master": share.dtensor(share.master)} if share.widened else {}
+            master = {"master": share.dtensor(share.master)} if share.master is not None else {}
             self.state[parameter] = {
                 "step": torch.tensor(0.0),
                 **{key: share.dtensor(value) for key, value in share.homes.items()},
@@ -190,16 +190,15 @@ class OneBitAdam(OneBitState):
         if not self.compressed:  # Step 1
             sent = reduced(boundary)
             for share, group in self._each():
-                if grads[share.name] is not None:
-                    self._adamw(share, grads[share.name], group)
+                if (grad := grads[share.name]) is not None:
+                    self._adamw(share, grad, group)
         else:
             groups = {share.name: group for share, group in self._each()}
             sent += self._sum_exact(grads)
             for share in self._shares.values():
-                if (not share.placed.reduce_axes or share.name in self._exact) and grads[
-                    share.name
-                ] is not None:
-                    self._adamw(share, grads[share.name], groups[share.name])
+                alone = not share.placed.reduce_axes or share.name in self._exact
+                if alone and (grad := grads[share.name]) is not None:
+                    self._adamw(share, grad, groups[share.name])
             for exchange, shares in self._exchanges:
                 sent += self._exchange(exchange, shares, grads, groups)
         self.volume = self.volume.after(sent, uncompressed(boundary, self._shares.values()))

@@ -188,27 +188,31 @@ class Share:
             event.record()
         return held, event
 
-    def _add_up(self) -> None:
+    def _add_up(self) -> Tensor:
+        """The sum on the host of all that was taken."""
+        if self._host is None:
+            raise TedfxError(f"no gradient of {self.name} was taken")
+        total = self._host[0]
         for held, event in self._pending:
             if event is not None:
                 event.synchronize()
-            if held is not self._host[0]:
-                self._host[0].add_(held)
+            if held is not total:
+                total.add_(held)
         self._pending = []
+        return total
 
     def taken(self) -> Tensor | None:
         """[share.numel] on the host, as far as backward has come; None where there is none."""
         if not self.has_taken:
             return None
-        self._add_up()
-        return self._host[0]
+        return self._add_up()
 
     def drop(self, zero: bool = False) -> None:
         """Forget the gradient on the host, or make it zero; its memory is kept for the next one."""
         if self.has_taken:
-            self._add_up()
+            total = self._add_up()
             if zero:
-                self._host[0].zero_()
+                total.zero_()
         self.has_taken = self.has_taken and zero
 
     # ---- as the user's tensors -----------------------------------------------------------------------------

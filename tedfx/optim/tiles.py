@@ -58,7 +58,7 @@ class Tile:
     @property
     def state(self) -> dict[str, Any]:
         """Of the inner optimizer; {} where there is none yet."""
-        return self.inner.state.get(self.parameter, {})
+        return {} if self.inner is None else self.inner.state.get(self.parameter, {})
 
     def _none(self) -> Tensor:
         return torch.empty(0, dtype=self.share.dtype, device=self.share.device)

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -49,7 +49,7 @@ def run(main: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     return result
 
 
-def _end(error: Exception) -> None:
+def _end(error: Exception) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         signal.signal(
             signal.SIGTERM, signal.SIG_IGN
@@ -76,10 +76,11 @@ def _cause(error: Exception) -> tuple[str, str]:
     """(how this rank knows, what the cause is)."""
     if isinstance(error, RankFailed):
         return TOLD, str(error).partition(": ")[2]
-    if lost_rank(error) is None:
+    lost = lost_rank(error)
+    if lost is None:
         return OWN, failure_line(error)
     told = note_of(range(dist.get_world_size()))
-    return (TOLD, told.partition(": ")[2]) if told else (LOST, lost_rank(error))
+    return (TOLD, told.partition(": ")[2]) if told else (LOST, lost)
 
 
 def _together(error: Exception) -> str | None:

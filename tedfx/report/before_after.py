@@ -13,6 +13,7 @@ from torch import fx
 from tedfx import ops
 from tedfx.analysis.layers import layer_of, path_of
 from tedfx.errors import ConfigError
+from tedfx.graph.nodes import operand
 from tedfx.report.explanation import explain
 from tedfx.report.folding import segments
 from tedfx.report.tables import tabulated
@@ -149,7 +150,7 @@ def _below(path: str, root: str) -> bool:
 def _call(node: fx.Node, short: Mapping[fx.Node, str]) -> str:
     """`linear_4 = linear(view_3, mlp.gate.weight)`."""
     if node.target is operator.getitem:
-        return f"{node.name} = {node.args[0].name}[{node.args[1]}]"
+        return f"{node.name} = {operand(node, 0).name}[{node.args[1]}]"
     operands = [
         short.get(i, i.name)
         for i in node.all_input_nodes

@@ -34,7 +34,7 @@ def _from_factory(spec: str, arguments: dict[str, Any]):
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        factory = importlib.import_module(module)
+        factory: Any = importlib.import_module(module)
         for part in name.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:

@@ -127,10 +127,10 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> list[str]:
         said = read_checksums(path)
     except ValueError as error:
         return [str(error)]
+    if not said:
+        return []
     found = []
-    for name in (
-        _share({name: size for name, (size, _) in said["files"].items()}, share, shares) if said else ()
-    ):
+    for name in _share({name: size for name, (size, _) in said["files"].items()}, share, shares):
         size, wanted = said["files"][name]
         have = (path / name).stat().st_size if (path / name).is_file() else None
         if have != size:

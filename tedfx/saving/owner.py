@@ -74,10 +74,11 @@ def other(folder: Path) -> str | None:
 
 
 def _mine(folder: Path) -> Owner | None:
-    return _held.get(_there(folder))
+    there = _there(folder)
+    return None if there is None else _held.get(there)
 
 
-def _there(folder: Path) -> tuple | None:
+def _there(folder: Path) -> tuple[int, int, int] | None:
     try:
         return _key(os.stat(folder / OWNER))
     except FileNotFoundError:

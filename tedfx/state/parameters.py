@@ -116,13 +116,15 @@ class Placed:
         groups = _merge(layout, view)
         if stage:
             lengths = [n // cut.get(d, 1) for d, n in enumerate(view)]
-            share, split = share_dim(
+            at, split = share_dim(
                 layout.shape, view, groups, lengths, cut, prod(size[a] for a in self.reduce_axes)
             )
+            share = at
             if split:
-                view[share : share + 1] = [cut[share], view[share] // cut[share]]
-                shards = [(axis, dim + (dim > share)) for axis, dim in shards]
-                groups, share = _merge(layout, view), share + 1
+                assert at is not None, layout  # the dim that is split
+                view[at : at + 1] = [cut[at], view[at] // cut[at]]
+                shards = [(axis, dim + (dim > at)) for axis, dim in shards]
+                groups, share = _merge(layout, view), at + 1
         self.view, self.groups = tuple(view), groups
 
         # Step 2: this rank's interval of each view dim.

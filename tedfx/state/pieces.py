@@ -172,4 +172,4 @@ class PiecedTensor(Tensor):
         for offsets, piece in self.pieces:
             if index.offset is None or torch.Size(offsets) == index.offset:
                 return piece
-        raise ValueError(f"{index.fqn}: this rank holds no piece at offset {tuple(index.offset)}")
+        raise ValueError(f"{index.fqn}: this rank holds no piece at offset {tuple(index.offset or ())}")

@@ -20,6 +20,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,8 @@ class Writer:
             raise
 
     def _begin(self, file: str, names: list[str]) -> None:
-        header, offset, places = {"__metadata__": {"format": "pt"}}, 0, {}
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        offset, places = 0, {}
         for name in sorted(
             names, key=lambda n: -self._tensors[n].element_size()
         ):  # large elements first: all are aligned

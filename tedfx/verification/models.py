@@ -115,7 +115,7 @@ class ByPath:
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
-            found = importlib.import_module(module)
+            found: Any = importlib.import_module(module)
             for part in name.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:

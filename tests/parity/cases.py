@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from tedfx.verification.verdict import TOLERANCES, VerifyResult, compare
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
 
-RANK_TIMEOUT = 400.0
+RANK_TIMEOUT = float(os.environ.get("TEDFX_TEST_TIMEOUT", 120)) * 3.3
 WHOLE = (("tile", None),)  # options of an optimizer that takes a parameter at a time
 
 
