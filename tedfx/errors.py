@@ -68,12 +68,12 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 def _machinery() -> tuple[str, ...]:
     """Where the code of torch and of tedfx lies: by the packages' own places, since a user's folder may have
     any name."""
-    places = [
-        spec.submodule_search_locations
+    return tuple(
+        os.path.join(place, "")
         for name in ("torch", "tedfx", "tedfx.passes")
-        if (spec := importlib.util.find_spec(name)) and spec.submodule_search_locations
-    ]
-    return tuple(os.path.join(place, "") for group in places for place in group or ())
+        if (spec := importlib.util.find_spec(name)) is not None
+        for place in spec.submodule_search_locations or ()
+    )
 
 
 @functools.cache

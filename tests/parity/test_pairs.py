@@ -152,6 +152,13 @@ def test_matches_the_single_device(this):
     assert result.ok, f"\n{result}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 3])
+def test_torchs_adamw_on_three_axes(zero):
+    result = verified(case("mixtral", "dp=2,ep=2,tp=2", overrides=ONE, steps=2, sharded=None, zero=zero))
+    assert result.ok, f"\n{result}"
+
+
 def test_every_pair_is_there():
     from tests.models import MODELS as every
 
