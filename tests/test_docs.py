@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import device_mesh
 
 import tedfx
+from tests.marks import slow_but
 
 ROOT = Path(__file__).parents[1]
 GENERATED = {
@@ -101,7 +102,7 @@ def test_readme_lists_every_option():
     assert not names - table
 
 
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", slow_but(["README.md"], RUN))
 def test_python_blocks_run(page, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_docs", page],

@@ -13,6 +13,7 @@ import torch
 from tedfx.arguments import add_mesh_arguments, parse_overrides, parse_roles
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.options import Options
+from tedfx.verification.heads import HEADS
 from tedfx.verification.models import VERIFIED, factory
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -44,6 +45,11 @@ def add_to(commands) -> None:
     )
     parser.add_argument(
         "--all-models", action="store_true", help=f"instead of one model: {', '.join(VERIFIED)}"
+    )
+    parser.add_argument(
+        "--head",
+        choices=list(HEADS),
+        help="of a model type: the task whose head it has (default: the first of these that the type has)",
     )
     add_mesh_arguments(parser, "dp=2,ep=2,tp=2; one local process per rank", "the tiny config")
     parser.add_argument(
@@ -107,7 +113,7 @@ def run(args) -> int:
     for name in names:
         try:
             result = verify(
-                factory(name, parse_overrides(args.overrides)),
+                factory(name, parse_overrides(args.overrides), args.head),
                 args.mesh,
                 roles=parse_roles(args.roles) if args.roles else None,
                 dtype=getattr(torch, args.dtype) if args.dtype else None,

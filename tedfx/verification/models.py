@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tedfx.errors import ConfigError
+from tedfx.verification.heads import auto_class
 from tedfx.verification.tiny_config import tiny, unset
 
 # The model types that are verified on every mesh (`--all-models`).
@@ -32,13 +33,13 @@ class ByType:
 
     model_type: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    head: str | None = None  # a key of `heads.HEADS`; None: the first that the type has
 
     def __call__(self) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
         config = self.config()
+        build = auto_class(type(config), self.head)
         try:
-            model = AutoModelForCausalLM.from_config(config)
+            model = build.from_config(config)
         except Exception as error:  # whatever a model class says to a config
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
             missing = unset(_default_config(self.model_type))
@@ -58,7 +59,7 @@ class ByType:
 
     def config(self):
         default = _default_config(self.model_type)
-        made, small, part = tiny(type(default))
+        made, small, part = tiny(type(default), self.head)
         known = {*vars(default), *small, *getattr(type(default), "attribute_map", {})}
         for key in self.overrides:
             if key not in known:
@@ -123,6 +124,12 @@ class ByPath:
         return found(**self.arguments)
 
 
-def factory(text: str, overrides: Mapping[str, Any] | None = None) -> Callable[[], nn.Module]:
-    """From what stands on the command line: a model type, or `package.module:function`."""
-    return (ByPath if ":" in text else ByType)(text, dict(overrides or {}))
+def factory(
+    text: str, overrides: Mapping[str, Any] | None = None, head: str | None = None
+) -> Callable[[], nn.Module]:
+    """From what stands on the command line: a model type and its head, or `package.module:function`."""
+    if ":" in text:
+        if head is not None:
+            raise ConfigError(f"--head {head}: {text} is a factory, which makes the whole model")
+        return ByPath(text, dict(overrides or {}))
+    return ByType(text, dict(overrides or {}), head)

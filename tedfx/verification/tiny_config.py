@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tedfx.verification.heads import auto_class
+
 # Sizes by the names that configs use. A field is only ever made smaller.
 _SMALL = {
     ("hidden_size", "d_model", "n_embd"): 32,
@@ -129,35 +131,37 @@ def _kept(kinds: Sequence[set], count: int) -> list[int]:
 
 
 @functools.cache
-def tiny(config_class: type) -> tuple[type, Tree, str | None]:
+def tiny(config_class: type, head: str | None = None) -> tuple[type, Tree, str | None]:
     """(config class, overrides that it accepts, the field of `config_class` that it is, else None).
+
+    head: of the model, see `tedfx.verification.heads`.
 
     Where nothing that is tried is accepted, the overrides are those of the rules alone, and building the
     model says what is wrong.
     """
     default = config_class()
     small, wide = shrink(default)
-    accepted = _accepted(config_class, small, wide)
+    accepted = _accepted(config_class, small, wide, head)
     if accepted is not None:
         return config_class, accepted, None
     part = default.get_text_config(decoder=True)
     if part is not default:  # widths of encoders that the language model does not have need not fit then
-        accepted = _accepted(type(part), *shrink(part))
+        accepted = _accepted(type(part), *shrink(part), head)
         if accepted is not None:
             return type(part), accepted, next(name for name, value in vars(default).items() if value is part)
     return config_class, small, None
 
 
-def _accepted(config_class: type, small: Tree, wide: Tree) -> Tree | None:
+def _accepted(config_class: type, small: Tree, wide: Tree, head: str | None) -> Tree | None:
     """`small`, with the fields changed that the class's refusals name; None where that does not help."""
-    said, seen = _refusal(config_class, small), set()
+    said, seen = _refusal(config_class, small, head), set()
     for _ in range(_REPAIRS):
         if said is None:
             return small
         seen.add(said)
         other = None
         for tried in itertools.islice(_repairs(small, wide, set(re.findall(r"\w+", said))), _TRIES):
-            now = _refusal(config_class, tried)
+            now = _refusal(config_class, tried, head)
             if now is None:
                 return tried
             other = other or ((tried, now) if now not in seen else None)
@@ -167,13 +171,11 @@ def _accepted(config_class: type, small: Tree, wide: Tree) -> Tree | None:
     return None
 
 
-def _refusal(config_class: type, small: Tree) -> str | None:
+def _refusal(config_class: type, small: Tree, head: str | None) -> str | None:
     """What the config's class or the model's says to these overrides."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            AutoModelForCausalLM.from_config(config_class(**small))
+            auto_class(config_class, head).from_config(config_class(**small))
     except Exception as error:  # whatever a class says to a value
         return str(error)
     return None

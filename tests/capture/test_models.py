@@ -13,6 +13,7 @@ from tedfx.passes.capture_loops import CaptureLoops
 from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
+from tests.marks import slow
 from tests.models_plain import MOES, PLAIN, Config
 
 
@@ -96,7 +97,7 @@ def test_every_way_to_write_it(moe, expert):
     check(model, traced, x=tokens(1, 7))
 
 
-@pytest.mark.parametrize("name, layers", [("plain", 2), ("plain_boolean", 1)])
+@pytest.mark.parametrize("name, layers", [slow("plain", 2), ("plain_boolean", 1)])
 def test_models(name, layers):
     model = PLAIN[name](layers=layers).double()
     ids = torch.randint(0, 64, (5, 9), generator=torch.Generator().manual_seed(1))

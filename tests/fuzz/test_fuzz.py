@@ -15,7 +15,7 @@ from tests.fuzz.run import Verdict, default_runs, judge, verdicts, what_is_lacki
 from tests.parity.nursery import nursery
 
 # Every fourth program has the next kind (tests/fuzz/program.py); odd ones have a mixture, on ep2.
-SEEDS = sorted([*range(0, 300, 72), *range(1, 300, 80)])
+SEEDS = sorted([*range(0, 300, 144), *range(1, 300, 160)])
 BAD = ("silent", "crash", "invalid")
 
 

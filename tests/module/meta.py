@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import tedfx
 from tests import models
+from tests.marks import slow
 from tests.models_plain import Config, PlainMoELM
 from tests.pool import context
 
@@ -19,10 +20,16 @@ HF = {
     "deepseek_v3": models.deepseek_v3,
     "gpt_oss": partial(models.gpt_oss, num_hidden_layers=1),
 }
-CASES = [("tp2", "mixtral"), ("tp2", "plain_tied"), ("ep2", "deepseek_v3")]
+CASES = [("ep2", "deepseek_v3")]
 MORE = [
-    pytest.param(*case, marks=pytest.mark.slow)
-    for case in (("tp2", "tied"), ("ep2", "plain"), ("ep2 tp2", "gpt_oss"))
+    slow(*case)
+    for case in (
+        ("tp2", "mixtral"),
+        ("tp2", "plain_tied"),
+        ("tp2", "tied"),
+        ("ep2", "plain"),
+        ("ep2 tp2", "gpt_oss"),
+    )
 ]
 
 

@@ -1,6 +1,7 @@
 """Programs under torch.compile: the same gradients, two graphs for all sizes, leaves that follow the
 optimizer."""
 
+import pytest
 import torch
 
 from tests.module import toy
@@ -27,5 +28,6 @@ def compiled(options):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
 
 
+@pytest.mark.slow
 def test_compiled(ranks):
     ranks(2).run(compiled, {"backend": "aot_eager"}, timeout=300)

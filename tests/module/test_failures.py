@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -93,6 +94,7 @@ def failures():
     return found, loss.item()
 
 
+@pytest.mark.slow
 def test_the_line_of_the_rank_that_failed(ranks):
     results = ranks(4).run(failures)
     assert len({loss for _, loss in results}) == 1

@@ -84,6 +84,7 @@ def replaced(folder, other):
     pm.save_pretrained(folder, overwrite=True)
 
 
+@pytest.mark.slow
 def test_overwrite(ranks, tmp_path):
     folder, other = tmp_path / "here" / "out", tmp_path / "other"
     ranks(2).run(write_plain, "plain", "ep2", str(folder))

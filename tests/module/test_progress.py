@@ -3,6 +3,8 @@
 import io
 import sys
 
+import pytest
+
 import tedfx
 from tests.module import changing
 from tests.pool import context
@@ -47,6 +49,7 @@ def lines():
     )
 
 
+@pytest.mark.slow
 def test_what_is_waited_for(ranks):
     ((shown, unwanted, no_terminal),) = ranks(1).run(lines)
     assert unwanted == no_terminal == [""] * 2

@@ -77,6 +77,7 @@ def losses_of(mesh_name, folder, first, last, save_at, resume=None):
     return losses
 
 
+@pytest.mark.slow
 def test_other_meshes_continue(ranks, tmp_path):
     """ep2 -> ep2 x tp2 -> tp2: the losses of the run that was never interrupted, dropout included."""
     whole = ranks(2).run(losses_of, "ep2", tmp_path, 0, 6, (2,))[0]

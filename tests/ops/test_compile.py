@@ -119,6 +119,7 @@ def _everything_on_rank(shape):
     return _graphs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_conversions_vocabulary_and_dropout_trace_whole(ranks, shape):
     world = torch.Size(shape).numel()
@@ -159,5 +160,6 @@ def _batched_on_rank():
         torch.testing.assert_close(traced, eager, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_batched_sums(ranks):
     ranks(2).run(_batched_on_rank)

@@ -311,6 +311,7 @@ def experts():
     )  # AdamW's own variance there
 
 
+@pytest.mark.slow
 def test_experts_and_dense_parameters_have_their_own_axes(ranks):
     ranks(4).run(experts)
 

@@ -26,8 +26,9 @@ def cover(
     aspects: Mapping[str, Callable[[Row], Any]],
     wanted: Sequence[tuple[str, str]],
     allowed: Callable[[Row], bool],
+    taken: Sequence[Row] = (),
 ) -> tuple[list[Row], set[Pair]]:
-    """Rows, one value for each of `choices`, and the pairs that they cover.
+    """Rows, one value for each of `choices`, and the pairs that they cover together with the rows `taken`.
 
     aspects: what of a row is looked at, by name. wanted: the two aspects of each kind of pair. Rows are taken
     from a pool that has every pair of choices that an allowed row can have.
@@ -45,6 +46,8 @@ def cover(
     )
     has = [bits(row) for row in pool]
     left, rows = (1 << len(numbers)) - 1, []
+    for row in taken:
+        left &= ~bits(row)
     while left:
         gain = lambda covered: (covered & left).bit_count()  # noqa: B023
         best = max(range(len(pool)), key=lambda i: gain(has[i]))

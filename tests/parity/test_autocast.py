@@ -41,6 +41,7 @@ def apart(found, wanted):
     return max(float((found[name] - grad).norm() / grad.norm()) for name, grad in wanted.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_autocast_around_the_call(case):
     loss, wanted = on_single(case, alone, True)

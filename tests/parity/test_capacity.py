@@ -7,6 +7,7 @@ import pytest
 
 from tedfx.ops import count_collectives
 from tedfx.verification.batches import split_batch
+from tests.marks import slow
 from tests.parity.cases import case, on_ranks, on_single, verified
 from tests.parity.pairwise import cover, pairs_of
 
@@ -48,17 +49,25 @@ ASPECTS = {name: (lambda row, name=name: row[name]) for name in CHOICES} | {
     "experts": lambda row: "ep" in row["mesh"],
 }
 SWITCHES = [name for name in CHOICES if name not in ("model", "mesh")]
-WANTED = [
+FAST = [
     *((a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]),
-    *(("mesh", what) for what in ("capacity", "routing", "sequence_parallel")),
-    *(("model", what) for what in ("data", "experts", "capacity", "routing")),
+    ("mesh", "capacity"),
+    ("model", "capacity"),
+]
+WANTED = [
+    *FAST,
+    *(("mesh", what) for what in ("routing", "sequence_parallel")),
+    *(("model", what) for what in ("data", "experts", "routing")),
     ("roles", "checkpoint"),
 ]
 
 
 @functools.cache
 def rows():
-    return cover(CHOICES, ASPECTS, WANTED, allowed)
+    """Those of `make test`, the others, and the pairs that all of them cover."""
+    fast, _ = cover(CHOICES, ASPECTS, FAST, allowed)
+    more, pairs = cover(CHOICES, ASPECTS, WANTED, allowed, fast)
+    return fast, more, pairs
 
 
 def made(row):
@@ -82,7 +91,7 @@ def made(row):
     )
 
 
-@pytest.mark.parametrize("case", [made(row) for row in rows()[0]], ids=str)
+@pytest.mark.parametrize("case", [*map(made, rows()[0]), *(slow(made(row)) for row in rows()[1])], ids=str)
 def test_matches_the_single_device(case):
     result = verified(case)
     print(result)
@@ -90,8 +99,8 @@ def test_matches_the_single_device(case):
 
 
 def test_every_pair_is_there():
-    found, pairs = rows()
-    assert set().union(*(pairs_of(row, ASPECTS, WANTED) for row in found)) == pairs
+    fast, more, pairs = rows()
+    assert set().union(*(pairs_of(row, ASPECTS, WANTED) for row in fast + more)) == pairs
     count = lambda a, b: len({pair for pair in pairs if (pair[0][0], pair[1][0]) == (a, b)})
     assert count("mesh", "capacity") == 2 * len(MESHES) and count("model", "routing") == 3 * 7
 

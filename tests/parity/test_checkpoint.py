@@ -11,6 +11,7 @@ from tedfx.analysis.cost import Cost
 from tedfx.ops import count_collectives, count_events
 from tedfx.verification.batches import split_batch
 from tedfx.verification.errors import errors, relative
+from tests.marks import slow
 from tests.parity.cases import case, on_ranks, on_single
 
 PPMOE = {"expert": "tp"}
@@ -92,7 +93,7 @@ def gradients_with_dropout(pm, batch, rank):
     "model, mesh, overrides, policies",
     [
         ("llama", "tp=2", {"attention_dropout": 0.3}, ["comm", "selective"]),
-        ("plain_test", "ep=2", {"dropout": 0.3}, ["comm", "full"]),
+        slow("plain_test", "ep=2", {"dropout": 0.3}, ["comm", "full"]),
     ],
     ids=["attention", "experts"],
 )

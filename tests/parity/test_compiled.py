@@ -54,6 +54,7 @@ def compiled(pm, batch, rank):
     return found, sum(counters["graph_break"].values())
 
 
+@pytest.mark.slow
 def test_compilations_are_counted():
     this = case("mixtral", "ep=2", compile="aot_eager", **ONE_LAYER)
     expected = on_single(this, single)

@@ -13,6 +13,7 @@ from tedfx.errors import ConfigError
 from tedfx.verification.batches import split_batch
 from tedfx.verification.models import factory
 from tedfx.verification.verify import verify
+from tests.marks import slow
 from tests.parity.cases import case, on_ranks
 from tests.parity.nursery import nursery
 
@@ -78,9 +79,9 @@ def test_expert_axes_without_an_moe_layer():
 @pytest.mark.parametrize(
     "mesh, overrides",
     [
-        ("tp=2", {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24, "head_dim": 8}),
-        ("tp=4", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "head_dim": 8}),
-        ("tp=4", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        slow("tp=2", {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24, "head_dim": 8}),
+        slow("tp=4", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "head_dim": 8}),
+        slow("tp=4", {"num_attention_heads": 4, "num_key_value_heads": 2}),
         ("tp=4", {"num_attention_heads": 4, "num_key_value_heads": 1}),
         ("tp=2", {"vocab_size": 63}),
         ("tp=2", {"intermediate_size": 47}),
@@ -145,6 +146,7 @@ def test_models_that_cannot_be_verified():
     refused("ConfigError", ["nowhere:thing"], "nowhere:thing", "dp=2")
 
 
+@pytest.mark.slow
 def test_a_budget_is_for_the_rows_of_one_rank():
     with pytest.raises(ConfigError, match="at batch = 4, sequence = 12 a rank keeps at least"):
         verify(factory("mixtral"), "ep=2", checkpoint="budget=1", batch=8, device="cpu")

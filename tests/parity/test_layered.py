@@ -14,14 +14,15 @@ from tedfx.errors import TedfxError
 from tedfx.ops import count_collectives
 from tedfx.runtime.layered import interleave, turns
 from tedfx.verification.batches import split_batch
+from tests.marks import slow
 from tests.parity.cases import case, on_ranks
 
 NO_AUX = {"router_aux_loss_coef": 0.0}  # the router's loss of a batch is not the mean of its parts'
 ONE = {"num_hidden_layers": 1}
 CASES = [
-    case("mixtral", "dp=2", zero=3, overrides=NO_AUX),
+    slow(case("mixtral", "dp=2", zero=3, overrides=NO_AUX)),
     case("mixtral", "ep=2,tp=2", zero=3, checkpoint="comm", overrides=NO_AUX),
-    case("deepseek_v3", "ep=2,tp=2", zero=2, checkpoint="full"),
+    slow(case("deepseek_v3", "ep=2,tp=2", zero=2, checkpoint="full")),
     case("plain", "dp=2,tp=2", zero=1, roles={"expert": "tp"}, overrides={"aux": 0.0}),
 ]
 

@@ -1,8 +1,10 @@
 """Models, meshes, savings, stages and batches: every pair of choices against the single device, in loss,
 gradient norm, gradients, buffers, parameters after two steps, and replicas bit by bit.
 
-The rows are made by `tests/parity/pairwise.py`, so a new choice is one entry here. The full products are
-`make parity`. Labels are spread unevenly over the ranks, and the router's auxiliary loss is on.
+`make test` has every pair of switches, every model and every mesh; `make test-slow` the pairs of models and
+meshes with each other and with the switches. The rows are made by `tests/parity/pairwise.py`, so a new choice
+is one entry here. The full products are `make parity`. Labels are spread unevenly over the ranks, and the
+router's auxiliary loss is on.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import functools
 import pytest
 import torch
 
+from tests.marks import slow
 from tests.parity.cases import case, on_single, verified
 from tests.parity.pairwise import cover, pairs_of
 
@@ -111,8 +114,13 @@ ASPECTS = {name: (lambda row, name=name: row[name]) for name in CHOICES} | {
     "experts on tp": lambda row: "tp" in mesh_of(row)[1].get("expert", ()),
 }
 SWITCHES = ["zero", "checkpoint", "dedup", "sequence_parallel", "algebra", "batch", "optimizer", "dtype"]
-WANTED = [
+FAST = [
     *((a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]),
+    *(("mesh", what) for what in ("recompute", "dedup")),
+    *(("model", what) for what in ("tensor", "recompute")),
+]
+WANTED = [
+    *FAST,
     *(("mesh", what) for what in ("stage", "recompute", "dedup", "sequence_parallel", "algebra")),
     *((where, "checkpoint") for where in ("dp", "ep", "tp", "roles")),
     *((where, "batch") for where in ("dp", "ep", "tp", "experts on tp")),
@@ -122,7 +130,10 @@ WANTED = [
 
 @functools.cache
 def rows():
-    return cover(CHOICES, ASPECTS, WANTED, allowed)
+    """Those of `make test`, the others, and the pairs that all of them cover."""
+    fast, _ = cover(CHOICES, ASPECTS, FAST, allowed)
+    more, pairs = cover(CHOICES, ASPECTS, WANTED, allowed, fast)
+    return fast, more, pairs
 
 
 def made(row):
@@ -145,7 +156,7 @@ def made(row):
     )
 
 
-@pytest.mark.parametrize("this", [made(row) for row in rows()[0]], ids=str)
+@pytest.mark.parametrize("this", [*map(made, rows()[0]), *(slow(made(row)) for row in rows()[1])], ids=str)
 def test_matches_the_single_device(this):
     result = verified(this)
     print(result)
@@ -162,8 +173,8 @@ def test_torchs_adamw_on_three_axes(zero):
 def test_every_pair_is_there():
     from tests.models import MODELS as every
 
-    found, pairs = rows()
-    assert set().union(*(pairs_of(row, ASPECTS, WANTED) for row in found)) == pairs
+    fast, more, pairs = rows()
+    assert set().union(*(pairs_of(row, ASPECTS, WANTED) for row in fast + more)) == pairs
     assert {name for name, _ in MODELS.values()} >= set(every)
     # The pairs are counted by hand for two kinds, so that what is left out by `allowed` is what is meant.
     count = lambda a, b: len({pair for pair in pairs if (pair[0][0], pair[1][0]) == (a, b)})

@@ -4,6 +4,7 @@ import pytest
 
 from tedfx.ops import count_collectives
 from tedfx.verification.batches import split_batch
+from tests.marks import slow_but
 from tests.parity.cases import case, on_ranks
 
 # What may be whole on tp: norms, routers with their biases, attention's per-head scalars aside, the biases of
@@ -39,7 +40,9 @@ def layout(pm, batch, rank):
     return found, [(c.op, c.axes, c.phase, str(c.dtype), len(c.shape)) for c in log]
 
 
-@pytest.mark.parametrize("model", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama"])
+@pytest.mark.parametrize(
+    "model", slow_but(["mixtral", "deepseek_v3"], ["mixtral", "deepseek_v3", "qwen2_moe", "gpt_oss", "llama"])
+)
 def test_on_tp2_only_small_parameters_are_whole(model):
     overrides = ONE if model in ("qwen2_moe", "llama") else {}  # as in test_pairs: one trace for both
     for found, _ in on_ranks(case(model, "tp=2", overrides=overrides), layout):
@@ -57,6 +60,7 @@ def forward_on(axes, log, op=None):
     return [entry for entry in log if entry[1] == axes and entry[2] == "forward" and op in (None, entry[0])]
 
 
+@pytest.mark.slow
 def test_two_tp_all_reduces_per_dense_layer():
     logs = [
         on_ranks(

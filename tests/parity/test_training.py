@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from tedfx.verification.batches import split_batch
 from tedfx.verification.errors import errors, relative
+from tests.marks import slow_but
 from tests.parity import data
 from tests.parity.cases import case, on_ranks, on_single, verified
 
@@ -37,6 +38,7 @@ def frozen_gradients(pm, batch, rank):
     return sorted(n for n, p in pm.named_parameters() if p.requires_grad), sorted(pm.gather_gradients())
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_frozen():
     frozen = dataclasses.replace(EP_TP, change="freeze")
     result = verified(frozen)
@@ -142,6 +144,7 @@ def several_calls(model, batch):
     return logits, loss, float(out.loss), gradients(model)
 
 
+@pytest.mark.slow
 def test_signatures_share_parameters_and_sizes_are_free():
     this = case("mixtral", "ep=2,tp=2", overrides=ONE, calls=CALLS)
     logits, loss, longer, grads = on_single(this, several_calls)
@@ -239,7 +242,7 @@ def with_dropout(pm, batch, rank):
     return float(out.loss), grads, again, float(pm(**local).loss)
 
 
-@pytest.mark.parametrize("model", ["llama", "mixtral"])
+@pytest.mark.parametrize("model", slow_but(["mixtral"], ["llama", "mixtral"]))
 def test_dropout_draws_do_not_depend_on_the_mesh(model):
     overrides = {"attention_dropout": 0.3} | ONE
     meshes = ["tp=1", "tp=2", "dp=2"] + ["ep=2"] * (model != "llama")
@@ -256,6 +259,7 @@ def test_dropout_draws_do_not_depend_on_the_mesh(model):
             assert error < 1e-5, (mesh, name)
 
 
+@pytest.mark.slow
 def test_dropout_inside_an_expert():
     """A row draws by the number of its assignment in the global batch: the same on any mesh, whatever rank it
     is sent to."""

@@ -11,12 +11,13 @@ from tedfx.errors import ConfigError, TraceError
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
+from tests.marks import slow
 from tests.parity import values
 from tests.pool import context, ranks  # noqa: F401
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sequence_parallel": False, "checkpoint": "full"}], ids=["", "whole tokens"]
+    "options", [{}, slow({"sequence_parallel": False, "checkpoint": "full"})], ids=["", "whole tokens"]
 )
 def test_complex_values_have_gradients(ranks, options):  # noqa: F811
     for errors in ranks(4).run(values.complex_gradients, (2, 2), ("dp", "tp"), options):
@@ -67,6 +68,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 def test_dropout_of_routed_rows_is_equal_on_any_mesh(ranks):  # noqa: F811
     (single,) = ranks(1).run(values.dropout_losses, (1,), ("dp",), [{}])[0]
     for found in ranks(4).run(values.dropout_losses, (2, 2), ("ep", "tp"), VARIANTS):

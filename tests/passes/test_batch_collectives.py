@@ -107,6 +107,7 @@ def test_prefix_sums_that_are_small_and_of_one_integer_dtype(fn, batched):
     parity(model, "dp=2", m.inputs())
 
 
+@pytest.mark.slow
 def test_the_queues_of_a_layer_that_chooses_two_experts():
     """GShard numbers first and second choices by themselves: one gather per layer, of the totals of both."""
     traced = trace(CAPACITY["capacity_gshard"](layers=2))

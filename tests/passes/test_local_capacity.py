@@ -17,6 +17,7 @@ from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tedfx.verification.run import in_groups
 from tests.capture.test_models import BIASES, routers, tokens
+from tests.marks import slow_but
 from tests.models_capacity import CAPACITY
 from tests.parity.cases import by_chunk
 from tests.passes.test_capture_capacity import Layer, Mixture, experts
@@ -43,7 +44,7 @@ def check(model, traced, x, expected):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["switch", "gshard", "ranked", "grouped"])
+@pytest.mark.parametrize("name", slow_but(["gshard", "ranked"], ["switch", "gshard", "ranked", "grouped"]))
 def test_each_chunk_by_itself(name):
     model = Layer(name).double()
     model.forward = lambda x: {"loss": model.moe(x)[0].square().sum()}

@@ -26,6 +26,7 @@ def run(capsys, *argv):
     return status, out, err
 
 
+@pytest.mark.slow
 def test_explain_a_model_type(capsys):
     status, out, err = run(
         capsys,

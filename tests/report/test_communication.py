@@ -24,6 +24,7 @@ def printed():
     return done.stdout
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_paper(printed):
     lines = {
         cells[5]: cells

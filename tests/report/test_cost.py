@@ -42,6 +42,7 @@ def counted(tmp_path_factory):
     return [[rank[i] for rank in by_rank] for i in range(len(CASES))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, c)) for c in CASES])
 def test_predicted_is_counted(counted, case):
     for rank in counted[case]:
@@ -79,6 +80,7 @@ def test_predicted_is_counted(counted, case):
             assert rank["copies"] == 1
 
 
+@pytest.mark.slow
 def test_module_prints(counted):
     rank = counted[0][0]
     assert rank["text"].startswith("mesh ep=2,tp=2 (4 ranks)") and "all_to_all_single ep" in rank["text"]
@@ -118,6 +120,7 @@ def test_text():
     assert format_formula(sympy.Rational(3, 2) * 1024 * b) == "1.5 KiB*batch"
 
 
+@pytest.mark.slow
 def test_totals(compilations):
     cost = Cost(compilations("mixtral", "dp=4,ep=2,tp=2", layers=3))
     found = {(t.phase, t.op, t.axes): t for t in cost.totals()}
@@ -162,6 +165,7 @@ def test_totals(compilations):
     )
 
 
+@pytest.mark.slow
 def test_redundant_rows_are_found(compilations):
     """Plain TED sends every row once per tensor rank: half of it is redundant over two. Each saving removes
     all of it."""

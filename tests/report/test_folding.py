@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +18,7 @@ def members(compilation, **options):
     return [[int(m.rpartition(".")[2]) for m in s["members"]] for s in layers if s["path"]]
 
 
+@pytest.mark.slow
 def test_layers_that_alternate(compilations):
     """GPT-OSS: sliding and full attention in turn."""
     told = explain(compilations("gpt_oss", "ep=2,tp=2"))
@@ -24,6 +26,7 @@ def test_layers_that_alternate(compilations):
     assert members(told.compilation) == [[0, 2], [1]]
 
 
+@pytest.mark.slow
 def test_recompute_and_gathers():
     """Regions and gathers of parameters have numbers of their own in every layer; they only name them."""
     for options in ({"checkpoint": "full"}, {"zero": 3}, {"checkpoint": "full", "zero": 3}):

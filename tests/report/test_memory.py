@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tedfx.analysis import activations
+from tests.marks import slow
 
 _SPEC = importlib.util.spec_from_file_location(
     "benchmarks_memory", Path(__file__).parents[2] / "benchmarks" / "memory.py"
@@ -77,7 +78,7 @@ def test_fake_tensors_keep_the_same():
         )
 
 
-@pytest.mark.parametrize("sequence_parallel, dedup", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("sequence_parallel, dedup", [slow(False, False), (False, True), slow(True, True)])
 def test_a_mixture(sequence_parallel, dedup):
     kept = {}
     for policy in ("none", "comm", "full"):

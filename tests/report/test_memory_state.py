@@ -60,6 +60,7 @@ def explained(shape, mesh, stage):
     return explain(compile_graph(GlobalGraph.of(trace, roles, set(trace.parameters), options=options))).memory
 
 
+@pytest.mark.slow
 def test_teds_expression(state, gpt):
     """E=4, T=2, G=16: exact but for what the expression does not know: router, embedding, and the norms and
     biases that T does not cut."""
@@ -83,6 +84,7 @@ TILE = 2**22
 BUCKETS = 3 * 25 * 2**20  # a gathered bucket, this rank's part of it, and the next one's
 
 
+@pytest.mark.slow
 def test_a_tiled_spike_does_not_grow_with_the_experts(state, gpt):
     tiled, untiled = {}, {}
     for experts in (4, 16):
@@ -106,7 +108,8 @@ def test_offload_leaves_what_its_table_says(state, gpt, where, device, host):
     assert 0 <= row.idle - row.total + (2 * row.psi if where == "optimizer" else 0) < 1000
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_real_tensors_take_the_same(state, gpt, stage):
     steppers = [{"tile": 5000, "fused": True}, {"tile": None, "fused": True}]
     fake, real = (

@@ -24,6 +24,7 @@ from tests.report.toy import check, compile_toy
 MESH = "dp=4,ep=2,tp=2"
 
 
+@pytest.mark.slow
 def test_mixtral(compilations):
     text = str(explain(compilations("mixtral", MESH), title="MixtralForCausalLM", batch=2, sequence=8))
     check(
@@ -76,6 +77,7 @@ def test_mixtral(compilations):
     assert max(map(len, text.splitlines())) <= WIDTH
 
 
+@pytest.mark.slow
 def test_all_rows_without_folding(compilations):
     told = explain(compilations("mixtral", MESH), rows="all", fold=False, timings=True, stages={"trace": 1.5})
     check(

@@ -33,6 +33,7 @@ def test_fields_that_a_refusal_names_are_halved_or_made_sums():
     assert first == {**small, "heads": 4}  # what is not small yet, before what is
 
 
+@pytest.mark.slow
 def test_attributes_that_vary_per_layer():
     made = config("dots3_note")
     window = made.per_layer_config["sliding_attention"]

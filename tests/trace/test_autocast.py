@@ -130,6 +130,7 @@ def test_what_is_no_cast_of_operands_is_refused():
     trace(Inside(False, "einsum"), kwargs={"x": torch.randn(6, 10, 8)})
 
 
+@pytest.mark.slow
 def test_experts_of_a_library_model():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from tedfx.passes.simplify_masks import SimplifyMasks  # noqa: E402
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace  # noqa: E402
 from tedfx.trace.observed import Observation  # noqa: E402
+from tests.marks import slow_but  # noqa: E402
 from tests.models import MODELS  # noqa: E402
 
 aten = torch.ops.aten
@@ -76,7 +77,7 @@ def assert_close(actual, expected, tolerance):
 LAYERS = {name: {} if name in ("deepseek_v3", "gpt_oss") else {"num_hidden_layers": 1} for name in MODELS}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["mixtral", "deepseek_v3", "gpt_oss"], MODELS))
 def test_loss_and_gradients_in_float64(name):
     torch.manual_seed(0)
     model = MODELS[name](**LAYERS[name]).double()
@@ -110,7 +111,7 @@ def test_loss_and_gradients_in_float64(name):
         assert_close(step(model, lambda **kw: t(model, **kw), **inputs), expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", slow_but(["mixtral"], ["mixtral", "gpt_oss"]))
 def test_passes_are_bitwise_in_float32(name):
     """Functionalisation changes no bit; without masks to add, attention runs another kernel, so that pass is
     apart."""
@@ -156,6 +157,7 @@ def test_variants_of_a_family():
     assert_close(results[1], results[0], 1e-12)
 
 
+@pytest.mark.slow
 def test_dropout_while_training():
     model = MODELS["gpt_oss"](num_hidden_layers=1, attention_dropout=0.2).train()
     t = trace(model)
