@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import tedfx
+from tests.marks import slow
 from tests.module import changing
 from tests.pool import context
 
@@ -24,7 +25,7 @@ CHANGES = (
 @pytest.mark.parametrize(
     "axis, options, steps, programs",
     [
-        ("ep", {"check": "none"}, CHANGES, 3),
+        slow("ep", {"check": "none"}, CHANGES, 3),
         ("dp", {"zero": 3}, (changing.nothing, changing.freeze, changing.nothing), 1),
         ("dp", {"layered": True}, (changing.nothing, changing.nothing), 1),
     ],
