@@ -19,7 +19,9 @@ Algorithm:
 4. The E values are walked in lock-step (capture_bodies.py), which checks that they are one body with
    different parameters, and emits it once, on the rows of `dispatch`. `combine` takes the place of the last
    step.
-5. The loop is erased. A search for an expert's tokens that is still used is a loop that was not understood:
+5. A loop over the experts that were hit was traced over all (tedfx/frontends/hits.py): what said which they
+   were is proven to name every expert with tokens (tedfx/capture/loads.py).
+6. The loop is erased. A search for an expert's tokens that is still used is a loop that was not understood:
    refused. So is an answer given while tracing ("an expert has tokens", tedfx/frontends/loops.py) in a
    function from which no loop was captured.
 
@@ -42,11 +44,13 @@ from torch import fx
 from tedfx.capture.batched import refuse
 from tedfx.capture.bodies import Bodies
 from tedfx.capture.chains import Step, chain_of, dependence, is_zero
+from tedfx.capture.loads import every_assignment
 from tedfx.capture.masks import facts
 from tedfx.capture.routing import Routing, name_of, shape_of
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import find_uncaptured
 from tedfx.errors import CaptureError, user_line, warn
+from tedfx.frontends.hits import HIT
 from tedfx.graph.facts import STACK_TRACE, VAL
 from tedfx.graph.nodes import argument, operand
 from tedfx.passes.base import Pass, PassResult
@@ -90,10 +94,12 @@ class CaptureLoops(Pass[GlobalGraph]):
             if done & found.keys()
             for f in _FRAME.findall(STACK_TRACE.get(node) or "")
         }
+        _prove_hits(graph, known, done)
         _erase(graph, depends)
         stacks.finish()
         _check_rest(graph, known, depends, done)
-        if _check_answers(trace, frames) and trace.stacked:
+        answered = _check_answers(trace, frames)
+        if (answered or any(note.startswith(HIT) for note in trace.notes)) and trace.stacked:
             result.notes.append(SKIPPED)
             warn(SKIPPED)
         result.changes = result.matches
@@ -194,6 +200,18 @@ def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.N
             raise refuse(
                 "out[token] = .. loses a token that names an expert twice", chain[0].node, "use index_add_"
             )
+
+
+def _prove_hits(graph: fx.Graph, known: dict, done: set[Routing]) -> None:
+    """A loop over the experts that were hit was traced over all of them: the others have no tokens."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.tedfx.hit_experts.default):
+        if every_assignment(operand(node, 0), known) not in done:
+            raise refuse(
+                "a loop over some of the experts, and nothing proves that the others have no tokens",
+                node,
+                "loop over the experts that any token chose: (one_hot(ids, E).sum((0, 1)) > 0).nonzero()",
+            )
+        graph.erase_node(node)
 
 
 # --- afterwards ---------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public r
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  public replacement: none
+
+# Real tensors while fake ones are traced. Public replacement: none.
+from torch.utils._python_dispatch import _disable_current_modes as outside_of_trace  # noqa: F401
 from torch.utils._sympy.functions import FloorDiv  # noqa: F401  as sizes of a trace have it; public replacement: sympy.floor of a quotient
 
 from tedfx.dtypes import as_real

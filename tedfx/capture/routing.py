@@ -96,6 +96,18 @@ class Fact:
         )
 
 
+# torch's other names of operators
+_ALIASES = {
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+}
+
 # --- reading nodes ------------------------------------------------------------------------------------------
 
 
@@ -106,7 +118,8 @@ def name_of(node: object) -> str:
         return ""
     if isinstance(node.target, OpOverload):
         name = node.target._schema.name.split("::")[1]
-        return name if name.endswith("__") else name.removesuffix("_")
+        name = name if name.endswith("__") else name.removesuffix("_")
+        return _ALIASES.get(name, name)
     return getattr(node.target, "__name__", "")
 
 

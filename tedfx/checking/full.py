@@ -27,6 +27,8 @@ from tedfx.checking.sample import sample, widest
 from tedfx.checking.steps import GraphFailed, two_steps
 from tedfx.errors import CaptureError, warn
 from tedfx.frontends import default_frontends
+from tedfx.frontends.hits import HIT
+from tedfx.frontends.loops import NOTE
 from tedfx.options import Options
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.global_graph import Trace
@@ -100,10 +102,19 @@ def check_trace(
         for as_dtype in dict.fromkeys(
             (usual, torch.float32, torch.float64)
         ):  # what the model's Python was told of a value's dtype
-            run = lambda bounds: two_steps(
-                model, captured, frontends, bounds, _TOLERANCES["float64"], as_dtype=as_dtype, sampled=sampled
-            )  # noqa: B023, E731
+            run = lambda bounds, alike=False: two_steps(
+                model,
+                captured,
+                frontends,
+                bounds,
+                _TOLERANCES["float64"],
+                as_dtype=as_dtype,  # noqa: B023
+                sampled=sampled,
+                alike=alike,
+            )
             found = _on_some_input(run, model)
+            if found.first is None and _of_empty_experts(captured):
+                found = _on_some_input(lambda bounds: run(bounds, True), model)  # noqa: B023
             if found.first is None:
                 return _line(found, "in float64", captured, sampled)
             first = first or found.first
@@ -154,6 +165,12 @@ def _own_dtype(model, captured: Trace, dtypes, device, frontends, sampled, reaso
         if found.first is not None:
             _refuse(found.first, model, captured, dtypes, _name(usual))
     return _line(found, f"in {_name(usual)} ({reason})", captured, sampled)
+
+
+def _of_empty_experts(captured: Trace) -> bool:
+    """Whether the trace took for granted that experts have tokens: what the model does where they have none
+    is then compared too, on tokens that all go to the same experts."""
+    return any(note.startswith((NOTE, HIT)) for note in captured.notes)
 
 
 class _NoInput(Exception):

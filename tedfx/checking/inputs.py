@@ -29,10 +29,15 @@ def attempts(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 
 def random_inputs(
-    captured: Trace, bounds: tuple[int, int], least: tuple[int, int] = SIZES, seed: int = 0
+    captured: Trace,
+    bounds: tuple[int, int],
+    least: tuple[int, int] = SIZES,
+    seed: int = 0,
+    alike: bool = False,
 ) -> dict[str, Any]:
     """A call by keyword, in the containers of the traced one: normal floats, integers within `bounds`, at the
-    smallest sizes from `least` on that the trace accepts."""
+    smallest sizes from `least` on that the trace accepts. `alike`: the same in every place of a free dim, so
+    that a router sends all tokens to the same experts."""
     sizes = _accepted(captured, least)
     placeholders = {n.name: n for n in captured.graph_module.graph.find_nodes(op="placeholder")}
     generator = torch.Generator().manual_seed(seed)
@@ -47,6 +52,9 @@ def random_inputs(
             low, below = (0, 2) if fake.dtype == torch.bool and bounds[0] == 0 else bounds
             below = max(min(below, captured.limits.get(path, below)), low + 1)
             value = torch.randint(low, below, shape, generator=generator).to(fake.dtype)
+        for d, size in enumerate(fake.shape):
+            if alike and isinstance(size, torch.SymInt):
+                value = value.narrow(d, 0, 1).expand_as(value).clone()
         leaves[path] = value.to(captured.device).requires_grad_(fake.requires_grad)
     _, places = pytree.tree_unflatten(list(range(captured.in_spec.num_leaves)), captured.in_spec)
     order = {index: leaves.get(path) for path, index in leaves_with_path(places) if index is not None}

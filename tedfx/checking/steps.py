@@ -48,6 +48,7 @@ def two_steps(
     as_dtype: torch.dtype | None = None,
     own: bool = False,
     sampled: frozenset[str] | None = None,
+    alike: bool = False,
 ) -> Found:
     """Run both and compare. The model is left as it was.
 
@@ -55,6 +56,7 @@ def two_steps(
              answers for `as_dtype`.
     sampled  names of the parameters whose gradients are compared and which are updated; the others are
              constants. None: all.
+    alike    on tokens that are all the same.
 
     Raises what the model raises on this input, `Draws` and `NoFloat64`; GraphFailed where the graph fails and
     the model does not.
@@ -72,7 +74,7 @@ def two_steps(
     order = _order_of_use(captured)
     names = dict(sorted(names.items(), key=lambda item: order.get(item[1], 0)))
     asked = _asked(captured)
-    call = random_inputs(captured, bounds, SIZES if sampled is None else FEWEST)
+    call = random_inputs(captured, bounds, SIZES if sampled is None else FEWEST, alike=alike)
     cast = wide if not own else lambda dtype: dtype
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -20,8 +20,9 @@ form into which `passes/capture_loops.py` brings the loop adds nothing for an ex
 answer is written into the trace's notes, with its line; `capture_loops` refuses a trace with an answer that
 belongs to no captured loop.
 
-Refused here, with the line: a loop over *which* experts were hit (`for e in hit.nonzero()`), as its length is
-data; `len()` of rows used otherwise than as an emptiness test, since python's `len` must be a number.
+A loop over *which* experts were hit (`for e in hit.nonzero()`) is traced over all of them (hits.py). Refused
+here, with the line: any other loop over rows, as its length is data; `len()` of rows used otherwise than as
+an emptiness test, since python's `len` must be a number.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 from tedfx import _torch
 from tedfx._torch import pytree
 from tedfx.errors import TraceError
+from tedfx.frontends.hits import HitExperts
 from tedfx.frontends.questions import check_neutral, here, tests_of, user_frame
 
 __all__ = ["ExpertLoops", "NOTE"]
@@ -85,7 +87,7 @@ class ExpertLoops:
 
     @contextlib.contextmanager
     def prepare(self, model: nn.Module, notes: list[str]) -> Iterator[None]:
-        with _NotEmpty(notes):
+        with _NotEmpty(notes), HitExperts(notes):
             yield
 
     def reference(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -80,6 +80,26 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.tedfx.combine(rows, order, weights)
 
 
+# ---- what a trace took for granted -------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tedfx::hit_experts", mutates_args=())
+def _hit_experts(chosen: Tensor) -> Tensor:
+    """A loop over the experts of which `chosen` says that they have tokens was traced over all of them.
+
+    chosen: a mask or counts [E], or expert ids. It computes nothing: `capture_loops` proves it and takes it
+    out of the graph, or refuses."""
+    return chosen.new_empty(0)
+
+
+@_hit_experts.register_fake
+def _(chosen):
+    return chosen.new_empty(0)
+
+
+torch.fx.has_side_effect(torch.ops.tedfx.hit_experts.default)  # nothing reads it, and it must stay
+
+
 # ---- dispatch ----------------------------------------------------------------------------------------------
 
 

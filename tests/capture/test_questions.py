@@ -3,19 +3,17 @@ and which are refused with their line."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tedfx.errors import CaptureError, TraceError
 from tests.capture.test_models import capture, check, tokens
 from tests.passes.test_capture_loops import Block, E, loop
 
 
-def hit_experts(m, x, probs, w, ids):
+def over_rows(m, x, probs, w, ids):
     out = torch.zeros_like(x)
-    mask = F.one_hot(ids, E).permute(2, 1, 0)
-    for e in mask.sum((-1, -2)).nonzero():
-        slot, token = torch.where(mask[e[0]])
-        out.index_add_(0, token, m.experts[0](x[token]) * w[token, slot, None])
+    for e, token, slot in loop(ids):
+        for n in token:
+            out[n] += m.experts[e](x[n])
     return out
 
 
@@ -58,7 +56,7 @@ def mixed_test(m, x, probs, w, ids):
 @pytest.mark.parametrize(
     "mixture, message",
     [
-        (hit_experts, "loop over all the experts instead of those that were hit"),
+        (over_rows, "a python loop \\(or list\\) over rows whose number is data"),
         (length_of_rows, "len\\(\\) of rows whose number is data"),
         (something_for_nothing, "an expert without tokens does something of its own \\(out = out \\+ 0.1\\)"),
         (otherwise, "an expert without tokens does something of its own \\(out = out - 1\\)"),

@@ -1,0 +1,82 @@
+"""Which experts have tokens: whether a mask says just that.
+
+`every_assignment` follows a mask or count [E] back to the hits of a routing (masks.py). It is positive where
+any token named the expert by any choice, and nowhere else, if it is the sum, `any` or maximum of all hits
+over all tokens and choices, or a count of the ids (`bincount`, `histc`, ones scattered at ids); compared with
+zero, cast or laid out anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from tedfx.capture.routing import Dims, Fact, Routing, argument, moved, name_of
+from tedfx.graph.nodes import operand_or_none
+
+__all__ = ["every_assignment"]
+
+_POSITIVE = {("gt", 0), ("ne", 0), ("ge", 1)}
+_CASTS = {"to", "_to_copy", "clone", "contiguous", "detach", "alias", "long", "int", "bool", "float"}
+
+
+def every_assignment(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Routing | None:
+    """The routing whose experts with tokens are those where `node` [E] is positive, or that `node`, ids of
+    any shape, names; None where that is not proven."""
+    fact = known.get(node)
+    if fact is not None and fact.kind == "ids" and _whole(fact):
+        return fact.routing
+    found = _counted(node, known)
+    return found[0] if found is not None and found[1] == (("e",),) else None
+
+
+def _whole(fact: Fact) -> bool:
+    """All ids of the routing, each once, in any layout."""
+    return sorted(label for dim in fact.dims for label in dim) == sorted(
+        label for dim in fact.routing.dims for label in dim
+    )
+
+
+def _bin_each(node: fx.Node, ids: Fact) -> bool:
+    """Whether a histogram has one bin for each expert."""
+    experts = ids.routing.experts
+    given = [argument(node, name) for name in ("bins", "min", "max")]
+    return given in ([experts, 0, experts - 1], [experts, 0, experts])
+
+
+def _counted(node: fx.Node, known: Mapping[fx.Node, Fact]) -> tuple[Routing, Dims] | None:
+    """(routing, labels of the dims): positive where the token, choice or expert of an entry has any hit."""
+    fact, name = known.get(node), name_of(node)
+    if fact is not None and fact.kind == "hit" and fact.expert is None:
+        return fact.routing, fact.dims
+    source = operand_or_none(node, 0)
+    if source is None:
+        return None
+    if name in ("bincount", "histc"):
+        ids = known.get(source)
+        if (
+            ids is None
+            or ids.kind != "ids"
+            or not _whole(ids)
+            or (name == "histc" and not _bin_each(node, ids))
+        ):
+            return None
+        return ids.routing, (("e",),)
+    found = _counted(source, known)
+    if found is None:
+        return None
+    routing, dims = found
+    if name in _CASTS or (name in ("gt", "ne", "ge") and (name, node.args[1]) in _POSITIVE):
+        return routing, dims
+    if name in ("sum", "any", "amax", "count_nonzero"):
+        over = argument(node, "dim")
+        if over is None:
+            return None
+        gone = {d % len(dims) for d in (over if isinstance(over, (list, tuple)) else [over])}
+        if any("e" in dims[d] for d in gone):
+            return None
+        keep = name != "count_nonzero" and bool(argument(node, "keepdim"))
+        return routing, tuple(() if d in gone else dim for d, dim in enumerate(dims) if d not in gone or keep)
+    laid = moved(node, name, dims, routing.sizes)
+    return (routing, laid) if laid is not None else None
