@@ -34,9 +34,8 @@ Parameters: E parameters of the experts become one placeholder of shape (E, ...)
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -49,9 +48,9 @@ from tedfx.capture.masks import facts
 from tedfx.capture.routing import Routing, name_of, shape_of
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import find_uncaptured
-from tedfx.errors import CaptureError, user_line, warn
-from tedfx.frontends.hits import HIT
-from tedfx.graph.facts import STACK_TRACE, VAL
+from tedfx.errors import user_line, warn
+from tedfx.frontends import answers
+from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import argument, operand
 from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
@@ -59,13 +58,6 @@ from tedfx.stages.graphs import GlobalGraph
 __all__ = ["CaptureLoops", "find_uncaptured"]
 
 aten = torch.ops.aten
-SKIPPED = (
-    "an expert that no token of the batch chose has a gradient of zero here; on one device the loop "
-    "skips it, so its "
-    "gradient is None and an optimizer with momentum or weight decay leaves it as it is for that step"
-)
-_NOTE = re.compile(r"assumed that an expert has tokens: .+ \(in (.+):(\d+)-(\d+)\)$")
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass(frozen=True)
@@ -88,20 +80,15 @@ class CaptureLoops(Pass[GlobalGraph]):
             done.add(routing)
             result.matches += 1
             result.notes.append(f"loop over {routing.experts} experts at {user_line(end)}")
-        frames = {
-            f
-            for node, found in depends.items()
-            if done & found.keys()
-            for f in _FRAME.findall(STACK_TRACE.get(node) or "")
-        }
+        answers.settle(trace, [node for node, found in depends.items() if done & found.keys()])
         _prove_hits(graph, known, done)
         _erase(graph, depends)
         stacks.finish()
         _check_rest(graph, known, depends, done)
-        answered = _check_answers(trace, frames)
-        if (answered or any(note.startswith(HIT) for note in trace.notes)) and trace.stacked:
-            result.notes.append(SKIPPED)
-            warn(SKIPPED)
+        answers.check(trace)
+        if answers.took_for_granted(trace) and trace.stacked:
+            result.notes.append(answers.SKIPPED)
+            warn(answers.SKIPPED)
         result.changes = result.matches
         return result
 
@@ -280,17 +267,3 @@ def _compared(mask: fx.Node) -> fx.Node | None:
     while name_of(mask) in ("any", "to", "view", "reshape"):
         mask = operand(mask, 0)
     return operand(mask, 0) if name_of(mask) == "eq" and isinstance(mask.args[1], int) else None
-
-
-def _check_answers(trace: Any, frames: set[tuple[str, str]]) -> bool:
-    """Every emptiness test that was answered while tracing stands in a `forward` from which a loop was
-    captured. Whether there are any."""
-    answers = [(note, found) for note in trace.notes if (found := _NOTE.match(note))]
-    for note, found in answers:
-        if not any(file == found[1] and int(found[2]) <= int(line) <= int(found[3]) for file, line in frames):
-            raise CaptureError(
-                f"{note}, but no loop over experts was captured there | write the loop as "
-                "out.index_add_(0, token, expert(x[token]) * "
-                "w[token, slot, None]) over all experts, or drop the test"
-            )
-    return bool(answers)

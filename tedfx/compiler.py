@@ -15,6 +15,7 @@ from tedfx.passes.base import Pass, check_contracts, run_pipeline
 from tedfx.passes.batch_collectives import BatchCollectives
 from tedfx.passes.capture_capacity import CaptureCapacity
 from tedfx.passes.capture_loops import CaptureLoops
+from tedfx.passes.capture_sorted import CaptureSorted
 from tedfx.passes.check_capture import CheckCapture
 from tedfx.passes.check_types import check_types
 from tedfx.passes.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ def default_passes(options: Options | None = None, **given) -> list[Pass]:
     return [
         Functionalize(),
         SimplifyMasks(),
+        CaptureSorted(),
         CaptureLoops(),
         CaptureCapacity(),
         ExpandAttention(),

@@ -15,9 +15,10 @@ from torch import fx
 from tedfx.capture.routing import Dims, Fact, Routing, argument, moved, name_of
 from tedfx.graph.nodes import operand_or_none
 
-__all__ = ["every_assignment"]
+__all__ = ["every_assignment", "load_of"]
 
 _POSITIVE = {("gt", 0), ("ne", 0), ("ge", 1)}
+_INEXACT = {"gt", "ne", "ge", "any", "amax", "count_nonzero"}
 _CASTS = {"to", "_to_copy", "clone", "contiguous", "detach", "alias", "long", "int", "bool", "float"}
 
 
@@ -28,6 +29,13 @@ def every_assignment(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Routing | 
     if fact is not None and fact.kind == "ids" and _whole(fact):
         return fact.routing
     found = _counted(node, known)
+    return found[0] if found is not None and found[1] == (("e",),) else None
+
+
+def load_of(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Routing | None:
+    """The routing of which `node` [E] says how many assignments each expert has; None where that is not
+    proven."""
+    found = _counted(node, known, exact=True)
     return found[0] if found is not None and found[1] == (("e",),) else None
 
 
@@ -45,11 +53,14 @@ def _bin_each(node: fx.Node, ids: Fact) -> bool:
     return given in ([experts, 0, experts - 1], [experts, 0, experts])
 
 
-def _counted(node: fx.Node, known: Mapping[fx.Node, Fact]) -> tuple[Routing, Dims] | None:
-    """(routing, labels of the dims): positive where the token, choice or expert of an entry has any hit."""
+def _counted(
+    node: fx.Node, known: Mapping[fx.Node, Fact], exact: bool = False
+) -> tuple[Routing, Dims] | None:
+    """(routing, labels of the dims): positive where the token, choice or expert of an entry has any hit;
+    `exact`: how many it has."""
     fact, name = known.get(node), name_of(node)
     if fact is not None and fact.kind == "hit" and fact.expert is None:
-        return fact.routing, fact.dims
+        return (fact.routing, fact.dims) if not (exact and fact.reduced) or fact.routing.unique else None
     source = operand_or_none(node, 0)
     if source is None:
         return None
@@ -63,8 +74,8 @@ def _counted(node: fx.Node, known: Mapping[fx.Node, Fact]) -> tuple[Routing, Dim
         ):
             return None
         return ids.routing, (("e",),)
-    found = _counted(source, known)
-    if found is None:
+    found = _counted(source, known, exact)
+    if found is None or (exact and (name == "bool" or name in _INEXACT)):
         return None
     routing, dims = found
     if name in _CASTS or (name in ("gt", "ne", "ge") and (name, node.args[1]) in _POSITIVE):

@@ -27,8 +27,7 @@ from tedfx.checking.sample import sample, widest
 from tedfx.checking.steps import GraphFailed, two_steps
 from tedfx.errors import CaptureError, warn
 from tedfx.frontends import default_frontends
-from tedfx.frontends.hits import HIT
-from tedfx.frontends.loops import NOTE
+from tedfx.frontends.answers import took_for_granted
 from tedfx.options import Options
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.global_graph import Trace
@@ -113,7 +112,7 @@ def check_trace(
                 alike=alike,
             )
             found = _on_some_input(run, model)
-            if found.first is None and _of_empty_experts(captured):
+            if found.first is None and took_for_granted(captured):  # what the model does without tokens
                 found = _on_some_input(lambda bounds: run(bounds, True), model)  # noqa: B023
             if found.first is None:
                 return _line(found, "in float64", captured, sampled)
@@ -165,12 +164,6 @@ def _own_dtype(model, captured: Trace, dtypes, device, frontends, sampled, reaso
         if found.first is not None:
             _refuse(found.first, model, captured, dtypes, _name(usual))
     return _line(found, f"in {_name(usual)} ({reason})", captured, sampled)
-
-
-def _of_empty_experts(captured: Trace) -> bool:
-    """Whether the trace took for granted that experts have tokens: what the model does where they have none
-    is then compared too, on tokens that all go to the same experts."""
-    return any(note.startswith((NOTE, HIT)) for note in captured.notes)
 
 
 class _NoInput(Exception):

@@ -43,6 +43,33 @@ _LAYOUTS = {
     *(getattr(T, name) for name in ("to", "cpu", "long", "int", "detach", "contiguous", "select", "clone")),
     *(getattr(torch, name) for name in ("reshape", "flatten", "squeeze", "unsqueeze", "select", "clone")),
 }
+_KEEPS = ("to", "cpu", "long", "int", "detach", "tolist", "contiguous", "clone", "flatten", "view", "reshape")
+_COUNTS = {
+    *(
+        "one_hot",
+        "scatter",
+        "scatter_",
+        "scatter_add",
+        "scatter_add_",
+        "index_add",
+        "index_add_",
+        "eq",
+        "__eq__",
+    ),
+    *(
+        "sum",
+        "permute",
+        "t",
+        "transpose",
+        "bincount",
+        "histc",
+        "cumsum",
+        "float",
+        "type",
+        "ones_like",
+        *_KEEPS,
+    ),
+}
 _LISTS = {T.__iter__, T.tolist, T.unbind, torch.unbind, T.numpy}
 _COMPARED = {
     *(getattr(T, name) for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "bool")),
@@ -51,16 +78,25 @@ _COMPARED = {
 
 
 class HitExperts(TorchFunctionMode):
-    """`ranges`: by id, ids of experts and how many experts there are. `loads`: counts of such ids, which have
-    an entry per expert, and masks made from them. `found`: by id, (a tensor of experts that were hit, the
-    numbers that it holds if all were, the mask that says which; None of a number)."""
+    """What is known of tensors, by id; the tensors are kept, so that their ids stay their own.
+
+    ranges   ids of experts, and how many experts there are
+    about    what is computed from them: one_hot, sums of it, ..
+    loads    (how many experts, the counts): an entry per expert; the counts are others, of which it is the
+             running sum, or itself
+    masks    comparisons of loads
+    found    (a tensor of experts that were hit, the numbers that it holds if all were, the mask that says
+             which; None of a number)
+    """
 
     def __init__(self, notes: list[str]):
         super().__init__()
         self.notes = notes
-        # the tensors are kept, so that their ids stay their own
         self.ranges: dict[int, tuple[T, int]] = {}
-        self.loads: dict[int, tuple[T, int]] = {}
+        self.about: dict[int, tuple[T, int]] = {}
+        self.loads: dict[int, tuple[int, T]] = {}
+        self.masks: dict[int, tuple[T, int]] = {}
+        self.kept: list[T] = []
         self.found: dict[int, tuple[T, T, T | None]] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -118,6 +154,29 @@ class HitExperts(TorchFunctionMode):
             return value
         return number if value.dim() == 0 else slice(number, number + 1)
 
+    def _count(self, function: Callable, args: tuple, kwargs: dict, out: T) -> None:
+        """What is computed from experts' ids with an entry per expert may count them."""
+        about = [
+            experts
+            for x in pytree.tree_leaves((args, kwargs))
+            for found in (self.ranges.get(id(x)), self.about.get(id(x)))
+            if found is not None
+            for experts in [found[1]]
+        ]
+        if not about:
+            return
+        self.about[id(out)] = (out, about[0])
+        if function.__name__ == "cumsum":
+            source = args[0] if args else kwargs["input"]
+            if id(source) in self.loads and self.loads[id(source)][1] is source:
+                self.loads[id(out)] = (about[0], source)
+            return
+        entries = out.shape[0] if out.dim() == 1 else 0
+        if entries == about[0] if isinstance(entries, int) else function.__name__ in ("bincount", *_KEEPS):
+            same = self.loads.get(id(args[0])) if args and function.__name__ in _KEEPS else None
+            self.loads[id(out)] = same or (about[0], out)
+            self.kept.append(out)
+
     def _assume(self, mask: T | None) -> None:
         if mask is None:
             return
@@ -128,10 +187,12 @@ class HitExperts(TorchFunctionMode):
             self.notes.append(note)
 
     def _learn(self, function: Callable, args: tuple, kwargs: dict, out: Any) -> None:
-        """Remember ids of experts, and searches for those that were hit."""
+        """Remember ids of experts, counts of them, and searches for those that were hit."""
         first = args[0] if args else kwargs.get("input")
         if not isinstance(first, T):
             return
+        if getattr(function, "__name__", "") in _COUNTS and isinstance(out, T):
+            self._count(function, args, kwargs, out)
         if function in _CHOICES or function in _BESTS:
             position = 2 if getattr(function, "__name__", "") == "topk" else 1
             dim = kwargs.get(
@@ -146,15 +207,11 @@ class HitExperts(TorchFunctionMode):
             with outside_of_trace():
                 every = torch.arange(self.ranges[id(first)][1])
             self.found[id(out)] = (out, every, first)
-        elif function in (torch.bincount, T.bincount) and id(first) in self.ranges:
-            experts = self.ranges[id(first)][1]
-            if kwargs.get("minlength", args[2] if len(args) > 2 else 0) == experts:
-                self.loads[id(out)] = (out, experts)
-        elif function in _COMPARED | _LAYOUTS and isinstance(out, T) and id(first) in self.loads:
-            if out.dim() == 1:
-                self.loads[id(out)] = (out, self.loads[id(first)][1])
+        elif function in _COMPARED and isinstance(out, T) and id(first) in self.loads:
+            self.masks[id(out)] = (out, self.loads[id(first)][0])
         elif function in _SEARCHES and len(args) + ("input" in kwargs) == 1 and first.dim() == 1:
-            experts = self.loads[id(first)][1] if id(first) in self.loads else first.shape[0]
+            experts = self.loads[id(first)][0] if id(first) in self.loads else first.shape[0]
+            experts = self.masks[id(first)][1] if id(first) in self.masks else experts
             if not isinstance(experts, int) or experts < 2:
                 return
             with outside_of_trace():

@@ -40,6 +40,7 @@ from tedfx._torch import pytree
 from tedfx.errors import TraceError
 from tedfx.frontends.hits import HitExperts
 from tedfx.frontends.questions import check_neutral, here, tests_of, user_frame
+from tedfx.frontends.runs import ExpertRuns
 
 __all__ = ["ExpertLoops", "NOTE"]
 
@@ -87,7 +88,7 @@ class ExpertLoops:
 
     @contextlib.contextmanager
     def prepare(self, model: nn.Module, notes: list[str]) -> Iterator[None]:
-        with _NotEmpty(notes), HitExperts(notes):
+        with _NotEmpty(notes) as empty, HitExperts(notes) as hits, ExpertRuns(hits, empty.asked):
             yield
 
     def reference(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -118,7 +119,7 @@ class _NotEmpty(TorchFunctionMode):
             function in (T.unbind, torch.unbind) and (args[1] if len(args) > 1 else kwargs.get("dim", 0)) == 0
         )
         if whole and first is not None and first.dim() and _symbols(first.shape[0]) & self.rows:
-            if function is T.__len__ and self._asked():
+            if function is T.__len__ and self.asked():
                 return 1  # any positive number: the test only compares it with 0
             what = "len() of rows" if function is T.__len__ else "a python loop (or list) over rows"
             raise TraceError(
@@ -126,7 +127,7 @@ class _NotEmpty(TorchFunctionMode):
                 "those that were hit (one without "
                 "tokens adds nothing); use x.shape[0] for a size"
             )
-        if function is T.__bool__ and known is not None and self._asked():
+        if function is T.__bool__ and known is not None and self.asked():
             return known[1] is None or known[1]
 
         out = function(*args, **kwargs)
@@ -150,12 +151,12 @@ class _NotEmpty(TorchFunctionMode):
             counts = [
                 n for n in (out if isinstance(out, (tuple, list)) else (out,)) if _symbols(n) & self.rows
             ]
-            if counts and self._asked():
+            if counts and self.asked():
                 for count in counts:
                     _torch.check(count > 0, "an expert without tokens was not expected here")
         elif isinstance(out, T):
             self._learn(function, first, args, known, out)
-        elif function is T.item and known is not None and self._asked():
+        elif function is T.item and known is not None and self.asked():
             if known[1] is not None:
                 return known[1]
             _torch.check(out > 0, "an expert without tokens was not expected here")
@@ -183,7 +184,7 @@ class _NotEmpty(TorchFunctionMode):
         elif name in ("logical_not", "invert", "bitwise_not") and known[1] is not None:
             self.known[id(out)] = (out, not known[1])
 
-    def _asked(self) -> bool:
+    def asked(self) -> bool:
         """Whether the model's line asks if there are tokens; if so the answer is noted, and its other branch
         must be neutral."""
         frame = user_frame()

@@ -100,6 +100,72 @@ def _(chosen):
 torch.fx.has_side_effect(torch.ops.tedfx.hit_experts.default)  # nothing reads it, and it must stay
 
 
+# Runs of sorted rows that Python cut by counts: what a trace holds of them until `capture_sorted` has made
+# them the rows of a dispatch.
+
+
+@torch.library.custom_op("tedfx::run_size", mutates_args=())
+def _run_size(counts: Tensor, expert: int) -> Tensor:
+    """How many rows an expert has: a number. Counts may end before the last experts, if those have none."""
+    return counts[expert : expert + 1].sum()
+
+
+@_run_size.register_fake
+def _(counts, expert):
+    return counts.new_empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("tedfx::expert_run", mutates_args=())
+def _expert_run(rows: Tensor, counts: Tensor, expert: int, size: int) -> Tensor:
+    """rows[M,..] sorted by expert, counts[E] -> [size,..], those of one expert."""
+    start = int(counts[:expert].sum())
+    return rows[start : start + size].clone()
+
+
+@_expert_run.register_fake
+def _(rows, counts, expert, size):
+    return rows.new_empty(size, *rows.shape[1:])
+
+
+def _run_setup(ctx, inputs, output):
+    rows, counts, ctx.expert, ctx.size = inputs
+    ctx.shape = rows.shape
+    ctx.save_for_backward(counts)
+
+
+def _run_backward(ctx, grad):
+    (counts,) = ctx.saved_tensors
+    start = int(counts[: ctx.expert].sum())
+    out = grad.new_zeros(ctx.shape)
+    out[start : start + grad.shape[0]] = grad
+    return out, None, None, None
+
+
+_expert_run.register_autograd(_run_backward, setup_context=_run_setup)
+
+
+@torch.library.custom_op("tedfx::join_runs", mutates_args=())
+def _join_runs(runs: list[Tensor], rows: Tensor) -> Tensor:
+    """The runs of all experts, one after the other: as many as `rows`, of which they were cut."""
+    return torch.cat(runs)
+
+
+@_join_runs.register_fake
+def _(runs, rows):
+    return runs[0].new_empty(rows.shape[0], *runs[0].shape[1:])
+
+
+def _join_setup(ctx, inputs, output):
+    ctx.sizes = [run.shape[0] for run in inputs[0]]
+
+
+def _join_backward(ctx, grad):
+    return list(grad.split(ctx.sizes)), None
+
+
+_join_runs.register_autograd(_join_backward, setup_context=_join_setup)
+
+
 # ---- dispatch ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,261 @@
+"""Rows that the model sorts by expert: each way to write it is the model, in loss and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tedfx.errors import CaptureError, TraceError
+from tedfx.passes.base import run_pipeline
+from tedfx.passes.capture_loops import CaptureLoops
+from tedfx.passes.capture_sorted import CaptureSorted
+from tedfx.passes.functionalize import Functionalize
+from tedfx.stages.graphs import GlobalGraph
+from tedfx.trace.export import trace
+from tests.capture.test_models import check, operators, tokens
+
+E, H, K = 4, 32, 2
+
+
+class Block(nn.Module):
+    def __init__(self, mixture, k=K):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.k, self.mixture = nn.Linear(H, E), k, mixture
+        self.experts = nn.ModuleList(nn.Linear(H, H) for _ in range(E))
+        self.w1, self.w2 = nn.Parameter(torch.randn(E, H, 24) / 6), nn.Parameter(torch.randn(E, 24, H) / 6)
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.reshape(-1, H)
+        w, ids = self.router(x).softmax(-1).topk(self.k, dim=-1)
+        y = self.mixture(self, x, w, ids).view(shape)
+        return {"y": y, "loss": y.square().sum()}
+
+
+def capture(model):
+    traced = trace(model, kwargs={"x": torch.zeros(3, 6, H, dtype=next(model.parameters()).dtype)})
+    done = run_pipeline(GlobalGraph.of(traced), [Functionalize(), CaptureSorted(), CaptureLoops()])
+    return done.trace, done.history[1].result
+
+
+def stacked(m, e, rows):
+    return F.gelu(rows @ m.w1[e]) @ m.w2[e]
+
+
+def weighed(y, w, ids):
+    return (y.view(*ids.shape, H) * w.unsqueeze(-1)).sum(1)
+
+
+def split(m, x, w, ids):
+    order = ids.flatten().argsort(stable=True)
+    rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)])
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def running_offsets(m, x, w, ids):
+    """DeepSeek-V2's and Qwen's inference code."""
+    with torch.no_grad():
+        counts = ids.new_zeros((ids.shape[0], E))
+        counts.scatter_(1, ids, 1)
+        counts = counts.sum(dim=0)
+        idxs = ids.view(-1).argsort()
+    rows, outputs, start = x[idxs // ids.shape[1]], [], 0
+    for e, n in enumerate(counts.cpu().numpy()):
+        end = start + n
+        if n == 0:
+            continue
+        outputs.append(m.experts[e](rows[start:end]))
+        start = end
+    outs = torch.cat(outputs, dim=0) if len(outputs) else rows.new_empty(0)
+    new = torch.empty_like(outs)
+    new[idxs] = outs
+    return new.view(*ids.shape, -1).type(w.dtype).mul_(w.unsqueeze(dim=-1)).sum(dim=1).type(new.dtype)
+
+
+def ends_on_the_host(m, x, w, ids):
+    """DeepSeek-MoE's: running sums in numpy."""
+    order = ids.view(-1).argsort()
+    ends = ids.view(-1).bincount(minlength=E).cpu().numpy().cumsum(0)
+    rows, parts = x[order // m.k], []
+    for e, end in enumerate(ends):
+        start = 0 if e == 0 else ends[e - 1]
+        if start == end:
+            continue
+        parts.append(m.experts[e](rows[start:end]))
+    return weighed(torch.cat(parts)[order.argsort()], w, ids)
+
+
+def ends_of_a_cumsum(m, x, w, ids):
+    order = ids.view(-1).argsort()
+    ends = F.one_hot(ids, E).sum((0, 1)).cumsum(0).tolist()
+    rows = x[order // m.k]
+    parts = [stacked(m, e, rows[(0 if e == 0 else ends[e - 1]) : ends[e]]) for e in range(E)]
+    done = torch.cat(parts) * w.view(-1)[order].unsqueeze(-1)
+    return torch.zeros_like(x).index_add(0, order // m.k, done)
+
+
+def weighed_in_the_run(m, x, w, ids):
+    order, counts = ids.view(-1).argsort(), torch.histc(ids.view(-1).float(), bins=E, min=0, max=E - 1)
+    counts = counts.int().tolist()
+    scores = w.view(-1)[order].split(counts)
+    rows = x[order // m.k].split(counts)
+    done = torch.cat([m.experts[e](rows[e]) * scores[e].unsqueeze(-1) for e in range(E)])
+    at = (order // m.k).view(-1, 1).expand(-1, H)
+    return torch.zeros_like(x).scatter_add(0, at, done)
+
+
+def scores_first(m, x, w, ids):
+    """torchtitan's default: tokens are scaled before the experts."""
+    scores, order = torch.sort(ids.view(-1), stable=True)
+    token = order // m.k
+    rows = torch.gather(x, 0, token.reshape(-1, 1).expand(-1, H)) * w.view(-1)[order].reshape(-1, 1)
+    counts = ids.view(-1).bincount(minlength=E).tolist()
+    rows = torch.split(rows[: sum(counts)], split_size_or_sections=counts, dim=0)
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)], dim=0)
+    return torch.zeros_like(x).scatter_add(0, token.reshape(-1, 1).expand(-1, H), done)
+
+
+def repeated_tokens(m, x, w, ids):
+    order = ids.flatten().argsort()
+    rows = x.repeat_interleave(m.k, 0)[order].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([m.experts[e](r) for e, r in enumerate(rows)]).relu()
+    return weighed(torch.zeros_like(done).index_put((order,), done), w, ids)
+
+
+WAYS = [
+    split,
+    running_offsets,
+    ends_on_the_host,
+    ends_of_a_cumsum,
+    weighed_in_the_run,
+    scores_first,
+    repeated_tokens,
+]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("mixture", WAYS, ids=lambda way: way.__name__)
+def test_is_the_model(mixture, k):
+    model = Block(mixture, k).double()
+    traced, result = capture(model)
+    assert result.matches == 1
+    found = operators(traced)
+    assert found.count("tedfx.dispatch.default") == found.count("tedfx.combine.default") == 1
+    assert not any("run" in name for name in found)
+    check(model, traced, x=tokens())
+    check(model, traced, x=tokens()[:1, :1])  # experts without rows
+    check(model, traced, x=tokens()[:1, :1].expand(3, 4, H))
+
+
+def grouped(m, x, w, ids):
+    order = ids.view(-1).argsort(stable=True)
+    ends = ids.view(-1).bincount(minlength=E).cumsum(0).to(torch.int32)
+    hidden = F.silu(torch._grouped_mm(x[order // m.k], m.w1, offs=ends))
+    return weighed(torch._grouped_mm(hidden, m.w2, offs=ends)[order.argsort()], w, ids)
+
+
+def grouped_and_added(m, x, w, ids):
+    order = ids.view(-1).argsort(stable=True)
+    ends = torch.histc(ids.view(-1).float(), bins=E, min=0, max=E).cumsum(0).int()
+    hidden = F.silu(torch._grouped_mm(x[order // m.k], m.w1, offs=ends))
+    done = torch._grouped_mm(hidden, m.w2, offs=ends) * w.view(-1)[order, None]
+    return torch.zeros_like(x).index_add(0, order // m.k, done)
+
+
+@pytest.mark.parametrize("mixture", [grouped, grouped_and_added], ids=lambda way: way.__name__)
+def test_grouped_products(mixture):
+    """torch's own grouped product has no float64 on the CPU: the capture of one is compared in bfloat16."""
+    model = Block(mixture).to(torch.bfloat16)
+    traced, result = capture(model)
+    assert result.matches == 1
+    found = operators(traced)
+    assert found.count("tedfx.grouped_linear.default") == 2 and not any("grouped_mm" in n for n in found)
+    x = tokens().bfloat16()
+    got, wanted = traced(model, x=x)["y"], model(x)["y"]
+    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+
+
+# ---- what is not that --------------------------------------------------------------------------------------
+
+
+def counts_of_others(m, x, w, ids):
+    order = ids.flatten().argsort()
+    rows = x[order // m.k].split(ids.roll(1, 0)[1:].flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)])
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def another_order(m, x, w, ids):
+    """By score, not by expert."""
+    order = w.flatten().argsort()
+    rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)])
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def descending(m, x, w, ids):
+    order = ids.flatten().argsort(descending=True)
+    rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)])
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def mean_of_a_run(m, x, w, ids):
+    order = ids.flatten().argsort()
+    rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) - r.mean(0) for e, r in enumerate(rows)])
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def mean_of_all(m, x, w, ids):
+    order = ids.flatten().argsort()
+    rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)])
+    done = done - done.mean(0)
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def others_experts(m, x, w, ids):
+    order = ids.flatten().argsort()
+    rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat(
+        [m.experts[0](rows[0]), m.experts[2](rows[1]), m.experts[1](rows[2]), m.experts[1](rows[3])]
+    )
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def not_put_back(m, x, w, ids):
+    order = ids.flatten().argsort()
+    rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)])
+    return weighed(done, w, ids)
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [counts_of_others, another_order, descending, mean_of_a_run, mean_of_all, not_put_back],
+    ids=lambda way: way.__name__,
+)
+def test_near_misses(mixture):
+    with pytest.raises((CaptureError, TraceError)) as error:
+        capture(Block(mixture))
+    assert "test_capture_sorted.py:" in str(error.value)
+
+
+def test_experts_in_any_order():
+    """Expert e of the router need not be the e-th module; a shared one has the sum of its gradients."""
+    model = Block(others_experts).double()
+    traced, _ = capture(model)
+    check(model, traced, x=tokens())
+
+
+def test_python_may_not_compute_with_counts():
+    def half(m, x, w, ids):
+        order = ids.flatten().argsort()
+        n = ids.flatten().bincount(minlength=E).tolist()
+        return x[order // m.k][: n[0] // 2].sum() + x
+
+    with pytest.raises(TraceError, match="test_capture_sorted.py:"):
+        capture(Block(half))
