@@ -86,6 +86,7 @@ class CaptureSorted(Pass[GlobalGraph]):
         return result
 
 
+_SHAPES = ("sym_size", "empty_like", "zeros_like", "new_empty", "new_zeros", "new_full", "full_like")
 _RUNS = (ops.run_size.default, ops.expert_run.default, ops.join_runs.default)
 
 
@@ -134,7 +135,9 @@ class _Walk:
         )
 
     def _following(self, node: fx.Node) -> RowsOf | None:
-        """A node that works on each row of its operands alone."""
+        """A node that works on each row of its operands alone; nothing, for one that asks for their shape."""
+        if name_of(node) in _SHAPES:
+            return None
         mine = [self.rows[n] for n in node.all_input_nodes if n in self.rows]
         of = mine[0]
         if any(other.dispatch is not of.dispatch for other in mine):

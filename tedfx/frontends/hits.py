@@ -82,8 +82,7 @@ class HitExperts(TorchFunctionMode):
 
     ranges   ids of experts, and how many experts there are
     about    what is computed from them: one_hot, sums of it, ..
-    loads    (how many experts, the counts): an entry per expert; the counts are others, of which it is the
-             running sum, or itself
+    loads    (how many experts, the counts, whether it is their running sum): an entry per expert
     masks    comparisons of loads
     found    (a tensor of experts that were hit, the numbers that it holds if all were, the mask that says
              which; None of a number)
@@ -94,7 +93,7 @@ class HitExperts(TorchFunctionMode):
         self.notes = notes
         self.ranges: dict[int, tuple[T, int]] = {}
         self.about: dict[int, tuple[T, int]] = {}
-        self.loads: dict[int, tuple[int, T]] = {}
+        self.loads: dict[int, tuple[int, T, bool]] = {}
         self.masks: dict[int, tuple[T, int]] = {}
         self.kept: list[T] = []
         self.found: dict[int, tuple[T, T, T | None]] = {}
@@ -168,13 +167,13 @@ class HitExperts(TorchFunctionMode):
         self.about[id(out)] = (out, about[0])
         if function.__name__ == "cumsum":
             source = args[0] if args else kwargs["input"]
-            if id(source) in self.loads and self.loads[id(source)][1] is source:
-                self.loads[id(out)] = (about[0], source)
+            if id(source) in self.loads and not self.loads[id(source)][2]:
+                self.loads[id(out)] = (*self.loads[id(source)][:2], True)
             return
         entries = out.shape[0] if out.dim() == 1 else 0
         if entries == about[0] if isinstance(entries, int) else function.__name__ in ("bincount", *_KEEPS):
             same = self.loads.get(id(args[0])) if args and function.__name__ in _KEEPS else None
-            self.loads[id(out)] = same or (about[0], out)
+            self.loads[id(out)] = same or (about[0], out, False)
             self.kept.append(out)
 
     def _assume(self, mask: T | None) -> None:

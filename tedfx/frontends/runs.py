@@ -141,10 +141,10 @@ class ExpertRuns(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _numbers(self, function: Callable, counts: T) -> Any:
-        experts, summed = self.hits.loads[id(counts)]
-        of = self.runs.setdefault(id(summed), Runs(summed, experts, self.asked))
+        experts, each, summed = self.hits.loads[id(counts)]
+        of = self.runs.setdefault(id(each), Runs(each, experts, self.asked))
         numbers = [
-            Count(of, frozenset(range(e + 1)) if summed is not counts else frozenset({e}))
+            Count(of, frozenset(range(e + 1)) if summed else frozenset({e}))
             for e in range(experts)
         ]
         if function is T.numpy:

@@ -200,4 +200,6 @@ def test_the_answers_are_noted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         capture(Layer("index_add"))
-    assert [n for n in traced.notes if "assumed that an expert has tokens" in n and "models_plain.py" in n]
+    assert [
+        n for n in traced.notes if "an expert without tokens adds nothing" in n and "models_plain.py" in n
+    ]
