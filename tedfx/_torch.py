@@ -12,7 +12,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  public
 # Real tensors while fake ones are traced. Public replacement: none.
 from torch.utils._python_dispatch import _disable_current_modes as outside_of_trace  # noqa: F401
 from torch.utils._sympy.functions import FloorDiv  # noqa: F401  as sizes of a trace have it; public replacement: sympy.floor of a quotient
+from torch.utils.checkpoint import checkpoint
 
 from tedfx.dtypes import as_real
 
@@ -287,6 +288,12 @@ def inductor_options() -> dict:
     return options
 
 
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)`, of which backward has the inputs only and runs it again; no generator's state is
+    kept. All of it is public, but has no types."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 @contextlib.contextmanager
 def functions_recompute():
     """Meanwhile, what `torch.compile` makes of a checkpointed region computes the forwards of its
@@ -427,6 +434,22 @@ def written(func, args, kwargs) -> list:
 def op_name(func) -> str:
     """``normal_`` of ``aten::normal_``. Public replacement: none, as above."""
     return func._schema.name.split("::")[1]
+
+
+def qualified_name(func: OpOverload) -> str:
+    """``aten::view`` of ``aten.view.dtype``. Public replacement: none, as above."""
+    return func._schema.name
+
+
+def overload_name(func: OpOverload) -> str:
+    """``dtype`` of ``aten.view.dtype``. Public replacement: none, as above."""
+    return func._overloadname
+
+
+def storage_key(x: torch.Tensor) -> int:
+    """Equal for tensors of one memory, fake ones and those without data too. Public replacement: none;
+    `data_ptr` is 0 where there is no data."""
+    return x.untyped_storage()._cdata
 
 
 set_grad_enabled_function = torch._C._set_grad_enabled

@@ -69,7 +69,7 @@ class OneAtATime(TorchDispatchMode):
         self._live: list[Slot] = []
         self.checksum = 0  # of all values, in order: equal on ranks that drew the same
         for slot in slots:
-            other = self._slots.setdefault(_key(slot.meta), slot)
+            other = self._slots.setdefault(_torch.storage_key(slot.meta), slot)
             if other is not slot:
                 raise ConfigError(
                     f"{other.name} and {slot.name} are different tensors of one storage: cannot "
@@ -116,7 +116,7 @@ class OneAtATime(TorchDispatchMode):
         return pytree.tree_map(lambda y: given.get(id(y), y), result)
 
     def _slot(self, x) -> Slot | None:
-        return self._slots.get(_key(x)) if isinstance(x, Tensor) else None
+        return self._slots.get(_torch.storage_key(x)) if isinstance(x, Tensor) else None
 
     def _muted(self, func, args, kwargs, written):
         if not written:
@@ -173,10 +173,6 @@ class OnCpu(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         return self._ANSWERS[func] if func in self._ANSWERS and args[0].is_meta else result
-
-
-def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 def _covers(x, meta: Tensor) -> bool:
