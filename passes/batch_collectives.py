@@ -16,7 +16,7 @@ from tedfx.analysis.layers import layers
 from tedfx.graph.emission import schedule
 from tedfx.graph.emit import insert
 from tedfx.graph.facts import DIFFERENTIABLE, LOCAL_SHAPE, RUNS, VAL, take_over
-from tedfx.graph.nodes import argument
+from tedfx.graph.nodes import argument, function
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.sizes import Size
 from tedfx.stages.graphs import LocalGraph
@@ -120,7 +120,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     with graph.inserting_after(last):
         batched = insert(
             graph,
-            ops.BATCHED[last.target],
+            ops.BATCHED[function(last)],
             [n.args[0] for n in nodes],
             kind.axes(last),
             *kind.arguments(nodes),
@@ -138,6 +138,6 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 def _sort(graph: fx.Graph) -> None:
     """Each node behind what it needs; where there is a choice, as before."""
-    order = schedule(graph)
-    for before, node in pairwise(order):
+    for before, node in pairwise(schedule(graph)):
+        assert isinstance(before, fx.Node) and isinstance(node, fx.Node)  # `checkpoint` draws regions, later
         before.append(node)

@@ -102,7 +102,6 @@ def _check_node(program, node: fx.Node, after: str) -> None:
 
 def _check_conversion(node: fx.Node, after: str) -> None:
     axes, source, target = CONVERSION[node]
-    axes = (axes,) if isinstance(axes, str) else axes
     value = operands(node)[0]
     if f"{kind(source)}>{kind(target)}" not in DIRECT:
         _fail(node, axes, f"there is no conversion {source} -> {target}", after)

@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from tedfx._torch import storage_key
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
@@ -104,7 +105,7 @@ def _storage(node: fx.Node) -> Any:
     val = val[0] if isinstance(val, (tuple, list)) and val else val
     if not isinstance(val, torch.Tensor) or val.layout is not torch.strided:
         return None
-    return val.untyped_storage()._cdata
+    return storage_key(val)
 
 
 def _writes(node: fx.Node) -> list[int]:

@@ -127,7 +127,8 @@ class _Groups:
 
     def _rewrite(self, node: fx.Node) -> bool:
         name, fact = name_of(node), self.known.get(node)
-        places = [n for n in node.all_input_nodes if isinstance(self.known.get(n), Place)]
+        read = {n: self.known.get(n) for n in node.all_input_nodes}
+        places = {n: fact for n, fact in read.items() if isinstance(fact, Place)}
         if name == "cumsum" and isinstance(fact, Place):
             dim = dim_of(node, len(fact.dims))
             if dim is None:
@@ -142,12 +143,11 @@ class _Groups:
             node.replace_all_uses_with(emit(self.graph, ops.group_cumsum, args, like=node))
             return True
         if name == "add" and isinstance(fact, Place):
-            for total in [n for n in node.all_input_nodes if isinstance(self.known.get(n), Totals)]:
-                (place,) = places
-                parts = [
-                    self._total(t, self.known[place], place, node)
-                    for t in self._in_order(self.known[total].totals)
-                ]
+            for total, sums in read.items():
+                if not isinstance(sums, Totals):
+                    continue
+                ((place, numbered),) = places.items()
+                parts = [self._total(t, numbered, place, node) for t in self._in_order(sums.totals)]
                 node.replace_input_with(
                     total, reduce(lambda a, b: emit(self.graph, aten.add.Tensor, (a, b), like=node), parts)
                 )

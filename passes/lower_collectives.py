@@ -44,7 +44,7 @@ class LowerCollectives(Pass[TypedGraph]):
             elif node.target is convert:
                 result.matches += 1
                 sizes.current = node
-                axis, source, target = CONVERSION[node]
+                (axis,), source, target = CONVERSION[node]
                 if source == P and isinstance(target, Shard):
                     node = self._before_dropout(node)
                 fn, axes, extra = self._op(node, axis, source, target, sizes)

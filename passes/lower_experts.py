@@ -142,6 +142,7 @@ class LowerExperts(Pass[TypedGraph]):
         def make(target, *args, dims=None, type_=None, **kwargs):
             new = insert(graph, target, *args, like=node, **kwargs)
             if dims is not None:
+                assert type_ is not None, target  # of a value both are said
                 set_value(new, dims, type_, dims is rows_dims and DIFFERENTIABLE[node])
             return new
 

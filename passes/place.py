@@ -200,7 +200,7 @@ class _Placement:
                     differentiable=differentiable(value),
                 )
             VAL[node] = VAL[value]
-            CONVERSION[node] = (axis, source, target)
+            CONVERSION[node] = ((axis,), source, target)
             self.made[key] = node
             self.result.changes += 1
         return self.made[key]
@@ -236,7 +236,7 @@ class _Placement:
                 and all(user.target is convert for user in uses)
                 and len({CONVERSION[user] for user in uses}) == 1
             ):
-                axis, source, target = CONVERSION[uses[0]]
+                (axis,), source, target = CONVERSION[uses[0]]
                 if (source, target) != (I, R):
                     break
                 for value in {node, *(operand(user, 0) for user in uses)}:

@@ -11,7 +11,8 @@ import functools
 import logging
 import os
 import traceback
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,16 +26,23 @@ import torch.fx.experimental.symbolic_shapes
 # Trees of inputs and outputs. Public replacement: `torch.utils.pytree`, whose tree specs torch.export does
 # not use yet.
 import torch.utils._pytree as pytree  # noqa: F401
+
+# As torch.distributed has them, where a type checker finds them. Public replacement of the second: passing
+# the group itself.
+from torch._C._distributed_c10d import Store, _resolve_process_group
 from torch._dispatch.python import enable_python_dispatcher  # noqa: F401  public replacement: none; torch.export evaluates under it
 from torch._ops import OpOverload  # noqa: F401  as torch.fx has it in its arguments; public replacement: none
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401  public replacement: none; torch.export takes one and makes none
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.proxy import TracerBase
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  public replacement: none
 
 # Real tensors while fake ones are traced. Public replacement: none.
 from torch.utils._python_dispatch import _disable_current_modes as outside_of_trace  # noqa: F401
 from torch.utils._sympy.functions import FloorDiv  # noqa: F401  as sizes of a trace have it; public replacement: sympy.floor of a quotient
+from torch.utils.checkpoint import checkpoint
 
 from tedfx.dtypes import as_real
 
@@ -51,18 +59,16 @@ def frames_of_nodes(keep):
     """While export traces, the stack trace of a node has the frames that `keep` leaves of all of them,
     outermost first; torch itself keeps only those of functions named `forward`, so a helper method would have
     the line of its caller. Public replacement: none."""
-    tracer = torch.fx.proxy.TracerBase
-    before = getattr(tracer, "_filter_traceback_frames", None)
+    name, before = "_filter_traceback_frames", getattr(TracerBase, "_filter_traceback_frames", None)
     if before is None:
         yield
         return
-    tracer._filter_traceback_frames = lambda self, frames: traceback.StackSummary.from_list(
-        keep(list(frames))
-    )
+    kept = lambda self, frames: traceback.StackSummary.from_list(keep(list(frames)))
+    setattr(TracerBase, name, kept)
     try:
         yield
     finally:
-        tracer._filter_traceback_frames = before
+        setattr(TracerBase, name, before)
 
 
 @contextlib.contextmanager
@@ -90,12 +96,12 @@ def quiet_export():
             "torch._subclasses.fake_tensor",
         )
     ]
-    names = vars(torch.export._trace)
-    own = "print" in names
+    module = torch.export._trace
+    own = hasattr(module, "print")
     for logger in loggers:
         logger.addFilter(hold)
     if not own:
-        names["print"] = lambda *args, **kwargs: None
+        setattr(module, "print", lambda *args, **kwargs: None)
     try:
         yield
     except BaseException:
@@ -103,7 +109,7 @@ def quiet_export():
         raise
     finally:
         if not own:
-            del names["print"]
+            delattr(module, "print")
         for logger in loggers:
             logger.removeFilter(hold)
         for record in held:
@@ -141,16 +147,20 @@ def _of_numbers(collective):
     return functools.wraps(collective)(of_numbers)
 
 
+def _group(name: str) -> dist.ProcessGroup:
+    """The group of this name. Public replacement: passing the group itself."""
+    return _resolve_process_group(c10d.GroupName(name))
+
+
 # The four collectives: `name` is that of the group, what comes back may be read. Public replacement of the
-# traced forms: a public functional collective, `torch.distributed.nn.functional` without the autograd; of
-# `_resolve_process_group`: passing the group itself.
+# traced forms: a public functional collective, `torch.distributed.nn.functional` without the autograd.
 @_of_numbers
 def all_reduce(x: torch.Tensor, op: str, name: str) -> torch.Tensor:
     """The "sum" or "max" of x over the ranks."""
     if not _plain(x):
         return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, name))
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, _REDUCTIONS[op], group=c10d._resolve_process_group(name))
+    dist.all_reduce(out, _REDUCTIONS[op], group=_group(name))
     return out
 
 
@@ -160,7 +170,7 @@ def all_gather(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
     if not _plain(x):
         return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, name))
     out = x.new_empty(size * x.shape[0], *x.shape[1:])
-    gather_into(out, x.contiguous(), group=c10d._resolve_process_group(name))
+    gather_into(out, x.contiguous(), group=_group(name))
     return out
 
 
@@ -170,7 +180,7 @@ def reduce_scatter(x: torch.Tensor, size: int, name: str) -> torch.Tensor:
     if not _plain(x):
         return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", size, name))
     out = x.new_empty(x.shape[0] // size, *x.shape[1:])
-    scatter_into(out, x.contiguous(), group=c10d._resolve_process_group(name))
+    scatter_into(out, x.contiguous(), group=_group(name))
     return out
 
 
@@ -180,13 +190,13 @@ def all_to_all(x: torch.Tensor, recv: list[int], send: list[int], name: str) -> 
     if not _plain(x):
         return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), recv, send, name))
     out = x.new_empty(sum(recv), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), recv, send, group=c10d._resolve_process_group(name))
+    dist.all_to_all_single(out, x.contiguous(), recv, send, group=_group(name))
     return out
 
 
 # An assertion that runs on the device and does not make the host wait. Public replacement: none yet
 # (torch._check looks at python values, torch._check_tensor_all would copy to the host).
-assert_async = torch._assert_async
+assert_async: Callable[[torch.Tensor, str], None] = getattr(torch, "_assert_async")
 
 
 @contextlib.contextmanager
@@ -254,7 +264,7 @@ def known(condition) -> bool:
 def scratch_mode() -> FakeTensorMode:
     """A fake mode of its own, whose symbols (sizes that are data) are nobody else's. Public replacement:
     none, as for FakeTensorMode."""
-    return FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
+    return FakeTensorMode(shape_env=ShapeEnv())
 
 
 def hint(env, symbol, otherwise: int) -> int:
@@ -278,6 +288,12 @@ def inductor_options() -> dict:
     return options
 
 
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)`, of which backward has the inputs only and runs it again; no generator's state is
+    kept. All of it is public, but has no types."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 @contextlib.contextmanager
 def functions_recompute():
     """Meanwhile, what `torch.compile` makes of a checkpointed region computes the forwards of its
@@ -293,7 +309,7 @@ def functions_recompute():
         return
 
     def tag_nodes(module, is_sac):
-        own.__func__(module, is_sac)
+        own.__func__(module, is_sac)  # a staticmethod
         todo = [module]
         while todo:
             outside = todo.pop()
@@ -305,22 +321,28 @@ def functions_recompute():
                 todo.append(inside)
         return module
 
-    cls.tag_nodes = staticmethod(tag_nodes)
+    setattr(cls, "tag_nodes", staticmethod(tag_nodes))
     try:
         yield
     finally:
-        cls.tag_nodes = own
+        setattr(cls, "tag_nodes", own)
 
 
-def size_max(a, b):
+def size_max(a: int, b: int) -> int:
     """The larger size. While compiling by `max`: the dynamo of torch 2.11 knows no `torch.sym_max` of two
     numbers. Public replacement: torch.sym_max of torch 2.13."""
-    return max(a, b) if torch.compiler.is_compiling() else torch.sym_max(a, b)
+    return max(a, b) if torch.compiler.is_compiling() else cast(int, torch.sym_max(a, b))
 
 
-def size_min(a, b):
+def size_min(a: int, b: int) -> int:
     """The smaller size, likewise."""
-    return min(a, b) if torch.compiler.is_compiling() else torch.sym_min(a, b)
+    return min(a, b) if torch.compiler.is_compiling() else cast(int, torch.sym_min(a, b))
+
+
+def count_of(x: torch.Tensor) -> int:
+    """The whole number in a 0-dim tensor, for which the host waits. Public replacement: none needed,
+    `x.item()` has the type of any number."""
+    return cast(int, x.item())
 
 
 # ---- state and gradients (tedfx/runtime/gradients.py, tedfx/ranks/meeting.py, tedfx/state/pieces.py) -------
@@ -358,7 +380,7 @@ def make_wrapper(cls: type[Wrapped], shape, dtype, device) -> Wrapped:
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
-def default_store() -> dist.Store:
+def default_store() -> Store:
     """The key-value store through which the job met. Public replacement: making a store of our own, on a port
     of its own."""
     return dist.distributed_c10d._get_default_store()
@@ -412,6 +434,22 @@ def written(func, args, kwargs) -> list:
 def op_name(func) -> str:
     """``normal_`` of ``aten::normal_``. Public replacement: none, as above."""
     return func._schema.name.split("::")[1]
+
+
+def qualified_name(func: OpOverload) -> str:
+    """``aten::view`` of ``aten.view.dtype``. Public replacement: none, as above."""
+    return func._schema.name
+
+
+def overload_name(func: OpOverload) -> str:
+    """``dtype`` of ``aten.view.dtype``. Public replacement: none, as above."""
+    return func._overloadname
+
+
+def storage_key(x: torch.Tensor) -> int:
+    """Equal for tensors of one memory, fake ones and those without data too. Public replacement: none;
+    `data_ptr` is 0 where there is no data."""
+    return x.untyped_storage()._cdata
 
 
 set_grad_enabled_function = torch._C._set_grad_enabled
@@ -501,20 +539,22 @@ def every_apply(apply, transformed):
     *args)`. Public replacement: none."""
     from torch.autograd import function
 
-    base, before = function._SingleLevelFunction, function.custom_function_call
+    base, before = function._SingleLevelFunction, vars(function)["custom_function_call"]
 
     def own(cls, *args, **kwargs):
-        return apply(cls, functools.partial(super(base, cls).apply), *args, **kwargs)
+        plain = getattr(super(base, cls), "apply")
+        return apply(cls, functools.partial(plain), *args, **kwargs)
 
-    base.apply = classmethod(own)
-    function.custom_function_call = lambda cls, *args, **kwargs: transformed(
-        cls, functools.partial(before, cls), *args, **kwargs
-    )
+    def call(cls, *args, **kwargs):
+        return transformed(cls, functools.partial(before, cls), *args, **kwargs)
+
+    setattr(base, "apply", classmethod(own))
+    setattr(function, "custom_function_call", call)
     try:
         yield
     finally:
-        del base.apply
-        function.custom_function_call = before
+        delattr(base, "apply")
+        setattr(function, "custom_function_call", before)
 
 
 def recording() -> bool:
@@ -528,6 +568,13 @@ def no_torch_function():
     return torch._C.DisableTorchFunction()
 
 
+def _symbols_of(mode: FakeTensorMode) -> ShapeEnv:
+    env = mode.shape_env
+    if env is None:
+        raise ValueError("this FakeTensorMode was made without a ShapeEnv, so it has no symbols")
+    return env
+
+
 def symbolic_tensor(
     mode: FakeTensorMode, sizes, dtype: torch.dtype, device: torch.device, known: dict
 ) -> torch.Tensor:
@@ -536,7 +583,7 @@ def symbolic_tensor(
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-    env = mode.shape_env
+    env = _symbols_of(mode)
     for size in sizes:
         if not isinstance(size, int) and size not in known:
             source = ConstantSource(f"size{len(known)}")
@@ -550,7 +597,7 @@ def symbolic_tensor(
 
 def restricted(mode: FakeTensorMode) -> set:
     """The size symbols about which something was asked. Public replacement: none."""
-    env = mode.shape_env
+    env = _symbols_of(mode)
     found = set(env.replacements)
     for guard in env.guards:
         found |= guard.expr.free_symbols

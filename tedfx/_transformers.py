@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether this is a model of the library. It cannot exist unless the library is loaded."""
     return "transformers" in sys.modules and isinstance(module, sys.modules["transformers"].PreTrainedModel)
 

@@ -246,10 +246,10 @@ def _unflatten(flat: Mapping[tuple, Any]) -> dict[str, Any]:
             place = place.setdefault(key, {})
         place[path[-1]] = leaf
 
-    def finish(tree):
+    def finish(tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         tree = {k: finish(v) for k, v in tree.items()}
         return [tree[i] for i in range(len(tree))] if tree and all(isinstance(k, int) for k in tree) else tree
 
-    return finish(root)
+    return {name: finish(tree) for name, tree in root.items()}

@@ -204,8 +204,13 @@ class Options:
         """Refuse names that do not exist, and note what was asked for, if only for its default."""
         refuse_unknown(given)
         self = super().__new__(cls)
-        object.__setattr__(self, "given", frozenset(n for n, value in given.items() if value is not None))
+        object.__setattr__(self, "_given", frozenset(n for n, value in given.items() if value is not None))
         return self
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of what was asked for, if only for its default."""
+        return vars(self)["_given"]
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -108,12 +108,12 @@ def compare(
             mine = a.gradients[name]
             if its is None and name not in found.unused:
                 found.unused.append(name)
-            if its is None and mine is None:
+            some = its if mine is None else mine
+            if some is None:
                 continue
             found.gradients += step == 1
-            mine, its = (
-                torch.zeros_like(other) if g is None else g for g, other in ((mine, its), (its, mine))
-            )
+            mine = torch.zeros_like(some) if mine is None else mine
+            its = torch.zeros_like(some) if its is None else its
             judge(
                 step,
                 f"gradient of {name}",

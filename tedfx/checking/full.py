@@ -278,7 +278,7 @@ def _forward(
     )
 
 
-def _usual(dtypes: dict[str, torch.dtype]) -> torch.dtype:
+def _usual(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     """The floating dtype that most parameters have."""
     counts = collections.Counter(dtype for dtype in dtypes.values() if dtype.is_floating_point)
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()

@@ -75,7 +75,7 @@ def _accepted(captured: Trace, least: tuple[int, int]) -> dict[sympy.Symbol, int
             else range(min(first, high), min(first + _MOST, high + 1))
         )
     for sizes in sorted(itertools.product(*ranges), key=lambda sizes: (sum(sizes), sizes)):
-        found = dict(zip(symbols, sizes))
+        found = list(zip(symbols, sizes))
         if not any(condition.subs(found) == sympy.false for condition in captured.conditions):
-            return found
+            return dict(found)
     return dict(zip(symbols, (r[0] for r in ranges)))

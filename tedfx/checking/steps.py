@@ -265,7 +265,9 @@ def _objective(outputs: list[Any], asked: _Asked) -> torch.Tensor | None:
     return total
 
 
-def _gradients(total: torch.Tensor | None, leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+def _gradients(
+    total: torch.Tensor | None, leaves: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
     if total is None:
         return dict.fromkeys(leaves)
     try:

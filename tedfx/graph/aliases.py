@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tedfx._torch import OpOverload
+from tedfx._torch import storage_key
 from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import is_operator
 from tedfx.ops.properties import properties
 
 __all__ = ["apart", "may_alias", "possible_aliases", "returns_alias"]
@@ -49,35 +50,32 @@ def possible_aliases(graph: fx.Graph, skip: int) -> dict[int, tuple[int, ...]]:
     out."""
     position = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     (output,) = graph.find_nodes(op="output")
-    found = {}
+    found: dict[int, tuple[int, ...]] = {}
     for index, value in enumerate(output.args[0]):
         if index >= skip and isinstance(value, fx.Node) and (sources := _sources(value, position)):
             found[index] = tuple(sorted(sources))
     return found
 
 
-def apart(outputs: list, operands: Sequence, aliases: dict[int, tuple[int, ...]]) -> list:
+def apart(outputs: list[Any], operands: Sequence[Any], aliases: dict[int, tuple[int, ...]]) -> list[Any]:
     """The outputs, copies standing for those that share memory with an operand."""
     for index, sources in aliases.items():
-        if isinstance(outputs[index], Tensor):
-            mine = outputs[index].untyped_storage()._cdata
-            if any(
-                isinstance(operands[i], Tensor) and operands[i].untyped_storage()._cdata == mine
-                for i in sources
-            ):
-                outputs[index] = outputs[index].clone()
+        mine, theirs = outputs[index], [operands[i] for i in sources]
+        if isinstance(mine, Tensor) and any(isinstance(x, Tensor) and _together(mine, x) for x in theirs):
+            outputs[index] = mine.clone()
     return outputs
 
 
 def _sources(value: fx.Node, position: dict[fx.Node, int]) -> set[int]:
-    found, todo, seen = set(), [value], {value}
+    found: set[int] = set()
+    todo, seen = [value], {value}
     while todo:
         node = todo.pop()
         if node in position:
             found.add(position[node])
             continue
         for operand in node.all_input_nodes:
-            if operand not in seen and (not isinstance(node.target, OpOverload) or _shares(node, operand)):
+            if operand not in seen and (not is_operator(node.target) or _shares(node, operand)):
                 seen.add(operand)
                 todo.append(operand)
     return found
@@ -89,4 +87,8 @@ def _shares(node: fx.Node, operand: fx.Node) -> bool:
     a, b = VAL.get(node), VAL.get(operand)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return a is None or isinstance(a, (tuple, list))
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata or returns_alias(node.target)
+    return _together(a, b) or returns_alias(node.target)
+
+
+def _together(a: Tensor, b: Tensor) -> bool:
+    return storage_key(a) == storage_key(b)

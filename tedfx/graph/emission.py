@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import heapq
 import operator
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
 
+from tedfx._torch import checkpointed
 from tedfx.errors import TedfxError, user_line
 from tedfx.graph.facts import REGION
 from tedfx.ops import context
+
+Unit: TypeAlias = fx.Node | int
+"""A node, or the number of a region."""
 
 
 class Region(nn.Module):
@@ -31,14 +35,14 @@ class Region(nn.Module):
         super().__init__()
         self.body = body
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             # The body is traced once, here, where the context is known; what is recomputed is then the
             # compiler's graph.
-            return checkpoint(self.body.forward, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return checkpoint(self._run, context.active(), *inputs, use_reentrant=False, preserve_rng_state=False)
+            return checkpointed(self.body.forward, *inputs)
+        return checkpointed(self._run, context.active(), *inputs)
 
-    def _run(self, where, *inputs):
+    def _run(self, where: context.RankContext | None, *inputs: Any) -> Any:
         # `forward`, not the module: recompute ends early by an exception, and an fx module reads tracebacks
         # when it sees one.
         with context.use(where):
@@ -54,7 +58,8 @@ def emit(flat: fx.GraphModule) -> fx.GraphModule:
             regions.setdefault(REGION[node], []).append(node)
     if not regions:
         return flat
-    root, graph, new = nn.Module(), fx.Graph(), {}
+    root, graph = nn.Module(), fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
     for unit in schedule(flat.graph):
         if isinstance(unit, int):
             _emit_region(root, graph, new, f"region_{unit}", regions[unit])
@@ -64,14 +69,15 @@ def emit(flat: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-def _emit_region(root: nn.Module, graph: fx.Graph, new: dict, name: str, nodes: list[fx.Node]) -> None:
+def _emit_region(
+    root: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node], name: str, nodes: list[fx.Node]
+) -> None:
     """Add the region's body to `root`, a call of it to `graph`, and what it makes for others to `new`."""
     members = set(nodes)
     inputs = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in members))
     outputs = [n for n in nodes if any(u not in members for u in n.users)]
-    body, local = fx.Graph(), {}
-    for node in inputs:
-        local[node] = body.placeholder(node.name)
+    body = fx.Graph()
+    local = {node: body.placeholder(node.name) for node in inputs}
     for node in nodes:
         local[node] = body.node_copy(node, lambda n: local[n])
     body.output(tuple(local[n] for n in outputs))
@@ -81,14 +87,17 @@ def _emit_region(root: nn.Module, graph: fx.Graph, new: dict, name: str, nodes: 
         new[node] = graph.call_function(operator.getitem, (call, index))
 
 
-def schedule(graph: fx.Graph) -> list:
+def schedule(graph: fx.Graph) -> list[Unit]:
     """Nodes and region numbers in an order in which each follows what it needs: of those that are ready, the
     earliest of the flat graph.
 
     TedfxError where there is none: a path leaves a region and enters it again, by itself or through other
     regions.
     """
-    position, unit_of, waits, users = {}, {}, {}, {}
+    position: dict[Unit, int] = {}
+    unit_of: dict[fx.Node, Unit] = {}
+    waits: dict[Unit, set[Unit]] = {}
+    users: dict[Unit, list[Unit]] = {}
     for index, node in enumerate(graph.nodes):
         unit = unit_of[node] = REGION.get(node, node)
         position.setdefault(unit, index)
@@ -101,7 +110,7 @@ def schedule(graph: fx.Graph) -> list:
     units = {position[unit]: unit for unit in waits}
     ready = [position[unit] for unit, needed in waits.items() if not needed]
     heapq.heapify(ready)
-    order = []
+    order: list[Unit] = []
     while ready:
         unit = units[heapq.heappop(ready)]
         order.append(unit)

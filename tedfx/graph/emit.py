@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -12,6 +12,9 @@ from torch import fx
 from tedfx._torch import enable_python_dispatcher
 from tedfx.errors import TedfxError
 from tedfx.graph.facts import VAL, copy_provenance, set_value
+
+if TYPE_CHECKING:
+    from tedfx.graph.facts import Dim, Placement
 
 __all__ = ["emit", "emit_typed", "evaluate", "fake_mode", "insert"]
 
@@ -25,7 +28,9 @@ def fake_mode(graph: fx.Graph) -> Any:
     return contextlib.nullcontext()
 
 
-def evaluate(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict) -> Any:
+def evaluate(
+    graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """The fake value of `target(*args, **kwargs)`, nodes standing for their `meta['val']`. No size may become
     fixed by it.
 
@@ -43,7 +48,12 @@ def evaluate(graph: fx.Graph, target: Callable, args: tuple, kwargs: dict) -> An
 
 
 def emit(
-    graph: fx.Graph, target: Callable, args: tuple, kwargs: dict | None = None, *, like: fx.Node
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    like: fx.Node,
 ) -> fx.Node:
     """Insert a call at the graph's insertion point, with its fake value, and the provenance (line, module) of
     `like`."""
@@ -54,7 +64,7 @@ def emit(
     return node
 
 
-def insert(graph: fx.Graph, target: Callable, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+def insert(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
     """Insert a call that comes from where `like` does; nothing is said of its value."""
     node = graph.call_function(target, args, kwargs)
     copy_provenance(like, node)
@@ -63,11 +73,11 @@ def insert(graph: fx.Graph, target: Callable, *args: Any, like: fx.Node, **kwarg
 
 def emit_typed(
     graph: fx.Graph,
-    target: Callable,
+    target: Callable[..., Any],
     *args: Any,
     like: fx.Node,
-    dims: list,
-    type_: Mapping[str, Any],
+    dims: list[Dim],
+    type_: Mapping[str, Placement],
     differentiable: bool,
     **kwargs: Any,
 ) -> fx.Node:

@@ -10,12 +10,13 @@ with the same value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from torch import fx
 
 if TYPE_CHECKING:
+    from tedfx.ops.context import Axes
     from tedfx.placement.factors import Dim, Factor
     from tedfx.placement.sizes import Size
     from tedfx.placement.slots import Slots
@@ -71,8 +72,9 @@ MODULES: Key[dict[str, tuple[str, Any]]] = Key("nn_module_stack", "torch.export"
 
 # How a node makes its value.
 RELATION: Key[Relation] = Key("relation", "annotate")  # the rule's word on factors of operands and result
-CONVERSION: Key[tuple] = Key("conversion", "place")  # (axis or axes, placement before, after)
-LOWERED: Key[tuple] = Key("lowered", "lower_collectives")  # (op, its other arguments, axes) of a conversion
+CONVERSION: Key[tuple[Axes, Placement, Placement]] = Key("conversion", "place")  # along axes: before, after
+# (op, its other arguments, axes) of a conversion
+LOWERED: Key[tuple[Callable[..., Any], tuple[Any, ...], Axes]] = Key("lowered", "lower_collectives")
 
 # What a value is.
 VAL: Key[Any] = Key("val", "tedfx.trace")  # the fake value: global sizes, in every graph
@@ -112,6 +114,6 @@ def take_over(source: fx.Node, target: fx.Node) -> None:
     target.meta.update(source.meta)
 
 
-def set_value(node: fx.Node, dims, type_, differentiable: bool) -> None:
+def set_value(node: fx.Node, dims: list[Dim], type_: Mapping[str, Placement], differentiable: bool) -> None:
     """What every value of a typed graph has: factors per dim, placement per axis, whether it is learned."""
     DIMS[node], TYPE[node], DIFFERENTIABLE[node] = dims, type_, differentiable

@@ -8,14 +8,14 @@ for: a value of the graph (`operand`), or a constant (`argument`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
 from tedfx import ops
-from tedfx._torch import OpOverload
+from tedfx._torch import OpOverload, overload_name, qualified_name
 from tedfx.errors import TedfxError, user_line
 
 __all__ = [
@@ -24,6 +24,8 @@ __all__ = [
     "arguments",
     "function",
     "is_elementwise",
+    "is_operator",
+    "is_sequence",
     "is_tensor",
     "namespace",
     "op_name",
@@ -42,8 +44,8 @@ _BATCHED = frozenset(ops.BATCHED.values())
 def op_name(node: fx.Node) -> str:
     """``aten.linear`` for any overload; ``getitem``; the function's name for plain functions."""
     target = node.target
-    if isinstance(target, OpOverload):
-        return target._schema.name.replace("::", ".")
+    if is_operator(target):
+        return qualified_name(target).replace("::", ".")
     return getattr(target, "__name__", str(target))
 
 
@@ -54,12 +56,12 @@ def short_name(node: fx.Node) -> str:
 
 def overload(node: fx.Node) -> str:
     """``dtype`` of ``aten.view.dtype``; "" for what is no operator of torch's."""
-    return node.target._overloadname if isinstance(node.target, OpOverload) else ""
+    return overload_name(node.target) if is_operator(node.target) else ""
 
 
 def namespace(node: fx.Node) -> str:
     """``aten`` of an operator of torch's own; "" for what is no operator."""
-    return node.target.namespace if isinstance(node.target, OpOverload) else ""
+    return node.target.namespace if is_operator(node.target) else ""
 
 
 def function(node: fx.Node) -> Callable[..., Any]:
@@ -69,22 +71,33 @@ def function(node: fx.Node) -> Callable[..., Any]:
     return node.target
 
 
-def operator_of(node: fx.Node) -> OpOverload:
+def is_operator(target: object) -> TypeGuard[OpOverload[..., Any]]:
+    """Whether it is an operator of torch's, or one registered with it."""
+    return isinstance(target, OpOverload)
+
+
+def operator_of(node: fx.Node) -> OpOverload[..., Any]:
     """The operator of torch's that a call calls. TedfxError where it is something else."""
-    if not isinstance(node.target, OpOverload):
-        raise TedfxError(f"{node.name} calls {op_name(node)}, no operator of torch's | at {user_line(node)}")
-    return node.target
+    target = node.target
+    if is_operator(target):
+        return target
+    raise TedfxError(f"{node.name} calls {op_name(node)}, no operator of torch's | at {user_line(node)}")
 
 
 def is_elementwise(node: fx.Node) -> bool:
     """Whether torch itself tags the operator as pointwise."""
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return is_operator(node.target) and torch.Tag.pointwise in node.target.tags
 
 
 def results(node: fx.Node) -> list[Any]:
     """The fake values of what a node makes: one, or one per output."""
     value = node.meta.get("val")
-    return list(value) if isinstance(value, (tuple, list)) else [value]
+    return [*value] if is_sequence(value) else [value]
+
+
+def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a list or a tuple, of whatever."""
+    return isinstance(value, (list, tuple))
 
 
 def is_tensor(node: object) -> TypeGuard[fx.Node]:
@@ -133,7 +146,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
         if isinstance(arg, fx.Node):
             if is_tensor(arg):
                 found.append(arg)
-        elif isinstance(arg, (list, tuple)):
+        elif is_sequence(arg):
             for item in arg:
                 visit(item)
 

@@ -41,7 +41,7 @@ class Signature:
         training: bool,
         grad: bool,
         autocast: Autocast | None = None,
-        attributes: tuple = (),
+        attributes: tuple[tuple[str, str], ...] = (),
     ) -> "Signature":
         return cls(
             tuple((path, _describe(leaf)) for path, leaf in flat.items()),
@@ -81,7 +81,7 @@ def bind(
 
 def flatten(call: Mapping[str, Any]) -> dict[Path, Any]:
     """Leaves of a bound call by path, `None` left out."""
-    flat = {}
+    flat: dict[Path, Any] = {}
     for path, leaf in pytree.tree_flatten_with_path(dict(call))[0]:
         if leaf is not None:
             flat[

@@ -1,5 +1,8 @@
 """Several small collectives of one kind by one."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +64,10 @@ def cumsum_batched(
 
 
 # The op that does what several nodes of an op do: list of first operands, axes, .. -> list of results.
-BATCHED = {all_reduce: all_reduce_batched, cumsum: cumsum_batched}
+BATCHED: dict[Callable[..., Any], Callable[..., Any]] = {
+    all_reduce: all_reduce_batched,
+    cumsum: cumsum_batched,
+}
 
 
 def _end_to_end(values) -> Tensor:

@@ -138,8 +138,9 @@ class RankContext:
         if len(axes) == 1:
             return self.device_mesh.get_group(axes[0])
         rows = [sorted(row) for row in self.groups(axes)]
-        if rows == [list(range(dist.get_world_size()))]:
-            return dist.group.WORLD  # one communicator less
+        world = dist.group.WORLD
+        if rows == [list(range(dist.get_world_size()))] and world is not None:
+            return world  # one communicator less
         return group_among(rows, group_desc="tedfx_" + "_".join(axes))
 
     def _span(self, axes: Axes) -> Span:

@@ -106,7 +106,8 @@ def operator_of(kept: Kept) -> Callable:
 
     apply.__name__ = apply.__qualname__ = f"{kept.name}.apply"
     apply.kept = kept
-    return torch.compiler.allow_in_graph(apply)
+    torch.compiler.allow_in_graph(apply)
+    return apply
 
 
 def kept_of(target: Any) -> Kept | None:

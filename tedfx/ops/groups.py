@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-__all__ = ["group_among"]
+from tedfx.errors import TedfxError
+
+__all__ = ["begun", "group_among"]
+
+
+def begun(work: dist.Work | None) -> dist.Work:
+    """What a collective of torch.distributed gives with `async_op=True`, on a rank of its group."""
+    if work is None:
+        raise TedfxError(f"rank {dist.get_rank()} asks for a collective of a group that it is not in")
+    return work
 
 
 def group_among(rows: Sequence[Sequence[int]], **options) -> dist.ProcessGroup:
@@ -20,6 +29,10 @@ def group_among(rows: Sequence[Sequence[int]], **options) -> dist.ProcessGroup:
     here = dist.get_rank()
     mine = next(list(row) for row in rows if here in row)
     if sum(map(len, rows)) < dist.get_world_size():
-        return dist.new_group(mine, use_local_synchronization=True, **options)
-    made = {tuple(row): dist.new_group(list(row), **options) for row in rows}
-    return made[tuple(mine)]
+        group = dist.new_group(mine, use_local_synchronization=True, **options)
+    else:
+        made = {tuple(row): dist.new_group(list(row), **options) for row in rows}
+        group = made[tuple(mine)]
+    if not isinstance(group, dist.ProcessGroup):
+        raise TedfxError(f"torch made no group of ranks {mine} for rank {here}, which is one of them")
+    return group

@@ -101,7 +101,7 @@ def route(
     # The others sort to the end, under a number that is no expert's.
     order, counts = sort_by_expert(torch.where(mine, flat, num_experts), num_experts)
     context.note("host copy")
-    rows = counts.sum().item()
+    rows = _torch.count_of(counts.sum())
     _torch.check(rows >= 0, "a negative number of rows")
     _torch.check(rows <= order.shape[0], "more rows than assignments")
     return order.narrow(0, 0, rows) + first * top_k, counts

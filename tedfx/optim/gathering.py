@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tedfx import _torch
+from tedfx.ops.groups import begun
 from tedfx.optim.shares import Share, runs
 
 
@@ -28,7 +30,9 @@ class Gathering:
         self._groups, self._device, self._bucket_bytes = groups, device, bucket_bytes
         self._stream = torch.get_device_module(device).Stream(device) if device.type != "cpu" else None
         self._filling: dict[tuple, list[Share]] = {}
-        self._flying = None
+        # The gather under way, and what it is of: ((share, start, stop), rows[ranks, stop - start]); nothing
+        # where it gathers into the parameter itself.
+        self._flying: tuple[dist.Work, list[tuple[tuple[Share, int, int], Tensor]]] | None = None
 
     def add(self, share: Share) -> None:
         """The share is updated: its parameter may be gathered."""
@@ -80,13 +84,10 @@ class Gathering:
             group = self._groups[kind[0]]
             if whole:
                 (share,) = parts
-                self._flying = (
-                    [],
-                    None,
-                    _torch.gather_into(
-                        share.local().view(-1), share.rows().view(-1), group=group, async_op=True
-                    ),
+                work = _torch.gather_into(
+                    share.local().view(-1), share.rows().view(-1), group=group, async_op=True
                 )
+                self._flying = begun(work), []
                 return
             width = sum(stop - start for _, start, stop in parts)
             mine = torch.zeros(width, dtype=kind[1], device=self._device)
@@ -96,17 +97,17 @@ class Gathering:
                     mine[at + a : at + b].view(part.shape).copy_(part)
                 at += stop - start
             rows = mine.new_empty(len(parts[0][0].placed.share_cut.lengths), width)
-            self._flying = parts, rows, _torch.gather_into(rows.view(-1), mine, group=group, async_op=True)
+            work = _torch.gather_into(rows.view(-1), mine, group=group, async_op=True)
+            widths = [stop - start for _, start, stop in parts]
+            self._flying = begun(work), list(zip(parts, rows.split(widths, dim=1)))
 
     def _land(self) -> None:
         if self._flying is None:
             return
-        (parts, rows, work), self._flying = self._flying, None
+        (work, parts), self._flying = self._flying, None
         work.wait()
-        at = 0
-        for share, start, stop in parts:
-            _collect(share, rows[:, at : at + stop - start], start, stop)
-            at += stop - start
+        for (share, start, stop), rows in parts:
+            _collect(share, rows, start, stop)
 
 
 def _collect(share: Share, rows: Tensor, start: int, stop: int) -> None:

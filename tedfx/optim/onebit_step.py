@@ -87,15 +87,11 @@ class OneBitSteps(torch.optim.Optimizer):
                     (share.placed.reduce_axes, gradient_dtype(self._module.boundary, share)), []
                 ).append(share)
         for (axes, dtype), shares in kinds.items():
-            group, have = (
-                self._module.boundary.groups[axes],
-                [grads[share.name] is not None for share in shares],
-            )
+            group, mine = self._module.boundary.groups[axes], [grads[share.name] for share in shares]
+            have = [grad is not None for grad in mine]
             parts = [
-                grads[share.name].to(dtype)
-                if mine
-                else torch.zeros(share.numel, dtype=dtype, device=share.device)
-                for share, mine in zip(shares, have)
+                torch.zeros(share.numel, dtype=dtype, device=share.device) if grad is None else grad.to(dtype)
+                for share, grad in zip(shares, mine)
             ]
             flat = torch.cat([*parts, torch.tensor(have, dtype=dtype).to(parts[0].device, non_blocking=True)])
             dist.all_reduce(flat, group=group)
@@ -126,7 +122,9 @@ class OneBitSteps(torch.optim.Optimizer):
         return grad.to_local().reshape(-1)
 
     def _weights(self, share: Share) -> Tensor:
-        return share.master if share.master is not None else share.flat()
+        weights = share.master if share.master is not None else share.flat()
+        assert weights is not None, share.name  # a whole parameter is one run of elements
+        return weights
 
     def _written(self, share: Share) -> None:
         if share.master is not None:

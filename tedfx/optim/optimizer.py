@@ -243,21 +243,21 @@ class ShardedOptimizer(SavedStates):
             )
         self.follow_parameters()  # Step 1
         grads = self._gradients()
-        norm, self.grad_norm, self._clipped = None, self._clipped, None
+        self.grad_norm, self._clipped = self._clipped, None
+        factor = None
         if self.max_norm is not None or self._scaler is not None:  # Step 2
             norm = self._norm(grads)
-            self.grad_norm = norm / self._scaler.scale if self._scaler is not None else norm
-        scale = 1.0
-        if self._scaler is not None:
-            scale, finite = self._scaler.scale, bool(torch.isfinite(norm))
-            self._scaler.update(finite)
-            if not finite:
-                return
-        factor = None
-        if self.max_norm is not None:
-            factor = clip_factor(self.grad_norm, self.max_norm) / scale
-        elif scale != 1:
-            factor = torch.tensor(1 / scale, dtype=torch.float64, device=self._module.device)
+            scale = 1.0 if self._scaler is None else self._scaler.scale
+            unscaled = self.grad_norm = norm if self._scaler is None else norm / scale
+            if self._scaler is not None:
+                finite = bool(torch.isfinite(norm))
+                self._scaler.update(finite)
+                if not finite:
+                    return
+            if self.max_norm is not None:
+                factor = clip_factor(unscaled, self.max_norm) / scale
+            elif scale != 1:
+                factor = torch.tensor(1 / scale, dtype=torch.float64, device=self._module.device)
         factor = factor.to(self._device) if factor is not None else None
 
         for group, batches in zip(self.param_groups, self._batches):

@@ -281,14 +281,11 @@ class SavedStates(torch.optim.Optimizer):
                 shape = tuple(getattr(entries[key], "shape", ()))
                 if full and shape != tuple(share.shape):
                     problems.append(f"{name}: {key} has shape {shape}, expected {tuple(share.shape)}")
-        scalars = [key for key, full in kinds.items() if not full and key in state[share.names[0]]]
-        for key in scalars if len(share.names) > 1 else ():
-            values = [state[name].get(key) for name in share.names]
-            if any(
-                value is not None and values[0] is not None and float(value) != float(values[0])
-                for value in values
-            ):
-                problems.append(f"{share.names[0]} and what is stacked with it differ in {key}")
+        first, *others = share.names
+        for key in (key for key, full in kinds.items() if not full and key in state[first]):
+            value, more = state[first][key], [state[name].get(key) for name in others]
+            if value is not None and any(x is not None and float(x) != float(value) for x in more):
+                problems.append(f"{first} and what is stacked with it differ in {key}")
         return problems
 
 

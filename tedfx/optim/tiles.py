@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tedfx.errors import TedfxError
 from tedfx.optim.shares import Share
 
 
@@ -174,7 +175,13 @@ class Batch:
         self.inner.step()
         for tile, data in zip(tiles, before):
             tile.parameter.grad, tile.parameter.data = None, data
-            self.inner.state[tile.parameter] = dict(tile.state.values_then)
+            found = tile.state
+            if not isinstance(found, First):
+                raise TedfxError(
+                    f"{type(self.inner).__name__} puts another state in the place of a parameter's, so "
+                    "what it starts from cannot be known"
+                )
+            self.inner.state[tile.parameter] = dict(found.values_then)
             tile.provisional = tuple(tile.state)
         self._settle(tiles)
 

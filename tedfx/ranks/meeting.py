@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from tedfx import _torch
-from tedfx.ops.groups import group_among
+from tedfx.ops.groups import begun, group_among
 from tedfx.options import Options
 from tedfx.ranks.failures import (
     RankFailed,
@@ -136,7 +136,7 @@ class Meeting:
         self._calls += 1
         every = [torch.empty_like(mine) for _ in self._order]
         self._wait(
-            lambda: dist.all_gather(every, mine, group=self._group, async_op=True),
+            lambda: begun(dist.all_gather(every, mine, group=self._group, async_op=True)),
             what,
             self.timeout * patience,
         )

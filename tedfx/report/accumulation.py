@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from tedfx.analysis.activations import Ledger, Sizing
-from tedfx.analysis.communication import GATHER_PARAMETERS, SCATTER_GRADIENTS
+from tedfx.analysis.communication import GATHER_PARAMETERS, SCATTER_GRADIENTS, Communication
 from tedfx.analysis.cost import Cost, parameter_nodes
 from tedfx.analysis.layers import regions
 from tedfx.analysis.text import format_bytes
+from tedfx.errors import TedfxError
 from tedfx.placement.types import R
 from tedfx.runtime.layered import turns
 from tedfx.state.layouts import placed_on_first
@@ -44,14 +45,20 @@ def schedules(compilation, cost: Cost, values: Mapping[str, int], count: int) ->
     sizing = Sizing({symbol: values[name.name] for symbol, name in cost.sizes.names.items()})
     kept = Ledger(graph, list(regions(graph).values()), sizing).total
 
+    def wire(item: Communication) -> float:
+        found = cost.number(item.payload * item.factor, values)
+        if found is None:
+            raise TedfxError(f"what {item.node} sends follows from sizes that are not among {dict(values)}")
+        return float(found)
+
     def sent(*ops, phases=("forward", "recompute", "backward", "boundary")):
         items = [i for i in cost.items if i.op in ops and i.phase in phases]
-        return len(items), sum(float(cost.number(i.payload * i.factor, values)) for i in items)
+        return len(items), sum(map(wire, items))
 
     gathers, gathered = sent(GATHER_PARAMETERS)
     scatters, scattered = sent(SCATTER_GRADIENTS)  # inside a compiled graph: once per run of it
     boundary = [i for i in cost.items if i.phase == "boundary" and i.node == "(gradients)"]
-    sums, summed = len(boundary), sum(float(cost.number(i.payload * i.factor, values)) for i in boundary)
+    sums, summed = len(boundary), sum(map(wire, boundary))
     apart, layered = _gradients(compilation)
     return [
         Schedule(

@@ -14,7 +14,7 @@ from tedfx import ops
 from tedfx.analysis.layers import layer_of, path_of
 from tedfx.errors import ConfigError
 from tedfx.graph.nodes import operand
-from tedfx.report.explanation import explain
+from tedfx.report.explanation import Explanation, View
 from tedfx.report.folding import segments
 from tedfx.report.tables import tabulated
 from tedfx.report.words import line_of, op_of, state_name
@@ -79,7 +79,7 @@ def before_after(
     first layer that routes tokens to experts, else the first. ConfigError where the model has no layers, or
     nothing belongs to the path.
     """
-    report = explain(compilation, batch=batch, sequence=sequence, fold=False)
+    report = Explanation(compilation, View(batch=batch, sequence=sequence, fold=False))
     candidates = [s for s in report.segments if s.path]
     if not candidates:
         raise ConfigError("no part of the model has an indexed module path, so there is no layer to show")

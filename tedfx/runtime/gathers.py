@@ -25,6 +25,7 @@ from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.cuts import Cut
 from tedfx.ops.gather import GATHER, pack, wholes
+from tedfx.ops.groups import begun
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Note:
     index: int
     size: tuple
     stride: tuple
-    offset: int
+    offset: int | torch.SymInt
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Store:
             out = row.new_empty(self.ranks.size(each.axes) * row.numel())
             self._flying[number] = _Flight(
                 out.view(-1, row.numel()),
-                _torch.gather_into(out, row, group=self.ranks.group(each.axes), async_op=True),
+                begun(_torch.gather_into(out, row, group=self.ranks.group(each.axes), async_op=True)),
             )
 
     def _take(self, number: int) -> list[Tensor]:

@@ -50,6 +50,7 @@ from torch import Tensor, nn
 
 from tedfx import _torch
 from tedfx.errors import TedfxError
+from tedfx.ops.groups import begun
 from tedfx.options import Options
 from tedfx.runtime.accumulated import Accumulated
 from tedfx.runtime.leaves import Leaves
@@ -234,7 +235,7 @@ class GradientBoundary:
             rows, flat = None, torch.cat(values)
             work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group, async_op=True)
             sent, op = flat, "all_reduce"
-        self._flying.append(Flight(bucket, flat, have, work, rows))
+        self._flying.append(Flight(bucket, flat, have, begun(work), rows))
         size = sent.numel() * sent.element_size()
         self.reductions.append(Reduction(bucket.axes, bucket.names, size, overlapped, op))
         self._land_early()

@@ -12,7 +12,7 @@ from tedfx.ops.context import RankContext
 from tedfx.options import Options
 from tedfx.ranks.meeting import Meeting
 from tedfx.runtime.gradients import GradientBoundary
-from tedfx.runtime.mirror import Mirror, Part
+from tedfx.runtime.mirror import Mirror, Part, owner_of
 from tedfx.state.parameters import ParameterLayout, Placed, local_of
 
 
@@ -66,13 +66,13 @@ class Held(Mirror):
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter (a DTensor) of a layout, or under another of the user's names."""
-        module, last = self._owner(target)
+        module, last = owner_of(self, target)
         found = module._parameters[last]
         assert found is not None
         return found
 
     def get_buffer(self, target: str) -> Tensor:
-        module, last = self._owner(target)
+        module, last = owner_of(self, target)
         found = module._buffers[last]
         assert found is not None
         return found
@@ -91,15 +91,6 @@ class Held(Mirror):
         """All of them, or those of the state dict."""
         names = [name for name, _ in self.named_buffers(remove_duplicate=False)]
         return [name for name in names if not (persistent and name in self._non_persistent)]
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        *path, last = name.split(".")
-        module: nn.Module = self
-        for part in path:
-            child = module._modules[part]
-            assert child is not None
-            module = child
-        return module, last
 
     # ---- putting there -------------------------------------------------------------------------------------
 

@@ -172,6 +172,7 @@ class _Interleaving:
         """The value for one micro-batch by way of `sum_dtype`: the same value, and its adjoint is summed
         there."""
         if node not in self.wide:
+            assert self.sum_dtype is not None  # _is_narrow asked
             self.wide[node] = self._cast(value, self.sum_dtype, node)
         if (node, m) not in self.narrow:
             self.narrow[node, m] = self._cast(self.wide[node], node.meta["val"].dtype, node)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tedfx import _torch
 from tedfx.errors import TedfxError
@@ -104,7 +105,7 @@ class Mirror(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         for tensor in (*self.parameters(), *self.buffers()):
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             made = fn(torch.empty(0, dtype=local.dtype, device=local.device))
             if (made.dtype, made.device.type) != (local.dtype, local.device.type):
                 to = made.dtype if made.dtype != local.dtype else made.device
@@ -122,6 +123,19 @@ class Mirror(nn.Module):
         raise TedfxError(COPIES)
 
     __copy__ = lambda self: self.__reduce_ex__(4)
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds what has this name in `module`, and the last word of the name.
+
+    Not by `get_submodule`, which reads attributes: a user's name may also be one of a ParallelModule's own.
+    """
+    *path, last = name.split(".")
+    for part in path:
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    return module, last
 
 
 def _is_class_data(twin: nn.Module, name: str) -> bool:
@@ -176,10 +190,7 @@ class Guard:
         """trainable: {name of a parameter: whether it was to be trained when its layout was made}."""
         self._parameters = []
         for name, trained in trainable.items():
-            *path, last = name.split(".")
-            owner = module
-            for part in path:
-                owner = owner._modules[part]
+            owner, last = owner_of(module, name)
             self._parameters.append((name, owner._parameters, last, owner._parameters[last], trained))
         self._parts = [(name, part) for name, part in module.named_modules() if part is not module]
         self._module = weakref.ref(module)
@@ -205,9 +216,10 @@ class Guard:
                     f"parameter {name} has a hook ({kind}), which a ParallelModule does not call | "
                     f"parameter {name} | do what it does to p.grad after loss.backward()"
                 )
-        training = self._module().training
+        module = self._module()
+        assert module is not None  # it is being called
         for name, part in self._parts:
-            if part.training != training:
+            if part.training != module.training:
                 raise TedfxError(
                     f"{name} is in {'train' if part.training else 'eval'} mode and the ParallelModule "
                     f"is not | {name} | parts are not called: set the mode of the model's own {name} "
@@ -216,4 +228,4 @@ class Guard:
                 )
 
 
-__all__ = ["Guard", "Mirror", "Part"]
+__all__ = ["Guard", "Mirror", "Part", "owner_of"]

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from tedfx.errors import TedfxError
 from tedfx.runtime.pretrained import Pretrained
-from tedfx.state.parameters import Placed
+from tedfx.state.parameters import Placed, as_dtensor
 from tedfx.state.pieces import PiecedTensor
 
 
@@ -92,7 +92,7 @@ class StateDicts(Pretrained):
             found = (
                 {}
                 if parameter.grad is None
-                else {k: v.clone() for k, v in placed.gather(parameter.grad).items()}
+                else {k: v.clone() for k, v in placed.gather(as_dtensor(parameter.grad)).items()}
             )
             if taken is not None:  # this rank's share is with an optimizer, on the host
                 share = placed.dtensor(

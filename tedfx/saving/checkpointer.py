@@ -23,13 +23,14 @@ import io
 import os
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tedfx.ops.groups import group_among
@@ -135,16 +136,15 @@ class Checkpointer:
             tensors[SMALL] = _pack({**small, "optimizer": state.small(values)})
         writer = Writer(self._folder, name)
         if asynchronous:
-            self._pending = (
-                step,
-                dcp.async_save(
-                    tensors, storage_writer=writer, process_group=self._group, async_stager=HostCopy()
-                ),
+            saving = state_dict_saver.async_save(
+                tensors, storage_writer=writer, process_group=self._group, async_stager=HostCopy()
             )
+            assert isinstance(saving, Future), saving  # HostCopy has the copies when it returns
+            self._pending = step, saving
         else:
             self._together.run(
                 f"save of step {step}",
-                lambda: dcp.save(tensors, storage_writer=writer, process_group=self._group),
+                lambda: state_dict_saver.save(tensors, storage_writer=writer, process_group=self._group),
             )
 
     def wait(self) -> None:
@@ -191,16 +191,17 @@ class Checkpointer:
             len(self._ranks),
             self._verify,
         )
-        found, metadata = choice.choose(self._folder, path, older)
-        if found is None:
+        chosen = choice.choose(self._folder, path, older)
+        if chosen is None:
             return None
+        found, metadata = chosen
         if SMALL not in metadata.state_dict_metadata:
             raise CheckpointError(
                 f"{found} was not written by a Checkpointer; for its weights alone: dcp.load and "
                 "pm.load_state_dict"
             )
         packed = {SMALL: b""}
-        self._together.run("load", lambda: dcp.load(packed, checkpoint_id=found, process_group=self._group))
+        self._read(packed, found)
 
         # Step 2: does it fit?
         state, small, live = OptimizerState(self._pm, self._optimizer), {}, {}
@@ -236,13 +237,18 @@ class Checkpointer:
 
         # Step 3: read beside, then copy, then everything that is small.
         staged = {key: on_host(entry, fill=False) for key, entry in live.items()}
-        self._together.run("load", lambda: dcp.load(staged, checkpoint_id=found, process_group=self._group))
+        self._read(staged, found)
         with torch.no_grad():
             for key, entry in live.items():
                 for (_, mine), (_, read_piece) in zip(pieces_of(entry), staged[key].pieces):
                     mine.copy_(read_piece)
         self._together.every("load", lambda: self._restore(state, small))
         return Resumed(small["step"], small["position"], found)
+
+    def _read(self, entries: dict[str, Any], path: Path) -> None:
+        """These keys of the checkpoint, in place."""
+        read = lambda: state_dict_loader.load(entries, checkpoint_id=path, process_group=self._group)
+        self._together.run("load", read)
 
     def _compare(self, path: Path, small: dict[str, Any]) -> None:
         if (small["scheduler"] is None) != (self._scheduler is None):

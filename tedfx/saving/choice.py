@@ -23,11 +23,9 @@ class Choice:
     def __init__(self, together: Callable[[Callable[[], Any]], list], rank: int, ranks: int, verify: bool):
         self._together, self._rank, self._ranks, self._verify = together, rank, ranks, verify
 
-    def choose(
-        self, folder: Folder, given: str | os.PathLike, older: bool
-    ) -> tuple[Path, Metadata] | tuple[None, None]:
-        """The same on every rank: the checkpoint, examined, and what it says of itself; (None, None) where
-        the folder has none yet.
+    def choose(self, folder: Folder, given: str | os.PathLike, older: bool) -> tuple[Path, Metadata] | None:
+        """The same on every rank: the checkpoint, examined, and what it says of itself; None where the folder
+        has none yet.
 
         CheckpointError where it is damaged. Where only `latest` is, or with `older`, the newest whole one is
         taken and the first rank warns.
@@ -43,14 +41,14 @@ class Choice:
                 "and cannot save there"
             )
         if not candidates:
-            return None, None
+            return None
         newest, *behind = candidates
-        metadata, problem = self._examine(newest)
-        if not problem:
+        problem = self._examine(newest)
+        if isinstance(problem, Metadata):
             if wrong:
                 self.warn(f"{wrong}: {newest}, the newest whole checkpoint, is taken")
-            return newest, metadata
-        whole = [(path, found) for path in behind for found, damaged in [self._examine(path)] if not damaged]
+            return newest, problem
+        whole = [(path, found) for path in behind if isinstance(found := self._examine(path), Metadata)]
         if whole and (wrong or older):
             self.warn(
                 f"{wrong + ', and ' if wrong else ''}{newest} is damaged, {problem}: {whole[0][0]}, the "
@@ -65,25 +63,23 @@ class Choice:
         )
         raise CheckpointError(f"{newest} is damaged, {problem}; {rest}")
 
-    def _examine(self, path: Path) -> tuple[Metadata | None, str]:
-        """What the checkpoint at `path` says of itself, and what is wrong with it ("" where nothing is)."""
-        metadata: Metadata | None = None
+    def _examine(self, path: Path) -> Metadata | str:
+        """What the checkpoint at `path` says of itself where it is whole, else what is wrong with it."""
+        read: list[Metadata] = []
 
         def files() -> list[str]:
             check_finished(path)
             return damage(path, self._rank, self._ranks) if self._verify else []
 
         def said() -> list[str]:
-            nonlocal metadata
-            metadata = read_metadata(path)
+            read.append(read_metadata(path))
             return []
 
         problems = self._problems(files) or self._problems(
             said
         )  # nothing is unpickled that is known to be damaged
-        return metadata, "; ".join(problems[:3]) + (
-            f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        )
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        return "; ".join(problems[:3]) + more if problems else read[0]
 
     def _problems(self, look: Callable[[], list[str]]) -> list[str]:
         """What the ranks found, each problem once."""

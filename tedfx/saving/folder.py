@@ -77,23 +77,20 @@ class Folder:
         """Names of the folders that look like checkpoints, the last saved first: by the time in their
         checksums (those without are older), then by step."""
 
-        def age(name: str) -> tuple:
-            step, again = _NAME.fullmatch(name).groups()
+        def age(name: re.Match[str]) -> tuple:
+            step, again = name.groups()
             try:
-                said = read_checksums(self.path / name)
+                said = read_checksums(self.path / name.string)
             except ValueError:  # damaged; to be found when it is loaded
                 said = None
             return said["saved"] if said else 0.0, int(step), int(again or 1)
 
-        return sorted(
-            (
-                p.name
-                for p in self.path.glob("step-*")
-                if _NAME.fullmatch(p.name) and (p / METADATA).is_file()
-            ),
-            key=age,
-            reverse=True,
-        )
+        names = [
+            name
+            for p in self.path.glob("step-*")
+            if (name := _NAME.fullmatch(p.name)) and (p / METADATA).is_file()
+        ]
+        return [name.string for name in sorted(names, key=age, reverse=True)]
 
     def find(self, given: str | os.PathLike) -> tuple[list[Path], str]:
         """The checkpoint that "auto" or a path (of a checkpoint, or of a folder of them) means, and behind it
@@ -197,13 +194,13 @@ class Writer(FileSystemWriter):
         )
         return with_sums
 
-    def finish(self, metadata, results) -> None:
+    def finish(self, metadata: Metadata, results: list[list[Written]]) -> None:
         sums = {each.storage_data.relative_path: each.file for rank in results for each in rank}
-        super().finish(metadata, results)
+        super().finish(metadata, [[*rank] for rank in results])
         (said,) = (
             each for name, each in self.fs.sums.items() if name.startswith(METADATA)
         )  # DCP writes it beside and renames it
-        write_checksums(self.path, {**sums, METADATA: said})
+        write_checksums(Path(self.path), {**sums, METADATA: said})
         self._folder.end(self._name)
 
 

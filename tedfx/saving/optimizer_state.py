@@ -7,34 +7,24 @@ user's tensors it consists of, as it does for the parameter itself: `optimizer/{
 where all agree that one parameter here holds (the experts of a stack).
 
 `OptimizerState` serves any `torch.optim.Optimizer`, and an optimizer that shards its own state and says so
-itself:
-
-    named_state() -> {layout name: {key: DTensor in the held shape, placed as it likes, or 0-dim tensor or
-    number}}
-    create_state()                                     allocates what is missing
-    hyperparameters() -> [{"names": [layout names], "lr": .., ...}], load_hyperparameters(groups)
-    scaler_state() -> dict, load_scaler_state(dict)    of its loss scaler
-
-and, where there are tensors that are a rank's own and have no place in a parameter's shape (errors of a
-compression):
-
-    phase_state() -> dict                              plain values; the first rank's is kept
-    check_phase(dict)                                  CheckpointError where it does not fit
-    same_ranks(dict) -> bool                           whether these ranks saved it; else it is not read
-    rank_state(dict | None) -> {key: tensor}           this rank's; of a phase: tensors to read into
-    load_phase(dict)                                   go on in it, with what was read
+itself: `SaysItsState`, with a loss scaler `HasScaler`, and `HasPhase` where there are tensors that are a
+rank's own and have no place in a parameter's shape (errors of a compression).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tedfx.saving.folder import CheckpointError
+from tedfx.state.parameters import as_dtensor
 from tedfx.state.pieces import PiecedTensor
+
+__all__ = ["HasPhase", "HasScaler", "OptimizerState", "SaysItsState"]
 
 RANK = "optimizer_rank/"
 """Keys of what is a rank's own: {key: [ranks of the mesh, *shape]}, a row for each rank."""
@@ -43,8 +33,65 @@ RANK = "optimizer_rank/"
 _IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 
 
+class SaysItsState(Protocol):
+    """An optimizer that says what its state is. It may have a `kind`, a text: that of a checkpoint must be
+    the same; by default the name of its class."""
+
+    def named_state(self) -> dict[str, dict[str, Any]]:
+        """{layout name: {key: DTensor in the held shape, placed as it likes, or 0-dim tensor or number}}."""
+        ...
+
+    def create_state(self) -> None:
+        """Allocate what is missing."""
+        ...
+
+    def states_changed(self) -> None:
+        """The values of `named_state()` were written to."""
+        ...
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """Per group: {"names": [layout names], "lr": .., ...}."""
+        ...
+
+    def load_hyperparameters(self, groups: list[dict[str, Any]]) -> None: ...
+
+
+@runtime_checkable
+class HasScaler(Protocol):
+    """An optimizer with a loss scaler."""
+
+    def scaler_state(self) -> dict[str, Any]: ...
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class HasPhase(Protocol):
+    """An optimizer with tensors that are a rank's own, which mean something in one phase of it."""
+
+    def phase_state(self) -> dict[str, Any]:
+        """Plain values; the first rank's is kept."""
+        ...
+
+    def check_phase(self, phase: Mapping[str, Any]) -> None:
+        """CheckpointError where it does not fit."""
+        ...
+
+    def same_ranks(self, phase: Mapping[str, Any]) -> bool:
+        """Whether these ranks saved it; else what is a rank's own is not read."""
+        ...
+
+    def rank_state(self, phase: Mapping[str, Any] | None) -> dict[str, Tensor]:
+        """{key: tensor}, this rank's; of a phase: tensors to read into."""
+        ...
+
+    def load_phase(self, phase: Mapping[str, Any]) -> None:
+        """Go on in it, with what was read."""
+        ...
+
+
 class _TorchOptimizer:
-    """The interface above for a `torch.optim.Optimizer`; states are made as the checkpoint describes them."""
+    """The same of a `torch.optim.Optimizer`; states are made as the checkpoint describes them."""
 
     def __init__(self, pm, optimizer: torch.optim.Optimizer):
         self.optimizer, self.parameters = optimizer, {name: pm.get_parameter(name) for name in pm.placed}
@@ -122,14 +169,18 @@ class OptimizerState:
             optimizer,
             getattr(optimizer, "kind", type(optimizer).__name__),
         )
-        self.own = hasattr(optimizer, "named_state")
-        if not self.own and not isinstance(optimizer, torch.optim.Optimizer):
+        self.state: SaysItsState | _TorchOptimizer
+        if hasattr(optimizer, "named_state"):
+            self.state = optimizer
+        elif isinstance(optimizer, torch.optim.Optimizer):
+            self.state = _TorchOptimizer(pm, optimizer)
+        else:
             raise CheckpointError(
                 f"{self.kind} is no torch.optim.Optimizer and has no named_state(): its state cannot be saved"
             )
-        self.state = optimizer if self.own else _TorchOptimizer(pm, optimizer)
         self._targets: dict[str, dict[str, DTensor]] = {}
-        self._phase: dict[str, Any] | None = None  # that of the checkpoint that is being loaded
+        # The phase of the checkpoint that is being loaded, and who goes on in it.
+        self._phase: tuple[HasPhase, dict[str, Any]] | None = None
 
     def _users(self, name: str) -> tuple[str, ...]:
         """The user's names of a parameter; of a tied one, the first."""
@@ -139,7 +190,7 @@ class OptimizerState:
     # ---- out -----------------------------------------------------------------------------------------------
 
     def read(self) -> dict[str, dict[str, Any]]:
-        if self.own:
+        if not isinstance(self.state, _TorchOptimizer):
             self.state.create_state()
         return self.state.named_state()
 
@@ -152,15 +203,19 @@ class OptimizerState:
                 if isinstance(value, DTensor):
                     entries = self.pm.placed[name].entries(value)
                     found.update((f"optimizer/{user}/{key}", entries[user]) for user in self._users(name))
-        if (
-            self.own
-            and hasattr(self.state, "rank_state")
-            and (self._phase is None or self.state.same_ranks(self._phase))
-        ):
+        if isinstance(self.state, HasPhase) and self._same_ranks():
+            phase = None if self._phase is None else self._phase[1]
             found.update(
-                (RANK + key, self._row(value)) for key, value in self.state.rank_state(self._phase).items()
+                (RANK + key, self._row(value)) for key, value in self.state.rank_state(phase).items()
             )
         return found
+
+    def _same_ranks(self) -> bool:
+        """Whether what is a rank's own is these ranks': of a run, or of the checkpoint that is loaded."""
+        if self._phase is None:
+            return True
+        state, phase = self._phase
+        return state.same_ranks(phase)
 
     def _row(self, value: Tensor) -> PiecedTensor:
         mesh = self.pm.device_mesh
@@ -177,7 +232,7 @@ class OptimizerState:
     def reads(self, key: str) -> bool:
         """Whether a key of the checkpoint is read here: not what is another mesh's ranks' own. After
         `check`."""
-        return not key.startswith(RANK) or self._phase is None or self.state.same_ranks(self._phase)
+        return not key.startswith(RANK) or self._same_ranks()
 
     def small(self, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Numbers, groups and the scaler, in plain Python and CPU tensors, by the user's names."""
@@ -197,8 +252,8 @@ class OptimizerState:
             }
             for group in self.state.hyperparameters()
         ]
-        scaler = self.state.scaler_state() if hasattr(self.state, "scaler_state") else None
-        phase = self.state.phase_state() if hasattr(self.state, "phase_state") else None
+        scaler = self.state.scaler_state() if isinstance(self.state, HasScaler) else None
+        phase = self.state.phase_state() if isinstance(self.state, HasPhase) else None
         return {"kind": self.kind, "numbers": numbers, "groups": groups, "scaler": scaler, "phase": phase}
 
     # ---- in ------------------------------------------------------------------------------------------------
@@ -209,7 +264,7 @@ class OptimizerState:
         Of torch's optimizers, new tensors: the state that the checkpoint describes, whether a step was made
         here or not.
         """
-        if self.own:
+        if not isinstance(self.state, _TorchOptimizer):
             return self.tensors(self.read())
         layout = {user: name for name in self.pm.placed for user in self._users(name)}
         self._targets = {}
@@ -218,9 +273,8 @@ class OptimizerState:
             if user in layout:
                 state = self._targets.setdefault(layout[user], {})
                 if key not in state:
-                    state[key] = torch.zeros_like(
-                        self.state.parameters[layout[user]], dtype=dtype, requires_grad=False
-                    )
+                    like = self.state.parameters[layout[user]]
+                    state[key] = as_dtensor(torch.zeros_like(like, dtype=dtype, requires_grad=False))
         return self.tensors(self._targets)
 
     def check(self, small: dict[str, Any]) -> None:
@@ -254,8 +308,13 @@ class OptimizerState:
         for name in self.pm.placed:
             self._number(name, small["numbers"])
         if small.get("phase") is not None:
+            if not isinstance(self.state, HasPhase):
+                raise CheckpointError(
+                    f"the checkpoint is of {self.kind} in a phase ({', '.join(small['phase'])}), of which "
+                    "the optimizer of this run has none: resume with the same optimizer"
+                )
             self.state.check_phase(small["phase"])
-            self._phase = small["phase"]
+            self._phase = self.state, small["phase"]
 
     def _number(self, name: str, numbers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         first, *rest = [numbers.get(user, {}) for user in self._users(name)]
@@ -276,7 +335,10 @@ class OptimizerState:
         self.state.load_hyperparameters(
             [{**group, "names": names} for group, names in zip(small["groups"], layouts)]
         )
-        if self.own:
+        if isinstance(self.state, _TorchOptimizer):
+            self.state.replace(self._targets, numbers)
+            self._targets = {}
+        else:
             for name, values in self.state.named_state().items():
                 for key, value in numbers[name].items():
                     if isinstance(values.get(key), Tensor):
@@ -285,13 +347,11 @@ class OptimizerState:
                         values[key] = value
             self.state.states_changed()
             if self._phase is not None:
-                if not self.state.same_ranks(self._phase):
-                    self.state.rank_state(self._phase)  # nothing was read into them
-                self.state.load_phase(self._phase)
-        else:
-            self.state.replace(self._targets, numbers)
-            self._targets = {}
-        if small["scaler"] is not None and hasattr(self.state, "load_scaler_state"):
+                state, phase = self._phase
+                if not state.same_ranks(phase):
+                    state.rank_state(phase)  # nothing was read into them
+                state.load_phase(phase)
+        if small["scaler"] is not None and isinstance(self.state, HasScaler):
             self.state.load_scaler_state(small["scaler"])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tedfx.ranks.failures import lost_rank
 from tedfx.saving.folder import CheckpointError
@@ -45,7 +45,7 @@ class Together:
         """A collective of torch.distributed, whose errors are one line."""
         try:
             act()
-        except dcp.CheckpointException as error:
+        except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             raise CheckpointError(
                 f"{what} failed on rank {self._ranks[rank]}: {type(cause).__name__}: {line_of(cause)}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -54,16 +55,20 @@ class Reduction:
     op: str = "all_reduce"
 
 
+_Kind: TypeAlias = tuple[tuple[str, ...], torch.dtype, bool]
+"""The axes of a sum, the dtype that it is made in, and whether it is scattered: those of one bucket."""
+
+
 def pack_buckets(
     summed: Iterable[tuple[str, torch.dtype]], placed: Mapping[str, Placed], bucket_bytes: int
 ) -> list[Bucket]:
     """Buckets of (name, dtype of its gradient), given in order of use: filled in the reverse; a bucket's
     place is that of its last member."""
-    filling: dict[tuple, list[str]] = {}
-    filled: dict[tuple, int] = {}
+    filling: dict[_Kind, list[str]] = {}
+    filled: dict[_Kind, int] = {}
     done: list[Bucket] = []
 
-    def close(kind):
+    def close(kind: _Kind) -> None:
         if filling.get(kind):
             done.append(Bucket(*kind, tuple(filling.pop(kind))))
             filled[kind] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,9 @@ def own_initialisation(model: nn.Module) -> None:
             module.initialize_weights()
             seen.update(id(m) for m in module.modules())
             return
-        if callable(getattr(module, "reset_parameters", None)):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
         for child in module.children():
             visit(child)
 
@@ -87,11 +89,10 @@ def _untied(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for target, source in _transformers.tied(module).items():
             owner, _, last = target.rpartition(".")
             table = module.get_submodule(owner)._parameters
-            if table.get(last) is not None and table[last] is module.get_parameter(source):
-                table[last] = nn.Parameter(
-                    torch.empty_like(table[last], device="meta"), table[last].requires_grad
-                )
-                yield f"{prefix}.{target}".lstrip("."), table[last]
+            tied = table.get(last)
+            if tied is not None and tied is module.get_parameter(source):
+                own = table[last] = nn.Parameter(torch.empty_like(tied, device="meta"), tied.requires_grad)
+                yield f"{prefix}.{target}".lstrip("."), own
 
 
 def _tensors(model: nn.Module) -> list[tuple[dict, str, Tensor]]:
@@ -106,18 +107,13 @@ def _tensors(model: nn.Module) -> list[tuple[dict, str, Tensor]]:
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    saved = [
-        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
-        for module in model.modules()
+    tables: list[dict[str, Any]] = [
+        table for m in model.modules() for table in (vars(m), m._parameters, m._buffers)
     ]
+    saved = [dict(table) for table in tables]
     try:
         yield
     finally:
-        for module, attributes, parameters, buffers in saved:
-            for table, values in (
-                (vars(module), attributes),
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-            ):
-                table.clear()
-                table.update(values)
+        for table, values in zip(tables, saved):
+            table.clear()
+            table.update(values)

@@ -52,7 +52,7 @@ class Slot:
 
     name: str
     meta: Tensor
-    keep: Callable[[Tensor], None] | None = None
+    keep: Callable[[Tensor], object] | None = None
     fetch: Callable[[], Tensor] | None = None
     muted: bool = False
     kept: bool = False
@@ -69,7 +69,7 @@ class OneAtATime(TorchDispatchMode):
         self._live: list[Slot] = []
         self.checksum = 0  # of all values, in order: equal on ranks that drew the same
         for slot in slots:
-            other = self._slots.setdefault(_key(slot.meta), slot)
+            other = self._slots.setdefault(_torch.storage_key(slot.meta), slot)
             if other is not slot:
                 raise ConfigError(
                     f"{other.name} and {slot.name} are different tensors of one storage: cannot "
@@ -94,9 +94,7 @@ class OneAtATime(TorchDispatchMode):
         whole = (
             _torch.op_name(func) in _OVERWRITING and len(touched) == 1 and _covers(args[0], touched[0].meta)
         )
-        for slot in touched:
-            if slot.full is None:
-                self._bring(slot, whole)
+        full = {slot: self._bring(slot, whole) if slot.full is None else slot.full for slot in touched}
         given: dict[int, Tensor] = {}
 
         def real(x):
@@ -104,7 +102,7 @@ class OneAtATime(TorchDispatchMode):
             if slot is None:
                 return x
             there = torch.empty(0, dtype=x.dtype).set_(
-                slot.full.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+                full[slot].untyped_storage(), x.storage_offset(), x.shape, x.stride()
             )
             given[id(there)] = x
             return there
@@ -118,7 +116,7 @@ class OneAtATime(TorchDispatchMode):
         return pytree.tree_map(lambda y: given.get(id(y), y), result)
 
     def _slot(self, x) -> Slot | None:
-        return self._slots.get(_key(x)) if isinstance(x, Tensor) else None
+        return self._slots.get(_torch.storage_key(x)) if isinstance(x, Tensor) else None
 
     def _muted(self, func, args, kwargs, written):
         if not written:
@@ -131,19 +129,20 @@ class OneAtATime(TorchDispatchMode):
             "call init_weights() first"
         )
 
-    def _bring(self, slot: Slot, overwritten: bool) -> None:
+    def _bring(self, slot: Slot, overwritten: bool) -> Tensor:
+        full = torch.empty_strided(slot.meta.shape, slot.meta.stride(), dtype=slot.meta.dtype)
         if slot.kept and not overwritten and slot.fetch is not None:
-            slot.full = torch.empty_strided(slot.meta.shape, slot.meta.stride(), dtype=slot.meta.dtype)
-            slot.full.copy_(slot.fetch())
-        else:
-            slot.full = torch.empty_strided(slot.meta.shape, slot.meta.stride(), dtype=slot.meta.dtype)
-            if not overwritten and slot.meta.is_floating_point():
-                slot.full.fill_(float("nan"))  # so that what is never written to shows
+            full.copy_(slot.fetch())
+        elif not overwritten and slot.meta.is_floating_point():
+            full.fill_(float("nan"))  # so that what is never written to shows
+        slot.full = full
         self._live.append(slot)
+        return full
 
     def let_go(self, slot: Slot) -> None:
         self._live.remove(slot)
         full, slot.full = slot.full, None
+        assert full is not None, slot.name  # as of all that are live
         self.receive(slot, full)
 
     def receive(self, slot: Slot, full: Tensor) -> None:
@@ -167,18 +166,13 @@ class OnCpu(TorchFunctionMode):
     """Under it, tensors on the meta device say that they are on the CPU."""
 
     _ANSWERS = {
-        Tensor.is_meta.__get__: lambda meta: False,
-        Tensor.is_cpu.__get__: lambda cpu: True,
-        Tensor.device.__get__: lambda device: torch.device("cpu"),
+        getattr(Tensor, name).__get__: answer
+        for name, answer in {"is_meta": False, "is_cpu": True, "device": torch.device("cpu")}.items()
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        return self._ANSWERS[func](result) if func in self._ANSWERS and args[0].is_meta else result
-
-
-def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+        return self._ANSWERS[func] if func in self._ANSWERS and args[0].is_meta else result
 
 
 def _covers(x, meta: Tensor) -> bool:

@@ -141,10 +141,8 @@ class Placed:
         # Step 3: the shape that plain placements can describe.
         held_dim = {dim: (g, k) for g, group in enumerate(groups) for k, dim in enumerate(group)}
         major = {g: next((d for d in group if view[d] > 1), None) for g, group in enumerate(groups)}
-        self.plain = all(
-            major[held_dim[dim][0]] == dim
-            for dim in [dim for _, dim in shards] + [share] * (share is not None)
-        )
+        divided = [dim for _, dim in shards] + ([] if share is None else [share])
+        self.plain = all(major[held_dim[dim][0]] == dim for dim in divided)
         self.held = layout.shape if self.plain else self.view
         where = {axis: held_dim[dim][0] if self.plain else dim for axis, dim in shards}
         placements = tuple(Shard(where[axis]) if axis in where else Replicate() for axis in names)
@@ -257,7 +255,7 @@ class Placed:
     def gather(self, held: DTensor) -> dict[str, Tensor]:
         """{user's name: full tensor} on every rank. A collective; pending sums of an unsynced gradient are
         done."""
-        full = held.detach().full_tensor().reshape(self.layout.shape)
+        full = as_dtensor(held.detach()).full_tensor().reshape(self.layout.shape)
         if self.layout.sources:
             pieces = [full[index].clone() for index in range(len(self.layout.sources))]
             return {name: piece for piece, names in zip(pieces, self.layout.groups) for name in names}
@@ -285,10 +283,15 @@ def _flat_index(coordinates, sizes) -> int:
     return index
 
 
-def local_of(tensor: Tensor) -> Tensor:
-    """This rank's piece of a DTensor, which a parameter or its gradient is."""
+def as_dtensor(tensor: Tensor) -> DTensor:
+    """A parameter or its gradient, which is a DTensor."""
     assert isinstance(tensor, DTensor)
-    return tensor.to_local()
+    return tensor
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's piece of a parameter or its gradient."""
+    return as_dtensor(tensor).to_local()
 
 
 def materialize(placed: Placed, broadcast: Callable[[str], Tensor]) -> nn.Parameter:
@@ -306,4 +309,5 @@ def materialize(placed: Placed, broadcast: Callable[[str], Tensor]) -> nn.Parame
             local = torch.empty(placed.kept.shape, dtype=full.dtype, device=full.device)
         placed.kept.cut(name, full, local)
         del full
+    assert local is not None, layout  # there is one name at least
     return nn.Parameter(placed.dtensor(local), requires_grad=layout.requires_grad)

@@ -86,7 +86,7 @@ def _scores(model: nn.Module, ids: Tensor) -> Tensor | None:
 
 def _vocabulary(model: nn.Module) -> int:
     with contextlib.suppress(AttributeError, NotImplementedError):
-        return model.get_input_embeddings().num_embeddings
+        return getattr(model, "get_input_embeddings")().num_embeddings
     return min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
 
 

@@ -129,7 +129,7 @@ def run(args) -> int:
             print(result, "", sep="\n", flush=True)
             status[name] = 0 if result.ok else 1
         except TedfxError as error:
-            if args.traceback and getattr(error, "trace", ""):
+            if args.traceback and isinstance(error, RankFailure) and error.trace:
                 print(error.trace, file=sys.stderr)
             print(f"tedfx verify {name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             status[name] = 1 if isinstance(error, RankFailure) else 2

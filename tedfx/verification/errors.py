@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tedfx.dtypes import widest
+from tedfx.state.parameters import as_dtensor, local_of
 
 
 def relative(actual: float, expected: float) -> float:
@@ -25,9 +27,9 @@ def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict
     total = float(torch.stack(list(norms.values())).norm()) if norms else 0.0
     found = {}
     for name in {**expected, **actual}:
-        a, e = actual.get(name), expected.get(name)
-        difference = (widest(a) if e is None else widest(e) if a is None else widest(a) - widest(e)).norm()
-        error = float(difference / max(float(norms.get(name, 0.0)), 1e-6 * total, 1e-300))
+        sides = [widest(side[name]) for side in (actual, expected) if name in side]
+        difference = sides[0] - sides[1] if len(sides) == 2 else sides[0]
+        error = float(difference.norm() / max(float(norms.get(name, 0.0)), 1e-6 * total, 1e-300))
         found[name] = error if error == error else float("inf")
     return found
 
@@ -37,17 +39,19 @@ def digests(module: nn.Module) -> dict[tuple, str]:
     gradients and buffers."""
     found = {}
     for name, p in module.named_parameters():
-        coordinate = p.device_mesh.get_coordinate()
-        where = lambda placements: tuple(
-            (axis, at)
-            for axis, at, placed in zip(p.device_mesh.mesh_dim_names, coordinate, placements)
-            if placed.is_shard()
-        )  # noqa: B023, E731
-        found[name, where(p.placements)] = _digest(p.detach().to_local())
+        found[name, _where(as_dtensor(p))] = _digest(local_of(p.detach()))
         if p.grad is not None:
-            found[f"gradient of {name}", where(p.grad.placements)] = _digest(p.grad.to_local())
+            found[f"gradient of {name}", _where(as_dtensor(p.grad))] = _digest(local_of(p.grad))
     found.update(((name, ()), _digest(b.detach())) for name, b in module.named_buffers())
     return found
+
+
+def _where(held: DTensor) -> tuple[tuple[str, int], ...]:
+    """This rank's coordinates on the axes that shard it."""
+    mesh = held.device_mesh
+    names, coordinate = mesh.mesh_dim_names, mesh.get_coordinate()
+    assert names is not None and coordinate is not None, mesh  # as `parallelize` asks of a mesh
+    return tuple((axis, at) for axis, at, each in zip(names, coordinate, held.placements) if each.is_shard())
 
 
 def _digest(tensor: Tensor) -> str:

@@ -69,10 +69,9 @@ class ByType:
                     + (f"; did you mean {near[0]}?" if near else "")
                 )
         try:
-            given = {key: value for key, value in self.overrides.items() if key != part} | self.overrides.get(
-                part, {}
-            )
-            return made(**_merge(small, given))
+            given = dict(self.overrides)
+            inside = {} if part is None else given.pop(part, {})
+            return made(**_merge(small, given | inside))
         except Exception as error:  # whatever a config class says to a value
             raise ConfigError(
                 f"{self.model_type} with {dict(self.overrides)}: {type(error).__name__}: "

@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def in_group(rank: Rank, function: Callable, arguments: tuple):
 
 def run(work: Sequence[Job], fork: bool, timeout: float) -> list[Any]:
     """The results of all jobs, each in a process of its own."""
-    context = multiprocessing.get_context("fork" if fork else "spawn")
-    started: dict[Any, tuple[int, Any]] = {}
+    context = multiprocessing.get_context("fork") if fork else multiprocessing.get_context("spawn")
+    started: dict[Connection, tuple[int, BaseProcess]] = {}
     sys.stdout.flush()
     sys.stderr.flush()
     try:
@@ -123,7 +124,9 @@ def run(work: Sequence[Job], fork: bool, timeout: float) -> list[Any]:
             Path(store).unlink(missing_ok=True)  # ranks that are killed leave it
 
 
-def _collect(work: Sequence[Job], started: dict, timeout: float) -> list[Any]:
+def _collect(
+    work: Sequence[Job], started: Mapping[Connection, tuple[int, BaseProcess]], timeout: float
+) -> list[Any]:
     results: dict[int, Any] = {}
     failed: list[tuple[int, Any]] = []
     deadline = time.monotonic() + timeout
@@ -133,6 +136,7 @@ def _collect(work: Sequence[Job], started: dict, timeout: float) -> list[Any]:
             max(0.0, deadline - time.monotonic()),
         )
         for pipe in ready:
+            assert isinstance(pipe, Connection)  # of those that were given
             index, process = started[pipe]
             try:
                 ok, value = pickle.loads(pipe.recv_bytes())

@@ -173,14 +173,15 @@ def _train(
 ) -> Outcome:
     """`state`: (gradients, buffers) by name. `sharded`: the module's optimizer is tedfx's, which ZeRO's
     stages 1 and 2 need, with these options."""
-    if sharded is not None:
-        optimizer = ShardedOptimizer(
+    own = (
+        None
+        if sharded is None
+        else ShardedOptimizer(
             module, torch.optim.AdamW, lr=recipe.learning_rate, max_norm=recipe.max_norm, **sharded
         )
-    else:
-        optimizer = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad], lr=recipe.learning_rate
-        )
+    )
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate) if own is None else own
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of_step)
     small = sum(p.numel() for p in module.parameters()) * recipe.steps <= KEPT
     outcome = Outcome([], [])
@@ -190,14 +191,14 @@ def _train(
         loss.backward()
         if small or step in (1, recipe.steps):
             outcome.gradients[step], outcome.buffers[step] = state()
-        norm = (
-            None
-            if sharded is not None
-            else torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
-        )
-        optimizer.step()
+        if own is None:
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.max_norm)
+            optimizer.step()
+        else:
+            own.step()
+            norm = own.grad_norm
+            assert norm is not None  # it clips
         schedule.step()
-        norm = optimizer.grad_norm if sharded is not None else norm
         outcome.losses.append(float(loss.detach()))
         outcome.norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
     return outcome
@@ -226,7 +227,9 @@ def train_rank(
     with on_mesh(rank, model, shape, recipe.options, prepared, **call) as pm:
         built = time.perf_counter()
         index, count = pm.batch_coordinate
-        rows = next(iter(pm.programs.values())).call.batch_inputs
+        rules = next(iter(pm.programs.values())).call
+        assert rules is not None  # what `parallelize` compiles has them
+        rows = rules.batch_inputs
         local = _on(
             pm.device, [split_batch(each, index, count, rows) for each in step_batches(batch, recipe.steps)]
         )

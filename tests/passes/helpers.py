@@ -92,7 +92,7 @@ def typed(node: fx.Node) -> str:
 def conversions(program) -> list[str]:
     """``tp:I>R`` per pending conversion, in order."""
     found = [n.meta["conversion"] for n in program.graph_module.graph.nodes if "conversion" in n.meta]
-    return [f"{axis}:{kind(a)}>{kind(b)}" for axis, a, b in found]
+    return [f"{axis}:{kind(a)}>{kind(b)}" for (axis,), a, b in found]
 
 
 def run_ranks(program, model, call: dict, cotangents=None):

@@ -85,9 +85,9 @@ def test_a_doubled_conversion_is_seen(name):
 @pytest.mark.parametrize("name", [n for n in GRAPHS if n != "ppmoe"])
 def test_a_conversion_on_another_axis_is_seen(name):
     def swap(program, node):
-        axis, source, target = node.meta["conversion"]
+        (axis,), source, target = node.meta["conversion"]
         other = next(a for a in program.plan.axes if a != axis)
-        node.meta["conversion"] = (other, source, target)
+        node.meta["conversion"] = ((other,), source, target)
 
     faults(name, swap)
 
@@ -95,11 +95,11 @@ def test_a_conversion_on_another_axis_is_seen(name):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_another_target_is_seen(name):
     def retarget(program, node):
-        axis, source, target = node.meta["conversion"]
+        (axis,), source, target = node.meta["conversion"]
         new = {R: I, I: R, P: I}.get(target, R)
         if not node.meta["differentiable"] and {new, target} <= {R, I}:
             return False
-        node.meta["conversion"] = (axis, source, new)
+        node.meta["conversion"] = ((axis,), source, new)
         node.meta["type"] = {**node.meta["type"], axis: new}
 
     faults(name, retarget)
@@ -110,7 +110,7 @@ def test_the_message_names_the_node_the_axis_and_the_line():
     node = next(
         n
         for n in program.graph_module.graph.nodes
-        if n.target is convert and n.meta["conversion"] == ("tp", I, R)
+        if n.target is convert and n.meta["conversion"] == (("tp",), I, R)
     )
     node.replace_all_uses_with(node.args[0])
     with pytest.raises(TypeCheckError, match=r"after surgery: \w+ on axis tp: .*models\.py:\d+\)"):
@@ -130,8 +130,8 @@ def test_what_was_fine_is_looked_at_again_when_it_changed():
 def test_there_are_conversions_without_an_op(source, target):
     program = placed("attention")
     node = next(n for n in program.graph_module.graph.nodes if n.target is convert)
-    axis = node.meta["conversion"][0]
+    axes = node.meta["conversion"][0]
     factor = Shard(program.batch_factor)
-    node.meta["conversion"] = (axis, *(factor if p == "S" else p for p in (source, target)))
+    node.meta["conversion"] = (axes, *(factor if p == "S" else p for p in (source, target)))
     with pytest.raises(TypeCheckError, match="there is no conversion"):
         check_types(program)

@@ -41,7 +41,7 @@ def chain(mesh: str, start: dict, steps):
         node.meta.update(
             dims=dims,
             type={**value.meta["type"], axis: target},
-            conversion=(axis, source, target),
+            conversion=((axis,), source, target),
             val=x.meta["val"],
         )
         values.append(node)

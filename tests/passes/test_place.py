@@ -52,7 +52,7 @@ def test_the_bias_of_a_row_parallel_linear_is_added_once():
     assert len(row.args) == 2 and row.meta["type"]["tp"] == P
     bias = placeholder(program, "down.bias")
     (conversion,) = bias.users
-    assert conversion.meta["conversion"] == ("tp", I, P)
+    assert conversion.meta["conversion"] == (("tp",), I, P)
     (total,) = conversion.users
     assert total.args == (row, conversion) and total.meta["type"]["tp"] == P
 
