@@ -20,6 +20,7 @@ from tedfx.capture.sorted_rows import Sorted
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.weights import Weight, weight
 from tedfx.errors import CaptureError, user_line
+from tedfx.graph import nodes
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import REGROUPS, operand
@@ -59,20 +60,20 @@ class _Runs(Bodies):
         self._sorted, self._at = sorted_rows, like
         self.of: RowsOf | None = None
 
-    def _lift(self, nodes: tuple[fx.Node, ...]) -> Batched:
-        if any(node.target is not ops.expert_run.default for node in nodes):
-            return super()._lift(nodes)
-        cut, counts = operand(nodes[0], 0), operand(nodes[0], 1)
+    def _lift(self, runs: tuple[fx.Node, ...]) -> Batched:
+        if any(node.target is not ops.expert_run.default for node in runs):
+            return super()._lift(runs)
+        cut, counts = operand(runs[0], 0), operand(runs[0], 1)
         found = self._sorted.found.get(counts)
-        if any(n.args[:2] != nodes[0].args[:2] for n in nodes) or [n.args[2] for n in nodes] != self.numbers:
-            raise refuse("an expert computes on the rows of another", nodes[0], "let expert e work on run e")
+        if any(n.args[:2] != runs[0].args[:2] for n in runs) or [n.args[2] for n in runs] != self.numbers:
+            raise refuse("an expert computes on the rows of another", runs[0], "let expert e work on run e")
         if found is None or found.kind != "load" or found.routing is not self.routing:
             raise refuse(
                 "nothing proves that the rows are cut by the counts of the ids that they are sorted by",
-                nodes[0],
+                runs[0],
                 "count them: ids.flatten().bincount(minlength=E)",
             )
-        width = shape_of(nodes[0])[1:]
+        width = shape_of(runs[0])[1:]
         value = self._sorted.found.get(cut)
         if all(size == 1 for size in width) and value is not None and not value.per_token:
             natural = self._sorted.weight(cut, self._at)
@@ -81,19 +82,19 @@ class _Runs(Bodies):
                 dims = (
                     (self.routing.tokens, ("k",)) if self.routing.choices > 1 else (self.routing.tokens, ())
                 )
-                return weight(nodes[0], (labels, *((),) * len(width)), Weight(natural, dims))
+                return weight(runs[0], (labels, *((),) * len(width)), Weight(natural, dims))
         of = self._sorted.dispatched(cut, self._at)
         if of is None or of.routing is not self.routing or len(width) != 1:
             raise refuse(
                 "runs are cut from values that are not rows of features sorted by expert",
-                nodes[0],
+                runs[0],
                 "sort the tokens: x[order // k]",
             )
         if self.of is not None and self.of.dispatch is not of.dispatch:
-            raise refuse("an expert reads two sorted values", nodes[0], "concatenate what an expert reads")
+            raise refuse("an expert reads two sorted values", runs[0], "concatenate what an expert reads")
         self.of = of
         self.dispatched = Dispatched(of.node, of.counts, of.order)
-        return Batched("rows", of.node, nodes[0], right=1, span=1)
+        return Batched("rows", of.node, runs[0], right=1, span=1)
 
 
 class SortedRows:
@@ -174,7 +175,7 @@ class SortedRows:
 
     def joined(self, node: fx.Node) -> RowsOf | None:
         """The experts' results on their runs, one after the other."""
-        parts = tuple(node.args[0])
+        parts: tuple[fx.Node, ...] = tuple(nodes.argument(node, 0))
         first = next((n for n in _above(parts[0]) if n.target is ops.expert_run.default), None)
         value = self.found.get(operand(first, 0)) if first is not None else None
         if value is None:

@@ -123,10 +123,10 @@ class ExpertRuns(TorchFunctionMode):
         first = args[0] if args else kwargs.get("input")
         if function in _LISTS and isinstance(first, T) and id(first) in self.hits.loads:
             return self._numbers(function, first)
-        if function is T.__getitem__ and isinstance(args[1], slice):
+        if function is T.__getitem__ and isinstance(first, T) and isinstance(args[1], slice):
             if isinstance(args[1].start, Count) or isinstance(args[1].stop, Count):
                 return self._slice(first, args[1])
-        if function in _SPLITS:
+        if function in _SPLITS and isinstance(first, T):
             sizes = args[1] if len(args) > 1 else next(v for k, v in kwargs.items() if k != "dim")
             if isinstance(sizes, (list, tuple)) and any(isinstance(size, Count) for size in sizes):
                 return self._split(first, sizes, args[2] if len(args) > 2 else kwargs.get("dim", 0))
@@ -143,10 +143,7 @@ class ExpertRuns(TorchFunctionMode):
     def _numbers(self, function: Callable, counts: T) -> Any:
         experts, each, summed = self.hits.loads[id(counts)]
         of = self.runs.setdefault(id(each), Runs(each, experts, self.asked))
-        numbers = [
-            Count(of, frozenset(range(e + 1)) if summed else frozenset({e}))
-            for e in range(experts)
-        ]
+        numbers = [Count(of, frozenset(range(e + 1)) if summed else frozenset({e})) for e in range(experts)]
         if function is T.numpy:
             import numpy
 

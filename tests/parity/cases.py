@@ -128,7 +128,7 @@ def _once(key: tuple, make: Callable):
 
 
 def _model(case: Case):
-    from tests import models, models_capacity, models_functions, models_plain
+    from tests import models, models_capacity, models_functions, models_plain, models_styles
 
     def make():
         torch.manual_seed(0)
@@ -136,6 +136,7 @@ def _model(case: Case):
             **models_plain.PLAIN,
             **models_capacity.CAPACITY,
             **models_functions.EVERYTHING,
+            **models_styles.STYLES,
             **models.MODELS,
         }[case.model](**dict(case.overrides))
         model = model.to(getattr(torch, case.dtype)).train()

@@ -1,0 +1,42 @@
+"""Mixtures in each style of tests/models_styles.py on the meshes, and what they send."""
+
+from collections import Counter
+
+import pytest
+
+from tedfx.ops import count_collectives
+from tedfx.verification.batches import split_batch
+from tests.marks import slow
+from tests.models_styles import STYLES
+from tests.parity.cases import case, on_ranks, verified
+
+PPMOE = {"expert": "tp"}
+CASES = [
+    made
+    for name in STYLES
+    for made in (
+        case(name, "ep=2,tp=2", steps=2, batch="one_token_in_second_half"),
+        slow(case(name, "dp=2,ep=2", steps=2, zero=3, batch="odd")),
+        slow(case(name, "tp=2", roles=PPMOE, steps=2, checkpoint="comm")),
+        slow(case(name, "ep=2", steps=1, compile="aot_eager")),
+    )
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_single_device(case):
+    result = verified(case)
+    assert result.ok, f"\n{result}"
+
+
+def sent(pm, batch, rank):
+    with count_collectives() as log:
+        pm(**split_batch(batch, *pm.batch_coordinate)).backward()
+    return Counter((c.op, c.phase, len(c.shape)) for c in log if c.axes == ("ep",))
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_two_row_exchanges_and_one_of_counts(name):
+    for log in on_ranks(case(name, "ep=2"), sent):
+        assert log["all_to_all", "forward", 2] == 2 and log["all_to_all", "backward", 2] == 2
+        assert sum(n for (op, phase, _), n in log.items() if phase == "forward" and op == "all_gather") == 1
