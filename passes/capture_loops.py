@@ -213,7 +213,14 @@ def _erase(graph: fx.Graph, depends: dict) -> None:
 
 
 def _check_rest(graph: fx.Graph, known: dict, depends: dict, done: set[Routing]) -> None:
-    """No expert's tokens are searched for any more."""
+    """No expert's tokens are searched for any more, and no rows are cut by counts."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.tedfx.expert_run.default):
+        raise refuse(
+            "rows are cut by counts, and what becomes of them is not understood",
+            node,
+            "sort rows by expert (order = ids.flatten().argsort(); x[order // k]), cut them by the counts of "
+            "the ids, concatenate what all experts give, and put it back at `order`",
+        )
     searched: dict[Routing, dict[int, fx.Node]] = {}
     loose: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:

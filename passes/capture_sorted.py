@@ -16,7 +16,8 @@ Algorithm, in one walk over the graph (what its nodes are: tedfx/capture/sorted_
 3. What follows must work on each row alone. A sorted weight that multiplies rows is carried to the end.
 4. Rows that are put back at their assignments, or added at their tokens, are a `combine`; a weighted sum over
    the choices behind it is part of it.
-5. Runs that are left were not understood: refused. Sorted values without an expert stay the model's.
+5. Runs that are left are those of a loop, which adds expert by expert (capture_loops.py), or not understood.
+   Sorted values without an expert stay the model's.
 """
 
 from __future__ import annotations
@@ -66,18 +67,7 @@ class CaptureSorted(Pass[GlobalGraph]):
             if node.op == "call_function" and not node._erased:
                 walk.visit(node)
         answers.settle(trace, walk.captured)
-        for node in reversed(graph.nodes):
-            if node.op == "call_function" and not node.users and node.target in (aten.item.default, *_RUNS):
-                graph.erase_node(node)
-        graph.eliminate_dead_code()
-        for node in graph.nodes:
-            if node.target in _RUNS:
-                raise refuse(
-                    "rows are cut by counts, and what becomes of them is not understood",
-                    node,
-                    "sort rows by expert (order = ids.flatten().argsort(); x[order // k]), cut them by the "
-                    "counts of the ids, concatenate what all experts give, and put it back at `order`",
-                )
+        graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not aten.item.default)
         stacks.finish()
         result.matches = result.changes = len(walk.ends)
         result.notes += [f"rows sorted by expert, put back at {line}" for line in walk.ends]
@@ -87,7 +77,6 @@ class CaptureSorted(Pass[GlobalGraph]):
 
 
 _SHAPES = ("sym_size", "empty_like", "zeros_like", "new_empty", "new_zeros", "new_full", "full_like")
-_RUNS = (ops.run_size.default, ops.expert_run.default, ops.join_runs.default)
 
 
 class _Walk:

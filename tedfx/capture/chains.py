@@ -84,6 +84,13 @@ def _step(node: fx.Node, routing: Routing, depends: Depends) -> Step | None:
         lost = name == "index_copy"
         index = (*[None] * dim, operand(node, 2))
         return Step(node, operand(node, 0), operand(node, 3), index, once=lost, overwrites=lost)
+    if name == "scatter_add" or (
+        name == "scatter_reduce" and argument(node, "reduce") == "sum" and argument(node, "include_self")
+    ):
+        column = _column(operand(node, 2))
+        return (
+            Step(node, operand(node, 0), operand(node, 3), (column,)) if argument(node, "dim") == 0 else None
+        )
     if name == "index_put":
         base, index, value = operand(node, 0), tuple(nodes.argument(node, 1)), operand(node, 2)
         if argument(node, "accumulate"):
@@ -106,6 +113,17 @@ def _step(node: fx.Node, routing: Routing, depends: Depends) -> Step | None:
         ):
             return Step(node, base, value)
     return None
+
+
+def _column(index: fx.Node) -> fx.Node:
+    """The tokens of an index that is the same for all features."""
+    rows = shape_of(index)[0]
+    while name_of(index) in ("expand", "repeat", "view", "reshape", "unsqueeze"):
+        before = operand(index, 0)
+        if shape_of(before)[0] != rows or any(size != 1 for size in shape_of(before)[1:]):
+            break
+        index = before
+    return index
 
 
 def chain_of(end: fx.Node, routing: Routing, depends: Depends) -> tuple[list[Step], fx.Node | None]:

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from tedfx.capture.gates import masked_fill, multiply, scatter, softmax, where
+from tedfx.capture.loads import load_of
 from tedfx.capture.routing import (
     Dims,
     Fact,
@@ -67,15 +68,49 @@ def _derive(node: fx.Node, known: Known) -> Fact | None:
         return _SPECIAL[name](node, known)
     if fact is None:
         return None
+    if fact.kind in ("order", "ids") and (found := _sorted(node, name, fact)) is not None:
+        return found
+    if fact.kind == "order":
+        return _run(node, name, fact, known)
     if name in _SPECIAL:
         return _SPECIAL[name](node, known)
     if fact.kind == "search" and fact.column is None:
         return _column(node, name, fact)
     if fact.kind == "search":
+        if (token := _token(node, name, fact)) is not None:
+            return token
         same = name in _SAME or (name in REGROUPS and len(shape_of(node)) == 1)
         return fact if same else None
     dims = _layout(node, name, fact)
     return replace(fact, dims=dims) if dims is not None else None
+
+
+def _sorted(node: fx.Node, name: str, fact: Fact) -> Fact | None:
+    """Ids in one dim, sorted: where assignments stand by expert; their tokens."""
+    if fact.kind == "ids":
+        whole = (*fact.routing.tokens, "k") if fact.routing.choices > 1 else fact.routing.tokens
+        up = not (name == "argsort" and argument(node, "descending"))
+        return replace(fact, kind="order") if name == "argsort" and up and fact.dims == (whole,) else None
+    if name in _SAME and not VAL[node].is_floating_point():
+        return fact
+    return _token(node, name, fact)
+
+
+def _token(node: fx.Node, name: str, fact: Fact) -> Fact | None:
+    """`order // K`."""
+    floored = name == "floor_divide" or (name == "div" and node.kwargs.get("rounding_mode") == "floor")
+    if not floored or node.args[1] != fact.routing.choices or len(fact.dims) != 1:
+        return None
+    if fact.routing.choices == 1:
+        return fact
+    return replace(fact, dims=(fact.routing.tokens, ("k",)))
+
+
+def _run(node: fx.Node, name: str, fact: Fact, known: Known) -> Fact | None:
+    """An expert's run of the order: a search for its assignments, or for their tokens."""
+    if name != "expert_run" or load_of(operand(node, 1), known) is not fact.routing:
+        return None
+    return replace(fact, kind="search", expert=node.args[2], column=0)
 
 
 _SAME = (

@@ -106,6 +106,9 @@ class Rows:
         given = (node, dims)
         while name_of(node) == "unsqueeze" and dims[at := argument(node, "dim") % len(dims)] == ():
             node, dims = operand(node, 0), dims[:at] + dims[at + 1 :]
+        if dims[0][-1:] == ("k",) and len(dims[0]) > 1 and not any(dims[1:]):
+            node = self.emit(aten.reshape.default, (node, [-1, self.routing.choices]), {}, like)
+            dims = (dims[0][:-1], ("k",))
         last = [d for d, dim in enumerate(dims) if dim in (("k",), ("e",))]
         order = [d for d in range(len(dims)) if d not in last] + last
         tokens = tuple(label for d in order if d not in last for label in dims[d])
