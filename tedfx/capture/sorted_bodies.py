@@ -22,7 +22,7 @@ from tedfx.capture.weights import Weight, weight
 from tedfx.errors import CaptureError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import REGROUPS, operand
+from tedfx.graph.nodes import REGROUPS, arguments, operand
 
 __all__ = ["RowsOf", "SortedRows", "refuse"]
 
@@ -174,7 +174,7 @@ class SortedRows:
 
     def joined(self, node: fx.Node) -> RowsOf | None:
         """The experts' results on their runs, one after the other."""
-        parts = tuple(node.args[0])
+        parts = tuple(arguments(node)[0])
         first = next((n for n in _above(parts[0]) if n.target is ops.expert_run.default), None)
         value = self.found.get(operand(first, 0)) if first is not None else None
         if value is None:

@@ -120,7 +120,7 @@ class ExpertRuns(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        first = args[0] if args else kwargs.get("input")
+        first: Any = args[0] if args else kwargs.get("input")
         if function in _LISTS and isinstance(first, T) and id(first) in self.hits.loads:
             return self._numbers(function, first)
         if function is T.__getitem__ and isinstance(args[1], slice):
@@ -143,10 +143,7 @@ class ExpertRuns(TorchFunctionMode):
     def _numbers(self, function: Callable, counts: T) -> Any:
         experts, each, summed = self.hits.loads[id(counts)]
         of = self.runs.setdefault(id(each), Runs(each, experts, self.asked))
-        numbers = [
-            Count(of, frozenset(range(e + 1)) if summed else frozenset({e}))
-            for e in range(experts)
-        ]
+        numbers = [Count(of, frozenset(range(e + 1)) if summed else frozenset({e})) for e in range(experts)]
         if function is T.numpy:
             import numpy
 
