@@ -120,7 +120,7 @@ class ExpertRuns(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        first = args[0] if args else kwargs.get("input")
+        first: Any = args[0] if args else kwargs.get("input")
         if function in _LISTS and isinstance(first, T) and id(first) in self.hits.loads:
             return self._numbers(function, first)
         if function is T.__getitem__ and isinstance(first, T) and isinstance(args[1], slice):
