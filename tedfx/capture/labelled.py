@@ -96,7 +96,7 @@ class LabelledBodies(Bodies):
         """(weights, tokens) of a product of two values that are not in the body."""
         raise unknown(node)
 
-    def _tokens_of(self, side: Side, inner: str, node: fx.Node) -> Batched:
+    def _tokens_of(self, side: Side, labels: dict, inner: str, node: fx.Node) -> Batched:
         """The rows of a value that is not in the body and meets a matrix per assignment."""
         raise unknown(node)
 
@@ -238,7 +238,7 @@ class LabelledBodies(Bodies):
         matrix, left, expert = self._matrices(weight, row, node)
         labels = {x: weight.labels.get(x) or row.labels.get(x) for x in {*weight.letters, *row.letters}}
         inner, new = self._contracted(weight, row, left, out, labels, node)
-        value = row.value if row.value is not None else self._tokens_of(row, inner, node)
+        value = row.value if row.value is not None else self._tokens_of(row, labels, inner, node)
         front = max((d for d, x in enumerate(out) if labels.get(x)), default=-1) + 1
         order = tuple(labels.get(letter) or () for letter in out[:front])
         if front == 0 or new in out[:front]:
@@ -271,9 +271,9 @@ class LabelledBodies(Bodies):
         if weight.value is not None:  # one per assignment: the stack itself
             features = weight.letters[len(self.labels[weight.node]) :]
             left = ["expert", *features]
-            if {x: y for x, y in row.labels.items() if y} != {x: y for x, y in weight.labels.items() if y} and (
-                row.value is not None
-            ):
+            if {x: y for x, y in row.labels.items() if y} != {
+                x: y for x, y in weight.labels.items() if y
+            } and (row.value is not None):
                 raise refuse(
                     "rows meet matrices of other assignments", node, "let row (token, choice) meet its own"
                 )
