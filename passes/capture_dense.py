@@ -1,7 +1,7 @@
 """Experts that are computed for a tensor of assignments become dispatch, body on rows, combine.
 
     hidden = act(einsum("nh,nkhf->nkf", x, w1[ids]))              gathered weights: a matrix per assignment
-    y = einsum("nkf,nkfh,nk->nh", hidden, w2[ids], w)
+    y = (einsum("nkf,nkfh->nkh", hidden, w2[ids]) * w[..., None]).sum(1)
 
     y = einsum("ne,enh->nh", gate, act(x @ w1) @ w2)              all experts on all tokens, gate zero outside
                                                                   the router's choice
@@ -63,8 +63,10 @@ class CaptureDense(Pass[GlobalGraph]):
         graph, result = program.graph_module.graph, PassResult()
         known = facts(graph)
         stacks = Stacks(program.trace, program.trainable)
-        for routing, attempt in (*_gathered(graph, known, stacks), *_gated(graph, known, stacks)):
+        for first, routing, attempt in (*_gathered(graph, known, stacks), *_gated(graph, known, stacks)):
             before, state = set(graph.nodes), stacks.state()
+            if first not in before:  # part of what was captured
+                continue
             try:
                 end = attempt()
             except TedfxError as error:
@@ -80,7 +82,8 @@ class CaptureDense(Pass[GlobalGraph]):
         return result
 
 
-_Attempt = tuple[Routing, Callable[[], str | None]]  # gives the line of the mixture; None: there is none
+# the first node of what may be a mixture, its routing, and what captures it: gives its line, None if it is none
+_Attempt = tuple[fx.Node, Routing, Callable[[], str | None]]
 
 
 def _gathered(graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks) -> Iterator[_Attempt]:
@@ -98,7 +101,7 @@ def _gathered(graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks) -> It
                 end = bodies.last(node)
             return _replace(graph, bodies, end)
 
-        yield routing, attempt
+        yield next(iter(gathers)), routing, attempt
 
 
 def _gated(graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks) -> Iterator[_Attempt]:
@@ -111,11 +114,9 @@ def _gated(graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks) -> Itera
                 continue
 
             def attempt(node=node, gate=gate, fact=fact) -> str | None:
-                if node._erased:
-                    return None
                 return _gated_by(graph, known, stacks, node, gate, fact)
 
-            yield fact.routing, attempt
+            yield node, fact.routing, attempt
 
 
 def _gated_by(

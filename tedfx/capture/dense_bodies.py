@@ -238,9 +238,6 @@ class DenseBodies(LabelledBodies):
     ) -> tuple[Batched, Dims]:
         """Done to the stack itself, on the features of its entries."""
         source, value, labels = mine[0], values[0], self.labels[mine[0]]
-        if not isinstance(VAL[source], torch.Tensor):  # parts of a chunk
-            made = self.emit(node.target, (value.node, *node.args[1:]), {}, node)
-            return replace(value, made=made, like=node), labels
         lead, rank = len(labels), len(shape_of(source))
         if is_pointwise(node):
             if any(self.labels[n] != labels or len(shape_of(n)) != rank for n in mine):
@@ -257,7 +254,7 @@ class DenseBodies(LabelledBodies):
                 raise unknown(node)
             out = apply_rule(self, node, args, kwargs)
             return replace(out, right=rank - lead, dropped=lead), labels
-        if len(mine) > 1 or len(node.all_input_nodes) > 1:
+        if sum(is_tensor(x) for x in node.all_input_nodes) > 1:
             raise unknown(node)
         if name in REGROUPS:
             return self._regrouped(node, value, labels)

@@ -125,6 +125,9 @@ class LabelledBodies(Bodies):
             return self._product(node, parsed, None)
         mine = [n for n in node.all_input_nodes if n in self.inside]
         values = [self.value(n) for n in mine]
+        if name == "getitem":  # a part of a chunk
+            made = self.emit(node.target, (values[0].node, node.args[1]), {}, node)
+            return replace(values[0], made=made, like=node), self.labels[mine[0]]
         rows = [n for n, value in zip(mine, values) if value.kind != "stacked"]
         if not rows:
             return self._layout(node, name, mine, values)
