@@ -7,8 +7,8 @@
                                                                   the router's choice
 
 In both the model computes a tensor of (token, choice) or (expert, token) rows, each with the weights of its
-expert, and sums a token's rows. `dispatch` makes the rows of (token, choice) alone, and the weights stay where
-they are.
+expert, and sums a token's rows. `dispatch` makes the rows of (token, choice) alone, and the weights stay
+where they are.
 
 What is left out, of all experts on all tokens, is multiplied by a gate that is exactly zero there and whose
 gradient is dropped there (gates.py): so loss and all gradients stay what they are, as long as what an expert
@@ -17,9 +17,10 @@ these provably give zero for a token of zeros (vanishing.py).
 
 Algorithm:
 1. `facts` (masks.py): ids in a known range, and gates.
-2. Of gathered weights: the nodes that follow the gathers by one routing's ids, up to the sum over the choices,
-   or with one choice up to the last product. Of all experts: from each product with a gate back to where the
-   dim of experts begins (spread.py), and forward to the sum over the experts.
+2. Of gathered weights: the nodes that follow the gathers by one routing's ids, up to the sum over the
+   choices, or with one choice up to the last product. Of all experts: from each product with a gate, or from
+   where results are read at the ids, back to where the dim of experts begins (spread.py), and forward to the
+   sum over the experts or choices.
 3. The body between is walked by `DenseBodies`, which proves that it keeps rows apart and emits it on the rows
    of a dispatch.
 4. What is not proven is left as it is, with a note; where ranks are to share experts, `shard_experts` refuses
@@ -30,18 +31,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 from torch import fx
 
 from tedfx.capture.batched import refuse
 from tedfx.capture.dense_bodies import DenseBodies, Ending
-from tedfx.capture.gathers import gathered, last_product
+from tedfx.capture.gathers import Picked, gathered, last_product, picked
 from tedfx.capture.letters import contraction_of
 from tedfx.capture.masks import facts
 from tedfx.capture.routing import Fact, Routing, argument, name_of, shape_of
 from tedfx.capture.spread import Spread
 from tedfx.capture.stacks import Stacks
+from tedfx.capture.uncaptured import LEFT
 from tedfx.errors import TedfxError, user_line
 from tedfx.graph.nodes import REGROUPS, is_tensor
 from tedfx.passes.base import Pass, PassResult
@@ -63,7 +66,8 @@ class CaptureDense(Pass[GlobalGraph]):
         graph, result = program.graph_module.graph, PassResult()
         known = facts(graph)
         stacks = Stacks(program.trace, program.trainable)
-        for first, routing, attempt in (*_gathered(graph, known, stacks), *_gated(graph, known, stacks)):
+        found = [kind(graph, known, stacks) for kind in (_gathered, _picked, _gated)]
+        for first, routing, attempt in chain.from_iterable([list(attempts) for attempts in found]):
             before, state = set(graph.nodes), stacks.state()
             if first not in before:  # part of what was captured
                 continue
@@ -72,7 +76,7 @@ class CaptureDense(Pass[GlobalGraph]):
             except TedfxError as error:
                 _undo(graph, before)
                 stacks.restore(state)
-                result.notes.append(f"left as it is: {error}")
+                result.notes.append(LEFT + str(error).partition(": ")[2])
                 continue
             if end is not None:
                 result.matches += 1
@@ -82,7 +86,8 @@ class CaptureDense(Pass[GlobalGraph]):
         return result
 
 
-# the first node of what may be a mixture, its routing, and what captures it: gives its line, None if it is none
+# The first node of what may be a mixture, its routing, and what captures it: gives its line, None if it is
+# none.
 _Attempt = tuple[fx.Node, Routing, Callable[[], str | None]]
 
 
@@ -94,7 +99,7 @@ def _gathered(graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks) -> It
                 inside = set(gathers)
             else:
                 node, inside = last_product(graph, gathers)
-            bodies = DenseBodies(graph, routing, known, stacks, inside, gathers, {})
+            bodies = DenseBodies(graph, routing, known, stacks, inside, gathers, {}, {})
             if routing.choices > 1:
                 return _replace(graph, bodies, _forward(graph, bodies))
             with graph.inserting_before(node):
@@ -119,6 +124,32 @@ def _gated(graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks) -> Itera
             yield node, fact.routing, attempt
 
 
+def _picked(graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks) -> Iterator[_Attempt]:
+    for node in list(graph.nodes):
+        pick = picked(node, known)
+        if pick is not None:
+
+            def attempt(node=node, pick=pick) -> str | None:
+                return _picked_by(graph, known, stacks, node, pick)
+
+            yield node, pick.routing, attempt
+
+
+def _picked_by(
+    graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks, node: fx.Node, pick: Picked
+) -> str | None:
+    spread = Spread(pick.routing.experts)
+    if not spread.inside(pick.source, pick.dim):
+        return None
+    inside = {*spread.dims, node}
+    bodies = DenseBodies(graph, pick.routing, known, stacks, inside, {}, spread.dims, {node: pick})
+    if pick.routing.choices > 1:
+        return _replace(graph, bodies, _forward(graph, bodies))
+    with graph.inserting_before(node):
+        end = bodies.last(node)
+    return _replace(graph, bodies, end)
+
+
 def _gated_by(
     graph: fx.Graph, known: dict[fx.Node, Fact], stacks: Stacks, node: fx.Node, gate: fx.Node, fact: Fact
 ) -> str | None:
@@ -139,9 +170,9 @@ def _gated_by(
             return None
         dim = at - len(fact.dims) + len(shape_of(y))
     if len(fact.dims[at]) == 1 and dim >= 0 and spread.inside(y, dim):
-        bodies = DenseBodies(graph, fact.routing, known, stacks, set(spread.dims), {}, spread.dims)
+        bodies = DenseBodies(graph, fact.routing, known, stacks, set(spread.dims), {}, spread.dims, {})
     elif parsed is None and (entries := _products(node)):
-        bodies = DenseBodies(graph, fact.routing, known, stacks, entries, {}, {})
+        bodies = DenseBodies(graph, fact.routing, known, stacks, entries, {}, {}, {})
     else:
         return None
     return _replace(graph, bodies, _forward(graph, bodies))

@@ -191,6 +191,22 @@ def llama4(m, x, w, ids):
     return y.reshape(m.c.experts, -1, y.shape[-1]).sum(dim=0)
 
 
+def read_at_ids(m, x, w, ids):
+    """Of all experts' results those of the chosen ones."""
+    y = torch.stack([expert(x) for expert in m.experts], dim=1)
+    return (y.gather(1, ids.unsqueeze(-1).expand(-1, -1, y.shape[-1])) * w.unsqueeze(-1)).sum(1)
+
+
+def indexed(m, x, w, ids):
+    y = (F.gelu(x @ m.w1) @ m.w2 + m.b2[:, None]).transpose(0, 1)
+    return einsum("nkh,nk->nh", y[torch.arange(x.shape[0])[:, None], ids], w)
+
+
+def indexed_one(m, x, w, ids):
+    y = torch.stack([expert(x) for expert in m.experts]).transpose(0, 1)
+    return y[torch.arange(x.shape[0]), ids[:, 0]] * w
+
+
 def all_one(m, x, w, ids):
     return all_biases(m, x, w, ids)
 
@@ -198,7 +214,7 @@ def all_one(m, x, w, ids):
 GATHERED = [by_einsum, interleaved, three_gathers, flattened, columns, by_sums, looked_up, unflattened]
 GATHERED += [gathered_one, kept_one, choice_by_choice, twice]
 ALL = [all_einsum, all_biases, all_expanded, all_modules, all_masked, all_normalised, all_unflattened, llama4]
-ALL += [all_one]
+ALL += [read_at_ids, indexed, indexed_one, all_one]
 
 
 def layer(mixture: Callable, c: Config) -> Stacks:

@@ -5,9 +5,10 @@ Two ways to begin (the walk between is labelled.py's):
 - **gathered weights**, `w[ids]`: an entry of a stack per (token, choice), `stacked` with the labels of the
   ids. A token meets its matrices in a product, as it is or as a copy per choice (expansions.py).
 - **all experts on all tokens**: a product of tokens with weights that have a dim of experts, or E values
-  stacked, each of one expert: labels e and the tokens'. Only rows that the router chose are computed, so what
-  is summed in the end must be provably zero for all others: its weights are a gate (masks.py), or the tokens
-  were multiplied by one before the experts, and these map zero to zero (vanishing.py).
+  stacked, each of one expert: labels e and the tokens'. Only rows that the router chose are computed. So what
+  it chose is read at its ids (`picks`: label e becomes k), or what is summed in the end is provably zero for
+  all others: its weights are a gate (masks.py), or the tokens were multiplied by one before the experts, and
+  these map zero to zero (vanishing.py).
 
 The end is a sum over the choices, or over the experts (`ending`). With one choice per token nothing is summed
 and the body ends with the last product (`last`).
@@ -27,6 +28,7 @@ from tedfx._torch import pytree
 from tedfx.capture.batched import Batched, is_pointwise, refuse, unknown
 from tedfx.capture.batched_dims import ALONG
 from tedfx.capture.expansions import copied, unexpanded
+from tedfx.capture.gathers import Picked
 from tedfx.capture.labelled import LabelledBodies, Side
 from tedfx.capture.letters import Letters, contraction_of
 from tedfx.capture.routing import (
@@ -66,7 +68,7 @@ class Ending:
 
 class DenseBodies(LabelledBodies):
     """One body. `gathers`: of each `w[ids]` the stack and the labels of the ids; `spread`: of nodes that
-    begin it, the dim of experts. One of the two is empty."""
+    begin it, the dim of experts; `picks`: those that read at the ids what all experts made."""
 
     def __init__(
         self,
@@ -77,10 +79,11 @@ class DenseBodies(LabelledBodies):
         inside: set[fx.Node],
         gathers: Mapping[fx.Node, tuple[fx.Node, Dims]],
         spread: Mapping[fx.Node, int],
+        picks: Mapping[fx.Node, Picked],
     ):
         super().__init__(graph, routing, known, stacks, False, routing.sizes, inside)
-        self.gathers, self.spread = gathers, spread
-        self.summed = "k" if gathers else "e"
+        self.gathers, self.spread, self.picks = gathers, spread, picks
+        self.summed = "k" if gathers or picks else "e"
         self.gates: set[Weight] = set()  # weights that are zero for experts that were not chosen
         self.zeros: set[fx.Node] = set()  # tokens times a gate
         self.scale: Weight | None = None  # that gate
@@ -94,6 +97,8 @@ class DenseBodies(LabelledBodies):
             return Batched(
                 "stacked", stack, node, right=len(shape_of(node)) - len(dims), dropped=len(dims)
             ), dims
+        if node in self.picks:
+            return self._picked(node, self.picks[node])
         if (
             name in ("stack", "cat")
             and node in self.spread
@@ -101,6 +106,16 @@ class DenseBodies(LabelledBodies):
         ):
             return self._listed(node, name)
         return None
+
+    def _picked(self, node: fx.Node, pick: Picked) -> tuple[Batched, Dims]:
+        """The rows of all experts at the ids: what a row is does not change."""
+        value, labels, dim = self.value(pick.source), self.labels[pick.source], pick.dim
+        front = pick.dims[: len(labels)] if name_of(node) == "gather" else pick.dims
+        others = [*labels[:dim], *labels[dim + 1 :]]
+        theirs = [x for d, x in enumerate(front) if d != dim]
+        if value.kind not in ("rows", "weighted") or labels[dim : dim + 1] != (("e",),) or others != theirs:
+            raise refuse("what experts made is read at other ids", node, "read y[n, ids[n, k]]")
+        return replace(value, like=node, span=len(front)), front
 
     def _listed(self, node: fx.Node, name: str) -> tuple[Batched, Dims]:
         """E values, one per expert."""

@@ -1,8 +1,14 @@
-"""Weights gathered by the ids of a routing: `w[ids]`, `w.index_select(0, ids)`, `F.embedding(ids, w)`."""
+"""What is read at the ids of a routing.
+
+- Weights: `w[ids]`, `w.index_select(0, ids)`, `F.embedding(ids, w)`: an entry per (token, choice).
+- Of what all experts made of all tokens, what the chosen ones made: `y.gather(1, ids[..., None].expand(..))`,
+  `y[arange(N)[:, None], ids]`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import fx
@@ -12,7 +18,7 @@ from tedfx.capture.batched_dims import ALONG
 from tedfx.capture.routing import Dims, Fact, Routing, argument, name_of, shape_of
 from tedfx.graph.nodes import REGROUPS, is_tensor, operand
 
-__all__ = ["Gathers", "gathered", "last_product"]
+__all__ = ["Gathers", "Picked", "gathered", "last_product", "picked"]
 
 Gathers: TypeAlias = dict[fx.Node, tuple[fx.Node, Dims]]  # of each gather the stack and the labels of its ids
 _LAYOUT = (
@@ -92,3 +98,42 @@ def last_product(graph: fx.Graph, gathers: Gathers) -> tuple[fx.Node, set[fx.Nod
             "gathered weights meet tokens in several places", end, "let one sum end an expert's work"
         )
     return end, body
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Rows of (token, choice) read of `source`, whose dim `dim` is that of the experts. `dims`: labels of the
+    leading dims of what is read."""
+
+    source: fx.Node
+    dim: int
+    routing: Routing
+    dims: Dims
+
+
+def picked(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Picked | None:
+    name = name_of(node)
+    if name == "gather":
+        source, index, rank = operand(node, 0), operand(node, 2), len(shape_of(node))
+        dim = argument(node, "dim") % rank
+        if name_of(index) in ("expand", "repeat"):
+            index = operand(index, 0)
+        fact = known.get(index)
+        if fact is None or fact.kind != "ids" or len(fact.dims) != rank or fact.dims[dim] not in (("k",), ()):
+            return None
+        if any(a != b for d, (a, b) in enumerate(zip(shape_of(source), shape_of(node))) if d != dim):
+            return None
+        return Picked(source, dim, fact.routing, fact.dims)
+    if name == "index" and len(argument(node, "indices")) == 2:
+        source, (numbers, ids) = operand(node, 0), argument(node, "indices")
+        fact = known.get(ids) if is_tensor(ids) else None
+        if fact is None or fact.kind != "ids" or not is_tensor(numbers):
+            return None
+        shape = [shape_of(ids)[0], *[1] * (len(fact.dims) - 1)]
+        if shape_of(numbers) != shape or shape_of(source)[0] != shape[0] or len(fact.dims) > 2:
+            return None
+        while name_of(numbers) in REGROUPS | {"unsqueeze"}:
+            numbers = operand(numbers, 0)
+        if name_of(numbers) == "arange" and len(numbers.args) == 1 and len(fact.dims[0]) >= 1:
+            return Picked(source, 1, fact.routing, fact.dims)
+    return None

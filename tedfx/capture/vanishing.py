@@ -18,11 +18,10 @@ from tedfx.graph.nodes import REGROUPS, is_tensor, operand, operand_or_none
 __all__ = ["vanishes"]
 
 _AT_ZERO = set(
-    "silu gelu relu relu6 tanh tanhshrink softshrink hardshrink hardswish leaky_relu elu celu selu mish prelu "
-    "neg abs square sin asin atan erf expm1 log1p sign "
-    "to _to_copy clone contiguous alias type_as "
-    "permute transpose t unsqueeze expand repeat repeat_interleave chunk split split_with_sizes unbind select "
-    "slice narrow getitem sum mean cumsum flip".split()
+    "silu gelu relu relu6 tanh tanhshrink softshrink hardshrink hardswish leaky_relu elu celu selu mish prelu"
+    " neg abs square sin asin atan erf expm1 log1p sign to _to_copy clone contiguous alias type_as"
+    " permute transpose t unsqueeze expand repeat repeat_interleave chunk split split_with_sizes unbind"
+    " select slice narrow getitem sum mean cumsum flip".split()
 ) | set(REGROUPS)
 _ALL = ("add", "sub", "cat", "stack", "maximum", "minimum")
 

@@ -168,9 +168,28 @@ def nonlinear_weight(m, x, w, ids):
     return einsum("nkf,nkfh->nkh", F.gelu(y), m.w2[ids]).sum(1)
 
 
+def read_at_others(m, x, w, ids):
+    """What the chosen experts made of other tokens."""
+    y = (F.gelu(x @ m.w1) @ m.w2).transpose(0, 1).flip(0)
+    return einsum("nkh,nk->nh", y[torch.arange(x.shape[0])[:, None], ids], w)
+
+
+def read_at_other_places(m, x, w, ids):
+    y = (F.gelu(x @ m.w1) @ m.w2).transpose(0, 1)
+    return einsum("nkh,nk->nh", y[torch.arange(x.shape[0]).flip(0)[:, None], ids], w)
+
+
 MISSES = [soft, thresholded, floored, smoothed, doubled, biased_llama4, normed_llama4, sigmoid_llama4]
 MISSES += [mixed_experts, mixed_tokens, other_tokens, read_twice, gathered_read_twice, mixed_choices]
-MISSES += [crossed_choices, other_matrix, means, mean_matrix, nonlinear_weight]
+MISSES += [
+    read_at_others,
+    read_at_other_places,
+    crossed_choices,
+    other_matrix,
+    means,
+    mean_matrix,
+    nonlinear_weight,
+]
 
 
 @pytest.mark.parametrize("mixture", MISSES, ids=lambda f: f.__name__)
