@@ -160,14 +160,15 @@ def _gated_by(
         return None
     parsed = contraction_of(node)
     if parsed is not None:
-        (_, letters), (y, theirs) = parsed[:2] if parsed[0][0] is gate else parsed[1::-1]
+        (_, letters), (y, theirs) = (parsed[0], parsed[1]) if parsed[0][0] is gate else (parsed[1], parsed[0])
         if letters[at] not in theirs or letters[at] in parsed[2]:
             return None
         dim = theirs.index(letters[at])
     else:
-        y = next((x for x in node.all_input_nodes if x is not gate and is_tensor(x)), None)
-        if y is None:
+        others = [x for x in node.all_input_nodes if x is not gate and is_tensor(x)]
+        if len(others) != 1:
             return None
+        y = others[0]
         dim = at - len(fact.dims) + len(shape_of(y))
     if len(fact.dims[at]) == 1 and dim >= 0 and spread.inside(y, dim):
         bodies = DenseBodies(graph, fact.routing, known, stacks, set(spread.dims), {}, spread.dims, {})
@@ -218,13 +219,9 @@ def _replace(graph: fx.Graph, bodies: DenseBodies, end: Ending) -> str:
     line = user_line(end.node)
     with graph.inserting_before(end.node):
         out = bodies.finish(end)
-    for node, size in sizes:
-        dim = argument(size, "dim")
-        labels = bodies.labels.get(node, ())
-        if dim >= len(labels):
-            raise refuse("the size of what experts compute is read", size, "read the size of the tokens")
-        with graph.inserting_before(size):
-            size.replace_all_uses_with(bodies.size_of(labels[dim], size))
+    read = [_size(graph, bodies, node, size) for node, size in sizes]
+    for (_, size), new in zip(sizes, read):
+        size.replace_all_uses_with(new)
     end.node.replace_all_uses_with(out)
     graph.erase_node(end.node)
     for node in reversed(list(graph.nodes)):
@@ -232,6 +229,15 @@ def _replace(graph: fx.Graph, bodies: DenseBodies, end: Ending) -> str:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return line
+
+
+def _size(graph: fx.Graph, bodies: DenseBodies, node: fx.Node, size: fx.Node) -> fx.Node:
+    """What the size of a node of the body is without it."""
+    dim, labels = argument(size, "dim"), bodies.labels.get(node, ())
+    if dim >= len(labels):
+        raise refuse("the size of what experts compute is read", size, "read the size of the tokens")
+    with graph.inserting_before(size):
+        return bodies.size_of(labels[dim], size)
 
 
 def _region(end: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:

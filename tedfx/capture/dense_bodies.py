@@ -37,6 +37,7 @@ from tedfx.capture.routing import (
     Routing,
     argument,
     dim_of,
+    known_of,
     name_of,
     product,
     relabel,
@@ -48,6 +49,7 @@ from tedfx.capture.rules import apply_rule
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.vanishing import vanishes
 from tedfx.capture.weights import Weight
+from tedfx.graph import nodes
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import REGROUPS, is_tensor, operand, operator_of
 
@@ -102,7 +104,7 @@ class DenseBodies(LabelledBodies):
         if (
             name in ("stack", "cat")
             and node in self.spread
-            and not any(x in self.spread for x in node.args[0])
+            and not any(x in self.spread for x in nodes.argument(node, 0))
         ):
             return self._listed(node, name)
         return None
@@ -119,7 +121,7 @@ class DenseBodies(LabelledBodies):
 
     def _listed(self, node: fx.Node, name: str) -> tuple[Batched, Dims]:
         """E values, one per expert."""
-        out = self.lift(tuple(node.args[0]))
+        out = self.lift(tuple(nodes.argument(node, 0)))
         if out.kind not in ("rows", "weighted") or out.start:
             raise refuse("what an expert gives is not a row per token", node, "give every token a row")
         if out.kind == "weighted":  # no weight of a single expert is known but a gate's (bodies.py)
@@ -206,9 +208,10 @@ class DenseBodies(LabelledBodies):
 
     def _unscaled(self, x: fx.Node, dims: Dims) -> tuple[fx.Node, Dims, Weight]:
         """(tokens, their dims, gate) of tokens times a gate, a copy per expert."""
-        for source, gate in (x.args[:2], x.args[1::-1]):
-            fact = self.known.get(gate) if isinstance(gate, fx.Node) else None
-            if fact is None or not is_tensor(source):
+        left, right = x.args[:2]
+        for source, gate in ((left, right), (right, left)):
+            fact = known_of(self.known, gate)
+            if fact is None or not is_tensor(source) or not is_tensor(gate):
                 continue
             own = tuple(
                 () if size == 1 else dim
@@ -390,7 +393,7 @@ class DenseBodies(LabelledBodies):
             parsed if parsed[0][0] in self.inside else (parsed[1], parsed[0], parsed[2])
         )
         side = self._side(y, mine)
-        if side.kind not in ("rows", "weighted"):
+        if side.value is None or side.kind not in ("rows", "weighted"):
             return None
         gone = {label for x, dim in side.labels.items() if x not in out for label in dim}
         if not gone:

@@ -25,8 +25,8 @@ def unexpanded(x: fx.Node, dims: Dims, sizes: Sizes) -> tuple[fx.Node, Dims, lis
     casts: list[torch.dtype] = []
     while copied(dims) or name_of(x) == "unsqueeze":
         source = operand_or_none(x, 0)
-        found = _before(x, dims, sizes) if source is not None and is_tensor(source) else None
-        if found is None:
+        found = _before(x, dims, sizes) if is_tensor(source) else None
+        if source is None or found is None:
             break
         if VAL[source].dtype != VAL[x].dtype:
             casts.insert(0, VAL[x].dtype)

@@ -127,13 +127,21 @@ def picked(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Picked | None:
     if name == "index" and len(argument(node, "indices")) == 2:
         source, (numbers, ids) = operand(node, 0), argument(node, "indices")
         fact = known.get(ids) if is_tensor(ids) else None
-        if fact is None or fact.kind != "ids" or not is_tensor(numbers):
+        if fact is None or fact.kind != "ids" or not fact.dims or not is_tensor(numbers):
             return None
         shape = [shape_of(ids)[0], *[1] * (len(fact.dims) - 1)]
         if shape_of(numbers) != shape or shape_of(source)[0] != shape[0] or len(fact.dims) > 2:
             return None
         while name_of(numbers) in REGROUPS | {"unsqueeze"}:
             numbers = operand(numbers, 0)
-        if name_of(numbers) == "arange" and len(numbers.args) == 1 and len(fact.dims[0]) >= 1:
+        if (
+            name_of(numbers) == "arange"
+            and len(numbers.args) == 1
+            and fact.dims[0]
+            not in (
+                (),
+                ("k",),
+            )
+        ):
             return Picked(source, 1, fact.routing, fact.dims)
     return None

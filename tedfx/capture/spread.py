@@ -17,6 +17,7 @@ from tedfx.capture.batched import is_pointwise
 from tedfx.capture.batched_dims import ALONG, OVER
 from tedfx.capture.letters import contraction_of
 from tedfx.capture.routing import argument, name_of, product, shape_of, swapped
+from tedfx.graph import nodes
 from tedfx.graph.nodes import REGROUPS, is_tensor, operand
 
 __all__ = ["Spread"]
@@ -43,7 +44,7 @@ class Spread:
     def _begins(self, node: fx.Node, dim: int) -> bool:
         name = name_of(node)
         if name in ("stack", "cat"):
-            parts = node.args[0]
+            parts = nodes.argument(node, 0)
             at = (argument(node, "dim") or 0) % len(shape_of(node))
             one = name == "stack" or all(shape_of(x)[at] == 1 for x in parts)
             return at == dim and one and len(parts) == self.experts == len(set(parts))
@@ -84,7 +85,7 @@ class Spread:
             return [(x, d) for x, d in [(x, _at(own, parsed[2][dim])) for x, own in parsed[:2]]]
         if name in ("cat", "stack"):
             at = (argument(node, "dim") or 0) % rank
-            return [(x, dim - (name == "stack" and at < dim)) for x in node.args[0] if at != dim]
+            return [(x, dim - (name == "stack" and at < dim)) for x in nodes.argument(node, 0) if at != dim]
         if not node.args or not is_tensor(node.args[0]):
             return []
         source = operand(node, 0)

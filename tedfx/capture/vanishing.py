@@ -13,6 +13,7 @@ from torch import fx
 
 from tedfx.capture.letters import contraction_of
 from tedfx.capture.routing import argument, name_of
+from tedfx.graph import nodes
 from tedfx.graph.nodes import REGROUPS, is_tensor, operand, operand_or_none
 
 __all__ = ["vanishes"]
@@ -56,6 +57,6 @@ def _vanishes(node: fx.Node, zeros: Set[fx.Node], memo: dict[fx.Node, bool]) -> 
         inside = numbers and (low is None or low <= 0) and (high is None or high >= 0)
         return inside and first is not None and vanishes(first, zeros, memo)
     if name in _ALL:
-        values = node.args[0] if name in ("cat", "stack") else node.args[:2]
+        values = nodes.argument(node, 0) if name in ("cat", "stack") else node.args[:2]
         return all(isinstance(x, fx.Node) and vanishes(x, zeros, memo) for x in values)
     return name in _AT_ZERO and first is not None and vanishes(first, zeros, memo)
