@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from tedfx.capture.uncaptured import find_uncaptured
+from tedfx.capture.uncaptured import LEFT, find_uncaptured
 from tedfx.decisions.experts import expert_layout
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.graph.facts import DIMS, DIMS_OF, RELATION
@@ -58,6 +58,10 @@ class ShardExperts(Pass[PlannedGraph]):
                 found = find_uncaptured(program.graph)
                 detail = "; ".join(f"{style} at {line}" for style, line in found)
                 if found:
+                    notes = [note for record in program.history for note in record.result.notes]
+                    detail += "".join(
+                        f" ({note.removeprefix(LEFT)})" for note in notes if note.startswith(LEFT)
+                    )
                     raise CaptureError(
                         f"UnsupportedMoE: {detail}: this style of mixture is not captured, so it cannot "
                         f"be split over {axes}: write it in a style that is "

@@ -14,6 +14,7 @@ from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, check_contracts, run_pipeline
 from tedfx.passes.batch_collectives import BatchCollectives
 from tedfx.passes.capture_capacity import CaptureCapacity
+from tedfx.passes.capture_dense import CaptureDense
 from tedfx.passes.capture_loops import CaptureLoops
 from tedfx.passes.capture_sorted import CaptureSorted
 from tedfx.passes.check_capture import CheckCapture
@@ -49,6 +50,7 @@ def default_passes(options: Options | None = None, **given) -> list[Pass]:
         CaptureSorted(),
         CaptureLoops(),
         CaptureCapacity(),
+        CaptureDense(),
         ExpandAttention(),
         SplitLosses(),
         CheckCapture(options.check),

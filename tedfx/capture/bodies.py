@@ -168,6 +168,13 @@ class Bodies(Rows):
                 )
         if fact.kind == "gate":
             weights = {self.known[node].weight for node in nodes}
+            over_experts = fact.weight is not None and any("e" in dim for dim in fact.weight[1])
+            if over_experts and not self.routing.unique and self.routing.choices > 1:
+                raise refuse(
+                    "a token that may name an expert twice is weighed by the sum of both",
+                    nodes[0],
+                    "weigh by w[token, slot]",
+                )
             if len(weights) == 1 and fact.weight is not None:
                 return weight(nodes[0], fact.dims, Weight(*fact.weight))
             raise refuse("experts have different weights", nodes[0], "weigh all experts by one tensor")

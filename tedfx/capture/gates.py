@@ -4,7 +4,7 @@
 |---|---|
 | `w * hit`, `where(hit, w, 0)`, `w.masked_fill(miss, 0)` | weighed |
 | `sum` of weighed over the choices; w scattered into zeros at unique ids | gate |
-| logits scattered into -inf at unique ids; their softmax over the experts | logits; gate |
+| logits scattered into -inf at unique ids; their softmax over the experts, their sigmoid | logits; gate |
 | a gate matrix times or over anything of its own shape | gate (zero stays zero) |
 | the same for a matrix over the experts and a reduced hit; logits filled with -inf | gate; logits |
 
@@ -26,7 +26,7 @@ from tedfx.graph import nodes
 from tedfx.graph.nodes import operand, overload
 from tedfx.placement.sizes import Size
 
-__all__ = ["masked_fill", "multiply", "scatter", "softmax", "where"]
+__all__ = ["masked_fill", "multiply", "scatter", "sigmoid", "softmax", "where"]
 
 Known: TypeAlias = Mapping[fx.Node, Fact]
 
@@ -115,6 +115,12 @@ def softmax(node: fx.Node, known: Known) -> Fact | None:
     if fact.kind != "logits" or dim is None or fact.dims[dim] != ("e",):
         return None
     return replace(fact, kind="gate", weight=(node, fact.dims))
+
+
+def sigmoid(node: fx.Node, known: Known) -> Fact | None:
+    """0 at -inf, and so is its gradient."""
+    fact = known[operand(node, 0)]
+    return replace(fact, kind="gate", weight=(node, fact.dims)) if fact.kind == "logits" else None
 
 
 def masked_fill(node: fx.Node, known: Known) -> Fact | None:

@@ -6,10 +6,11 @@ from typing import TypeAlias
 
 from torch import fx
 
+from tedfx.capture import routing
 from tedfx.capture.routing import name_of, shape_of
-from tedfx.graph.nodes import argument, operand
+from tedfx.graph.nodes import argument, is_tensor, operand
 
-__all__ = ["Contraction", "Letters", "contraction_of", "einsum_letters"]
+__all__ = ["Contraction", "Letters", "contraction_of", "einsum_letters", "summed_product"]
 
 Letters: TypeAlias = list[str]
 Contraction: TypeAlias = tuple[tuple[fx.Node, Letters], tuple[fx.Node, Letters], Letters]
@@ -46,4 +47,24 @@ def contraction_of(node: fx.Node) -> Contraction | None:
         (left, batch[lead - ranks[0] + 2 :] + ["m", "k"]),
         (right, batch[lead - ranks[1] + 2 :] + ["k", "n"]),
         batch + ["m", "n"],
+    )
+
+
+def summed_product(node: fx.Node) -> Contraction | None:
+    """The same of `(a * b).sum(dims)`: a letter per dim of the product, also where an operand has size 1."""
+    source, dim = operand(node, 0), routing.argument(node, "dim")
+    if name_of(source) != "mul" or dim is None:
+        return None
+    left, right = source.args[:2]
+    if not (is_tensor(left) and is_tensor(right)) or any(
+        routing.argument(node, x) for x in ("keepdim", "dtype")
+    ):
+        return None
+    rank = len(shape_of(source))
+    gone = {d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])}
+    letters = [str(d) for d in range(rank)]
+    return (
+        (left, letters[rank - len(shape_of(left)) :]),
+        (right, letters[rank - len(shape_of(right)) :]),
+        [x for d, x in enumerate(letters) if d not in gone],
     )

@@ -21,7 +21,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from tedfx.capture.gates import masked_fill, multiply, scatter, softmax, where
+from tedfx.capture.gates import masked_fill, multiply, scatter, sigmoid, softmax, where
 from tedfx.capture.loads import load_of
 from tedfx.capture.routing import (
     Dims,
@@ -301,6 +301,7 @@ _SPECIAL: dict[str, _Rule] = {
     "nonzero": _search,
     "nonzero_numpy": _search,
     "scatter": scatter,
+    "sigmoid": sigmoid,
     "softmax": softmax,
     "_softmax": softmax,
     "masked_fill": masked_fill,

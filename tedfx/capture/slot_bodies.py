@@ -2,12 +2,8 @@
 
 The slots (E, C, features), in any order of the expert, the slot and the groups, become the rows of
 `dispatch`: an empty slot reaches no token, so it needs no row, and where in the slots a row stood is
-forgotten. Operators with rules in rules.py keep the rows apart; here is what a dim of experts adds to them:
-
-- a bmm, matmul or einsum with weights that have the same dim of experts is a `grouped_linear`;
-- a parameter that has it, and 1 for the slots, gives a row per expert;
-- values taken apart by expert (`x[e]`, `unbind`, `chunk`) and put together again (`stack`, `cat`) are bodies
-  in lock-step (bodies.py).
+forgotten. Values with a dim of experts are computed as labelled.py says; values taken apart by expert
+(`x[e]`, `unbind`, `chunk`) and put together again (`stack`, `cat`) are bodies in lock-step (bodies.py).
 """
 
 from __future__ import annotations
@@ -17,23 +13,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from tedfx._torch import pytree
-from tedfx.capture.batched import Batched, aligned, is_pointwise, refuse, unknown
-from tedfx.capture.bodies import Bodies
-from tedfx.capture.letters import Letters, contraction_of
-from tedfx.capture.routing import (
-    Dims,
-    Routing,
-    Sizes,
-    argument,
-    dim_of,
-    name_of,
-    relabel,
-    shape_of,
-    swapped,
-)
+from tedfx.capture.batched import Batched, refuse
+from tedfx.capture.labelled import LabelledBodies
+from tedfx.capture.routing import Dims, Routing, Sizes, argument, dim_of, name_of, relabel, shape_of
 from tedfx.capture.rows import Dispatched
-from tedfx.capture.rules import apply_rule
 from tedfx.capture.stacks import Stacks
 from tedfx.graph import nodes as calls
 from tedfx.graph.facts import VAL
@@ -41,11 +24,8 @@ from tedfx.graph.nodes import operand, operand_or_none
 
 __all__ = ["SlotBodies"]
 
-aten = torch.ops.aten
-_PRODUCTS = ("einsum", "bmm", "matmul", "mm", "baddbmm")
 
-
-class SlotBodies(Bodies):
+class SlotBodies(LabelledBodies):
     """The body behind one dispatch. `slots`: the node of the dispatched tokens, `labels` those of its dims
     but the last, `sizes` of the labels."""
 
@@ -59,10 +39,9 @@ class SlotBodies(Bodies):
         sizes: Sizes,
         inside: set[fx.Node],
     ):
-        super().__init__(graph, routing, {}, stacks, True)
-        self.slots, self.sizes, self.inside = slots, sizes, inside
-        self.values: dict[fx.Node, Batched] = {}
-        self.labels: dict[fx.Node, Dims] = {slots: labels}  # of the dims that count rows
+        super().__init__(graph, routing, {}, stacks, True, sizes, inside)
+        self.slots = slots
+        self.labels[slots] = labels
         self.apart: dict[fx.Node, bool] = {}
         self.left: Dims = ()  # labels of the slots of one expert
 
@@ -72,133 +51,10 @@ class SlotBodies(Bodies):
             "rows", dispatched.rows, self.slots, right=1, span=len(self.labels[self.slots])
         )
 
-    def value(self, node: fx.Node) -> Batched:
-        if node not in self.values:
-            self.values[node], self.labels[node] = self._value(node)
-        return self.values[node]
-
-    def _value(self, node: fx.Node) -> tuple[Batched, Dims]:
-        name = name_of(node)
+    def _entry(self, node: fx.Node, name: str) -> tuple[Batched, Dims] | None:
         if name in ("stack", "cat", "concat") and self._put_together(node):
             return self._lockstep(node, name)
-        if name in _PRODUCTS:
-            return self._product(node, name)
-        rows = [n for n in node.all_input_nodes if n in self.inside]
-        values = [self.value(n) for n in rows]
-        labels = self.labels[rows[0]]
-        if any(self.labels[n] != labels or v.start for n, v in zip(rows, values)):
-            raise refuse(
-                "slots meet in different orders", node, "keep the dims of experts and slots in one order"
-            )
-        if name in ("permute", "transpose"):
-            order = swapped(node, name, len(shape_of(node)))
-            span = values[0].span
-            if sorted(order[:span]) == list(range(span)) and order[span:] == list(range(span, len(order))):
-                return replace(values[0], like=node), tuple(labels[d] for d in order[:span])
-        elementwise = is_pointwise(node)
-        convert = lambda x: self._operand(x, node, labels, elementwise) if isinstance(x, fx.Node) else x
-        args, kwargs = pytree.tree_map(
-            convert, (tuple(node.args), dict(node.kwargs)), is_leaf=lambda x: isinstance(x, fx.Node)
-        )
-        out = apply_rule(self, node, args, kwargs)
-        if out.kind != "rows" or not isinstance(VAL[node], torch.Tensor):
-            return out, labels
-        counted, before = shape_of(node)[: out.span], shape_of(rows[0])[: values[0].span]
-        found = None if out.start else labels if counted == before else relabel(labels, self.sizes, counted)
-        if found is None:
-            raise refuse(
-                f"{node.target} takes experts and slots apart", node, "keep each in a dim of its own"
-            )
-        return out, found
-
-    def _operand(self, x: fx.Node, node: fx.Node, labels: Dims, elementwise: bool) -> Batched:
-        """What meets the slots: other slots; a value of each expert; one of all."""
-        if x in self.inside:
-            return self.value(x)
-        if not isinstance(VAL.get(x), torch.Tensor) or not elementwise:
-            return Batched("shared", x, x)
-        shape, rank = shape_of(x), len(shape_of(node))
-        lead = shape[: max(len(labels) - (rank - len(shape)), 0)]  # its dims that are experts and slots
-        features, over = shape[len(lead) :], labels[len(labels) - len(lead) :]
-        if all(size == 1 for size in lead):
-            return Batched(
-                "shared",
-                x if not lead else self.emit(aten.reshape.default, (x, features), {}, node),
-                x,
-                dropped=len(lead),
-            )
-        if any(
-            size != 1 and not (label == ("e",) and size == self.experts) for size, label in zip(lead, over)
-        ):
-            raise refuse(
-                "a value that differs between slots meets them",
-                node,
-                "compute a slot from the token in it alone",
-            )
-        each = (
-            x if len(lead) == 1 else self.emit(aten.reshape.default, (x, [self.experts, *features]), {}, node)
-        )
-        return Batched("stacked", each, x, right=len(features), dropped=len(lead))
-
-    # --- products with weights ---
-
-    def _product(self, node: fx.Node, name: str) -> tuple[Batched, Dims]:
-        parsed = contraction_of(node)
-        bias = operand(node, 0) if name == "baddbmm" else None
-        if parsed is None or (bias is not None and node.kwargs):
-            raise unknown(node)
-        (one, mine), (other, theirs), out = parsed
-        if one not in self.inside:
-            (one, mine), (other, theirs) = (other, theirs), (one, mine)
-        if other in self.inside or bias in self.inside:
-            raise refuse("a product of slots with slots", node, "let an expert work on each row alone")
-        rows, labels = self.value(one), self.labels[one]
-        if rows.right != 1 or rows.start:
-            raise unknown(node)
-        count, inner = mine[:-1], mine[-1]
-        expert = next((letter for letter, label in zip(count, labels) if label == ("e",)), None)
-        weight, left = self._squeezed(other, theirs, node)
-        new = [letter for letter in out if letter not in mine]
-        if expert not in left:
-            expert = None  # one matrix for all
-        wanted = {inner, *new} if expert is None else {inner, *new, expert}
-        if len(new) != 1 or out[-1] != new[0] or sorted(out[:-1]) != sorted(count) or set(left) != wanted:
-            raise refuse(
-                "a product that is not one of each row with a matrix of its expert",
-                node,
-                "contract the features alone: einsum('ech,ehf->ecf', ..)",
-            )
-        if expert is not None:
-            transposed = left.index(inner) < left.index(new[0])
-            if left[0] != expert:
-                order = [left.index(x) for x in (expert, inner, new[0])]
-                weight, transposed = self.emit(aten.permute.default, (weight, order), {}, node), True
-            made = self.emit(
-                torch.ops.tedfx.grouped_linear.default,
-                (rows.node, weight, self.counts, transposed, *self.tail),
-                {},
-                node,
-            )
-        else:
-            target = aten.matmul.default if left[0] == inner else aten.linear.default
-            made = self.emit(target, (rows.node, weight), {}, node)
-        result = Batched("rows", made, node, 1, rows.span)
-        order = tuple(labels[count.index(letter)] for letter in out[:-1])
-        if bias is not None:
-            given = self._operand(bias, node, order, elementwise=True)
-            result = replace(
-                result, made=self.emit(aten.add.Tensor, (made, aligned(self, node, given, result)), {}, node)
-            )
-        return result, order
-
-    def _squeezed(self, weight: fx.Node, letters: Letters, node: fx.Node) -> tuple[fx.Node, Letters]:
-        shape = shape_of(weight)
-        kept = [d for d, size in enumerate(shape) if size != 1 or len(shape) <= 2]
-        if len(kept) == len(shape):
-            return weight, letters
-        return self.emit(aten.reshape.default, (weight, [shape[d] for d in kept]), {}, node), [
-            letters[d] for d in kept
-        ]
+        return None
 
     # --- experts apart ---
 

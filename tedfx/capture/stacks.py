@@ -100,6 +100,15 @@ class Stacks:
             }
             return emit(graph, torch.ops.aten.stack.default, ([own[node] for node in nodes],), like=like)
 
+    def state(self) -> tuple:
+        """To be restored, where what a stack was made for comes to nothing."""
+        return dict(self.made), dict(self.owner), dict(self.trace.stacked), set(self.trainable)
+
+    def restore(self, state: tuple) -> None:
+        for now, before in zip((self.made, self.owner, self.trace.stacked, self.trainable), state):
+            now.clear()
+            now.update(before)
+
     def finish(self) -> None:
         graph = self.trace.graph_module.graph
         for node, nodes in self.owner.items():

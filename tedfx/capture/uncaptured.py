@@ -24,7 +24,9 @@ from tedfx.errors import user_line
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand
 
-__all__ = ["find_uncaptured"]
+__all__ = ["LEFT", "find_uncaptured"]
+
+LEFT = "left as it is: "  # a note of a pass that found a mixture and could not prove what it does
 
 _PRODUCTS = {"einsum", "bmm", "baddbmm", "matmul", "linear", "mul", "mm", "_grouped_mm", "_scaled_grouped_mm"}
 _LAYOUT = {

@@ -34,7 +34,7 @@ WHOLE = (("tile", None),)  # options of an optimizer that takes a parameter at a
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """model: a name in tests.models, tests.models_plain, tests.models_capacity or tests.models_functions.
+    """model: a name in tests.models, tests.models_plain, models_capacity, models_dense or models_functions.
     change: name in `variants`, applied to the model. batch: name in `data`. options: of `parallelize`.
     sharded: options of the `ShardedOptimizer` that ranks step with, see `Recipe`. calls: which signatures the
     ranks will make, the first being the example."""
@@ -128,13 +128,14 @@ def _once(key: tuple, make: Callable):
 
 
 def _model(case: Case):
-    from tests import models, models_capacity, models_functions, models_plain, models_styles
+    from tests import models, models_capacity, models_dense, models_functions, models_plain, models_styles
 
     def make():
         torch.manual_seed(0)
         model = {
             **models_plain.PLAIN,
             **models_capacity.CAPACITY,
+            **models_dense.DENSE,
             **models_functions.EVERYTHING,
             **models_styles.STYLES,
             **models.MODELS,
