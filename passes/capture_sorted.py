@@ -29,6 +29,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from tedfx.capture.chains import is_zero
 from tedfx.capture.masks import facts
 from tedfx.capture.routing import Fact, argument, name_of, shape_of
 from tedfx.capture.sorted_bodies import RowsOf, SortedRows, refuse
@@ -87,7 +88,7 @@ class _Walk:
     ):
         self.graph, self.found = graph, found
         self.sorted = SortedRows(graph, known, found, stacks)
-        self.rows: dict[fx.Node, RowsOf] = {}
+        self.rows = self.sorted.rows
         self.captured: list[fx.Node] = []
         self.ends: list[str] = []
 
@@ -124,8 +125,9 @@ class _Walk:
         )
 
     def _following(self, node: fx.Node) -> RowsOf | None:
-        """A node that works on each row of its operands alone; nothing, for one that asks for their shape."""
-        if name_of(node) in _SHAPES:
+        """A node that works on each row of its operands alone; nothing, for one that asks for their
+        shape, or cuts them."""
+        if name_of(node) in _SHAPES or node.target is ops.expert_run.default:
             return None
         mine = [self.rows[n] for n in node.all_input_nodes if n in self.rows]
         of = mine[0]
@@ -165,6 +167,14 @@ class _Walk:
         if by.kind == "order" and name in ("index_copy", "index_put", "scatter") and full:
             if name == "index_put" and argument(node, "accumulate"):
                 return False
+            self._replace(*self.sorted.at_assignments(of, node))
+        elif (
+            by.kind == "order"
+            and name == "index_add"
+            and full
+            and is_zero(base)
+            and argument(node, "alpha") == 1
+        ):
             self._replace(*self.sorted.at_assignments(of, node))
         elif by.kind == "inverse" and name in ("index", "index_select", "gather"):
             self._replace(*self.sorted.at_assignments(of, node))

@@ -34,6 +34,7 @@ from tedfx.capture.routing import (
     name_of,
     origin,
     shape_of,
+    whole_quotient,
 )
 from tedfx.graph import nodes
 from tedfx.graph.facts import VAL
@@ -77,7 +78,7 @@ def _derive(node: fx.Node, known: Known) -> Fact | None:
     if fact.kind == "search" and fact.column is None:
         return _column(node, name, fact)
     if fact.kind == "search":
-        if (token := _token(node, name, fact)) is not None:
+        if (token := _token(node, fact)) is not None:
             return token
         same = name in _SAME or (name in REGROUPS and len(shape_of(node)) == 1)
         return fact if same else None
@@ -93,13 +94,12 @@ def _sorted(node: fx.Node, name: str, fact: Fact) -> Fact | None:
         return replace(fact, kind="order") if name == "argsort" and up and fact.dims == (whole,) else None
     if name in _SAME and not VAL[node].is_floating_point():
         return fact
-    return _token(node, name, fact)
+    return _token(node, fact)
 
 
-def _token(node: fx.Node, name: str, fact: Fact) -> Fact | None:
+def _token(node: fx.Node, fact: Fact) -> Fact | None:
     """`order // K`."""
-    floored = name == "floor_divide" or (name == "div" and node.kwargs.get("rounding_mode") == "floor")
-    if not floored or node.args[1] != fact.routing.choices or len(fact.dims) != 1:
+    if whole_quotient(node) != fact.routing.choices or len(fact.dims) != 1:
         return None
     if fact.routing.choices == 1:
         return fact

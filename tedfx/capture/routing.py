@@ -48,6 +48,7 @@ __all__ = [
     "relabel",
     "shape_of",
     "swapped",
+    "whole_quotient",
 ]
 
 Dims: TypeAlias = tuple[tuple[str, ...], ...]
@@ -146,6 +147,15 @@ def dim_of(node: fx.Node, rank: int, name: str = "dim", default: int | None = No
     """The dim that an operator is given, counted from the left; None where it is given none, or a scalar."""
     dim = argument(node, name, default)
     return dim % rank if isinstance(dim, int) and rank else None
+
+
+def whole_quotient(node: fx.Node) -> object:
+    """n of `x // n`, however it is written; None of any other node. Of what is not negative, as an index,
+    both roundings are one."""
+    rounding = node.kwargs.get("rounding_mode")
+    if name_of(node) == "floor_divide" or (name_of(node) == "div" and rounding in ("floor", "trunc")):
+        return node.args[1]
+    return None
 
 
 def product(sizes: Iterable[Size]) -> Size:

@@ -83,8 +83,8 @@ class _Runs(Bodies):
                     (self.routing.tokens, ("k",)) if self.routing.choices > 1 else (self.routing.tokens, ())
                 )
                 return weight(runs[0], (labels, *((),) * len(width)), Weight(natural, dims))
-        of = self._sorted.dispatched(cut, self._at)
-        if of is None or of.routing is not self.routing or len(width) != 1:
+        of = self._sorted.rows.get(cut) or self._sorted.dispatched(cut, self._at)
+        if of is None or of.routing is not self.routing or len(width) != 1 or of.weight is not None:
             raise refuse(
                 "runs are cut from values that are not rows of features sorted by expert",
                 runs[0],
@@ -102,6 +102,7 @@ class SortedRows:
         self, graph: fx.Graph, known: Mapping[fx.Node, Fact], found: dict[fx.Node, Sorted], stacks: Stacks
     ):
         self.graph, self.known, self.found, self.stacks = graph, known, found, stacks
+        self.rows: dict[fx.Node, RowsOf] = {}  # of the model's nodes
         self._made: dict[fx.Node, RowsOf] = {}
         self._ids: dict[tuple[Routing, bool], fx.Node] = {}
 
@@ -177,7 +178,9 @@ class SortedRows:
         """The experts' results on their runs, one after the other."""
         parts: tuple[fx.Node, ...] = tuple(nodes.argument(node, 0))
         first = next((n for n in _above(parts[0]) if n.target is ops.expert_run.default), None)
-        value = self.found.get(operand(first, 0)) if first is not None else None
+        if first is None:
+            return None
+        value = self.rows.get(operand(first, 0)) or self.found.get(operand(first, 0))
         if value is None:
             return None
         bodies = _Runs(self, value.routing, node)
@@ -191,7 +194,10 @@ class SortedRows:
 
     def by_row(self, node: fx.Node, rows: Sequence[fx.Node]) -> bool:
         """Whether a node works on each row of its operands alone; its other operands have no dim of rows."""
-        count, name = shape_of(rows[0])[0], name_of(node)
+        name = name_of(node)
+        if name == "getitem":  # of what was cut along the features
+            return True
+        count = shape_of(rows[0])[0]
         for other in node.all_input_nodes:
             value = VAL.get(other)
             if other not in rows and isinstance(value, torch.Tensor) and count in shape_of(other):
@@ -199,7 +205,7 @@ class SortedRows:
         if isinstance(VAL[node], torch.Tensor) and shape_of(node)[:1] != [count]:
             return False
         rank = len(shape_of(rows[0])) if isinstance(VAL[rows[0]], torch.Tensor) else 0
-        if is_pointwise(node) or name == "getitem":
+        if is_pointwise(node):
             return True
         if name in (
             "chunk",

@@ -21,7 +21,7 @@ from torch import fx
 
 from tedfx.capture.batched import is_pointwise
 from tedfx.capture.loads import load_of
-from tedfx.capture.routing import Fact, Routing, argument, dim_of, name_of, shape_of
+from tedfx.capture.routing import Fact, Routing, argument, dim_of, name_of, shape_of, whole_quotient
 from tedfx.graph import nodes
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand, operand_or_none
@@ -82,7 +82,7 @@ def _fact(node: fx.Node, known: Mapping[fx.Node, Fact], found: Mapping[fx.Node, 
     if of is not None and of.kind in ("order", "tokens", "inverse"):
         if name in _SAME or (name in ("view", "reshape", "unsqueeze", "expand", "repeat") and _columns(node)):
             return of
-        if of.kind == "order" and _floor_divided(node, name) == of.routing.choices:
+        if of.kind == "order" and whole_quotient(node) == of.routing.choices:
             return Sorted("tokens", of.routing)
     by = _taken_by(node, name, found)
     if by is not None:
@@ -96,12 +96,6 @@ def _columns(node: fx.Node) -> bool:
     if not shape or first[0] != shape[0] or (len(first) > 1 and first[1:] != [1] * (len(first) - 1)):
         return False
     return name_of(node) in ("expand", "repeat") or all(size == 1 for size in shape[1:])
-
-
-def _floor_divided(node: fx.Node, name: str) -> object:
-    if name == "floor_divide" or (name == "div" and node.kwargs.get("rounding_mode") == "floor"):
-        return node.args[1]
-    return None
 
 
 def _taken_by(node: fx.Node, name: str, found: Mapping[fx.Node, Sorted]) -> Sorted | None:
