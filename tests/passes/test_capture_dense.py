@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import einsum, nn
 
+from tedfx.errors import CaptureError
 from tedfx.passes.base import run_pipeline
 from tedfx.passes.capture_dense import CaptureDense
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
@@ -15,6 +16,7 @@ from tedfx.trace.export import trace
 from tests.capture.test_models import BIASES, check, operators, routers, tokens
 from tests.models_dense import LAYERS, Stacks, llama4
 from tests.models_plain import Config
+from tests.passes.helpers import upto
 
 E, H, I = 4, 32, 48
 CHOICES = {"choice_by_choice": 2}  # mixtures of a layer, where it has more than one
@@ -222,3 +224,13 @@ def test_a_gate_has_no_gradient_where_it_is_zero():
     out = traced(model, x=tokens())
     (grad,) = torch.autograd.grad(out["loss"], [model.moe.router.bias])
     assert torch.equal(grad[1:], torch.zeros(3, dtype=grad.dtype))
+
+
+def test_a_refusal_says_why():
+    """Where ranks are to share experts: the style, its line, and what was not proven."""
+    model = Layer(lambda c: Stacks(c, gathered_read_twice))
+    with pytest.raises(
+        CaptureError, match="UnsupportedMoE: gathered weights at .*also used elsewhere"
+    ) as error:
+        upto(model, "ep=2", {"x": torch.zeros(4, 6, H)}, "shard_experts")
+    assert "\n" not in str(error.value)

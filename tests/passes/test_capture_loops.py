@@ -232,7 +232,19 @@ def half_weighted(m, x, probs, w, ids):
     return out
 
 
+def doubled_gate(m, x, probs, w, ids):
+    """A gate has the sum of both choices where they are one expert, and more is computed of that sum."""
+    ids = ids.gather(1, torch.zeros_like(ids))
+    gates = (F.one_hot(ids, E) * w.unsqueeze(-1)).sum(1)
+    gates = gates / (1 + gates)
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out = out + m.experts[e](x) * gates[:, e, None]
+    return out
+
+
 CASES = [
+    (doubled_gate, "weighed by the sum of both"),
     (missing, r"\[3\] are never added"),
     (missing_masked, r"\[2\] are never added"),
     (repeated, "expert 1 is added 2 times"),
