@@ -60,10 +60,13 @@ class GELU(nn.Module):
         super().__init__()
         self.up = nn.Linear(c.hidden_size, c.inner_size)
         self.down = nn.Linear(c.inner_size, c.hidden_size)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout, self.noisy = nn.Dropout(c.dropout), c.draws == "expert"
 
     def forward(self, x):
-        return self.dropout(self.down(F.gelu(self.up(x))))
+        h = F.gelu(self.up(x))
+        if self.noisy:
+            h = h * (1 + torch.randn_like(h))
+        return self.dropout(self.down(h))
 
 
 class NormedGLU(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tedfx.ops import random
+from tedfx.verification.batches import split_batch
 from tedfx.verification.errors import relative
 from tedfx.verification.models import factory
 from tedfx.verification.verify import verify
@@ -18,7 +19,9 @@ def drawing(draws, mesh, **options):
 
 
 @pytest.mark.parametrize("mesh", slow_but(["ep=2,tp=2"], ["dp=2", "tp=2", "ep=2", "ep=2,tp=2"]))
-@pytest.mark.parametrize("draws", slow_but(["noisy"], ["noisy", "jitter", "second", "gumbel", "multinomial"]))
+@pytest.mark.parametrize(
+    "draws", slow_but(["noisy"], ["noisy", "jitter", "second", "gumbel", "multinomial", "expert"])
+)
 def test_a_random_router_trains_the_same_on_any_mesh(draws, mesh):
     result = verified(drawing(draws, mesh))
     assert result.ok, f"\n{result}"
@@ -63,6 +66,20 @@ def another_site(rank):
 def test_a_draw_without_its_index_or_site_is_found(mutation):
     result = verified(drawing("noisy", "ep=2,tp=2"), mutation)
     assert not result["loss"].ok, f"\n{result}"
+
+
+def in_eval_mode(pm, batch, rank):
+    local = split_batch(batch, *pm.batch_coordinate)
+    with torch.no_grad():
+        return [float(pm.eval()(**local).loss) for _ in range(2)]
+
+
+def test_a_router_that_draws_in_eval_mode_draws_anew_in_every_call():
+    mode = ((False, ("input_ids", "labels")),)
+    (one, other), *_ = on_ranks(drawing("noisy", "dp=1", calls=mode), in_eval_mode)
+    assert relative(other, one) > 1e-6
+    for losses in on_ranks(drawing("noisy", "ep=2", calls=mode), in_eval_mode):
+        assert max(map(relative, losses, (one, other))) < 1e-6
 
 
 # ---- tedfx verify ------------------------------------------------------------------------------------------
