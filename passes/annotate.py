@@ -10,6 +10,7 @@ from torch import fx
 
 from tedfx.dtypes import has_gradient
 from tedfx.errors import user_line
+from tedfx.graph.draws import drawn
 from tedfx.graph.facts import DIFFERENTIABLE, DIMS, RELATION, VAL
 from tedfx.graph.nodes import argument, is_tensor, operands
 from tedfx.passes.base import Pass, PassResult
@@ -133,7 +134,7 @@ class Annotate(Pass[GlobalGraph]):
         if (
             isinstance(node.target, torch._ops.OpOverload)
             and node.target._schema.name.split("::")[1] in _CUTS_GRADIENT
-        ):
+        ) or drawn(node) is not None:  # torch gives its operands gradients of zero
             return False
         if not any(has_gradient(v.dtype) for v in values):
             return False

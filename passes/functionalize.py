@@ -6,7 +6,7 @@ of the trace share storage exactly where the real ones do, so aliasing is read o
 names.
 
 Algorithm, one walk over the nodes in order:
-0. `view_as` and its like become views to the sizes that they read off their other operand.
+0. `view_as` and its like become views to the sizes that they read off their other operand, `type_as` a cast.
 1. An operand whose root was written since the operand was made is made again from the root's present value.
 2. A view remembers the value it looks into.
 3. An in-place operator is replaced by its functional counterpart. The result is the new value of its operand,
@@ -87,7 +87,7 @@ _LIKE = {
 
 def _shape_alone(graph: fx.Graph, node: fx.Node) -> None:
     """`x.view_as(y)` asks y for its shape and nothing else: written as a view, it needs no value of y on any
-    rank."""
+    rank. So `x.type_as(y)` asks for a dtype."""
     if node.target in _LIKE:
         x, like = operand(node, 0), operand(node, 1)
         with graph.inserting_before(node):
@@ -98,6 +98,10 @@ def _shape_alone(graph: fx.Graph, node: fx.Node) -> None:
                 for d, size in enumerate(VAL[like].shape)
             ]
         node.target, node.args = _LIKE[node.target], (x, sizes)
+    if node.target is aten.type_as.default:
+        x, like = VAL[operand(node, 0)], VAL[operand(node, 1)]
+        if x.device == like.device:
+            node.target, node.args = aten.to.dtype, (operand(node, 0), like.dtype)
 
 
 def _storage(node: fx.Node) -> Any:
@@ -365,7 +369,7 @@ def _counterpart(node: fx.Node) -> Any:
     arguments."""
     schema = operator_of(node)._schema
     namespace, name = schema.name.split("::")
-    names = {"normal_": "normal_functional"}
+    names, overloads = {"normal_": "normal_functional"}, {"bernoulli_.float": "p"}
     if name.startswith("__i") and name.endswith("__"):
         plain = "__" + name[3:]
     elif name.endswith("_") and not name.endswith("__"):
@@ -373,7 +377,7 @@ def _counterpart(node: fx.Node) -> Any:
     else:
         plain = ""
     packet = getattr(getattr(torch.ops, namespace), plain, None) if plain else None
-    found = getattr(packet, overload(node), None)
+    found = getattr(packet, overloads.get(f"{name}.{overload(node)}", overload(node)), None)
     if found is None or found._schema.is_mutable or found._schema.returns[0].alias_info is not None:
         raise _refusal(node, "changes its operand in place, and tedfx knows no functional form of it")
     if [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:

@@ -13,8 +13,10 @@ from torch.fx.node import map_aggregate
 from tedfx import ops
 from tedfx.analysis.sizes import Share, Sizes
 from tedfx.errors import TraceError, user_line
+from tedfx.graph.draws import drawn, draws
 from tedfx.graph.facts import DIMS, DIMS_OF, LOCAL_SHAPE, RELATION, RUNS, TYPE, TYPES_OF, VAL, copy_value
 from tedfx.graph.nodes import REGROUPS, argument, arguments, op_name, operand, overload
+from tedfx.ops.distributions import drawable
 from tedfx.ops.random import NUMBERED, SHARE
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.factors import leaves
@@ -36,8 +38,8 @@ class Localize(Pass[TypedGraph]):
        a sharded dim becomes a sum over the global count.
     3. A vocabulary that is sharded: embedding and cross-entropy in their parallel forms. A running sum along
        a sharded dim: the ranks' totals.
-    4. Draws (dropout) become counter-based: a hash of (seed, site, global index), so that replicas agree and
-       shards differ.
+    4. Draws become counter-based: a hash of (seed, site, global index), so that replicas agree and shards
+       differ.
     5. Any other size used as a number becomes the global one. The old size arithmetic is dead and dropped.
     """
 
@@ -84,16 +86,34 @@ class _Localizer:
             self.draw(node)
 
     def draw(self, node: fx.Node) -> None:
-        """TraceError for an op that draws: of those only dropout and attention have a form for a rank."""
-        if (
-            isinstance(node.target, torch._ops.OpOverload)
-            and torch.Tag.nondeterministic_seeded in node.target.tags
-            and op_name(node) != "aten.scaled_dot_product_attention"
-        ):
+        """TraceError for an op that draws and has no form for a rank."""
+        if not draws(node):
+            return
+        made, value = drawn(node), VAL[node]
+        if made is None or not drawable(value.dtype):
             raise TraceError(
                 f"{op_name(node)} draws random numbers and has no counter-based form, so replicas would not "
-                f"agree; remove it or use dropout ({user_line(node)})"
+                f"agree; draw element by element, without a generator ({user_line(node)})"
             )
+        device = node.kwargs.get("device")
+        self.drawing(node, ops.draw, (made.distribution, made.parameters), last=(value.dtype, device))
+
+    def drawing(
+        self, node: fx.Node, op: Callable, first: tuple, factors: tuple | None = None, last: tuple = ()
+    ) -> None:
+        """`op(*first, seed, site, factors, *last)` in place of a node. `factors`: of what is drawn; those of
+        the node's dims by default."""
+        factors = self.factors(node) if factors is None else factors
+        if self.seed is None:
+            inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+            with self.graph.inserting_after(inputs[-1]) if inputs else self.graph.inserting_before():
+                self.seed = self.graph.placeholder("seed")
+            VAL[self.seed] = torch.empty((), dtype=torch.int64, device="meta")
+        node.target, node.args, node.kwargs = op, (*first, self.seed, self.sites, factors, *last), {}
+        self.sites += 1
+
+    def factors(self, node: fx.Node) -> tuple[tuple[tuple, ...], ...]:
+        return tuple(self.parts(node, d, TYPE[node]) for d in range(len(DIMS[node])))
 
     def view(self, node: fx.Node) -> None:
         if reads_bits(node):
@@ -279,14 +299,17 @@ class _Localizer:
         if not argument(node, 2, "train") or p == 0:
             node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
             return
-        factors = [self.parts(node, d, TYPE[node]) for d in range(len(DIMS[node]))]
-        if self.seed is None:
-            placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-            with self.graph.inserting_after(placeholders[-1]):
-                self.seed = self.graph.placeholder("seed")
-            VAL[self.seed] = torch.empty((), dtype=torch.int64, device="meta")
-        node.target, node.kwargs, node.args = ops.dropout, {}, (x, p, self.seed, self.sites, tuple(factors))
-        self.sites += 1
+        self.drawing(node, ops.dropout, (x, p))
+
+    def multinomial(self, node: fx.Node) -> None:
+        """Without replacement all choices of a row are made of one draw for each of its entries."""
+        weights, replacement = operand(node, 0), argument(node, 2, "replacement", False)
+        count = argument(node, 1, "num_samples")
+        if node.kwargs.get("generator") is not None or not isinstance(count, int):
+            return self.draw(node)
+        rows, entries = self.factors(node), self.parts(weights, -1, TYPE[weights])
+        drawn = (*(rows if replacement else rows[:-1]), entries)
+        self.drawing(node, ops.multinomial, (weights, count, replacement), drawn)
 
     def parts(self, node: fx.Node, d: int, type_) -> tuple[tuple, ...]:
         return tuple(part for f in leaves(DIMS[node][d]) for part in self.place(node, f, type_))
@@ -301,8 +324,8 @@ class _Localizer:
             return [(numbers, origin.args[2], top_k, NUMBERED)]
         if factor.ragged:
             raise TraceError(
-                f"dropout of rows whose number is data has no counter-based form | at {user_line(x)} | "
-                "drop out the values that the rows are made of"
+                f"a draw for rows whose number is data has no counter-based form | at {user_line(x)} | "
+                "draw for the values that the rows are made of"
             )
         if isinstance(size, Share):  # a piece of what the inputs' own split left
             outer = tuple(a for a in axes if a not in size.axes)
@@ -369,4 +392,5 @@ REWRITES: dict[str, Callable[[_Localizer, fx.Node], None]] = {
     "aten.cumsum": _Localizer.cumsum,
     **dict.fromkeys(("group_cumsum", "group_total"), _Localizer.groups),
     "aten.dropout": _Localizer.dropout,
+    "aten.multinomial": _Localizer.multinomial,
 }

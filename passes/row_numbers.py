@@ -3,7 +3,7 @@ is computed.
 
 A row's place on a rank follows from the exchange. Its number is that of its assignment in the global batch
 (`tedfx/ops/random.py`, `row_numbers`). The numbers go the way of the rows, by the same ops, as int64 beside
-them: 8 bytes a row, forward only, and only for a dispatch on whose rows a dropout draws.
+them: 8 bytes a row, forward only, and only for a dispatch on whose rows something draws.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Callable
 from torch import fx
 
 from tedfx import ops
+from tedfx.graph.draws import draws
 from tedfx.graph.facts import DIFFERENTIABLE, DIMS, DIMS_OF, TYPE, VAL
-from tedfx.graph.nodes import argument, op_name, operand
+from tedfx.graph.nodes import operand
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import I, Shard
 from tedfx.stages.graphs import TypedGraph
@@ -47,7 +48,7 @@ class RowNumbers:
         type_=)` inserts a node."""
         rows = leaves(DIMS_OF[dispatch][0][0])[0].root()
         drawn = any(
-            _draws(n) and any(f.root() is rows for dim in DIMS[n] for f in leaves(dim))
+            draws(n) and any(f.root() is rows for dim in DIMS[n] for f in leaves(dim))
             for n in program.graph_module.graph.nodes
         )
         return cls(program, dispatch, order, make) if drawn else None
@@ -68,12 +69,3 @@ class RowNumbers:
         DIFFERENTIABLE[new] = False
         VAL.setdefault(new, None)
         return new
-
-
-def _draws(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and op_name(node) == "aten.dropout"
-        and bool(argument(node, 2, "train"))
-        and argument(node, 1, "p") != 0
-    )

@@ -32,6 +32,7 @@ class Config:
     dropout: float = 0.0
     shared: bool = False
     balanced: bool = False
+    draws: str = ""  # what is random in the router: see `MoE.route`
 
 
 @dataclass
@@ -59,10 +60,13 @@ class GELU(nn.Module):
         super().__init__()
         self.up = nn.Linear(c.hidden_size, c.inner_size)
         self.down = nn.Linear(c.inner_size, c.hidden_size)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout, self.noisy = nn.Dropout(c.dropout), c.draws == "expert"
 
     def forward(self, x):
-        return self.dropout(self.down(F.gelu(self.up(x))))
+        h = F.gelu(self.up(x))
+        if self.noisy:
+            h = h * (1 + torch.randn_like(h))
+        return self.dropout(self.down(h))
 
 
 class NormedGLU(nn.Module):
@@ -98,14 +102,19 @@ class MoE(nn.Module):
             self.shared = SwiGLU(c)
         if c.balanced:
             self.register_buffer("load", torch.zeros(c.experts))
+        if c.draws == "noisy":
+            self.noise = nn.Linear(c.hidden_size, c.experts, bias=False)
 
     def make_experts(self):
         self.experts = nn.ModuleList(EXPERTS[self.c.expert](self.c) for _ in range(self.c.experts))
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
-        probs = self.router(flat).softmax(-1)
-        if (
+        probs, chances = self.route(flat)
+        if chances is not None:
+            ids = torch.multinomial(chances, self.c.top_k)
+            w = probs.gather(1, ids)
+        elif (
             self.c.balanced
         ):  # experts that were chosen often are chosen less; the count is advanced by every forward
             ids = (probs - 0.001 * self.load).topk(self.c.top_k, dim=-1).indices
@@ -113,6 +122,9 @@ class MoE(nn.Module):
             self.load.add_(F.one_hot(ids, self.c.experts).sum((0, 1)).to(self.load.dtype))
         else:
             w, ids = probs.topk(self.c.top_k, dim=-1)
+        if self.c.draws == "second":  # GShard: the second expert as often as its weight says
+            taken = torch.rand_like(w[:, 1:]) < 2 * w[:, 1:]
+            w = torch.cat([w[:, :1], w[:, 1:] * taken], 1)
         if self.c.top_k > 1:
             w = w / w.sum(-1, keepdim=True)
         share = F.one_hot(ids, self.c.experts).sum(1).to(probs.dtype).mean(0)
@@ -121,6 +133,18 @@ class MoE(nn.Module):
         if self.c.shared:
             out = out + self.shared(flat)
         return out.view_as(x), aux
+
+    def route(self, x):
+        """Probabilities, and those that experts are drawn from, if they are."""
+        if self.c.draws == "jitter":
+            x = x * torch.empty_like(x).uniform_(0.8, 1.2)
+        logits = self.router(x)
+        if self.c.draws == "noisy":
+            logits = logits + torch.randn_like(logits) * F.softplus(self.noise(x))
+        if self.c.draws == "gumbel":
+            logits = logits - torch.empty_like(logits).exponential_().log()
+        probs = logits.softmax(-1)
+        return probs, probs.detach() if self.c.draws == "multinomial" else None
 
     def mixture(self, x, probs, w, ids):
         raise NotImplementedError

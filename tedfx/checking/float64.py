@@ -7,9 +7,9 @@ gives every operator float64 where its operands, or the dtype that it is told (c
 `softmax(dtype=)`, `sum(dtype=)`), are of fewer bits. What moves elements and changes none (views, lookups)
 runs on what it is given, so that a table is not cast for a few of its rows.
 
-Draws are replaced by their mean, the same in both programs: `bernoulli_` fills its p, so that dropout is the
-identity. What has no such mean (multinomial, randint, ..) raises `Draws`. Views of bits as another dtype
-raise `NoFloat64`.
+Draws are replaced by a typical value, the same in both programs (`tedfx/ops/distributions.py`): `bernoulli_`
+fills its p, so that dropout is the identity. An operator that has none (randperm, poisson, ..) raises
+`Draws`. Views of bits as another dtype raise `NoFloat64`.
 
 Python still reads the dtypes: `torch.finfo(x.dtype)` is answered for the dtype that the model was traced in,
 see `reading`.
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 
 from tedfx._torch import TorchDispatchMode, is_view, op_name, written
+from tedfx.graph.draws import reads
+from tedfx.ops.distributions import DISTRIBUTIONS
 
 __all__ = ["Draws", "Float64", "NoFloat64", "reading", "wide"]
 
@@ -31,7 +33,7 @@ aten = torch.ops.aten
 
 
 class Draws(Exception):
-    """An operator that draws at random and has no mean that could stand for the draw; its name."""
+    """An operator that draws at random, with no value that could stand for the draw; its name."""
 
 
 class NoFloat64(Exception):
@@ -47,13 +49,6 @@ _MOVES = {  # results are elements of an operand, unchanged
     aten.stack.default,
     aten.cat.default,
 }
-# Draws and what stands for them. In place: the mean, from the arguments behind the tensor.
-_MEANS = {
-    "bernoulli_": lambda p=0.5: p,
-    "uniform_": lambda low=0.0, high=1.0: (low + high) / 2,
-    "normal_": lambda mean=0.0, std=1.0: mean,
-}
-_FRESH = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +61,6 @@ class Float64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = op_name(func) if isinstance(func, torch._ops.OpOverload) else str(func)
         if func in (aten.native_dropout.default, aten.native_dropout_backward.default):
             return (
                 (args[0].clone(), torch.ones_like(args[0], dtype=torch.bool))
@@ -74,9 +68,7 @@ class Float64(TorchDispatchMode):
                 else args[0].clone()
             )
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-            return _mean(
-                func, name, args, {key: value for key, value in kwargs.items() if key != "generator"}
-            )
+            return _typical(func, args, {k: value for k, value in kwargs.items() if k != "generator"})
         if (
             func is aten.view.dtype
             and args[0].dtype != args[1]
@@ -96,22 +88,34 @@ class Float64(TorchDispatchMode):
         return func(*map(read, args), **{key: read(value) for key, value in kwargs.items()})
 
 
-def _mean(func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
-    if name in _MEANS:
-        x, *rest = args
-        mean = _MEANS[name](*rest, **kwargs)
-        return x.copy_(mean) if isinstance(mean, torch.Tensor) else x.fill_(mean)
-    if name in _FRESH:
-        dtype = kwargs.pop("dtype", None)
-        like = {"device": kwargs.get("device"), "dtype": wide(dtype) if dtype is not None else None}
-        return (
-            torch.full_like(args[0], _FRESH[name], **like)
-            if name.endswith("_like")
-            else torch.full(args[0], _FRESH[name], **{**like, "dtype": like["dtype"] or torch.float64})
-        )
-    if name == "bernoulli" and len(args) == 1:
-        return args[0].to(wide(args[0].dtype), copy=True)
-    raise Draws(name)
+def _typical(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> torch.Tensor:
+    """What stands for the draw that `func` makes. Raises `Draws`."""
+    made = reads(func, args, kwargs)
+    if made is None and func is aten.multinomial.default:
+        return _likeliest(*args, **kwargs)
+    if made is None:
+        raise Draws(op_name(func))
+    parameters = (p.to(wide(p.dtype)) if isinstance(p, torch.Tensor) else p for p in made.parameters)
+    value = DISTRIBUTIONS[made.distribution].typical(*parameters)
+    if func._schema.is_mutable:
+        return args[0].copy_(value) if isinstance(value, torch.Tensor) else args[0].fill_(value)
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    if made.shape == "sizes":
+        integers = made.distribution == "integers" and dtype is None
+        dtype = torch.int64 if integers else wide(dtype or torch.float64)
+        sizes = next(x for x in (*args, *kwargs.values()) if isinstance(x, (list, tuple)))
+        return torch.full(sizes, value, dtype=dtype, device=device)
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    if made.shape == "like":
+        return torch.full_like(tensors[0], value, dtype=wide(dtype or tensors[0].dtype), device=device)
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return value.to(wide(tensors[0].dtype)).expand(shape).contiguous().clone()
+
+
+def _likeliest(weights: torch.Tensor, num_samples: int, replacement: bool = False) -> torch.Tensor:
+    if replacement:
+        return weights.argmax(-1, keepdim=True).expand(*weights.shape[:-1], num_samples).clone()
+    return weights.topk(num_samples, -1).indices
 
 
 @contextlib.contextmanager

@@ -15,31 +15,15 @@ from tedfx._torch import pytree
 from tedfx.checking.inputs import attempts, random_inputs
 from tedfx.dtypes import precision, widest
 from tedfx.errors import CaptureError
-from tedfx.graph.nodes import argument, arguments
 from tedfx.ops.autocast import region
 from tedfx.trace.global_graph import Trace
 from tedfx.trace.observed import kept
 from tedfx.trace.restored import on_gpu
 
-__all__ = ["check_capture", "draws", "on_device"]
+__all__ = ["check_capture", "on_device"]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 _HALF = (torch.bfloat16, torch.float16)
-
-
-def draws(node: fx.Node) -> bool:
-    """Whether an operator draws at random, as torch's own tag says."""
-    if (
-        not isinstance(node.target, torch._ops.OpOverload)
-        or torch.Tag.nondeterministic_seeded not in node.target.tags
-    ):
-        return False
-    if node.target is torch.ops.aten.dropout.default:
-        p, train = arguments(node)[1:]
-        return p != 0 and bool(train)
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return argument(node, 4, "dropout_p", 0.0) != 0
-    return True
 
 
 def check_capture(

@@ -21,13 +21,14 @@ from torch import nn
 
 from tedfx.checking.compare import Difference, Found, Tolerance
 from tedfx.checking.float64 import Draws, NoFloat64
-from tedfx.checking.forward import check_capture, draws, on_device
+from tedfx.checking.forward import check_capture, on_device
 from tedfx.checking.inputs import attempts
 from tedfx.checking.sample import sample, widest
 from tedfx.checking.steps import GraphFailed, two_steps
 from tedfx.errors import CaptureError, warn
 from tedfx.frontends import default_frontends
 from tedfx.frontends.answers import took_for_granted
+from tedfx.graph.draws import draws
 from tedfx.options import Options
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.global_graph import Trace

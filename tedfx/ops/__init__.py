@@ -19,7 +19,7 @@ from tedfx.ops.moe import (
     unindex_rows,
 )
 from tedfx.ops.prefix import cumsum, group_cumsum, group_total
-from tedfx.ops.random import dropout, row_numbers, uniform
+from tedfx.ops.random import draw, dropout, multinomial, row_numbers
 from tedfx.ops.slots import (
     combine_slots,
     fill_slots,

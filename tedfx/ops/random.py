@@ -24,41 +24,43 @@ import torch
 from torch import Tensor
 
 from tedfx.ops import context
+from tedfx.ops.distributions import DISTRIBUTIONS, drawable, shift_right, wide
 from tedfx.ops.properties import op
 
 Factors = tuple[tuple[tuple, ...], ...]
 SHARE, NUMBERED = "share", "numbered"
 
-# Bits of a draw: as many as the dtype's significand holds, so that no draw rounds up to 1.
-_BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-
 
 @op(saves=())
-def uniform(
-    factors: Factors,
+def draw(
+    distribution: str,
+    parameters: tuple,
     seed: Tensor,
     site: int,
+    factors: Factors,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The local piece of a global tensor of draws from [0, 1), one dim per entry of `factors`.
+    """The local piece of a global tensor of independent draws, one dim per entry of `factors`.
 
-    `seed`: 0-dim int64 tensor, equal on all ranks; new values do not recompile. `site`: which of the model's
-    draws. ValueError for a dtype without draws.
+    `distribution`: a name in `tedfx/ops/distributions.py`, and its `parameters`: numbers, or tensors that
+    broadcast to the local shape; none of them gets a gradient. `seed`: 0-dim int64 tensor, equal on all
+    ranks; new values do not recompile. `site`: which of the model's draws. `device`: that of the seed by
+    default. ValueError for a dtype without draws.
     """
-    if dtype not in _BITS:
-        raise ValueError(f"uniform draws {', '.join(map(str, _BITS))}, not {dtype}")
-    bits = _BITS[dtype]
+    if not drawable(dtype):
+        raise ValueError(f"no draws of {dtype}")
+    parameters = tuple(p.detach() if isinstance(p, Tensor) else p for p in parameters)
     hashed = _hash(factors, seed.to(device or seed.device), site)
-    return _shift_right(hashed, 64 - bits).to(dtype) * 2.0**-bits
+    return DISTRIBUTIONS[distribution].value(hashed, dtype, *parameters)
 
 
 @op(saves=())
 def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> Tensor:
     """x with each element kept with probability 1 - p and scaled by 1 / (1 - p), else zero.
 
-    Element i of the global tensor is kept iff hash(seed, site, i) / 2**24 >= p. ValueError for p outside [0,
-    1] or factors that do not multiply to x's shape.
+    Element i of the global tensor is kept iff its uniform float32 draw is at least p. ValueError for p
+    outside [0, 1] or factors that do not multiply to x's shape.
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability {p} is not in [0, 1]")
@@ -72,8 +74,24 @@ def dropout(x: Tensor, p: float, seed: Tensor, site: int, factors: Factors) -> T
             raise ValueError(
                 f"dropout: factors {parts} do not multiply to dim {dim} of shape {tuple(x.shape)}"
             )
-    keep = uniform(factors, seed, site, torch.float32, x.device) >= p
+    keep = draw("uniform", (0.0, 1.0), seed, site, factors, device=x.device) >= p
     return torch.where(keep, x * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), 0)
+
+
+@op(saves=(), decides=True)
+def multinomial(
+    weights: Tensor, count: int, replacement: bool, seed: Tensor, site: int, factors: Factors
+) -> Tensor:
+    """weights[.., E] -> [.., count] int64: numbers in 0..E-1, each drawn in proportion to its weight.
+
+    The first of E exponential clocks that rings is as likely the i-th as its rate has a share in all, and the
+    first few in order are draws without replacement (so does torch itself). With replacement each choice has
+    clocks of its own. `factors`: those of the clocks, [.., count, E] or without replacement [.., E].
+    """
+    clocks = draw("exponential", (1.0,), seed, site, factors, wide(weights.dtype), weights.device)
+    if replacement:
+        return (weights.detach().unsqueeze(-2) / clocks).argmax(-1)
+    return (weights.detach() / clocks).topk(count, -1).indices
 
 
 @op(saves=())
@@ -81,7 +99,7 @@ def row_numbers(order: Tensor, top_k: int, tokens: tuple[tuple, ...]) -> Tensor:
     """order[M], assignments of this rank's tokens -> [M] int64: their numbers in the global batch, token *
     top_k + choice.
 
-    `tokens`: where this rank's tokens lie in the global dim of tokens, factors as `uniform` takes them. Of an
+    `tokens`: where this rank's tokens lie in the global dim of tokens, factors as `draw` takes them. Of an
     empty slot, whose assignment is one past the last, a number that means nothing.
     """
     rest, token, radix = order // top_k, 0, 1
@@ -141,10 +159,5 @@ def _piece(part: tuple) -> tuple[int, int]:
 
 def _mix(z: Tensor) -> Tensor:
     for shift, factor in _MIX:
-        z = (z ^ _shift_right(z, shift)) * factor
-    return z ^ _shift_right(z, 31)
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical: int64 shifts drag the sign along."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+        z = (z ^ shift_right(z, shift)) * factor
+    return z ^ shift_right(z, 31)

@@ -24,7 +24,12 @@ from tedfx.trace.global_graph import Trace
 
 # An argument that only names the call, as each call in a graph needs a name of its own: its position and its
 # keyword. Within a segment the names are numbered in order.
-_NAMES = {ops.gather_parameters: (3, "number"), ops.dropout: (3, "site"), ops.uniform: (2, "site")}
+_NAMES = {
+    ops.gather_parameters: (3, "number"),
+    ops.draw: (3, "site"),
+    ops.dropout: (3, "site"),
+    ops.multinomial: (4, "site"),
+}
 
 
 @dataclass

@@ -4,12 +4,22 @@ from torch import fx
 
 from tedfx.graph.nodes import is_elementwise, op_name
 from tedfx.ops.function import kept_of
-from tedfx.rules import complexes, contractions, creation, experts, functions, indexing, pointwise, views
+from tedfx.rules import (
+    complexes,
+    contractions,
+    creation,
+    draws,
+    experts,
+    functions,
+    indexing,
+    pointwise,
+    views,
+)
 from tedfx.rules.base import RULES, Annotator, Relation, Rule, whole_everywhere
 
 __all__ = ["RULES", "Annotator", "FAMILIES", "Relation", "Rule", "rule_for", "whole_everywhere"]
 
-FAMILIES = (complexes, contractions, creation, experts, indexing, pointwise, views)
+FAMILIES = (complexes, contractions, creation, draws, experts, indexing, pointwise, views)
 """Their rules are registered by importing them."""
 
 

@@ -41,8 +41,6 @@ def create(node: fx.Node, ctx: Annotator) -> Relation:
     "aten.ones_like",
     "aten.full_like",
     "aten.empty_like",
-    "aten.rand_like",
-    "aten.randn_like",
 )
 def like(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=ctx.dims(operands(node)[0]), kind="like")

@@ -6,13 +6,14 @@ weights that are split over it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 from torch import fx
 
 from tedfx.errors import TraceError, user_line
-from tedfx.graph.nodes import argument, operand, operands
-from tedfx.placement.factors import Dim, Factor
+from tedfx.graph.nodes import argument, op_name, operand, operands
+from tedfx.placement.factors import Dim, Factor, unify
 from tedfx.placement.sizes import as_size
 from tedfx.rules.base import Annotator, Relation, Rule
 from tedfx.rules.base import rule as any_rule
@@ -81,8 +82,13 @@ def expert_rows(node: fx.Node, ctx: Annotator) -> Relation:
 
 @rule("tedfx.combine")
 def combine(node: fx.Node, ctx: Annotator) -> Relation:
-    """``(r, h), (r), (n, k) -> (n, h)``."""
-    rows, weights = operand(node, 0), operand(node, 2)
+    """``(r, h), (r), (n, k) -> (n, h)``. The weights are those of the tokens that were dispatched, whatever
+    they were made of: an op that needs all of its operands gives its result a dim of its own."""
+    rows, order, weights = operand(node, 0), operand(node, 1), operand(node, 2)
+    if order.target is operator.getitem and op_name(operand(order, 0)) == "tedfx.dispatch":
+        tokens = ctx.dims(operand(operand(order, 0), 0))[0]
+        if not unify(tokens, ctx.dims(weights)[0], ctx.may_refine):
+            ctx.barrier(weights, 0, tokens)
     out = [ctx.dims(weights)[0], ctx.dims(rows)[1]]
     return Relation(
         out=out, whole={2: ctx.dims(weights)[1]}, linear=(frozenset({0}), frozenset({2})), kind="combine"

@@ -7,7 +7,7 @@ the gradient boundary (`tedfx/runtime/gradients.py`): gradients are those of the
 step.
 
 Randomness: the ranks share one stream of seeds, from rank 0's `torch.initial_seed()` when the module is made,
-advanced once per forward in training; `rng_state` reads and sets it.
+advanced once per forward in training, and per forward that draws; `rng_state` reads and sets it.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class ParallelModule(StateDicts):
             if program.uses_seed:
                 operands.append(torch.tensor(self._seed(m), dtype=torch.int64, device=self._device))
         outputs = ready.run(operands, grad, self._context, self._boundary, self._options)
-        if self.training:
+        if self.training or program.uses_seed:
             self._rng_state = (self._rng_state[0], self._rng_state[1] + count)
         written = len(program.mutated_buffers)
         with torch.no_grad():

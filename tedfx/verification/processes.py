@@ -70,12 +70,18 @@ class Rank:
 
 
 def jobs(
-    function: Callable, arguments: tuple, world: int, device: str, backend: str, timeout: float
+    function: Callable,
+    arguments: tuple,
+    world: int,
+    device: str,
+    backend: str,
+    timeout: float,
+    name: str = "rank {}",
 ) -> list[Job]:
-    """One job per rank of a new group: `function(rank, *arguments)`."""
+    """One job per rank of a new group: `function(rank, *arguments)`. `name`: of a rank, by its number."""
     store = tempfile.mktemp(prefix="tedfx_verify_")
     return [
-        Job(f"rank {i}", in_group, (Rank(i, world, device, backend, store, timeout), function, arguments))
+        Job(name.format(i), in_group, (Rank(i, world, device, backend, store, timeout), function, arguments))
         for i in range(world)
     ]
 

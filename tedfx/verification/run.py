@@ -10,6 +10,7 @@ compared bit by bit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,13 @@ from torch.distributed.tensor import DTensor
 from tedfx._torch import pytree
 from tedfx.dtypes import cast_module
 from tedfx.errors import ConfigError
+from tedfx.graph.draws import draws
 from tedfx.optim import ShardedOptimizer
 from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
-from tedfx.trace.precision import cast_model, parameter_dtypes
+from tedfx.trace.export import trace
+from tedfx.trace.global_graph import Trace
+from tedfx.trace.precision import cast_model, cast_parameters, parameter_dtypes
 from tedfx.verification.batches import Batches, split_batch, step_batches
 from tedfx.verification.errors import digests
 
@@ -63,7 +67,7 @@ class Recipe:
 @dataclass
 class Outcome:
     """What a run is judged by. On ranks other than the first, gradients, buffers and parameters are left
-    out."""
+    out. by_itself: the plain model ran, not `parallelize`'s module."""
 
     losses: list[float]
     norms: list[float]
@@ -74,6 +78,7 @@ class Outcome:
     global_loss: bool = True
     batch_index: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    by_itself: bool = True
 
 
 def rate_of_step(step: int) -> float:
@@ -124,7 +129,6 @@ def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callab
     from tedfx.passes.functionalize import Functionalize
     from tedfx.passes.local_capacity import LocalCapacity
     from tedfx.stages.graphs import GlobalGraph
-    from tedfx.trace.export import trace
 
     traced = trace(model, kwargs=dict(batch))
     grouped = run_pipeline(
@@ -153,6 +157,53 @@ def train_reference(
         outcome = _train(model, batches, recipe, kept, call)
     outcome.parameters = {n: p.detach().cpu() for n, p in model.named_parameters(remove_duplicate=False)}
     outcome.seconds = {"run": time.perf_counter() - start}
+    return outcome
+
+
+def train_single(
+    rank,
+    model,
+    batch: Batches,
+    recipe: Recipe,
+    shape: MeshShape,
+    call: Mapping[str, Any],
+    groups: int,
+    traced: Trace | None,
+) -> Outcome:
+    """The oracle, in a group of one rank: the unmodified model, or `train_alone` where it draws random
+    numbers. Arguments as of `train_rank`; `traced`: what the parent traced."""
+    if not isinstance(model, nn.Module):
+        model, _ = recipe.make(model)
+    if traced is None:
+        with cast_parameters(model, parameter_dtypes(model, recipe.options.precision), values=False):
+            traced = trace(model, kwargs=dict(call["example_inputs"]), device=rank.device)
+    if not any(draws(node) for node in traced.graph_module.graph.nodes):
+        return train_reference(model, batch, recipe, rank.device, groups)
+    if groups > 1:
+        raise ConfigError(
+            "capacity='local' on several batch coordinates of a model that draws random numbers: one rank "
+            "has no such groups to compare with; verify with capacity='global', or without draws"
+        )
+    return train_alone(rank, model, batch, recipe, shape, call, traced)
+
+
+def train_alone(
+    rank,
+    model: nn.Module,
+    batch: Batches,
+    recipe: Recipe,
+    shape: MeshShape,
+    call: Mapping[str, Any],
+    traced: Trace,
+) -> Outcome:
+    """`parallelize`'s module on a mesh of this one rank, with the axes of `shape`: the oracle of a model that
+    draws, since torch's generator has another stream. Of the options it has the precision alone."""
+    one = MeshShape(shape.names, (1,) * len(shape.names))
+    options = Options(precision=recipe.options.precision)
+    prepared = prepare(model, traced, Roles.resolve(one, call["roles"]), options, call["example_inputs"])
+    recipe = dataclasses.replace(recipe, options=options)
+    outcome = train_rank(rank, model, batch, recipe, one, call, [prepared])
+    outcome.by_itself = False
     return outcome
 
 
@@ -223,6 +274,7 @@ def train_rank(
         before(rank.index)
     if not isinstance(model, nn.Module):
         model, _ = recipe.make(model)
+    torch.manual_seed(recipe.seed)  # draws are a function of it
     start = time.perf_counter()
     with on_mesh(rank, model, shape, recipe.options, prepared, **call) as pm:
         built = time.perf_counter()
@@ -275,7 +327,7 @@ def on_mesh(rank, model: nn.Module, shape: MeshShape, options: Options, prepared
 
 def prepare(
     model: nn.Module,
-    trace,
+    traced: Trace,
     roles: Roles,
     options: Options,
     example: Mapping[str, Any] | None = None,
@@ -288,15 +340,15 @@ def prepare(
 
     trainable = {
         placeholder
-        for placeholder, name in trace.parameters.items()
+        for placeholder, name in traced.parameters.items()
         if model.get_parameter(name).requires_grad
     }
     return compile_graph(
         GlobalGraph.of(
-            trace,
+            traced,
             roles,
             trainable,
-            example=example_sizes(trace, example or {}),
+            example=example_sizes(traced, example or {}),
             options=options,
             model=model if check else None,
             dtypes=parameter_dtypes(model, options.precision),

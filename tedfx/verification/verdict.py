@@ -63,6 +63,7 @@ class VerifyResult:
     notes: list[str] = field(default_factory=list)
     shown: int = 5
     first: str = ""  # the first comparison, in the order of the run, that failed
+    reference: str = "single device"
 
     @property
     def ok(self) -> bool:
@@ -94,7 +95,7 @@ class VerifyResult:
                 self.title,
                 "",
                 tabulate(
-                    rows, ["", "single device", "this mesh", "error", "allowed", ""], disable_numparse=True
+                    rows, ["", self.reference, "this mesh", "error", "allowed", ""], disable_numparse=True
                 ),
                 "",
                 tabulate(
@@ -114,7 +115,7 @@ class VerifyResult:
 def compare(
     title: str, reference: Outcome, outcomes: Sequence[Outcome], tolerance: Tolerance, steps: int
 ) -> VerifyResult:
-    """The verdict on the ranks' outcomes, given the single device's."""
+    """The verdict on the ranks' outcomes, given the reference's."""
     first = outcomes[0]
     losses = (
         first.losses
@@ -170,6 +171,13 @@ def compare(
         ),
     ]
     # Tied names are on the mesh alone; any other name there that the model lacks would be a bug.
-    return VerifyResult(
+    result = VerifyResult(
         title, rows, sorted(table, key=lambda p: (-p.gradient, -p.parameter)), first=where_they_part(seen)
     )
+    if not reference.by_itself:
+        result.reference = "one rank"
+        result.notes.append(
+            "the model draws random numbers: compared with parallelize on a mesh of one rank, not with the "
+            "plain module, whose generator has another stream"
+        )
+    return result

@@ -32,7 +32,7 @@ from tedfx.trace.export import trace
 from tedfx.trace.precision import cast_parameters, parameter_dtypes
 from tedfx.verification import processes
 from tedfx.verification.batches import Batches, check_batch, make_batch, split_batch
-from tedfx.verification.run import Outcome, Recipe, prepare, train_rank, train_reference
+from tedfx.verification.run import Recipe, prepare, train_rank, train_single
 from tedfx.verification.verdict import TOLERANCES, Tolerance, VerifyResult, compare
 
 
@@ -57,8 +57,9 @@ def verify(
     """Compare `parallelize(model_factory(), mesh)` with the model on one device, on ranks that this call
     starts and ends.
 
-    model_factory  makes the single-device model; called with `seed` set. Dropout must be 0: the two draw
-                   differently.
+    model_factory  makes the single-device model; called with `seed` set. One that draws random numbers
+                   (dropout, a noisy router) is compared with `parallelize`'s module on a mesh of one rank:
+                   the two draw the same, and torch's generator does not.
     mesh_shape     axis name -> size, or "dp=2,ep=2,tp=2".
     dtype          of the model as it is made: float64, or float32 under precision=.
     steps          AdamW steps, each with another learning rate.
@@ -98,7 +99,6 @@ def verify(
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the ranks are the parallelism
 
     model, inputs = recipe.make(model_factory)
-    _check_dropout(model)
     if batch is None:
         batch = inputs or max(8, 2 * shape.size(resolved.batch))
     if isinstance(batch, int):
@@ -118,20 +118,26 @@ def verify(
         # thread.
         fork = processes.can_fork()
     if not fork:
-        prepared, source = [], model_factory
+        traced, prepared, source = None, [], model_factory
         _check_picklable(model_factory)
+    call = {"roles": roles, "example_inputs": example}
     ranks = processes.jobs(
         train_rank,
-        (source, batches, recipe, shape, {"roles": roles, "example_inputs": example}, prepared, before),
+        (source, batches, recipe, shape, call, prepared, before),
         shape.world,
         device,
         backend,
         timeout,
     )
-    single = processes.Job(
-        "the single device",
-        _reference,
-        (source, batches, recipe, device, shape.size(resolved.batch) if options.capacity == "local" else 1),
+    groups = shape.size(resolved.batch) if options.capacity == "local" else 1
+    (single,) = processes.jobs(
+        train_single,
+        (source, batches, recipe, shape, call, groups, traced),
+        1,
+        device,
+        backend,
+        timeout,
+        name="the single device",
     )
     reference, *outcomes = processes.run([single, *ranks], fork, timeout)
 
@@ -147,16 +153,11 @@ def verify(
     title = (
         f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, "
         f"{'compiled' if options.compile else 'eager'}{f', {options}' if str(options) else ''}, "
-        f"{shape.world} ranks on {device} ({backend})"
+        f"{shape.world} ranks on {device} ({backend}){'' if reference.by_itself else ', against one rank'}"
     )
     result = compare(title, reference, outcomes, tolerance, steps)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result
-
-
-def _reference(rank_model, batch, recipe: Recipe, device: str, groups: int) -> Outcome:
-    model = rank_model if isinstance(rank_model, nn.Module) else recipe.make(rank_model)[0]
-    return train_reference(model, batch, recipe, device, groups)
 
 
 def one_call(batch: Mapping[str, Any], checkpoint: str, ranks: int) -> Mapping[str, Any]:
@@ -184,20 +185,6 @@ def _place(world: int, device: str | None, backend: str | None) -> tuple[str, st
             "ranks may share one"
         )
     return device, backend
-
-
-def _check_dropout(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        p = (
-            getattr(module, "p", None)
-            if isinstance(module, nn.modules.dropout._DropoutNd)
-            else getattr(module, "attention_dropout", None)
-        )
-        if isinstance(p, (int, float)) and p > 0:
-            raise ConfigError(
-                f"{name} has dropout {p}: a single device draws other masks than a mesh; verify with "
-                "dropout 0"
-            )
 
 
 def _check_picklable(function) -> None:

@@ -131,7 +131,7 @@ def test_inductor_draws_what_eager_draws():
     factors = (((64, ()),), ((33, ()),))
 
     def draw(seed):
-        return random.uniform(factors, seed, 7, torch.float64)
+        return random.draw("uniform", (0.0, 1.0), seed, 7, factors, torch.float64)
 
     compiled = torch.compile(draw, fullgraph=True)
     for seed in (0, 1, -(2**63), 2**63 - 1, 123456789):

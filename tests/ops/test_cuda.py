@@ -80,7 +80,8 @@ def test_no_host_synchronisation_with_the_kernel():
 
 def test_draws_and_cross_entropy_agree_with_the_cpu():
     factors, seed = (((64, ()),), ((33, ()),)), torch.tensor(-5)
-    assert torch.equal(random.uniform(factors, seed.cuda(), 7).cpu(), random.uniform(factors, seed, 7))
+    draw = lambda seed: random.draw("uniform", (0.0, 1.0), seed, 7, factors)
+    assert torch.equal(draw(seed.cuda()).cpu(), draw(seed))
     logits, labels = torch.randn(9, 50, dtype=torch.float64), torch.randint(0, 50, (9,))
     on_cpu = vocab.vocab_parallel_cross_entropy(logits, labels, ())
     torch.testing.assert_close(
@@ -92,7 +93,7 @@ def test_compiled_draws_are_the_eager_ones():
     factors = (((640, ()),), ((33, ()),))
 
     def draw(seed):
-        return random.uniform(factors, seed, 7)
+        return random.draw("uniform", (0.0, 1.0), seed, 7, factors)
 
     compiled = torch.compile(draw, fullgraph=True)
     for seed in (0, -1, -(2**63), 2**63 - 1, 123456789):

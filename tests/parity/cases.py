@@ -23,7 +23,16 @@ from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes
-from tedfx.verification.run import Outcome, Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
+from tedfx.verification.run import (
+    Outcome,
+    Recipe,
+    as_authored,
+    on_mesh,
+    prepare,
+    train_alone,
+    train_rank,
+    train_reference,
+)
 from tedfx.verification.verdict import TOLERANCES, VerifyResult, compare
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
@@ -152,23 +161,27 @@ def _batch(case: Case) -> dict[str, torch.Tensor]:
     return getattr(data, case.batch)(_model(case))
 
 
-def _compiled(case: Case) -> list:
-    """A compilation per signature, for all ranks."""
+def _trace(case: Case, training: bool, names: tuple[str, ...]):
     model, batch = _model(case), data.counted(_model(case))
-    roles = Roles.resolve(MeshShape.of(case.mesh), dict(case.roles))
 
-    def traced(training: bool, names: tuple[str, ...]):
+    def traced():
         model.train(training)
         try:
             return trace(model, kwargs={name: batch[name] for name in names})
         finally:
             model.train(True)
 
+    return _once(("trace", case.model, case.overrides, case.change, case.dtype, training, names), traced)
+
+
+def _compiled(case: Case) -> list:
+    """A compilation per signature, for all ranks."""
+    model, batch = _model(case), data.counted(_model(case))
+    roles = Roles.resolve(MeshShape.of(case.mesh), dict(case.roles))
     made = []
     for training, names in case.calls:
         key = (case.model, case.overrides, case.change, case.dtype, training, names)
-        one = _once(("trace", *key), lambda: traced(training, names))
-        example = {name: batch[name] for name in names}
+        one, example = _trace(case, training, names), {name: batch[name] for name in names}
         made.append(
             _once(
                 ("compiled", *key, case.mesh, case.roles, repr(case.options)),
@@ -214,11 +227,15 @@ def _verified_each(case: Case, befores: list[Callable | None]) -> list[VerifyRes
         shape.size(Roles.resolve(shape, dict(case.roles)).batch) if case.options.capacity == "local" else 1
     )
     key = ("reference", case.model, case.overrides, case.change, case.dtype, case.batch, case.steps, groups)
-    single = (
-        []
-        if key in _KEPT
-        else [processes.Job("the single device", train_reference, (by_chunk(model, groups), batch, recipe))]
-    )
+    if key in _KEPT:
+        single = []
+    elif prepared[0].uses_seed:
+        alone = (model, batch, recipe, shape, call, _trace(case, *case.calls[0]))
+        single = processes.jobs(train_alone, alone, 1, "cpu", "gloo", RANK_TIMEOUT)
+    else:
+        single = [
+            processes.Job("the single device", train_reference, (by_chunk(model, groups), batch, recipe))
+        ]
     outcomes = _fork(case, _train_each, (befores, model, batch, recipe, shape, call, prepared), single)
     reference = _once(key, lambda: outcomes.pop(0))
     results = [

@@ -44,7 +44,7 @@ def test_ranks_are_spawned_where_the_trace_ended_forking(monkeypatch):
 
     def run(work, fork, timeout):
         forked.append(fork)
-        assert work[0].arguments[0] is clipped  # made anew in each process
+        assert all(job.arguments[-1][0] is clipped for job in work)  # made anew in each process
         raise verify_ranks.RankFailure("stop")
 
     monkeypatch.setattr(verify_ranks, "can_fork", lambda: next(answers))

@@ -188,15 +188,29 @@ def test_where_float64_cannot_be_the_models_own_dtype_is_taken():
     )
 
 
-def test_draws_without_a_mean_are_said():
+def test_draws_that_nothing_stands_for_are_said():
     with pytest.warns(
-        UserWarning, match="was not checked against the model: randint draws at random; `tedfx verify`"
+        UserWarning, match="was not checked against the model: poisson draws at random; `tedfx verify`"
     ):
-        line = told(Net(Odd(lambda x: x * torch.randint(1, 3, (8,), device=x.device))))
-    assert line == "not checked against the model: randint draws at random"
-    assert "in float64" in told(
-        Net(Odd(lambda x: x * torch.empty_like(x).uniform_(0.9, 1.1) + torch.randn_like(x)))
-    )
+        line = told(Net(Odd(lambda x: x * torch.poisson(x.abs()))))
+    assert line == "not checked against the model: poisson draws at random"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_typical_value_stands_for_a_draw(dtype):
+    """For every distribution, in the model as in the graph, in place or not."""
+
+    def drawn(x):
+        x = x * torch.empty_like(x).uniform_(0.9, 1.1) + torch.randn_like(x) * F.softplus(x)
+        x = x * torch.empty_like(x).normal_(1.0, 0.1) + torch.normal(x.detach(), 0.1)
+        x = x - torch.empty_like(x).exponential_().log() + torch.empty_like(x).geometric_(0.5)
+        x = x * torch.empty_like(x).bernoulli_(0.5) + torch.bernoulli(x.sigmoid()) + torch.rand_like(x)
+        x = x + 0.1 * torch.empty_like(x).cauchy_() + torch.empty_like(x).log_normal_(0.0, 0.1)
+        x = x * torch.randint(1, 3, (8,), device=x.device) + torch.randint_like(x.detach(), 3) + torch.rand(8)
+        return x + torch.multinomial(x.softmax(-1).flatten(0, 1), 2).sum(-1).view(*x.shape[:2], 1)
+
+    line = told(Net(Odd(drawn)).to(dtype), x=torch.zeros(2, 5, 8, dtype=dtype))
+    assert line.startswith("checked against the model in float64") and error_of(line) < 1e-12
 
 
 def test_every_output_and_not_those_that_were_not_asked_for():

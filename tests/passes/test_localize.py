@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from tedfx import ops
+from tedfx.compiler import compile_graph, default_passes
 from tedfx.errors import TraceError
+from tests.marks import slow_but
 from tests.passes import models as m
-from tests.passes.helpers import find, parity, upto
+from tests.passes.helpers import find, global_graph, parity, run_ranks, upto
+from tests.rules.simulate import same
 
 
 def scaled(fn, **shapes):
@@ -148,6 +151,65 @@ def test_dropout_lists_the_factors_of_every_dim():
     assert program.uses_seed and node.args[2].op == "placeholder"
 
 
-def test_other_draws_are_refused():
-    with pytest.raises(TraceError, match="draws random numbers and has no counter-based form"):
-        upto(scaled(lambda s, h: (h + torch.rand_like(h)).sum()), "dp=2", m.inputs(), "localize")
+def test_a_draw_lists_its_distribution_and_the_factors_of_every_dim():
+    def noisy(s, x):
+        h = x @ s.up
+        h = h + torch.randn_like(h) + torch.empty_like(h).uniform_(0.9, 1.1)
+        return h.relu().matmul(s.down).add(x).square().sum()
+
+    model = m.Fn(noisy, up=(8, 16), down=(16, 8))
+    program, _ = upto(model, "dp=2,tp=2", m.inputs(), "localize")
+    one, other = [n for n in program.graph_module.graph.nodes if n.target is ops.draw]
+    assert one.args[:2] == ("normal", (0.0, 1.0)) and other.args[:2] == ("uniform", (0.9, 1.1))
+    assert [one.args[3], other.args[3]] == [0, 1] and one.args[2] is other.args[2]
+    batch, sequence, inner = one.args[4]
+    assert batch[0][1] == ("dp",) and sequence[0][1] == () and inner == ((8, ("tp",)),)
+
+
+DRAWN = {
+    "rand": lambda h: h * torch.rand(h.shape, dtype=h.dtype),
+    "randn": lambda h: h * torch.randn(h.shape[0] * h.shape[1], h.shape[2], dtype=h.dtype).view(h.shape),
+    "normal_": lambda h: h * torch.empty_like(h).normal_(1.0, 2.0),
+    "normal": lambda h: h * torch.normal(h.detach(), h.detach().abs()),
+    "bernoulli": lambda h: h * torch.bernoulli(h.sigmoid()),
+    "bernoulli_": lambda h: h * torch.empty_like(h).bernoulli_(0.3),
+    "log_normal_": lambda h: h * torch.empty_like(h).log_normal_(),
+    "random_": lambda h: h * torch.empty_like(h).random_(5),
+    "randint": lambda h: h * torch.randint(0, 5, h.shape),
+    "gumbel_softmax": lambda h: F.gumbel_softmax(h),
+    "multinomial": lambda h: (
+        h + torch.multinomial(h.softmax(-1).flatten(0, 1), 2).sum(-1).view(*h.shape[:2], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["rand", "bernoulli_", "multinomial"], DRAWN))
+def test_what_a_model_draws_is_the_same_on_any_mesh(name):
+    """And another number with every seed and site."""
+    runs = []
+    for mesh in ("dp=1", "dp=2", "tp=2"):
+        model = m.Fn(
+            lambda s, x: DRAWN[name](x @ s.up).matmul(s.down).square().sum(), up=(8, 16), down=(16, 8)
+        )
+        program = compile_graph(global_graph(model, mesh, m.inputs()), default_passes())
+        assert len([n for n in program.graph.nodes if n.target in (ops.draw, ops.multinomial)]) == 1
+        runs.append(run_ranks(program, model, m.inputs()))
+    (one, gradients), *others = runs
+    for many, theirs in others:
+        same(many[0], one[0], "loss")
+        for path, gradient in theirs.items():
+            same(gradient, gradients[path], path)
+
+
+REFUSED = {
+    "poisson": lambda h: torch.poisson(h.abs()),
+    "randperm": lambda h: h[:, :, torch.randperm(8)],
+    "alpha_dropout": lambda h: F.alpha_dropout(h, 0.5),
+    "complex": lambda h: torch.randn(8, dtype=torch.complex128).real * h,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_draws_are_refused(name):
+    with pytest.raises(TraceError, match=r"random numbers and has no counter-based form.*test_localize.py:"):
+        upto(scaled(lambda s, h: REFUSED[name](h).sum()), "dp=2", m.inputs(), "localize")

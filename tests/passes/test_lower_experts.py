@@ -2,6 +2,8 @@
 forward and backward."""
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from tests.passes import models as m
 from tests.passes.helpers import count, find, parity, upto
@@ -74,3 +76,22 @@ def test_what_travels_and_what_stays(mesh, roles, owned, lanes, exchanged):
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_layer_is_that_of_one_device(mesh, roles, bias):
     parity(m.make(m.MoE, bias=bias), mesh, m.inputs(8), roles)
+
+
+class Renormed(m.MoE):
+    """The weights are made by an operator without a rule, which takes all tokens and gives them a dim of its
+    own."""
+
+    def forward(self, x):
+        x = x.flatten(0, 1)
+        weights, ids = F.linear(x, self.router).softmax(-1).topk(self.top, -1)
+        weights = torch.renorm(weights, 2.0, 0, 0.5)
+        rows, counts, order = torch.ops.tedfx.dispatch(x, ids, self.experts)
+        h = torch.tanh(torch.ops.tedfx.grouped_linear(rows, self.up, counts))
+        y = torch.ops.tedfx.grouped_linear(h, self.down, counts)
+        return torch.ops.tedfx.combine(y, order, weights).square().mean()
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "ep=2,tp=2"])
+def test_weights_that_were_made_of_all_tokens_meet_their_own(mesh):
+    parity(Renormed(bias=False), mesh, m.inputs())
