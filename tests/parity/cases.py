@@ -23,7 +23,8 @@ from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes
-from tedfx.verification.run import Outcome, Recipe, as_authored, on_mesh, prepare, train_rank, train_reference
+from tedfx.verification.authored import as_authored
+from tedfx.verification.run import Outcome, Recipe, on_mesh, prepare, train_rank, train_reference
 from tedfx.verification.verdict import TOLERANCES, VerifyResult, compare
 from tests.parity import data, variants
 from tests.parity.nursery import nursery
