@@ -16,7 +16,7 @@ TASKS = {
     "sequence-classification": "mixtral",
     "question-answering": "mixtral",
     "masked-lm": "modernbert",
-    "seq2seq-lm": "switch_transformers",
+    "seq2seq-lm": "t5",
     "image-classification": "vit",
     "backbone": "vitpose_backbone",
 }
