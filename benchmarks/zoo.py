@@ -5,8 +5,8 @@
 
 The families are those folders of the installed transformers whose modeling file has a class of experts; each
 is built tiny, with random weights, from its own config (tedfx/verification/tiny_config.py), with the head of
-the first task that it has, and its text model where the family is of several kinds of input. Eager, float64,
-three training steps; a family that is refused or differs stands in the table with its line. `--rows FILE`
+the first task that it has, and its text model where the family is of several kinds of input. Eager, float64
+throughout (`tedfx.verification.widened`), three training steps; a family that is refused or differs stands in the table with its line. `--rows FILE`
 keeps the rows as JSON lines: a run that is cut off goes on from there.
 """
 
@@ -53,10 +53,9 @@ def families() -> list[str]:
 def model_types(family: str) -> list[str]:
     """The family's model types that some auto class builds and that take token ids (else pixels), those with
     the first heads of `HEADS` first; of one class for several types, the text's own."""
-    import transformers
     from transformers import CONFIG_MAPPING
 
-    from tedfx.verification.heads import HEADS
+    from tedfx.verification.heads import HEADS, heads_of
 
     found = []
     for name in CONFIG_MAPPING.keys():
@@ -68,7 +67,7 @@ def model_types(family: str) -> list[str]:
             r"audio|vision|encoder|talker|code_pred", name
         ):
             continue
-        heads = [h for h, (_, table) in HEADS.items() if config in getattr(transformers, table)]
+        heads = heads_of(config)
         if heads:
             found.append((list(HEADS).index(heads[0]), not name.endswith("_text"), name))
     return [name for *_, name in sorted(found)][:1]
@@ -94,6 +93,7 @@ def run(model_type: str, mesh: str) -> dict:
             steps=STEPS,
             device="cpu",
             timeout=200,
+            widen=True,
         )
         row |= {
             "outcome": "parity" if result.ok else "differs",
@@ -191,8 +191,8 @@ def page(text: str, summary: str) -> str:
 
     return f"""# Families of Hugging Face transformers
 
-{summary}: tiny random configs of each family that has a class of experts, eager, float64, {STEPS} training
-steps against the unmodified model (its authors' eager experts); the number is the worst error of losses,
+{summary}: tiny random configs of each family that has a class of experts, eager, {STEPS} training
+steps in float64, also where the classes compute in float32 whatever their dtype, against the unmodified model (its authors' eager experts); the number is the worst error of losses,
 gradient norms, gradients, buffers and parameters. Written by `python benchmarks/zoo.py --out docs/models.md`
 with {versions()}.
 

@@ -175,12 +175,30 @@ class _Placement:
 
     def convert_all(self, value: fx.Node, targets: dict, user: fx.Node) -> fx.Node:
         """Several axes of one value: shards are gathered minor axis first (a factor over dp and ep lies
-        dp-major), everything else in mesh order."""
+        dp-major), everything else in mesh order.
+
+        An axis cuts and joins whole pieces: what axes behind it have cut of the same factor is gathered
+        before and cut again after.
+        """
         opens = lambda axis: isinstance(TYPE[value][axis], Shard) and TYPE[value][axis] != targets[axis]
         order = [a for a in reversed(list(targets)) if opens(a)]
+        again: dict[str, Placement] = {}
         for axis in order + [a for a in targets if a not in order]:
+            for inner in self._inside(value, axis, targets[axis]):
+                again.setdefault(inner, targets.get(inner, TYPE[value][inner]))
+                value = self.converted(value, inner, I, user)
             value = self.converted(value, axis, targets[axis], user)
+        for axis in (a for a in self.plan.axes if a in again):
+            value = self.converted(value, axis, again[axis], user)
         return value
+
+    def _inside(self, value: fx.Node, axis: str, target: Placement) -> list[str]:
+        """The axes behind this one that cut the factor which a conversion cuts or joins, the last first."""
+        types, axes = TYPE[value], list(self.plan.axes)
+        if types[axis] == target:
+            return []
+        moved = [x for x in (types[axis], target) if isinstance(x, Shard)]
+        return [a for a in reversed(axes[axes.index(axis) + 1 :]) if types[a] in moved]
 
     def step(self, value: fx.Node, axis: str, target, user: fx.Node) -> fx.Node:
         key = (value, axis, target)

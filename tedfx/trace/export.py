@@ -47,7 +47,7 @@ from tedfx.trace.observed import Observation
 from tedfx.trace.own_error import own_error
 from tedfx.trace.regions import NoGradInsideAutocast
 from tedfx.trace.side_gradients import refuse_side_gradients
-from tedfx.trace.stand_ins import fake_state, named_forward
+from tedfx.trace.stand_ins import fake_state, idle_conversions, named_forward
 
 __all__ = ["trace"]
 
@@ -137,6 +137,7 @@ def _prepared(subject: Subject, frontends: Sequence[Any]) -> Iterator[FakeTensor
         stack.enter_context(region(subject.around, subject.device.type))
         stack.enter_context(NoGradInsideAutocast(__file__))
         stack.enter_context(refuse_side_gradients(line))
+        stack.enter_context(idle_conversions(line))
         stack.enter_context(kept_calls(subject.device.type, line))
         # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA
         # would fix the length to their alignment.

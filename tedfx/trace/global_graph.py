@@ -86,6 +86,15 @@ class Trace:
         nodes = {n.name: n for n in self.graph_module.graph.find_nodes(op="placeholder")}
         return {name for p, name in self.parameters.items() if p in nodes and not VAL[nodes[p]].requires_grad}
 
+    def least(self, size: str) -> int:
+        """The smallest "batch" or "sequence" that this holds for; 1 where it is fixed."""
+        symbol = self.sizes.get(size)
+        return (
+            1
+            if symbol is None
+            else int(self.extents[size].subs(symbol, self.bounds.get(symbol, (1, None))[0]))
+        )
+
     def flatten(self, args: tuple = (), kwargs: dict[str, Any] | None = None) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the input placeholders; a call unlike the traced one is
         refused."""

@@ -214,7 +214,13 @@ def freeze(value: Any, depth: int = 8) -> Any:
     if isinstance(value, nn.Module) or depth == 0:
         return ("object", _kind(value))
     if isinstance(value, dict):
-        return (type(value), tuple((freeze(k, depth - 1), freeze(v, depth - 1)) for k, v in value.items()))
+        # What it holds, not what `items` of its class makes: transformers' tables then load every model.
+        held = (
+            collections.OrderedDict.items(value)
+            if isinstance(value, collections.OrderedDict)
+            else dict.items(value)
+        )
+        return (type(value), tuple((freeze(k, depth - 1), freeze(v, depth - 1)) for k, v in held))
     if isinstance(value, (set, frozenset)):
         return (type(value), tuple(sorted(map(repr, value))))
     if isinstance(value, (list, tuple, collections.deque)):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from tedfx._torch import FakeTensorMode
+from tedfx.errors import TraceError
 
 
 @contextlib.contextmanager
@@ -78,3 +79,26 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
     return {name: first.setdefault(id(t), name) for name, t in named if first.setdefault(id(t), name) != name}
+
+
+@contextlib.contextmanager
+def idle_conversions(line: Callable[[], str]) -> Iterator[None]:
+    """`module.to(dtype)` inside of forward: nothing, where it changes nothing; else refused at `line()`.
+    torch would put new tensors into the module either way."""
+    real = nn.Module._apply
+
+    def apply(self, fn, recurse=True):
+        for tensor in itertools.chain(self.parameters(recurse), self.buffers(recurse)):
+            made = fn(tensor)
+            if (made.dtype, made.device) != (tensor.dtype, tensor.device):
+                raise TraceError(
+                    f"{type(self).__name__}.to inside forward turns its {str(tensor.dtype)[6:]} state into "
+                    f"{str(made.dtype)[6:]} | at {line()} | convert the module where the model is made"
+                )
+        return self
+
+    nn.Module._apply = apply
+    try:
+        yield
+    finally:
+        nn.Module._apply = real

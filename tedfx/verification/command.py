@@ -13,6 +13,7 @@ import torch
 from tedfx.arguments import add_mesh_arguments, parse_overrides, parse_roles
 from tedfx.errors import ConfigError, TedfxError
 from tedfx.options import Options
+from tedfx.verification.batches import SEQUENCE
 from tedfx.verification.heads import HEADS
 from tedfx.verification.models import VERIFIED, factory
 
@@ -58,6 +59,12 @@ def add_to(commands) -> None:
         help="of the model as it is made (default float64, or float32 with --precision)",
     )
     parser.add_argument(
+        "--widen",
+        action="store_true",
+        help="compute in float64 what a float64 model computes in float32 whatever its dtype: what then "
+        "differs is no rounding",
+    )
+    parser.add_argument(
         "--steps",
         type=int,
         default=5,
@@ -71,7 +78,12 @@ def add_to(commands) -> None:
         help="rows of the global batch, which the batch ranks share (default 8, or 2 per batch rank); of "
         "explain: those of one rank",
     )
-    parser.add_argument("--sequence", type=int, default=12, metavar="N", help="tokens per row (default 12)")
+    parser.add_argument(
+        "--sequence",
+        type=int,
+        metavar="N",
+        help=f"tokens per row (default {SEQUENCE}, or the least that the trace of these holds for)",
+    )
     # It compares more than the capture check does, and how long a rank is waited for follows from --timeout.
     Options.add_arguments(parser, only={*Options.names()} - {"check", "check_timeout", "outputs"})
     parser.add_argument(
@@ -123,6 +135,7 @@ def run(args) -> int:
                 device=args.device,
                 backend=args.backend,
                 seed=args.seed,
+                widen=args.widen,
                 timeout=args.timeout,
                 options=options,
             )

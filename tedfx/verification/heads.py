@@ -7,22 +7,45 @@ from __future__ import annotations
 
 from tedfx.errors import ConfigError
 
-# name on the command line -> (the auto class, its table of config types in transformers)
+# name on the command line -> (the auto class, its table of model types)
 HEADS = {
-    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
-    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
-    "image-text-to-text": ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
-    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
-    "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"),
+    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "image-text-to-text": ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "token-classification": (
+        "AutoModelForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    ),
     "sequence-classification": (
         "AutoModelForSequenceClassification",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     ),
-    "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
-    "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
-    "backbone": ("AutoBackbone", "MODEL_FOR_BACKBONE_MAPPING"),
-    "none": ("AutoModel", "MODEL_MAPPING"),
+    "question-answering": (
+        "AutoModelForQuestionAnswering",
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    ),
+    "image-classification": (
+        "AutoModelForImageClassification",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    ),
+    "backbone": ("AutoBackbone", "MODEL_FOR_BACKBONE_MAPPING_NAMES"),
+    "none": ("AutoModel", "MODEL_MAPPING_NAMES"),
 }
+
+
+def heads_of(config_class: type) -> list[str]:
+    """The heads that models of such a config have, in the order of HEADS.
+
+    Read from the tables of names: looking a class up in the tables of classes would load every model.
+    """
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    own = getattr(config_class, "model_type", "")
+    # Several types may share a config class; a class that is not transformers' own is known by its type.
+    types = {name for name, made in CONFIG_MAPPING_NAMES.items() if made == config_class.__name__} or {own}
+    return [name for name, (_, table) in HEADS.items() if types & set(getattr(modeling_auto, table))]
 
 
 def auto_class(config_class: type, head: str | None = None):
@@ -32,7 +55,7 @@ def auto_class(config_class: type, head: str | None = None):
     """
     import transformers
 
-    has = [name for name, (_, table) in HEADS.items() if config_class in getattr(transformers, table)]
+    has = heads_of(config_class)
     if head is None and has:
         head = has[0]
     if head not in has:

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from tedfx.errors import ConfigError
+from tedfx.verification.config_fields import unset
+from tedfx.verification.config_repairs import tiny
 from tedfx.verification.heads import auto_class
-from tedfx.verification.tiny_config import tiny, unset
 
 # The model types that are verified on every mesh (`--all-models`).
 VERIFIED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama")
@@ -92,15 +93,16 @@ def _default_config(model_type: str):
         from transformers import CONFIG_MAPPING
     except ImportError:
         raise ConfigError(f"model type {model_type!r} needs transformers: pip install 'tedfx[hf]'") from None
-    key = model_type.replace("-", "_").lower()
-    if key not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(key, list(CONFIG_MAPPING), 3)
+    plain = lambda name: name.replace("-", "_").lower()
+    known = {plain(name): name for name in CONFIG_MAPPING.keys()}
+    if plain(model_type) not in known:
+        near = difflib.get_close_matches(model_type, list(known.values()), 3)
         raise ConfigError(
             "unknown model type "
             f"{model_type!r}{': did you mean ' + ' or '.join(near) + '?' if near else ''}; for a model "
             "of your own pass package.module:factory"
         )
-    return CONFIG_MAPPING[key]()
+    return CONFIG_MAPPING[known[plain(model_type)]]()
 
 
 @dataclass(frozen=True)

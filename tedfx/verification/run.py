@@ -31,8 +31,10 @@ from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.trace.global_graph import Trace
 from tedfx.trace.precision import cast_model, cast_parameters, parameter_dtypes
+from tedfx.verification.authored import as_authored
 from tedfx.verification.batches import Batches, split_batch, step_batches
 from tedfx.verification.errors import digests
+from tedfx.verification.widened import widened
 
 KEPT = 2**24  # elements of gradients over all steps: up to that many those of every step are compared
 
@@ -41,7 +43,8 @@ KEPT = 2**24  # elements of gradients over all steps: up to that many those of e
 class Recipe:
     """How to train: the same on the single device and on every rank. sharded: options of the
     `ShardedOptimizer` that ranks step with; None: torch's own AdamW, where ZeRO's stage lets it. options:
-    what ranks ask `parallelize` for; of it the single device has the precision."""
+    what ranks ask `parallelize` for; of it the single device has the precision. widen: float32 parts of the
+    model are float64, see `tedfx.verification.widened`."""
 
     steps: int = 5
     learning_rate: float = 1e-3
@@ -50,11 +53,13 @@ class Recipe:
     seed: int = 0
     sharded: Mapping[str, Any] | None = None
     options: Options = Options()
+    widen: bool = False
 
     def make(self, factory: Callable[[], Any]) -> tuple[nn.Module, dict[str, Any] | None]:
         """(the model, the global batch if the factory gives one)."""
         torch.manual_seed(self.seed)
-        made = factory()
+        with widened(self.widen):
+            made = factory()
         model, batch = made if isinstance(made, tuple) else (made, None)
         if not isinstance(model, nn.Module):
             raise ConfigError(
@@ -108,19 +113,6 @@ def objective(output: Any) -> tuple[Tensor, bool]:
 # ---- the two runs ------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def as_authored(model: nn.Module):
-    """The model in its authors' own form (Hugging Face: eager experts), as every frontend that knows it
-    says."""
-    from tedfx.frontends import default_frontends
-
-    with contextlib.ExitStack() as stack:
-        for frontend in default_frontends():
-            if frontend.applies(model):
-                stack.enter_context(frontend.reference(model))
-        yield
-
-
 def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callable:
     """The single-device function of `capacity="local"`: the model's own graph, its tokens in groups with a
     capacity each; the model where that is the same."""
@@ -144,7 +136,7 @@ def train_reference(
     start = time.perf_counter()
     cast_model(model, recipe.options.precision).to(device)
     batches = _on(device, step_batches(batch, recipe.steps))
-    with as_authored(model):
+    with as_authored(model), widened(recipe.widen):
         call = model if groups == 1 else in_groups(model, batches[0], groups)
         kept = lambda: (
             {
@@ -276,7 +268,7 @@ def train_rank(
         model, _ = recipe.make(model)
     torch.manual_seed(recipe.seed)  # draws are a function of it
     start = time.perf_counter()
-    with on_mesh(rank, model, shape, recipe.options, prepared, **call) as pm:
+    with widened(recipe.widen), on_mesh(rank, model, shape, recipe.options, prepared, **call) as pm:
         built = time.perf_counter()
         index, count = pm.batch_coordinate
         rules = next(iter(pm.programs.values())).call

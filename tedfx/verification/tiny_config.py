@@ -1,38 +1,41 @@
-"""A Hugging Face config made tiny by its own fields, so that its class still accepts it.
+"""A Hugging Face config made tiny by its own fields.
 
 Every field of a known name gets a small size; of a list with one entry per layer, and of a config per layer,
-the layers stay that show every kind. Where the class then refuses, the fields that its refusal names are
-tried at other small sizes.
+the layers stay that show every kind. Experts that a config leaves out are brought in. What the class then
+refuses is the matter of `tedfx.verification.config_repairs`.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
+import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
+from tedfx.verification.config_fields import Tree, open_fields
 
-from tedfx.verification.heads import auto_class
-
-# Sizes by the names that configs use. A field is only ever made smaller.
+# Sizes by the names that configs use. A field is only ever made smaller, but for the counts of experts.
 _SMALL = {
     ("hidden_size", "d_model", "n_embd"): 32,
     ("num_hidden_layers", "n_layers", "n_layer", "num_layers"): 2,
+    ("encoder_layers", "decoder_layers", "num_decoder_layers"): 2,
     ("vocab_size",): 64,
     ("max_position_embeddings", "max_seq_len", "n_positions"): 256,
-    ("num_attention_heads", "n_heads", "n_head"): 4,
-    ("head_dim", "kv_channels", "qk_rope_head_dim"): 8,
-    ("intermediate_size", "ffn_hidden_size", "n_inner"): 48,
+    ("num_attention_heads", "n_heads", "n_head", "num_heads"): 4,
+    ("encoder_attention_heads", "decoder_attention_heads"): 4,
+    ("head_dim", "kv_channels", "qk_rope_head_dim", "d_kv"): 8,
+    ("intermediate_size", "ffn_hidden_size", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"): 48,
     ("moe_intermediate_size",): 24,
     ("shared_expert_intermediate_size",): 40,
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"): 8,
-    ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k"): 2,
+    ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"): 2,
     ("n_group",): 4,
     ("topk_group",): 2,
-    ("n_shared_experts", "moe_num_shared_experts", "first_k_dense_replace", "moe_layer_end_index"): 1,
+    ("n_shared_experts", "moe_num_shared_experts"): 1,
+    ("first_k_dense_replace", "num_dense_layers", "moe_layer_end_index"): 1,
+    ("num_sparse_encoder_layers", "num_sparse_decoder_layers"): 1,
+    ("encoder_sparse_step", "decoder_sparse_step", "attn_layer_period"): 2,
+    ("attn_layer_offset",): 1,
     ("q_lora_rank",): 20,
     ("kv_lora_rank",): 16,
     ("qk_nope_head_dim",): 12,
@@ -41,28 +44,39 @@ _SMALL = {
     ("mamba_d_state", "state_size"): 16,
     ("mamba_chunk_size", "chunk_size"): 6,  # fewer than a row's tokens: state goes from chunk to chunk
 }
-_SIZES = {name: size for names, size in _SMALL.items() for name in names}
-_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
-_MOST_LAYERS = 4  # where two do not show every kind of layer
-_TRIES = 2000  # configs that a refusal may cost
-_REPAIRS = 4
-
-Tree = dict[str, Any]
+SIZES = {name: size for names, size in _SMALL.items() for name in names}
+# One expert is none to route to, and 7 divide no mesh: these are as many as their size says.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# What a mixture has, also where the default has no value.
+_MIXTURE = {
+    *_COUNTS,
+    *("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"),
+    *("moe_intermediate_size", "n_shared_experts"),
+}
+_MIXTURE_FLAG = re.compile(r"(enable|use|with|has)_moe|moe_enabled")
+LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+MOST_LAYERS = 4  # where two do not show every kind of layer
 
 
 def shrink(config) -> tuple[Tree, Tree]:
-    """(overrides that make a config tiny and deterministic, by its standard fields; the integers they are
-    made from): nested configs are dicts in both."""
+    """(overrides that make a config tiny and deterministic, by its standard fields; what they are made from,
+    integers and `config_fields.Open`): nested configs are dicts in both."""
     varied = getattr(config, "is_heterogeneous", False)  # transformers.integrations.heterogeneity
     if varied:  # what varies per layer is read from the layers; here, what the other layers have
         config.allow_global_per_layer_attribute_access = True
     fields = dict(vars(config))
-    small, wide = _sizes({*_SIZES, *fields}, lambda name: getattr(config, name, None))
+    small, wide = _sizes({*SIZES, *fields}, lambda name: getattr(config, name, None))
+    for name in [name for name in small if not _is_given(config, name)]:
+        del small[name], wide[name]
     for name, value in fields.items():
         if hasattr(value, "to_dict"):
             small[name], wide[name] = shrink(value)
-        elif isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "jitter")):
+        elif isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
             small[name] = 0.0
+        elif name in _MIXTURE and value is None:
+            small[name] = SIZES[name]
+        elif value is False and _MIXTURE_FLAG.search(name):
+            small[name] = True
     per_layer = config.to_dict()["per_layer_config"] if varied else None
     _shrink_layers(config, fields, per_layer, small, wide)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"):
@@ -70,12 +84,14 @@ def shrink(config) -> tuple[Tree, Tree]:
             small[name] = None
     if hasattr(config, "output_router_logits"):
         small["output_router_logits"] = True  # and with it the auxiliary loss
-    return small, wide
+    layers = next((small[name] for name in LAYERS if name in small), 2)
+    return small, {**open_fields(config, {**fields, **small}, SIZES, layers, MOST_LAYERS), **wide}
 
 
 def _sizes(names, read: Callable[[str], Any]) -> tuple[Tree, Tree]:
     wide = {name: value for name in names if _is_size(value := read(name))}
-    small = {name: min(value, _SIZES[name]) for name, value in wide.items() if name in _SIZES}
+    least = lambda name: 0 if name not in _COUNTS else SIZES[name]
+    small = {n: max(least(n), min(value, SIZES[n])) for n, value in wide.items() if n in SIZES}
     for name in sorted(wide.keys() - small.keys()):  # vocab_size_per_layer_input is as large as vocab_size
         same = {known for known in small if name.startswith(known) and wide[name] == wide[known]}
         small.update({name: small[known] for known in same})
@@ -85,6 +101,13 @@ def _sizes(names, read: Callable[[str], Any]) -> tuple[Tree, Tree]:
     return small, wide
 
 
+def _is_given(config, name: str) -> bool:
+    """Whether a config is made with this attribute, and not the attribute of others."""
+    if not dataclasses.is_dataclass(config):
+        return True
+    return name in {f.name for f in dataclasses.fields(config)} or name in type(config).attribute_map
+
+
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -92,17 +115,26 @@ def _is_size(value: Any) -> bool:
 def _shrink_layers(
     config, fields: Tree, per_layer: Mapping[str, Tree] | None, small: Tree, wide: Tree
 ) -> None:
-    """Lists with an entry per layer, and configs per layer: cut to layers that show every kind."""
-    name = next((n for n in _LAYERS if n in small), None)
+    """Lists with an entry per layer, lists of numbers of layers, and configs per layer: cut to layers that
+    show every kind."""
+    name = next((n for n in LAYERS if n in small), None)
     if name is None:
         return
     layers, owned = wide[name], {int(i): values for i, values in (per_layer or {}).items()}
     lists = {key: list(value) for key, value in fields.items() if isinstance(value, (list, tuple))}
+    numbers = {
+        key: v for key, v in lists.items() if "layers" in key and v and all(i in range(layers) for i in v)
+    }
     lists = {key: v for key, v in lists.items() if len(v) == layers and v != list(range(layers))}
-    shown = {**lists, "per_layer_config": [owned.get(i) for i in range(layers)]}
+    shown = {
+        **lists,
+        "per_layer_config": [owned.get(i) for i in range(layers)],
+        **{key: [i in v for i in range(layers)] for key, v in numbers.items() if key not in lists},
+    }
     kinds = [{(key, repr(values[i])) for key, values in shown.items()} for i in range(layers)]
     kept = _kept(kinds, small[name])
-    small.update({n: len(kept) for n in _LAYERS if n in small})
+    small.update({n: len(kept) for n in LAYERS if n in small})
+    small.update({key: [at for at, i in enumerate(kept) if i in v] for key, v in numbers.items()})
     # A list of one value is the class's own to make, of the sizes that are small now.
     for key, values in lists.items():
         if key == "layer_types" or len(set(map(repr, values))) > 1:
@@ -120,97 +152,8 @@ def _shrink_layers(
 def _kept(kinds: Sequence[set], count: int) -> list[int]:
     """At least `count` layers, more where those do not show every kind; each is the first that adds most."""
     kept, left, missing = [], list(range(len(kinds))), set().union(*kinds)
-    while left and (len(kept) < count or missing and len(kept) < _MOST_LAYERS):
+    while left and (len(kept) < count or missing and len(kept) < MOST_LAYERS):
         kept.append(max(left, key=lambda i: len(kinds[i] & missing)))
         left.remove(kept[-1])
         missing -= kinds[kept[-1]]
     return sorted(kept)
-
-
-# ---- what the class refuses --------------------------------------------------------------------------------
-
-
-@functools.cache
-def tiny(config_class: type, head: str | None = None) -> tuple[type, Tree, str | None]:
-    """(config class, overrides that it accepts, the field of `config_class` that it is, else None).
-
-    head: of the model, see `tedfx.verification.heads`.
-
-    Where nothing that is tried is accepted, the overrides are those of the rules alone, and building the
-    model says what is wrong.
-    """
-    default = config_class()
-    small, wide = shrink(default)
-    accepted = _accepted(config_class, small, wide, head)
-    if accepted is not None:
-        return config_class, accepted, None
-    part = default.get_text_config(decoder=True)
-    if part is not default:  # widths of encoders that the language model does not have need not fit then
-        accepted = _accepted(type(part), *shrink(part), head)
-        if accepted is not None:
-            return type(part), accepted, next(name for name, value in vars(default).items() if value is part)
-    return config_class, small, None
-
-
-def _accepted(config_class: type, small: Tree, wide: Tree, head: str | None) -> Tree | None:
-    """`small`, with the fields changed that the class's refusals name; None where that does not help."""
-    said, seen = _refusal(config_class, small, head), set()
-    for _ in range(_REPAIRS):
-        if said is None:
-            return small
-        seen.add(said)
-        other = None
-        for tried in itertools.islice(_repairs(small, wide, set(re.findall(r"\w+", said))), _TRIES):
-            now = _refusal(config_class, tried, head)
-            if now is None:
-                return tried
-            other = other or ((tried, now) if now not in seen else None)
-        if other is None:
-            return None
-        small, said = other
-    return None
-
-
-def _refusal(config_class: type, small: Tree, head: str | None) -> str | None:
-    """What the config's class or the model's says to these overrides."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            auto_class(config_class, head).from_config(config_class(**small))
-    except Exception as error:  # whatever a class says to a value
-        return str(error)
-    return None
-
-
-def _repairs(small: Tree, wide: Tree, words: set[str]) -> Iterator[Tree]:
-    """Other small sizes of one or two named fields of one config: halvings of its default, sums of others.
-
-    Fields that still have their default come first, the largest first.
-    """
-    for key, below in wide.items():
-        if isinstance(below, dict) and key in small:
-            for repaired in _repairs(small[key], below, words):
-                yield {**small, key: repaired}
-    named = (n for n, value in wide.items() if n in words and _is_size(value) and value > 0)
-    names = sorted(named, key=lambda n: (n in small, -wide[n]))
-    now = {n: small.get(n, wide[n]) for n in names}
-    options = {}
-    for name in names:
-        halvings = itertools.takewhile(lambda size: size >= 1, (wide[name] >> k for k in itertools.count()))
-        exact = {size for k, size in enumerate(halvings) if size << k == wide[name]}
-        sums = {now[a] + now[b] for a, b in itertools.combinations([n for n in names if n != name], 2)}
-        options[name] = sorted((exact | sums) - {now[name]}, key=lambda size: max(size / 4, 4 / size))
-    for count in (1, 2):
-        for changed in itertools.combinations(names, count):
-            for sizes in itertools.product(*(options[n] for n in changed)):
-                yield {**small, **dict(zip(changed, sizes))}
-
-
-def unset(config, above: str = "") -> list[str]:
-    """Fields of a default config that have no value: a class that does not build may want them."""
-    found = []
-    for name, value in vars(config).items():
-        if hasattr(value, "to_dict"):
-            found += unset(value, f"{above}{name}.")
-        elif value is None and name in getattr(type(config), "__annotations__", {}):
-            found.append(above + name)
-    return found

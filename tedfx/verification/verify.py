@@ -31,9 +31,10 @@ from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.trace.precision import cast_parameters, parameter_dtypes
 from tedfx.verification import processes
-from tedfx.verification.batches import Batches, check_batch, make_batch, split_batch
+from tedfx.verification.batches import SEQUENCE, Batches, check_batch, make_batch, split_batch
 from tedfx.verification.run import Recipe, prepare, train_rank, train_single
-from tedfx.verification.verdict import TOLERANCES, Tolerance, VerifyResult, compare
+from tedfx.verification.verdict import TOLERANCES, WIDENED, Tolerance, VerifyResult, compare
+from tedfx.verification.widened import widened
 
 
 def verify(
@@ -44,12 +45,13 @@ def verify(
     dtype: torch.dtype | None = None,
     steps: int = 5,
     batch: int | Mapping[str, Any] | None = None,
-    sequence: int = 12,
+    sequence: int | None = None,
     device: str | None = None,
     backend: str | None = None,
     seed: int = 0,
     timeout: float = 300.0,
     tolerance: Tolerance | None = None,
+    widen: bool = False,
     before: Callable[[int], None] | None = None,
     options: Options | None = None,
     **given,
@@ -67,8 +69,13 @@ def verify(
                    the global batch itself as forward's keyword arguments, whose rows are turned from step to
                    step; a factory that returns (model, inputs) gives it as well. Random labels are -100 in
                    about a third of the first half of the rows and in all but one place of the second.
+    sequence       tokens of a row of a batch that is made (default: 12, or the least that the trace of these
+                   holds for where that is more).
     device         "cpu" or "cuda"; default: cuda where there is a GPU per rank. backend: nccl on cuda, else
                    gloo.
+    widen          compute in float64 what a float64 model computes in float32 whatever its dtype, on the
+                   single device and on the mesh: what then differs is no rounding
+                   (`tedfx.verification.widened`), and the tolerance is `verdict.WIDENED`.
     before         called in each rank first, with its number: a place to break something and see it found.
     options        a `tedfx.Options`; each of its fields is a keyword here as well, as of `parallelize`. The
                    single device's parameters are cast to its precision, and the tolerance is that of this
@@ -86,8 +93,10 @@ def verify(
     resolved = Roles.resolve(shape, roles)
     parameters = check_precision(options.precision)
     dtype = dtype or (torch.float64 if parameters is None else torch.float32)
-    recipe = Recipe(steps=steps, dtype=dtype, seed=seed, options=options)
-    tolerance = tolerance or TOLERANCES.get(parameters or dtype)
+    if widen and (dtype != torch.float64 or parameters is not None):
+        raise ConfigError("verify: widen is for a float64 model, without precision=")
+    recipe = Recipe(steps=steps, dtype=dtype, seed=seed, options=options, widen=widen)
+    tolerance = tolerance or (WIDENED if widen else TOLERANCES.get(parameters or dtype))
     if tolerance is None or steps < 1:
         raise ConfigError(
             f"verify: dtype is one of {', '.join(str(d).removeprefix('torch.') for d in TOLERANCES)} "
@@ -101,17 +110,22 @@ def verify(
     model, inputs = recipe.make(model_factory)
     if batch is None:
         batch = inputs or max(8, 2 * shape.size(resolved.batch))
-    if isinstance(batch, int):
-        batches: Batches = [make_batch(model, batch, sequence, seed + 1000 * step) for step in range(steps)]
-        batch = batches[0]
-    else:
-        batches = batch
+    rows = batch if isinstance(batch, int) else None
+    batches: Batches = (
+        _made_batches(model, batch, sequence or SEQUENCE, steps, seed) if isinstance(batch, int) else batch
+    )
+    batch = batches if isinstance(batches, Mapping) else batches[0]
     check_batch(batch, resolved)
-
+    if fork:
+        cast = cast_parameters(model, parameter_dtypes(model, options.precision), values=False)
+        with cast, widened(widen):
+            traced = trace(model, kwargs=_example(batch), device=device)
+        least = traced.least("sequence")
+        if rows and sequence is None and least > SEQUENCE:
+            batches = _made_batches(model, rows, least, steps, seed)
+            batch = batches[0]
     example = _example(one_call(batch, options.checkpoint, shape.size(resolved.batch)))
     if fork:
-        with cast_parameters(model, parameter_dtypes(model, options.precision), values=False):
-            traced = trace(model, kwargs=_example(batch), device=device)
         prepared = [prepare(model, traced, resolved, options, example)]
         source = model
         # The trace of a Function runs its backward. Where torch has a device, or counts one, that started a
@@ -150,14 +164,19 @@ def verify(
         f" {role}={'+'.join(axes) if not isinstance(axes, str) else axes}"
         for role, axes in (roles or {}).items()
     )
+    precision = str(dtype).removeprefix("torch.") + (" throughout" if widen else "")
     title = (
-        f"{name} on {shape}{with_roles}, {str(dtype).removeprefix('torch.')}, "
+        f"{name} on {shape}{with_roles}, {precision}, "
         f"{'compiled' if options.compile else 'eager'}{f', {options}' if str(options) else ''}, "
         f"{shape.world} ranks on {device} ({backend}){'' if reference.by_itself else ', against one rank'}"
     )
     result = compare(title, reference, outcomes, tolerance, steps)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result
+
+
+def _made_batches(model: nn.Module, rows: int, sequence: int, steps: int, seed: int) -> list[dict]:
+    return [make_batch(model, rows, sequence, seed + 1000 * step) for step in range(steps)]
 
 
 def one_call(batch: Mapping[str, Any], checkpoint: str, ranks: int) -> Mapping[str, Any]:

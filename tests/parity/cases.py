@@ -23,10 +23,10 @@ from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.trace.export import trace
 from tedfx.verification import processes
+from tedfx.verification.authored import as_authored
 from tedfx.verification.run import (
     Outcome,
     Recipe,
-    as_authored,
     on_mesh,
     prepare,
     train_alone,

@@ -135,3 +135,23 @@ def test_returned_rows_of_the_batch_stay_with_their_rank():
         ["dp:S(0)"],
         ["I"],
     ]
+
+
+def test_rows_that_an_axis_cuts_inside_of_others_stay_in_order():
+    """A convolution has no rule, so its images are whole on dp; tp then cuts the rows that dp has not. Where
+    they meet what dp has cut, each rank's piece must be one of dp's pieces, cut by tp."""
+
+    class Rows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 8, 2, 2, dtype=m.DTYPE)
+            self.up, self.down = m.linear(8, 12), m.linear(12, 8)
+
+        def forward(self, x, rows):
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            x = x + self.down(torch.relu(self.up(x)))
+            return (x * (rows.view(-1, 1, 1) == 1)).square().sum()
+
+    images = torch.randn(8, 3, 4, 4, dtype=m.DTYPE, generator=torch.Generator().manual_seed(0))
+    call = {"x": images, "rows": torch.tensor([1, 1, 1, 1, 0, 0, 0, 1])}
+    parity(m.make(Rows), "dp=2,tp=2", call, sequence_parallel=True)

@@ -418,3 +418,16 @@ def test_a_hook_on_the_model_that_counts_is_refused():
     model.register_forward_hook(lambda m, a, out: out * next(m.seen))
     with pytest.raises(TraceError, match="seen"):
         trace(model, kwargs={"x": inputs()})
+
+
+def test_a_table_that_makes_its_items_is_compared_by_what_it_holds():
+    """transformers' tables of classes load every model when they are asked for their items."""
+    from collections import OrderedDict
+
+    from tedfx.trace.reads import freeze
+
+    class Lazy(OrderedDict):
+        def items(self):
+            raise ValueError("could not load")
+
+    assert freeze(Lazy(a=1)) == (Lazy, (("a", 1),)) and freeze(Lazy()) == (Lazy, ())

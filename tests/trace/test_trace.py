@@ -309,3 +309,26 @@ def test_an_installed_opt_einsum_fixes_no_size():
     x = torch.randn(3, 7, 32)
     assert t.static == [] and torch.backends.opt_einsum.enabled
     torch.testing.assert_close(t(model, x), model(x))
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.float64])
+def test_a_module_that_forward_converts(to):
+    """What changes nothing is left out; what does, changes the model's state for good."""
+
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.router.to(to)(x.to(to)).sum()
+
+    model, x = Casts(), torch.randn(4, 8)
+    if to == torch.float32:
+        assert torch.equal(trace(model, kwargs={"x": x})(model, x), model(x))
+    else:
+        with pytest.raises(
+            TraceError, match=r"^Linear.to inside forward turns its float32 state into float64"
+        ):
+            trace(model, kwargs={"x": x})
+    assert model.router.weight.dtype == torch.float32
