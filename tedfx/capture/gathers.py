@@ -134,14 +134,7 @@ def picked(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Picked | None:
             return None
         while name_of(numbers) in REGROUPS | {"unsqueeze"}:
             numbers = operand(numbers, 0)
-        if (
-            name_of(numbers) == "arange"
-            and len(numbers.args) == 1
-            and fact.dims[0]
-            not in (
-                (),
-                ("k",),
-            )
-        ):
+        tokens = next(iter(fact.dims))
+        if name_of(numbers) == "arange" and len(numbers.args) == 1 and tokens not in ((), ("k",)):
             return Picked(source, 1, fact.routing, fact.dims)
     return None
