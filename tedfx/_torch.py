@@ -446,6 +446,11 @@ def overload_name(func: OpOverload) -> str:
     return func._overloadname
 
 
+def schema_arguments(func: OpOverload) -> list[torch.Argument]:
+    """Name and default of each argument, in order. Public replacement: none, as above."""
+    return list(func._schema.arguments)
+
+
 def storage_key(x: torch.Tensor) -> int:
     """Equal for tensors of one memory, fake ones and those without data too. Public replacement: none;
     `data_ptr` is 0 where there is no data."""

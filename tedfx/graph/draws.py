@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from tedfx._torch import OpOverload
-from tedfx.graph.nodes import argument, arguments
+from tedfx._torch import OpOverload, overload_name, qualified_name, schema_arguments
+from tedfx.graph.nodes import argument, arguments, is_operator
 
 __all__ = ["Drawn", "NAMES", "drawn", "draws", "reads"]
 
@@ -25,22 +25,24 @@ class Drawn:
     """
 
     distribution: str
-    parameters: tuple
+    parameters: tuple[Any, ...]
     shape: str
 
 
-_Form = tuple[str, Callable[[Mapping[str, Any]], tuple], str]
+_Read: TypeAlias = Callable[[Mapping[str, Any]], tuple[Any, ...]]
+_Form: TypeAlias = tuple[str, _Read, str]
 
 
 def _forms() -> dict[str, _Form]:
     """By the name of the operator and of the overload."""
-    unit, standard = (lambda a: (0.0, 1.0)), (lambda a: (0.0, 1.0))
 
-    def given(*names: str) -> Callable[[Mapping[str, Any]], tuple]:
+    def given(*names: str) -> _Read:
         return lambda a: tuple(a[name] for name in names)
 
-    below, between = (lambda a: (0, a["high"])), given("low", "high")
-    normal = given("mean", "std")
+    unit: _Read = lambda a: (0.0, 1.0)
+    standard: _Read = lambda a: (0.0, 1.0)
+    below: _Read = lambda a: (0, a["high"])
+    between, normal = given("low", "high"), given("mean", "std")
     return {
         "rand.": ("uniform", unit, "sizes"),
         "rand_like.": ("uniform", unit, "like"),
@@ -75,16 +77,18 @@ _FORMS = _forms()
 NAMES = tuple(dict.fromkeys(f"aten.{form.partition('.')[0]}" for form in _FORMS))
 
 
-def reads(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Drawn | None:
+def reads(operator: OpOverload[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Drawn | None:
     """What a call of an operator draws, in place or not; None where it has no form here, as with a generator
     of its own."""
-    schema = operator._schema
-    name = schema.name.removeprefix("aten::").removesuffix("_")
-    form = _FORMS.get(f"{name}.{schema.overload_name}")
+    name = qualified_name(operator).removeprefix("aten::").removesuffix("_")
+    form = _FORMS.get(f"{name}.{overload_name(operator).replace('default', '')}")
     if form is None or kwargs.get("generator") is not None:
         return None
     distribution, parameters, shape = form
-    given = {a.name: args[i] if i < len(args) else a.default_value for i, a in enumerate(schema.arguments)}
+    given = {
+        a.name: args[i] if i < len(args) else a.default_value
+        for i, a in enumerate(schema_arguments(operator))
+    }
     found = parameters(given | dict(kwargs))
     if distribution == "integers" and found[1] is None and found[0] < 0:
         return None  # more integers than a draw tells apart
@@ -93,16 +97,18 @@ def reads(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 def drawn(node: fx.Node) -> Drawn | None:
     """What a node draws elementwise."""
-    return reads(node.target, node.args, node.kwargs) if isinstance(node.target, OpOverload) else None
+    target = node.target
+    return reads(target, node.args, node.kwargs) if is_operator(target) else None
 
 
 def draws(node: fx.Node) -> bool:
     """Whether an operator draws at random, as torch's own tag says."""
-    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    target = node.target
+    if not is_operator(target) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    if node.target is torch.ops.aten.dropout.default:
+    if target is torch.ops.aten.dropout.default:
         p, train = arguments(node)[1:]
         return p != 0 and bool(train)
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+    if target is torch.ops.aten.scaled_dot_product_attention.default:
         return argument(node, 4, "dropout_p", 0.0) != 0
     return True

@@ -103,14 +103,15 @@ def _cauchy(bits: Tensor, dtype: torch.dtype, median: float, sigma: float) -> Te
     return (median + sigma * (math.pi * (_open(bits, dtype) - 0.5)).tan()).to(dtype)
 
 
+def _beyond(dtype: torch.dtype) -> int:
+    if dtype in _DIGITS:
+        return 2 ** _DIGITS[dtype] + 1
+    return 2 if dtype == torch.bool else torch.iinfo(dtype).max + 1
+
+
 def _integers(bits: Tensor, dtype: torch.dtype, low: int, high: int | None) -> Tensor:
     """low..high - 1; without `high` up to the largest integer that the dtype tells from its neighbours."""
-    if high is None:
-        if dtype in _DIGITS:
-            high = 2 ** _DIGITS[dtype] + 1
-        else:
-            high = 2 if dtype == torch.bool else torch.iinfo(dtype).max + 1
-    number, count = shift_right(bits, 1), high - low
+    number, count = shift_right(bits, 1), (_beyond(dtype) if high is None else high) - low
     if count < _WORDS:
         number = number % count
     return (number + low).to(dtype)
