@@ -196,8 +196,10 @@ def _reduce(node: fx.Node, known: Known) -> Fact | None:
 
 def _one_hot(node: fx.Node, known: Known) -> Fact | None:
     fact = known[operand(node, 0)]
-    if fact.kind != "ids" or node.args[1] != fact.routing.experts:
+    classes = node.args[1]
+    if fact.kind != "ids" or not isinstance(classes, int) or classes < fact.routing.experts:
         return None
+    # Classes beyond the experts, as a place for what another library drops, are never hit.
     return Fact("hit", fact.routing, (*fact.dims, ("e",)))
 
 
@@ -220,7 +222,14 @@ def _pick(node: fx.Node, known: Known) -> Fact | None:
             return None
     if not isinstance(expert, int):
         return None
-    return replace(fact, dims=dims, expert=expert % fact.routing.experts)
+    return _of_expert(replace(fact, dims=dims), expert, shape_of(operand(node, 0))[dim])
+
+
+def _of_expert(fact: Fact, index: int, classes: object) -> Fact | None:
+    """The fact about the expert at an index of a dim of so many classes; none of a class that is no
+    expert's."""
+    expert = index % classes if isinstance(classes, int) else index
+    return replace(fact, expert=expert) if expert < fact.routing.experts else None
 
 
 def _unbind(node: fx.Node, known: Known) -> Fact | None:
@@ -240,7 +249,8 @@ def _getitem(node: fx.Node, known: Known) -> Fact | None:
     if fact.kind == "search":
         return replace(fact, column=index % len(fact.dims)) if fact.column is None else None
     if fact.column == -1:
-        return replace(fact, dims=fact.dims[1:], column=None, expert=index % fact.routing.experts)
+        listed = VAL[operand(node, 0)]
+        return _of_expert(replace(fact, dims=fact.dims[1:], column=None), index, len(listed))
     return None
 
 

@@ -83,7 +83,6 @@ class HitExperts(TorchFunctionMode):
     ranges   ids of experts, and how many experts there are
     about    what is computed from them: one_hot, sums of it, ..
     loads    (how many experts, the counts, whether it is their running sum): an entry per expert
-    masks    comparisons of loads
     found    (a tensor of experts that were hit, the numbers that it holds if all were, the mask that says
              which; None of a number)
     """
@@ -94,7 +93,6 @@ class HitExperts(TorchFunctionMode):
         self.ranges: dict[int, tuple[T, int]] = {}
         self.about: dict[int, tuple[T, int]] = {}
         self.loads: dict[int, tuple[int, T, bool]] = {}
-        self.masks: dict[int, tuple[T, int]] = {}
         self.kept: list[T] = []
         self.found: dict[int, tuple[T, T, T | None]] = {}
 
@@ -206,11 +204,10 @@ class HitExperts(TorchFunctionMode):
             with outside_of_trace():
                 every = torch.arange(self.ranges[id(first)][1])
             self.found[id(out)] = (out, every, first)
-        elif function in _COMPARED and isinstance(out, T) and id(first) in self.loads:
-            self.masks[id(out)] = (out, self.loads[id(first)][0])
+        elif function in _COMPARED and isinstance(out, T) and id(first) in self.about:
+            self.about[id(out)] = (out, self.about[id(first)][1])
         elif function in _SEARCHES and len(args) + ("input" in kwargs) == 1 and first.dim() == 1:
-            experts = self.loads[id(first)][0] if id(first) in self.loads else first.shape[0]
-            experts = self.masks[id(first)][1] if id(first) in self.masks else experts
+            experts = self.about[id(first)][1] if id(first) in self.about else first.shape[0]
             if not isinstance(experts, int) or experts < 2:
                 return
             with outside_of_trace():

@@ -142,7 +142,13 @@ def test_masks(d):
         fact(d, d(aten.select.int, one_hot, 0, 2)).expert,
         fact(d, d(aten.select.int, one_hot, 1, 0)),
     ) == (2, None)
-    assert fact(d, d(aten.one_hot.default, d.ids, E + 1)) is None
+    assert fact(d, d(aten.one_hot.default, d.ids, E - 1)) is None
+    more = d(aten.one_hot.default, d.ids, E + 1)  # a class that no expert has
+    assert (
+        fact(d, d(aten.select.int, more, 2, E - 1)).expert == fact(d, d(aten.select.int, more, 2, -2)).expert
+    )
+    assert fact(d, d(aten.select.int, more, 2, E - 1)).expert == E - 1
+    assert fact(d, d(aten.select.int, more, 2, E)) is fact(d, d(aten.select.int, more, 2, -1)) is None
     outer = d(aten.eq.Tensor, d(aten.unsqueeze.default, d.ids, 2), d(aten.arange.default, E))
     assert fact(d, d(operator.getitem, d(aten.unbind.int, outer, 2), 1)).expert == 1
     assert fact(d, d(aten.bitwise_and.Tensor, hit, hit)) is None

@@ -29,7 +29,7 @@ def of_a_library(m, x, probs, w, ids):
     """As transformers has it, without gradients and with a number that no expert has."""
     out = torch.zeros_like(x)
     with torch.no_grad():
-        mask = mask_of(ids)
+        mask = F.one_hot(ids, E + 1).permute(2, 1, 0)
         hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
     for e in hit:
         e = e[0]
@@ -43,6 +43,16 @@ def one_in_a_dim(m, x, probs, w, ids):
     out, mask = torch.zeros_like(x), mask_of(ids)
     for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
         out = add(m, out, x, w, e, *torch.where(mask[e].squeeze(0)))
+    return out
+
+
+def gathered_with_a_dim(m, x, probs, w, ids):
+    """NLLB's: an index behind None."""
+    out, mask = torch.zeros_like(x), mask_of(ids)
+    for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        slot, token = torch.where(mask[e].squeeze(0))
+        rows = m.experts[int(e[0])](x[None, token].reshape(-1, x.shape[-1])) * w[token, slot, None]
+        out = out.index_add(0, token, rows)
     return out
 
 
@@ -100,6 +110,7 @@ WAYS = [
     counted,
     of_a_library,
     one_in_a_dim,
+    gathered_with_a_dim,
     unique,
     unique_flat,
     of_counts,

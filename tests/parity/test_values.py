@@ -86,15 +86,7 @@ class Draws(nn.Module):
 
 
 DRAWS = {
-    "rand_like": torch.rand_like,
-    "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
-    "multinomial": lambda x: torch.multinomial(x.softmax(-1).flatten(0, 1), 1).view(*x.shape[:2], 1),
-    "uniform": lambda x: torch.empty_like(x).uniform_(),
-    "normal": lambda x: torch.zeros_like(x).normal_(),
-    "randn": lambda x: torch.randn(x.shape[0], 1, 1, dtype=x.dtype),
     "randperm": lambda x: x[:, torch.randperm(x.shape[1])],
-    "rand": lambda x: torch.rand(x.shape, dtype=x.dtype),
-    "exponential": lambda x: torch.empty_like(x).exponential_(),
     "alpha_dropout": lambda x: nn.functional.alpha_dropout(x, 0.3, training=True),
     "feature_dropout": lambda x: nn.functional.dropout1d(x, 0.3, training=True),
     "rrelu": lambda x: nn.functional.rrelu(x, training=True),

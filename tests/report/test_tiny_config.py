@@ -98,7 +98,7 @@ def test_a_field_without_a_default_is_given_one():
         slow("step3p7", {"sliding_window": 6}),  # only the run says so
         slow("flint", {"mlp_only_layers": [0]}),  # numbers of layers
         slow("switch_transformers", {"decoder_start_token_id": 0}),  # an attribute that the class misses
-        slow("dbrx", {"rope_theta": 10000.0, "clip_qkv": 8}),
+        slow("dbrx", {"rope_theta": 10000.0}),
         slow("nllb-moe", {"encoder_layers": 2, "decoder_layers": 2, "encoder_sparse_step": 2}),
     ],
 )
