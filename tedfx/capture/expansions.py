@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tedfx.capture.routing import Dims, Sizes, argument, name_of, relabel, shape_of, swapped
+from tedfx.capture.routing import TRANSPOSES, Dims, Sizes, argument, name_of, relabel, shape_of, swapped
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import REGROUPS, is_tensor, operand, operand_or_none
 
@@ -45,7 +45,7 @@ def _before(x: fx.Node, dims: Dims, sizes: Sizes) -> Dims | None:
     if name == "unsqueeze":
         at = argument(x, "dim") % len(shape)
         return dims[:at] + dims[at + 1 :]
-    if name in ("permute", "transpose", "t"):
+    if name in TRANSPOSES:
         order = swapped(x, name, len(before))
         return tuple(dims[order.index(d)] for d in range(len(before)))
     if name == "expand":

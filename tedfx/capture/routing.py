@@ -38,6 +38,7 @@ __all__ = [
     "Fact",
     "Routing",
     "Sizes",
+    "TRANSPOSES",
     "argument",
     "dim_of",
     "known_of",
@@ -96,6 +97,8 @@ class Fact:
             else labels
         )
 
+
+TRANSPOSES = ("permute", "transpose", "t", "numpy_T", "mT")
 
 # torch's other names of operators
 _ALIASES = {
@@ -186,13 +189,16 @@ def relabel(dims: Dims, sizes: Sizes, shape: Sequence[Size]) -> Dims | None:
 
 
 def swapped(node: fx.Node, name: str, rank: int) -> list[int]:
-    """The dims of the operand of a `permute`, `transpose` or `t` in the order of its result."""
+    """The dims of the operand of one of TRANSPOSES in the order of its result."""
     if name == "permute":
         return [d % rank for d in argument(node, "dims")]
     order = list(range(rank))
+    if name == "numpy_T":  # x.T
+        return order[::-1]
     if rank > 1:
-        one = 0 if name == "t" else argument(node, "dim0") % rank
-        other = 1 if name == "t" else argument(node, "dim1") % rank
+        one, other = {"t": (0, 1), "mT": (rank - 2, rank - 1)}.get(name, (None, None))
+        one = argument(node, "dim0") % rank if one is None else one
+        other = argument(node, "dim1") % rank if other is None else other
         order[one], order[other] = order[other], order[one]
     return order
 
@@ -202,7 +208,7 @@ def moved(node: fx.Node, name: str, dims: Dims, sizes: Sizes) -> Dims | None:
     rank = len(dims)
     if name in REGROUPS:
         return relabel(dims, sizes, shape_of(node))
-    if name in ("permute", "transpose", "t"):
+    if name in TRANSPOSES:
         return tuple(dims[d] for d in swapped(node, name, rank))
     if name == "select":
         dim = dim_of(node, rank)

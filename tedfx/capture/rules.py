@@ -28,7 +28,7 @@ from tedfx.capture.batched import (
 )
 from tedfx.capture.batched_dims import ALONG, OVER, along, cat, permute, view
 from tedfx.capture.contractions import linear, norm
-from tedfx.capture.routing import name_of
+from tedfx.capture.routing import TRANSPOSES, name_of
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import REGROUPS
 from tedfx.ops.function import kept_of
@@ -61,7 +61,7 @@ def apply_rule(batch: Batch, like: fx.Node, args: tuple, kwargs: dict) -> Batche
         return replace(first, made=batch.emit(like.target, (first.node, args[1]), {}, like), like=like)
     if name in ALONG | OVER | {"select", "unbind", "unsqueeze"}:
         return along(batch, like, name, first)
-    if name in ("permute", "transpose", "t"):
+    if name in TRANSPOSES:
         return permute(batch, like, name, first)
     raise unknown(like)
 

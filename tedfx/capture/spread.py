@@ -16,7 +16,7 @@ from torch import fx
 from tedfx.capture.batched import is_pointwise
 from tedfx.capture.batched_dims import ALONG, OVER
 from tedfx.capture.letters import contraction_of
-from tedfx.capture.routing import argument, name_of, product, shape_of, swapped
+from tedfx.capture.routing import TRANSPOSES, argument, name_of, product, shape_of, swapped
 from tedfx.graph import nodes
 from tedfx.graph.nodes import REGROUPS, is_tensor, operand
 
@@ -93,7 +93,7 @@ class Spread:
         if name in REGROUPS:
             before = product(shape_of(node)[:dim])
             return [(source, d) for d in range(len(shape)) if product(shape[:d]) == before]
-        if name in ("permute", "transpose", "t"):
+        if name in TRANSPOSES:
             return [(source, swapped(node, name, rank)[dim])]
         if name == "unsqueeze":
             at = argument(node, "dim") % rank

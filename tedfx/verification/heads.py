@@ -5,6 +5,8 @@ A type that has several is built with the first of `HEADS` that it has, unless o
 
 from __future__ import annotations
 
+import importlib
+
 from tedfx.errors import ConfigError
 
 # name on the command line -> (the auto class, its table of model types)
@@ -40,11 +42,11 @@ def heads_of(config_class: type) -> list[str]:
     Read from the tables of names: looking a class up in the tables of classes would load every model.
     """
     from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    config_types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
     own = getattr(config_class, "model_type", "")
     # Several types may share a config class; a class that is not transformers' own is known by its type.
-    types = {name for name, made in CONFIG_MAPPING_NAMES.items() if made == config_class.__name__} or {own}
+    types = {name for name, made in config_types.items() if made == config_class.__name__} or {own}
     return [name for name, (_, table) in HEADS.items() if types & set(getattr(modeling_auto, table))]
 
 

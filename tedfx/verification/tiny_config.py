@@ -105,7 +105,9 @@ def _is_given(config, name: str) -> bool:
     """Whether a config is made with this attribute, and not the attribute of others."""
     if not dataclasses.is_dataclass(config):
         return True
-    return name in {f.name for f in dataclasses.fields(config)} or name in type(config).attribute_map
+    return name in {f.name for f in dataclasses.fields(config)} or name in getattr(
+        type(config), "attribute_map", {}
+    )
 
 
 def _is_size(value: Any) -> bool:

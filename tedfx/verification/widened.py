@@ -33,8 +33,7 @@ def widened(on: bool = True) -> Iterator[None]:
 
 class _Widened(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.float:
-            func = Tensor.double
+        func = Tensor.double if func is Tensor.float else func
         args = tuple(torch.float64 if x is torch.float32 else x for x in args)
         kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
         return func(*args, **kwargs)
