@@ -33,7 +33,8 @@ def widened(on: bool = True) -> Iterator[None]:
 
 class _Widened(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        func = Tensor.double if func is Tensor.float else func
+        if func is Tensor.float:
+            return Tensor.double(*args, **(kwargs or {}))
         args = tuple(torch.float64 if x is torch.float32 else x for x in args)
         kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
         return func(*args, **kwargs)
