@@ -78,7 +78,7 @@ def run(model_type: str, mesh: str) -> dict:
     warnings.filterwarnings("ignore")
     from tedfx.errors import TedfxError
     from tedfx.verification.models import ByType
-    from tedfx.verification.verify import verify
+    from tedfx.verification.verify import verify, versions
 
     start = time.perf_counter()
     row: dict = {"type": model_type, "mesh": mesh}
@@ -104,7 +104,7 @@ def run(model_type: str, mesh: str) -> dict:
         row |= {"outcome": type(error).__name__, "line": " ".join(str(error).split())}
     except Exception as error:  # the benchmark's answer for what should not happen
         row |= {"outcome": "crash", "line": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
-    return row | {"seconds": round(time.perf_counter() - start)}
+    return row | {"seconds": round(time.perf_counter() - start), "versions": versions()}
 
 
 def in_process(model_type: str, mesh: str, limit: int) -> dict:
@@ -129,7 +129,14 @@ def table(rows: list[dict], meshes: list[str]) -> str:
             f"{r['error']:.0e}" if r and r["outcome"] == "parity" else r["outcome"] if r else "" for r in mine
         ]
         why = next((r["line"] for r in mine if r and r["outcome"] != "parity"), "")
-        lines.append([family, next(r["type"] for r in mine if r), *cells, why.replace("|", "/")[:240]])
+        lines.append(
+            [
+                family,
+                next(r["type"] for r in mine if r),
+                *cells,
+                re.sub(r"\S*/(?=transformers/)", "", why).replace("|", "/")[:200],
+            ]
+        )
     return tabulate(
         lines, ["family", "model type", *meshes, "the line, where it is not right"], tablefmt="github"
     )
@@ -176,25 +183,28 @@ def main() -> int:
 
     with ThreadPoolExecutor(args.jobs) as threads:
         rows += threads.map(each, todo)
+    rows = [row for row in rows if row["mesh"] in meshes]
     right = Counter(r["family"] for r in rows if r["outcome"] == "parity")
     whole = [family for family, n in right.items() if n == len(meshes)]
     text = table(rows, meshes)
     summary = f"{len(whole)} of {len({r['family'] for r in rows})} families train on all {len(meshes)} meshes as on one device"
     print(text, summary, sep="\n")
     if args.out:
-        Path(args.out).write_text(page(text, summary))
+        with_what = sorted({row["versions"] for row in rows if "versions" in row})
+        Path(args.out).write_text(page(text, summary, "; ".join(with_what)))
     return 0
 
 
-def page(text: str, summary: str) -> str:
-    from tedfx.verification.verify import versions
-
+def page(text: str, summary: str, made_with: str) -> str:
     return f"""# Families of Hugging Face transformers
 
-{summary}: tiny random configs of each family that has a class of experts, eager, {STEPS} training
-steps in float64, also where the classes compute in float32 whatever their dtype, against the unmodified model (its authors' eager experts); the number is the worst error of losses,
-gradient norms, gradients, buffers and parameters. Written by `python benchmarks/zoo.py --out docs/models.md`
-with {versions()}.
+{summary}.
+
+Each family that has a class of experts, with a tiny random config, eager, {STEPS} training steps in float64
+(also where the classes compute in float32 whatever their dtype), against the unmodified model with its
+authors' eager experts. A number is the worst error of losses, gradient norms, gradients, buffers and
+parameters. Written by `python benchmarks/zoo.py --out docs/models.md`
+with {made_with}.
 
 {text}
 """

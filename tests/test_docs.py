@@ -23,6 +23,7 @@ GENERATED = {
     "verify-2xH100",
     "two_nodes",
     "onebit",
+    "models",
     "parity",
     "parity-savings",
     "parity-zero",

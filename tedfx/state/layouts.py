@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from torch import fx, nn
 
+from tedfx.errors import ConfigError
 from tedfx.placement.factors import leaves
 from tedfx.placement.types import R, Shard
 from tedfx.state.parameters import ParameterLayout, Placed
@@ -79,7 +80,12 @@ def layout_of(
             view.append(outer)
         for axis, placement in node.meta["type"].items():
             if isinstance(placement, Shard) and placement.factor.root() in parts:
-                assert parts.index(placement.factor.root()) == cut, (name, parts, placement)
+                if parts.index(placement.factor.root()) != cut:
+                    raise ConfigError(
+                        f"{name}: dim {d} of {tuple(node.meta['val'].shape)} holds the experts and a part of "
+                        f"each, and {axis!r} would cut inside of what another axis cuts: leave an expert's "
+                        "part whole with roles expert_tensor=(), or give the experts a dim of their own"
+                    )
                 where[axis] = len(view)
         view.append(rest)
     return ParameterLayout(
