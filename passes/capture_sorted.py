@@ -39,7 +39,7 @@ from tedfx.errors import user_line
 from tedfx.frontends import answers
 from tedfx.graph import nodes
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import operand
+from tedfx.graph.nodes import operand, overload
 from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
@@ -77,6 +77,7 @@ class CaptureSorted(Pass[GlobalGraph]):
         return result
 
 
+_ELEMENTS = ("gather", "scatter", "scatter_add")  # an index for each element
 _SHAPES = ("sym_size", "empty_like", "zeros_like", "new_empty", "new_zeros", "new_full", "full_like")
 
 
@@ -163,6 +164,8 @@ class _Walk:
         of, by = self.rows.get(value), self.found.get(index)
         if of is None or by is None or by.routing is not of.routing:
             return False
+        if name in _ELEMENTS and (shape_of(index) != shape_of(value) or "reduce" in overload(node)):
+            return False  # some of the columns alone
         full = shape_of(base)[:1] == shape_of(value)[:1]
         if by.kind == "order" and name in ("index_copy", "index_put", "scatter") and full:
             if name == "index_put" and argument(node, "accumulate"):
@@ -179,7 +182,9 @@ class _Walk:
         elif by.kind == "inverse" and name in ("index", "index_select", "gather"):
             self._replace(*self.sorted.at_assignments(of, node))
         elif by.kind == "tokens" and name in ("index_add", "scatter_add", "scatter_reduce", "index_put"):
-            if name == "scatter_reduce" and argument(node, "reduce") != "sum":
+            if name == "scatter_reduce" and not (
+                argument(node, "reduce") == "sum" and argument(node, "include_self")
+            ):
                 return False
             if name == "index_put" and not argument(node, "accumulate"):
                 return False

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from tedfx.capture.batched import is_pointwise
@@ -105,6 +106,8 @@ def _taken_by(node: fx.Node, name: str, found: Mapping[fx.Node, Sorted]) -> Sort
         index = nodes.argument(node, 1)[0]
     elif name in ("index_select", "gather") and dim_of(node, len(shape_of(operand(node, 0)))) == 0:
         index = operand(node, 2)
+        if name == "gather" and shape_of(index)[1:] != shape_of(operand(node, 0))[1:]:
+            return None  # of some of the columns alone
     by = found.get(index) if isinstance(index, fx.Node) else None
     return by if by is not None and by.kind in ("order", "tokens") else None
 
@@ -116,8 +119,13 @@ def _computed(node: fx.Node, found: Mapping[fx.Node, Sorted]) -> Sorted | None:
         return None
     if not is_pointwise(node) and not (shape_of(node) and _columns_added(node)):
         return None
+    count = shape_of(rows[0])[0]
     others = [
-        n for n in node.all_input_nodes if n not in rows and n in VAL and getattr(VAL[n], "ndim", 0) > 1
+        n
+        for n in node.all_input_nodes
+        if n not in rows
+        and isinstance(VAL.get(n), torch.Tensor)
+        and (VAL[n].ndim > 1 or count in shape_of(n))
     ]
     routings = {found[n].routing for n in rows}
     return Sorted("sorted", routings.pop()) if len(routings) == 1 and not others else None

@@ -67,13 +67,17 @@ class Count:
     __radd__ = __add__
 
     def _of(self, other: object) -> frozenset[int]:
-        """The experts of what this is compared with."""
-        self.runs.asked()
-        if isinstance(other, int) and other == 0:
-            return frozenset()
-        if isinstance(other, Count) and other.runs is self.runs:
-            return other.experts
-        raise self._data()
+        """The experts of what this is compared with: nothing, or more or fewer of the same experts, in a test
+        for rows."""
+        none = isinstance(other, int) and other == 0
+        experts = frozenset() if none else other.experts if isinstance(other, Count) else None
+        if experts is None or (isinstance(other, Count) and other.runs is not self.runs):
+            raise self._data()
+        if self.experts != experts and not self.runs.asked():
+            raise self._data()
+        if not (self.experts <= experts or self.experts > experts):
+            raise self._data()
+        return experts
 
     def __eq__(self, other: object) -> bool:
         return self.experts == self._of(other)

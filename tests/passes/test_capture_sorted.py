@@ -266,6 +266,39 @@ def others_experts(m, x, w, ids):
     return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
 
 
+def numbered(m, x, w, ids):
+    """Sorted weights times where they stand."""
+    order = ids.flatten().argsort()
+    scores = w.flatten()[order] * torch.arange(ids.numel())
+    rows = (x[order // m.k] * scores[:, None]).split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)])
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def half_of_the_columns(m, x, w, ids):
+    order = ids.flatten().argsort()
+    rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(rows)])
+    return torch.zeros_like(x).scatter_add(0, (order // m.k)[:, None].expand(-1, H // 2), done)
+
+
+def the_larger_first(m, x, w, ids):
+    order = ids.flatten().argsort()
+    counts = ids.flatten().bincount(minlength=E).tolist()
+    if counts[0] > counts[1]:
+        x = x * 2
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(x[order // m.k].split(counts))])
+    return weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
+def a_flag(m, x, w, ids):
+    order = ids.flatten().argsort()
+    counts = ids.flatten().bincount(minlength=E).tolist()
+    scale = float(counts[0] > 0)
+    done = torch.cat([stacked(m, e, r) for e, r in enumerate(x[order // m.k].split(counts))])
+    return scale * weighed(torch.zeros_like(done).index_copy(0, order, done), w, ids)
+
+
 def not_put_back(m, x, w, ids):
     order = ids.flatten().argsort()
     rows = x[order // m.k].split(ids.flatten().bincount(minlength=E).tolist())
@@ -275,7 +308,18 @@ def not_put_back(m, x, w, ids):
 
 @pytest.mark.parametrize(
     "mixture",
-    [counts_of_others, another_order, descending, mean_of_a_run, mean_of_all, not_put_back],
+    [
+        counts_of_others,
+        another_order,
+        descending,
+        mean_of_a_run,
+        mean_of_all,
+        numbered,
+        half_of_the_columns,
+        the_larger_first,
+        a_flag,
+        not_put_back,
+    ],
     ids=lambda way: way.__name__,
 )
 def test_near_misses(mixture):
