@@ -26,7 +26,7 @@ CHANGES = (
     "axis, options, steps, programs",
     [
         slow("ep", {"check": "none"}, CHANGES, 3),
-        ("dp", {"zero": 3}, (changing.nothing, changing.freeze, changing.nothing), 1),
+        slow("dp", {"zero": 3}, (changing.nothing, changing.freeze, changing.nothing), 1),
         ("dp", {"layered": True}, (changing.nothing, changing.nothing), 1),
     ],
     ids=["attributes", "frozen later", "layered"],
@@ -190,6 +190,7 @@ def reused():
     ]
 
 
+@pytest.mark.slow
 def test_a_trace_is_reused_where_it_holds(ranks):
     """Not for a model with other parameters frozen, nor with another value of what was read."""
     assert ranks(1).run(reused) == [[True, True, False, False, True]]

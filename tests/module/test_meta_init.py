@@ -129,6 +129,7 @@ def hand_made(mesh):
     ) and model.inner.embed.weight.shape == (64, 32)
 
 
+@pytest.mark.slow
 def test_own_function(ranks):
     ranks(2).run(hand_made, "tp2")
 

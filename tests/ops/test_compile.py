@@ -126,6 +126,7 @@ def test_conversions_vocabulary_and_dropout_trace_whole(ranks, shape):
     assert ranks(world).run(_everything_on_rank, shape) == [1] * world
 
 
+@pytest.mark.slow
 def test_inductor_draws_what_eager_draws():
     _fresh()
     factors = (((64, ()),), ((33, ()),))

@@ -92,7 +92,7 @@ def gradients_with_dropout(pm, batch, rank):
 @pytest.mark.parametrize(
     "model, mesh, overrides, policies",
     [
-        ("llama", "tp=2", {"attention_dropout": 0.3}, ["comm", "selective"]),
+        slow("llama", "tp=2", {"attention_dropout": 0.3}, ["comm", "selective"]),
         slow("plain_test", "ep=2", {"dropout": 0.3}, ["comm", "full"]),
     ],
     ids=["attention", "experts"],
@@ -123,7 +123,7 @@ def loads_on_single(model, batch):
     return loads(model, batch), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("policy", ["comm", "full"])
+@pytest.mark.parametrize("policy", [slow("comm"), "full"])
 def test_buffers_advance_once(policy):
     """A count of the tokens per expert, which routing reads: recompute neither advances it nor reads the
     advanced one."""

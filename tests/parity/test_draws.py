@@ -74,6 +74,7 @@ def in_eval_mode(pm, batch, rank):
         return [float(pm.eval()(**local).loss) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_a_router_that_draws_in_eval_mode_draws_anew_in_every_call():
     mode = ((False, ("input_ids", "labels")),)
     (one, other), *_ = on_ranks(drawing("noisy", "dp=1", calls=mode), in_eval_mode)

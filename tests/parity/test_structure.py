@@ -95,6 +95,7 @@ def test_ppmoe_needs_no_all_to_all():
         assert len(forward_on(("tp",), log, "all_reduce")) == 2 * 2 + 3
 
 
+@pytest.mark.slow
 def test_sequence_parallel_scatters_and_gathers_where_it_summed():
     """Megatron's order: per layer two gathers and two reduce-scatters, and no all-reduce of tokens."""
     logs = [

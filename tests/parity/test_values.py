@@ -11,13 +11,13 @@ from tedfx.errors import ConfigError, TraceError
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
-from tests.marks import slow
 from tests.parity import values
 from tests.pool import context, ranks  # noqa: F401
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{}, slow({"sequence_parallel": False, "checkpoint": "full"})], ids=["", "whole tokens"]
+    "options", [{}, {"sequence_parallel": False, "checkpoint": "full"}], ids=["", "whole tokens"]
 )
 def test_complex_values_have_gradients(ranks, options):  # noqa: F811
     for errors in ranks(4).run(values.complex_gradients, (2, 2), ("dp", "tp"), options):

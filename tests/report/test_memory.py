@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tedfx.analysis import activations
-from tests.marks import slow
 
 _SPEC = importlib.util.spec_from_file_location(
     "benchmarks_memory", Path(__file__).parents[2] / "benchmarks" / "memory.py"
@@ -78,7 +77,8 @@ def test_fake_tensors_keep_the_same():
         )
 
 
-@pytest.mark.parametrize("sequence_parallel, dedup", [slow(False, False), (False, True), slow(True, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel, dedup", [(False, False), (False, True), (True, True)])
 def test_a_mixture(sequence_parallel, dedup):
     kept = {}
     for policy in ("none", "comm", "full"):

@@ -94,6 +94,7 @@ def test_all_rows_without_folding(compilations):
     assert max(map(len, str(told).splitlines())) <= WIDTH
 
 
+@pytest.mark.slow
 def test_long_mesh_stays_narrow(compilations):
     told = explain(compilations("mixtral", "ep=2,dp=2,tp=2"), rows="all")
     check(told, r"^roles +batch=ep,dp", r"ep:S\(0\) dp:S\(0\)")
