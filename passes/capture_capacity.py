@@ -42,6 +42,7 @@ from tedfx.capture.stacks import Stacks
 from tedfx.errors import CaptureError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import leading_to, reached_from
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.sizes import as_size
 from tedfx.placement.slots import Slots
@@ -139,14 +140,14 @@ def _slots(node: fx.Node, known: dict) -> _Product | None:
 
 
 def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> None:
-    inside = _followers(graph, {n for n in starts})
+    inside = reached_from(graph, {n for n in starts})
     if end.other not in inside:
         raise refuse(
             "what is combined was not dispatched by a mask of slots",
             end.node,
             "dispatch: einsum('nec,nh->ech', ..)",
         )
-    mine = {n for n in starts if n in _sources(end.other, inside)}
+    mine = {n for n in starts if n in leading_to(end.other, inside)}
     if len(mine) > 1:
         raise refuse(
             "what is combined was dispatched twice",
@@ -166,7 +167,7 @@ def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> No
             )
         sizes = {**sizes_of(start.mask), "c": sizes_of(start.mask)["c"]}
         bodies = SlotBodies(
-            graph, routing, stacks, start.node, labels, sizes, _followers(graph, {start.node})
+            graph, routing, stacks, start.node, labels, sizes, reached_from(graph, {start.node})
         )
         choices = Choices(graph, end.mask.terms, end.node)
         dispatched, tail = choices.dispatch(_tokens(graph, start, routing), _known_slots(start, routing))
@@ -318,21 +319,3 @@ def _shaped(graph: fx.Graph, out: fx.Node, start: _Product, end: _Product, routi
             graph, aten.permute.default, (out, [dims.index(d) for d in range(len(dims))]), like=end.node
         )
     return out
-
-
-def _followers(graph: fx.Graph, start: set) -> set:
-    out = set(start)
-    for node in graph.nodes:
-        if node not in out and any(source in out for source in node.all_input_nodes):
-            out.add(node)
-    return out
-
-
-def _sources(node: fx.Node, inside: set) -> set:
-    found, todo = {node}, [node]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source in inside and source not in found:
-                found.add(source)
-                todo.append(source)
-    return found

@@ -46,7 +46,7 @@ from tedfx.capture.spread import Spread
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import LEFT
 from tedfx.errors import TedfxError, user_line
-from tedfx.graph.nodes import REGROUPS, is_tensor
+from tedfx.graph.nodes import REGROUPS, is_tensor, leading_to
 from tedfx.passes.base import Pass, PassResult
 from tedfx.stages.graphs import GlobalGraph
 
@@ -214,7 +214,7 @@ def _forward(graph: fx.Graph, bodies: DenseBodies) -> Ending:
 
 
 def _replace(graph: fx.Graph, bodies: DenseBodies, end: Ending) -> str:
-    region = _region(end.node, bodies.inside)
+    region = set(leading_to(end.node, bodies.inside))
     sizes = _sizes(region, end.node)
     line = user_line(end.node)
     with graph.inserting_before(end.node):
@@ -238,16 +238,6 @@ def _size(graph: fx.Graph, bodies: DenseBodies, node: fx.Node, size: fx.Node) ->
         raise refuse("the size of what experts compute is read", size, "read the size of the tokens")
     with graph.inserting_before(size):
         return bodies.size_of(labels[dim], size)
-
-
-def _region(end: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
-    found, todo = {end}, [end]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source in inside and source not in found:
-                found.add(source)
-                todo.append(source)
-    return found
 
 
 def _sizes(region: set[fx.Node], end: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

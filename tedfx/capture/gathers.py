@@ -16,7 +16,7 @@ from torch import fx
 from tedfx.capture.batched import refuse
 from tedfx.capture.batched_dims import ALONG
 from tedfx.capture.routing import Dims, Fact, Routing, argument, name_of, shape_of
-from tedfx.graph.nodes import REGROUPS, is_tensor, operand
+from tedfx.graph.nodes import REGROUPS, is_tensor, leading_to, operand
 
 __all__ = ["Gathers", "Picked", "gathered", "last_product", "picked"]
 
@@ -87,12 +87,7 @@ def last_product(graph: fx.Graph, gathers: Gathers) -> tuple[fx.Node, set[fx.Nod
     end = readers[-1]
     if name_of(end) == "mul" and [name_of(user) for user in end.users] == ["sum"]:
         (end,) = end.users
-    body, todo = {end}, [end]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source in follows and source not in body:
-                body.add(source)
-                todo.append(source)
+    body = set(leading_to(end, follows))
     if not set(readers) <= body:
         raise refuse(
             "gathered weights meet tokens in several places", end, "let one sum end an expert's work"

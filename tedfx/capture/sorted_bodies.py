@@ -23,7 +23,7 @@ from tedfx.errors import CaptureError, user_line
 from tedfx.graph import nodes
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import REGROUPS, operand
+from tedfx.graph.nodes import REGROUPS, leading_to, operand
 
 __all__ = ["RowsOf", "SortedRows", "refuse"]
 
@@ -177,7 +177,7 @@ class SortedRows:
     def joined(self, node: fx.Node) -> RowsOf | None:
         """The experts' results on their runs, one after the other."""
         parts: tuple[fx.Node, ...] = tuple(nodes.argument(node, 0))
-        first = next((n for n in _above(parts[0]) if n.target is ops.expert_run.default), None)
+        first = next((n for n in leading_to(parts[0]) if n.target is ops.expert_run.default), None)
         if first is None:
             return None
         value = self.rows.get(operand(first, 0)) or self.found.get(operand(first, 0))
@@ -286,13 +286,3 @@ class SortedRows:
                 return None
             node = user
         return None
-
-
-def _above(node: fx.Node) -> list[fx.Node]:
-    seen, todo = {node: None}, [node]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source not in seen:
-                seen[source] = None
-                todo.append(source)
-    return list(seen)

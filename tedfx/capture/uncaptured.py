@@ -22,7 +22,7 @@ from tedfx.capture.masks import facts
 from tedfx.capture.routing import Fact, name_of, shape_of
 from tedfx.errors import user_line
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import operand
+from tedfx.graph.nodes import operand, reached_from
 
 __all__ = ["LEFT", "find_uncaptured"]
 
@@ -58,7 +58,7 @@ def find_uncaptured(graph: fx.Graph) -> list[tuple[str, str]]:
     }
     if not chosen:
         return []
-    follows = _followers(graph, set(known))  # what the choice reaches
+    follows = reached_from(graph, known)  # what the choice reaches
     found: dict[tuple[str, str], None] = {}
     for node in graph.nodes:
         style = _style(node, chosen, known, follows)
@@ -122,11 +122,3 @@ def _computed_with(value: object, depth: int = 12) -> fx.Node | None:
             return weights[0] if weights else None
         value, depth = next(iter(value.all_input_nodes), None), depth - 1
     return None
-
-
-def _followers(graph: fx.Graph, start: Set[fx.Node]) -> set[fx.Node]:
-    out = set(start)
-    for node in graph.nodes:
-        if any(source in out for source in node.all_input_nodes):
-            out.add(node)
-    return out

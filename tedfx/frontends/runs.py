@@ -120,7 +120,6 @@ class ExpertRuns(TorchFunctionMode):
         super().__init__()
         self.hits, self.asked = hits, asked
         self.runs: dict[int, Runs] = {}
-        self.cut: dict[int, tuple[T, Runs, int]] = {}  # by id: what is computed from one expert's run
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

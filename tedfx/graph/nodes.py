@@ -8,7 +8,7 @@ for: a value of the graph (`operand`), or a constant (`argument`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "is_operator",
     "is_sequence",
     "is_tensor",
+    "leading_to",
     "namespace",
     "op_name",
     "operand",
@@ -34,6 +35,7 @@ __all__ = [
     "operands",
     "operator_of",
     "overload",
+    "reached_from",
     "results",
     "short_name",
 ]
@@ -158,3 +160,23 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 # Operators that give the same elements in the same order, in other dims.
 REGROUPS = frozenset("view reshape _unsafe_view flatten unflatten squeeze".split())
+
+
+def leading_to(node: fx.Node, inside: Container[fx.Node] | None = None) -> dict[fx.Node, None]:
+    """The node and all that it is computed from, the nearest first; of those `inside` alone, where given."""
+    found, todo = {node: None}, [node]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source not in found and (inside is None or source in inside):
+                found[source] = None
+                todo.append(source)
+    return found
+
+
+def reached_from(graph: fx.Graph, start: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes and all that is computed from them."""
+    found = set(start)
+    for node in graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
