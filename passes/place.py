@@ -19,6 +19,7 @@ from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, Placement, R, Shard, find_dim
 from tedfx.rules import Relation
 from tedfx.stages.graphs import PlannedGraph, TypedGraph
+from tedfx.state.layouts import stack_name
 
 
 def convert(x, axis, source, target):
@@ -39,7 +40,7 @@ class Place(Pass[PlannedGraph]):
     3. Outputs: batch rows stay with their rank; everything else becomes I. A loss that is a partial sum is
        reduced here.
     4. Parameters whose every use on an axis, casts apart, is R become R there: their gradient is summed at
-       the boundary, once, not per use.
+       the boundary, once, not per use. The graph of a later call takes over what the first one settled.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"tensor_plan"})
@@ -73,9 +74,7 @@ class _Placement:
                     if factor is not None and node.name not in states:
                         type_[axis] = Shard(factor.root())
                     else:
-                        type_[axis] = (
-                            R if node.name in params and axis in batch and differentiable(node) else I
-                        )
+                        type_[axis] = R if self._sums(node, axis, axis in batch) else I
                 TYPE[node] = type_
             elif node.op == "call_function" and node in RELATION:
                 self.place(node)
@@ -84,6 +83,19 @@ class _Placement:
         self.boundary()
         self.result.next = self.program.then(TypedGraph)
         return self.result
+
+    def _sums(self, node: fx.Node, axis: str, otherwise: bool) -> bool:
+        """Whether the gradient of an input is summed over an axis at the boundary: as the module's first
+        graph settled it, else `otherwise`."""
+        if node.name not in self.program.parameter_names or not differentiable(node):
+            return False
+        settled = self._settled(node)
+        return otherwise if settled is None else axis in settled
+
+    def _settled(self, node: fx.Node) -> tuple[str, ...] | None:
+        trace, summed = self.program.trace, self.program.setting.summed
+        name = trace.parameters.get(node.name) or stack_name(trace.stacked[node.name])
+        return None if summed is None else summed.get(name)
 
     # nodes --------------------------------------------------------------------------------------------------
     def place(self, node: fx.Node) -> None:
@@ -248,6 +260,8 @@ class _Placement:
         (autocast): the sum is of the gradient in the parameter's dtype."""
         for node in list(self.graph.nodes):
             if node.op != "placeholder" or node.name not in self.program.parameter_names:
+                continue
+            if self._settled(node) is not None:
                 continue
             while (
                 (uses := _uses(node))

@@ -56,14 +56,21 @@ class Compilations:
         )
 
     def compile(
-        self, call: Mapping[str, Any], training: bool, around: Autocast | None = None, attributes: tuple = ()
+        self,
+        call: Mapping[str, Any],
+        training: bool,
+        around: Autocast | None = None,
+        attributes: tuple = (),
+        summed: Mapping[str, tuple[str, ...]] | None = None,
     ) -> LocalGraph:
+        """`summed`: over which axes the gradients of parameters are summed (`Setting`), after the first."""
         key = (tuple(sorted((str(k), _kind(v)) for k, v in _leaves(call))), training, around, attributes)
         if key not in self.done:
             for ready in self.traces:
                 if (
                     isinstance(ready, LocalGraph)
                     and self._same(ready)
+                    and self._sums(ready, summed)
                     and self._holds(ready.trace, call, training, around)
                 ):
                     self.changes.watch(ready.trace.observed, training == self.model.training)
@@ -105,6 +112,7 @@ class Compilations:
                 options=self.options,
                 model=self.model,
                 dtypes=self.dtypes,
+                summed=summed,
             )
             with region(None, self.device.type):
                 self.done[key] = compile_graph(whole, self.passes)
@@ -117,6 +125,13 @@ class Compilations:
         its = (ready.roles, tuple(record.text for record in ready.history), ready.options.graph())
         setting = ready.setting
         return its == mine and not setting.trained & self.frozen and setting.untrained <= self.frozen
+
+    def _sums(self, ready: LocalGraph, summed: Mapping[str, tuple[str, ...]] | None) -> bool:
+        return summed is None or all(
+            summed[layout.name] == layout.reduce_axes
+            for layout in layouts_of(self.model, ready, self.frozen)
+            if layout.name in summed
+        )
 
     def _holds(self, traced: Trace, call, training: bool, around: Autocast | None) -> bool:
         """Whether a trace is of such a call, and of the model as it is now."""
@@ -133,10 +148,13 @@ class Placing:
 
     def __init__(self, made: Compilations, layouts: Iterable[ParameterLayout]):
         self.made, self.layouts = made, {layout.name: layout for layout in layouts}
+        self.summed = {layout.name: layout.reduce_axes for layout in self.layouts.values()}
 
     def __call__(self, signature: Signature, flat: dict, training: bool) -> Program:
         made = self.made
-        compilation = made.compile(_unflatten(flat), training, signature.autocast, signature.attributes)
+        compilation = made.compile(
+            _unflatten(flat), training, signature.autocast, signature.attributes, self.summed
+        )
         trace_, graph = compilation.trace, compilation.graph_module.graph
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         stacked = getattr(trace_, "stacked", {})

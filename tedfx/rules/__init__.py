@@ -7,6 +7,7 @@ from tedfx.ops.function import kept_of
 from tedfx.rules import (
     complexes,
     contractions,
+    convolutions,
     creation,
     draws,
     experts,
@@ -19,7 +20,7 @@ from tedfx.rules.base import RULES, Annotator, Relation, Rule, whole_everywhere
 
 __all__ = ["RULES", "Annotator", "FAMILIES", "Relation", "Rule", "rule_for", "whole_everywhere"]
 
-FAMILIES = (complexes, contractions, creation, draws, experts, indexing, pointwise, views)
+FAMILIES = (complexes, contractions, convolutions, creation, draws, experts, indexing, pointwise, views)
 """Their rules are registered by importing them."""
 
 

@@ -104,11 +104,12 @@ class GlobalGraph(Stage):
         example: Mapping[sympy.Symbol, int] | None = None,
         model: nn.Module | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
+        summed: Mapping[str, tuple[str, ...]] | None = None,
     ) -> GlobalGraph:
         """A copy of a trace, which may serve any number of meshes, less the outputs that were not asked for.
 
         roles: a single rank by default. trainable: names of placeholders; by default what the trace did not
-        find frozen. ConfigError for an output that the model has not."""
+        find frozen. summed: see `Setting`. ConfigError for an output that the model has not."""
         roles = Roles.resolve(MeshShape.of("dp=1")) if roles is None else roles
         if trainable is None:
             trainable = {p for p, name in trace.parameters.items() if name not in trace.frozen}
@@ -123,6 +124,7 @@ class GlobalGraph(Stage):
             output_names=names,
             trained=trained,
             untrained=frozenset(trace.parameters.values()) - trained,
+            summed=summed,
         )
         own = replace(
             trace,

@@ -26,6 +26,8 @@ class Setting:
     output_names  a name per leaf of the model's output: ``loss``, ``logits``, ``router_logits[0]``
     trained       names of the parameters that require gradients, in the user's terms
     untrained     those of the others
+    summed        layout name -> axes over which its gradient is summed, where an earlier call's graph has
+                  settled it; None in the first graph of a module, which settles it
     """
 
     roles: Roles
@@ -35,6 +37,7 @@ class Setting:
     output_names: list[str]
     trained: frozenset[str]
     untrained: frozenset[str]
+    summed: Mapping[str, tuple[str, ...]] | None = None
 
 
 def name_outputs(spec: pytree.TreeSpec) -> list[str]:
