@@ -31,7 +31,7 @@ def convolution(node: fx.Node, ctx: Annotator) -> Relation:
             ctx.match((w, outside), (bias, 0))
     xs, ws = ctx.dims(x), ctx.dims(w)
     sizes = shape_of(node)
-    made = [() if size == 1 else (Factor(size),) for size in sizes[channel:]]
+    made: list[Dim] = [() if size == 1 else (Factor(size),) for size in sizes[channel:]]
     whole = {0: flat(xs[channel + 1 :]), 1: flat(ws[2:])}
     created = flat(made[1:])
     if groups == 1:
