@@ -32,6 +32,7 @@ class Config:
     dropout: float = 0.0
     shared: bool = False
     balanced: bool = False
+    sliced: bool = False  # the loss of all tokens but the last: no single token then, and a second export
     draws: str = ""  # what is random in the router: see `MoE.route`
 
 
@@ -415,8 +416,13 @@ class PlainMoELM(nn.Module):
         logits = self.lm_head(self.norm(x))
         loss = None
         if labels is not None:
-            shifted = logits[:, :-1].reshape(-1, self.c.vocab_size)
-            loss = F.cross_entropy(shifted, labels[:, 1:].reshape(-1), ignore_index=-100) + self.c.aux * total
+            logits_, labels = (
+                (logits[:, :-1], labels[:, 1:])
+                if self.c.sliced
+                else (logits, F.pad(labels, (0, 1), value=-100)[:, 1:])
+            )
+            loss = F.cross_entropy(logits_.reshape(-1, self.c.vocab_size), labels.reshape(-1))
+            loss = loss + self.c.aux * total
         return Output(loss, logits)
 
 
@@ -434,12 +440,12 @@ PLAIN = {
     "plain": partial(make, moe="index_add"),
     "plain_test": partial(make, moe="index_add_test", expert="gelu"),
     "plain_top1": partial(make, moe="index_add_test", top_k=1),
-    "plain_setitem": partial(make, moe="setitem", positions=True),
+    "plain_setitem": partial(make, moe="setitem", positions=True, sliced=True),
     "plain_boolean": partial(make, moe="boolean", expert="gelu", shared=True),
     "plain_masked": partial(make, moe="masked_add"),
     "plain_masked_gelu": partial(make, moe="masked_add", expert="gelu", norm="layer", positions=True),
     "plain_stacked": partial(make, moe="stacked"),
-    "plain_normed": partial(make, moe="index_add", expert="normed"),
+    "plain_normed": partial(make, moe="index_add", expert="normed", sliced=True),
     "plain_balanced": partial(make, moe="index_add", balanced=True),
     "plain_switch": partial(make, moe="top_one", expert="gelu", top_k=1),
 }

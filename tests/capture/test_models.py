@@ -82,7 +82,8 @@ BIASES = {
 
 
 @pytest.mark.parametrize(
-    "moe, expert", [*((moe, "gelu") for moe in MOES), ("index_add", "normed"), ("unflattened_mask", "normed")]
+    "moe, expert",
+    [*((moe, "gelu") for moe in MOES), slow("index_add", "normed"), slow("unflattened_mask", "normed")],
 )
 def test_every_way_to_write_it(moe, expert):
     model = Layer(moe, expert=expert).double()

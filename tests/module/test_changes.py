@@ -27,7 +27,7 @@ CHANGES = (
     [
         slow("ep", {"check": "none"}, CHANGES, 3),
         slow("dp", {"zero": 3}, (changing.nothing, changing.freeze, changing.nothing), 1),
-        ("dp", {"layered": True}, (changing.nothing, changing.nothing), 1),
+        slow("dp", {"layered": True}, (changing.nothing, changing.nothing), 1),
     ],
     ids=["attributes", "frozen later", "layered"],
 )

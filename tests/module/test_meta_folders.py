@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import tedfx
 from tedfx.runtime.pretrained import Pretrained
 from tedfx.runtime.weights import NoWeights
+from tests.marks import slow
 from tests.module.meta import (
     CASES,
     HF,
@@ -102,7 +103,7 @@ def test_overwrite(ranks, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in load_all(folder).items())
 
 
-@pytest.mark.parametrize("mesh, name", CASES + MORE)
+@pytest.mark.parametrize("mesh, name", [*(slow(*each) for each in CASES), *MORE])
 def test_folders(ranks, tmp_path, name, mesh):
     model, folder, out = single(name), str(tmp_path / "in"), str(tmp_path / "out")
     if name in HF:

@@ -145,5 +145,6 @@ def mixed():
     assert "had weights" in refused(tedfx.ConfigError, pm.init_weights)
 
 
+@pytest.mark.slow
 def test_half_meta(ranks):
     ranks(2).run(mixed)

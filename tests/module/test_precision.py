@@ -12,6 +12,7 @@ from tedfx.errors import ConfigError, TedfxError
 from tedfx.optim import LossScale, ShardedOptimizer
 from tedfx.saving.folder import CheckpointError
 from tedfx.trace.precision import cast_model, parameter_dtypes
+from tests.marks import slow
 from tests.module.mixed import Dense, Mixture, tokens
 from tests.pool import context
 
@@ -115,6 +116,7 @@ def without_weights():
         tedfx.parallelize(real, mesh((2,), ("ep",)), precision="bf16" if dist.get_rank() else None)
 
 
+@pytest.mark.slow
 def test_a_model_without_weights_is_cast(ranks):
     ranks(2).run(without_weights)
 
@@ -214,7 +216,7 @@ def regions(shape, names):
     }
 
 
-@pytest.mark.parametrize("axis", ["tp"])
+@pytest.mark.parametrize("axis", [slow("tp")])
 def test_autocast_on_two_ranks(ranks, axis):
     ranks(2).run(regions, (2,), (axis,))
 
@@ -308,6 +310,6 @@ def overflow(shape, names, zero, folder):
     return apart, moved
 
 
-@pytest.mark.parametrize("axis,zero", [("ep", 0), ("dp", 2)])
+@pytest.mark.parametrize("axis,zero", [slow("ep", 0), ("dp", 2)])
 def test_float16_overflow_on_one_rank(ranks, axis, zero, tmp_path):
     ranks(2).run(overflow, (2,), (axis,), zero, str(tmp_path))

@@ -12,6 +12,7 @@ from tedfx.optim.compression import CompressedMean
 from tedfx.optim.volume import ring_bytes
 from tedfx.runtime.state_dict import StateError
 from tedfx.saving.folder import CheckpointError
+from tests.marks import slow
 from tests.module import toy
 from tests.optim.training import assert_replicas_equal, loss_of, mesh, module, parameters
 
@@ -353,6 +354,7 @@ def feedback():
     return descend(True), descend(False)
 
 
+@pytest.mark.slow
 def test_error_feedback_converges_where_signs_alone_do_not(ranks):
     fed, unfed = ranks(2).run(feedback)[0]
     assert 0 <= fed < unfed / 20 and unfed > 5e-3, (fed, unfed)
@@ -592,7 +594,7 @@ def resumed(folder, dtype):
         tedfx.Checkpointer(folder, *made(3)).load(folder / "step-00000005")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, slow(torch.bfloat16)])
 def test_a_run_goes_on(ranks, tmp_path, dtype):
     ranks(4).run(resumed, tmp_path, dtype)
 

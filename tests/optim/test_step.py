@@ -25,6 +25,7 @@ def three_steps(shape, names, cases):
             assert_replicas_equal(pm)
 
 
+@pytest.mark.slow
 def test_every_optimizer_in_small_tiles(ranks):
     ranks(4).run(three_steps, (2, 2), ("dp", "tp"), [(name, 7, 2**20) for name in OPTIMIZERS])
 

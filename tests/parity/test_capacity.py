@@ -47,15 +47,18 @@ ASPECTS = {name: (lambda row, name=name: row[name]) for name in CHOICES} | {
     "roles": lambda row: str(MESHES[row["mesh"]][1]),
     "data": lambda row: "dp" in row["mesh"] or "ep" in row["mesh"],
     "experts": lambda row: "ep" in row["mesh"],
+    "once": lambda row: True,
 }
 SWITCHES = [name for name in CHOICES if name not in ("model", "mesh")]
-FAST = [
-    *((a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]),
-    ("mesh", "capacity"),
-    ("model", "capacity"),
+PAIRS = [(a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]]
+DATA = ("routing", "batch")
+FAST = [pair for pair in PAIRS if not {*pair} & {*DATA}] + [
+    (what, "once") for what in ("model", "mesh", *DATA)
 ]
 WANTED = [
-    *FAST,
+    *PAIRS,
+    ("mesh", "capacity"),
+    ("model", "capacity"),
     *(("mesh", what) for what in ("routing", "sequence_parallel")),
     *(("model", what) for what in ("data", "experts", "routing")),
     ("roles", "checkpoint"),

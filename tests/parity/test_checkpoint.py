@@ -11,7 +11,7 @@ from tedfx.analysis.cost import Cost
 from tedfx.ops import count_collectives, count_events
 from tedfx.verification.batches import split_batch
 from tedfx.verification.errors import errors, relative
-from tests.marks import slow
+from tests.marks import slow, slow_but
 from tests.parity.cases import case, on_ranks, on_single
 
 PPMOE = {"expert": "tp"}
@@ -45,7 +45,7 @@ def counted(pm, batch, rank):
     )
 
 
-@pytest.mark.parametrize("mesh, roles", [("ep=2,tp=2", {}), ("tp=2", PPMOE)], ids=["ep=2,tp=2", "ppmoe"])
+@pytest.mark.parametrize("mesh, roles", [slow("ep=2,tp=2", {}), ("tp=2", PPMOE)], ids=["ep=2,tp=2", "ppmoe"])
 def test_comm_repeats_nothing_that_communicates_or_decides(mesh, roles):
     for ran, predicted, events, choices in on_ranks(
         case("mixtral", mesh, roles=roles, checkpoint="comm"), counted
@@ -123,7 +123,7 @@ def loads_on_single(model, batch):
     return loads(model, batch), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("policy", [slow("comm"), "full"])
+@pytest.mark.parametrize("policy", slow_but([], ["comm", "full"]))
 def test_buffers_advance_once(policy):
     """A count of the tokens per expert, which routing reads: recompute neither advances it nor reads the
     advanced one."""

@@ -43,6 +43,7 @@ def test_whatever_else_is_asked_for(options):
     assert result.ok, f"\n{result}"
 
 
+@pytest.mark.slow
 def test_every_step_draws_anew_and_the_state_draws_again():
     for loss, grads, again, replay in on_ranks(drawing("gumbel", "ep=2"), with_dropout):
         assert relative(again, loss) > 1e-6 and replay == loss

@@ -1,8 +1,8 @@
 """Models, meshes, savings, stages and batches: every pair of choices against the single device, in loss,
 gradient norm, gradients, buffers, parameters after two steps, and replicas bit by bit.
 
-`make test` has every pair of switches, every model and every mesh; `make test-slow` the pairs of models and
-meshes with each other and with the switches. The rows are made by `tests/parity/pairwise.py`, so a new choice
+`make test` has every pair of switches, and every model, mesh and batch once; `make test-slow` the pairs of
+models, meshes and batches with each other and with the switches. The rows are made by `tests/parity/pairwise.py`, so a new choice
 is one entry here. The full products are `make parity`. Labels are spread unevenly over the ranks, and the
 router's auxiliary loss is on.
 """
@@ -107,6 +107,7 @@ ASPECTS = {name: (lambda row, name=name: row[name]) for name in CHOICES} | {
     "ep": axis("ep"),
     "tp": axis("tp"),
     "roles": lambda row: str(mesh_of(row)[1]),
+    "once": lambda row: True,
     # what a model or a mesh can get wrong: shares of gradients, shares of parameters; recompute at all
     "stage": lambda row: ("whole", "shares", "shares", "gathered")[row["zero"]],
     "recompute": lambda row: row["checkpoint"] != "none",
@@ -114,13 +115,13 @@ ASPECTS = {name: (lambda row, name=name: row[name]) for name in CHOICES} | {
     "experts on tp": lambda row: "tp" in mesh_of(row)[1].get("expert", ()),
 }
 SWITCHES = ["zero", "checkpoint", "dedup", "sequence_parallel", "algebra", "batch", "optimizer", "dtype"]
+PAIRS = [(a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]]
 FAST = [
-    *((a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]),
-    *(("mesh", what) for what in ("recompute", "dedup")),
-    *(("model", what) for what in ("tensor", "recompute")),
+    *(pair for pair in PAIRS if "batch" not in pair),
+    *((what, "once") for what in ("model", "mesh", "batch")),
 ]
 WANTED = [
-    *FAST,
+    *PAIRS,
     *(("mesh", what) for what in ("stage", "recompute", "dedup", "sequence_parallel", "algebra")),
     *((where, "checkpoint") for where in ("dp", "ep", "tp", "roles")),
     *((where, "batch") for where in ("dp", "ep", "tp", "experts on tp")),

@@ -17,6 +17,7 @@ from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.capture.test_models import BIASES, check, operators, routers, tokens
+from tests.marks import slow
 from tests.models_capacity import FACTORS, LAYERS
 from tests.models_plain import Config
 
@@ -44,7 +45,14 @@ def capture(model):
 
 
 @pytest.mark.parametrize(
-    "name, config", [(name, {"expert": "normed"} if name == "modules" else {}) for name in LAYERS], ids=str
+    "name, config",
+    [
+        *((name, {}) for name in LAYERS if name not in ("modules", "grouped", "ranked")),
+        slow("modules", {"expert": "normed"}),
+        slow("grouped", {}),
+        slow("ranked", {}),
+    ],
+    ids=str,
 )
 def test_every_way_to_write_it(name, config):
     model = Layer(name, **config).double()

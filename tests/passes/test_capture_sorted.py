@@ -13,6 +13,7 @@ from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.capture.test_models import check, operators, tokens
+from tests.marks import slow
 
 E, H, K = 4, 32, 2
 
@@ -175,7 +176,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [slow(1), 2])
 @pytest.mark.parametrize("mixture", WAYS, ids=lambda way: way.__name__)
 def test_is_the_model(mixture, k):
     model = Block(mixture, k).double()

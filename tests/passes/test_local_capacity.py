@@ -173,6 +173,7 @@ def test_the_option():
     assert "no mixture with a capacity" in record.result.notes[0]
 
 
+@pytest.mark.slow
 def test_what_verify_compares_with():
     """`verify(capacity="local")`: the model's own graph in groups is the oracle that the parity tests make by
     hand; a model without a capacity is left as it is."""

@@ -11,6 +11,7 @@ from tedfx.placement.factors import leaves
 from tedfx.placement.fit import whole_pieces
 from tedfx.placement.sizes import solve, symbol_of
 from tedfx.trace.call_check import CallRules
+from tests.marks import slow_but
 from tests.passes import models as m
 from tests.passes.helpers import PLAIN, parity, placeholder, upto
 
@@ -183,7 +184,7 @@ def stacked(program) -> dict[str, list[str]]:
     return {name.removeprefix("p_experts_stacked_"): names for name, names in program.trace.stacked.items()}
 
 
-@pytest.mark.parametrize("tie", ["", "weight", "expert"])
+@pytest.mark.parametrize("tie", slow_but(["expert"], ["", "weight", "expert"]))
 def test_experts_used_twice_and_experts_that_share(tie):
     model = Loop(tie)
     first, _ = upto(model, "dp=2", m.inputs(4, 6), "capture_loops", **PLAIN)

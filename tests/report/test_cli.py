@@ -83,6 +83,7 @@ def test_json(capsys):
     assert [s["count"] for s in json.loads(out)["layers"] if s["path"]] == [1] * 4
 
 
+@pytest.mark.slow
 def test_checkpoint(capsys):
     arguments = ["explain", TOY, "--mesh", "tp=2", "--batch", 2, "--sequence", 8, "--no-sequence-parallel"]
     status, out, _ = run(capsys, *arguments, "--checkpoint", "full")
@@ -235,6 +236,7 @@ def test_verify_is_handed_on(monkeypatch):
     assert [*map(main, asked), main(["verify", "good"])] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_memory(capsys):
     """What a rank holds is told in one line; where that is too much, in two."""
     arguments = ["explain", TOY, "--mesh", "dp=2", "--batch", 2, "--sequence", 8]

@@ -7,7 +7,7 @@ from tedfx.verification.batches import make_batch
 from tedfx.verification.heads import HEADS, auto_class, heads_of
 from tedfx.verification.models import ByType, factory
 from tedfx.verification.verify import verify
-from tests.marks import slow
+from tests.marks import slow_but
 
 pytest.importorskip("transformers")
 
@@ -46,9 +46,7 @@ def test_labels_of_an_answer():
     assert start[-1] == end[-1] == 12 and bool((end[:-1] < 12).all())  # one row that does not count
 
 
-@pytest.mark.parametrize(
-    "head", [head if head == "question-answering" else slow(head) for head in TASKS], ids=str
-)
+@pytest.mark.parametrize("head", slow_but([], TASKS), ids=str)
 def test_on_a_mesh(head):
     made = ByType(TASKS[head], head=head)
     result = verify(made, "dp=2,tp=2", steps=2, device="cpu")

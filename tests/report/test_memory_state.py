@@ -13,6 +13,7 @@ from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.report.explanation import explain
 from tedfx.stages.graphs import GlobalGraph
+from tests.marks import slow, slow_but
 
 _BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
@@ -34,7 +35,7 @@ def gpt(state):
     )
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", slow_but([2, 3], range(4)))
 def test_stages_of_zero(state, gpt, stage):
     (row,) = state.measure("", gpt(), "dp=4", stage)
     share = lambda at: 4 if stage >= at else 1
@@ -101,7 +102,9 @@ def test_a_tiled_spike_does_not_grow_with_the_experts(state, gpt):
     assert untiled[16] > 2 * untiled[4] and untiled[16] > 4 * tiled[16]
 
 
-@pytest.mark.parametrize("where, device, host", [("gradients", 14, 2), ("optimizer", 4, 12), ("cpu", 2, 14)])
+@pytest.mark.parametrize(
+    "where, device, host", [slow("gradients", 14, 2), slow("optimizer", 4, 12), ("cpu", 2, 14)]
+)
 def test_offload_leaves_what_its_table_says(state, gpt, where, device, host):
     (row,) = state.measure("", gpt(), "dp=1", 0, steppers=[{"fused": True, "offload": where}])
     assert 0 <= row.host - host * row.psi < 1000 and 0 <= row.total - row.host - device * row.psi < 1000

@@ -120,6 +120,7 @@ def test_one_rank():
     assert "communication: none" in text and "(1 rank)" in text
 
 
+@pytest.mark.slow
 def test_sizes_given(compilations):
     compilation = compilations("mixtral", MESH)
     default = explain(compilation)

@@ -77,7 +77,7 @@ def assert_close(actual, expected, tolerance):
 LAYERS = {name: {} if name in ("deepseek_v3", "gpt_oss") else {"num_hidden_layers": 1} for name in MODELS}
 
 
-@pytest.mark.parametrize("name", slow_but(["mixtral", "deepseek_v3", "gpt_oss"], MODELS))
+@pytest.mark.parametrize("name", slow_but(["deepseek_v3"], MODELS))
 def test_loss_and_gradients_in_float64(name):
     torch.manual_seed(0)
     model = MODELS[name](**LAYERS[name]).double()
