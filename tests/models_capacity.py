@@ -252,6 +252,23 @@ class Selected(Top1):
         return einsum("se,sc->sec", mask, slot)
 
 
+class Marked(Top1):
+    """-1 is the place of who has none, and the class before the first slot is left out."""
+
+    def dispatch(self, mask, capacity):
+        place = mask.cumsum(0) - 1
+        place = torch.where((mask > 0) & (place < capacity), place, -1)
+        return F.one_hot(place + 1, capacity + 1)[..., 1:]
+
+
+class FromOne(Top1):
+    """Slots are counted from 1, and 0 is none; whoever is too late stands in a slot behind the last."""
+
+    def dispatch(self, mask, capacity):
+        place = (mask.cumsum(0) * mask).amax(-1).clamp(max=capacity + 1)
+        return mask.unsqueeze(-1) * F.one_hot(place, capacity + 2)[:, None, 1:-1]
+
+
 LAYERS = {
     "switch": Switch,
     "gshard": GShard,
@@ -261,6 +278,8 @@ LAYERS = {
     "signed": Signed,
     "compared": Compared,
     "selected": Selected,
+    "marked": Marked,
+    "from_one": FromOne,
 }
 FACTORS = {
     "switch": 1.25,
@@ -271,6 +290,8 @@ FACTORS = {
     "signed": 1.25,
     "compared": 1.25,
     "selected": 1.25,
+    "marked": 1.25,
+    "from_one": 1.25,
 }
 
 

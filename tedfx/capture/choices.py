@@ -22,7 +22,7 @@ from torch import fx
 from tedfx.capture.batched import refuse
 from tedfx.capture.routing import Dims, Routing, product, shape_of
 from tedfx.capture.rows import Dispatched
-from tedfx.capture.slots import Bit, Term, Value
+from tedfx.capture.slots import Bit, Slot, Term, Value
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import SLOTS, VAL
 from tedfx.placement.sizes import as_size
@@ -91,22 +91,29 @@ class Choices:
     def _within(self, term: Term) -> list[Value]:
         """A place beyond the last slot has none: the bit that says so, unless the term has it already."""
         slot = term.own_slot
-        if slot.beyond is None:
+        if not slot.open:
             return []
-        limit = as_size(slot.size - slot.first)
+        limit, at = as_size(slot.size - slot.first), slot.place.node
         known = any(
             bit.queue == slot.queue and bit.limit is not None and as_size(bit.limit) == limit
             for bit in term.guards
             if isinstance(bit, Bit)
         )
-        found = (
-            [] if known else [Value(self.emit(aten.lt.Scalar, slot.place.node, slot.beyond), slot.place.dims)]
-        )
-        return (
-            found
-            if slot.first >= 0
-            else [*found, Value(self.emit(aten.ge.Scalar, slot.place.node, 0), slot.place.dims)]
-        )
+        found: list[fx.Node] = []
+        if not known:
+            found.append(self.emit(aten.lt.Scalar, at, self._end(slot)))
+        if slot.first < 0:
+            found.append(self.emit(aten.ge.Scalar, at, slot.start))
+        return [Value(node, slot.place.dims) for node in found]
+
+    def _end(self, slot: Slot) -> fx.Node | int:
+        """`start` + how many slots there are."""
+        if isinstance(slot.size, int):
+            return slot.start + slot.size
+        count, plus = slot.count
+        if count is None:
+            raise refuse("how many slots an expert has is no number of the graph", self.like, "compute it")
+        return self.emit(operator.add, count, plus + slot.start) if plus + slot.start else count
 
     def _read(self, value: Value, routing: Routing, ids: fx.Node, dtype: torch.dtype) -> fx.Node:
         """A value at (token, choice): [N, K], [N, 1] or [1, 1]."""

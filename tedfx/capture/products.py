@@ -16,6 +16,7 @@ from torch import fx
 from tedfx.capture.routing import Dims, Sizes, known_of, product, shape_of
 from tedfx.capture.slots import Bit, Mask, Place, SlotFact, Term, Total, Totals, Value, sizes_of
 from tedfx.graph.facts import VAL
+from tedfx.placement.sizes import Size
 
 __all__ = ["multiply", "reduce", "scaled"]
 
@@ -55,7 +56,7 @@ def multiply(
     if places:
         if len(places) > 1 or len(masks) != 1 or len(operands) != 2 or divides:
             return None
-        return _masked(places[0], masks[0], out)
+        return chosen_place(places[0], masks[0], out, 0)
     total: list[Term] | None = None
     values: list[Value] = []
     sizes = {k: v for m in masks for k, v in sizes_of(m).items()}
@@ -141,8 +142,8 @@ def _valued(term: Term, value: Value, divides: bool) -> Term | None:
     return replace(term, values=(*term.values, value), exact=False)
 
 
-def _masked(place: Place, mask: Mask, out: Dims) -> Place | None:
-    """A place times a mask of bits: the place where they are 1."""
+def chosen_place(place: Place, mask: Mask, out: Dims, other: Size) -> Place | None:
+    """The place where the bits of a mask are 1, a number where one is 0."""
     if len(mask.terms) != 1 or out != place.dims:
         return None
     (term,) = mask.terms
@@ -153,10 +154,14 @@ def _masked(place: Place, mask: Mask, out: Dims) -> Place | None:
         or (term.merged and not place.queue.merged)
     ):
         return None
+    # Where a guard of the place alone is 0, its value stays what it was.
+    alone = place.guards - term.guards - ({place.cut[0]} if place.cut else frozenset())
     return replace(
         place,
-        guards=place.guards | term.guards,
-        outside=0 if place.outside == 0 or (term.hit and not place.reduced) else None,
+        guards=term.guards | place.guards,  # the term's can be read
+        outside=other if place.outside == other or (term.hit and not place.reduced) else None,
+        off=other if not alone or place.off == other else None,
+        cut=None if place.cut is None or place.cut[0] in term.guards else place.cut,
     )
 
 

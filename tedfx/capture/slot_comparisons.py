@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from tedfx.capture.products import scaled
-from tedfx.capture.routing import Fact, argument, known_of, name_of, shape_of
+from tedfx.capture.routing import Fact, Routing, argument, known_of, name_of, shape_of
 from tedfx.capture.slots import Bit, Drop, Mask, Numbers, Place, Slot, SlotFact, Term, Value
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand
@@ -28,11 +28,15 @@ SAME = ("clone", "contiguous", "alias", "lift_fresh_copy", "detach")
 
 
 def number(value: object) -> Size | None:
-    """An int, or the expression of a size; None for anything else."""
+    """An int, or the expression of a size, either also as a float; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, (int, fx.Node)):
         return None
     if isinstance(value, int):
         return value
+    if value.target is torch.sym_float:
+        return number(value.args[0])
     return as_size(VAL[value]) if isinstance(VAL.get(value), torch.SymInt) else None
 
 
@@ -73,6 +77,8 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
             name == "ne" or all(t.exact or all(_nonnegative(v.node) for v in t.values) for t in fact.terms)
         ):
             return _nonzero(node, fact)
+        if (name, right) in (("eq", 0), ("lt", 1)):
+            return _not(node, fact)
         return fact if (name, right) in (("eq", 1), ("ge", 1)) and all(t.exact for t in fact.terms) else None
     if not isinstance(fact, Place):
         return None
@@ -84,23 +90,10 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         and fact.dims[-1] == ()
         and shape_of(node)[:-1] == shape_of(left)[:-1]
     ):
-        place = Value(left, fact.dims)
-        slot = Slot(fact.queue, fact.first, fact.guards, place, other.size, beyond=other.source)
-        outside = _outside_value(fact)
-        hit = outside is not None and outside < 0  # no slot where the expert was not chosen
-        return Mask(
-            (*fact.dims[:-1], ("c",)),
-            (
-                Term(
-                    fact.queue.routing,
-                    hit=hit,
-                    slot=slot,
-                    exact=True,
-                    guards=frozenset(),
-                    merged=fact.queue.merged,
-                ),
-            ),
-        )
+        slot = slot_of(fact, left, other.size, other.source, open=True)
+        return Mask((*fact.dims[:-1], ("c",)), (in_slot(fact.queue.routing, slot),))
+    if isinstance(right, int) and name in ("eq", "ne") and right < fact.first and right == fact.elsewhere:
+        name, right = ("lt", fact.first) if name == "eq" else ("ge", fact.first)  # the mark of no place
     if name not in ("lt", "le", "gt", "ge") or shape_of(node) != shape_of(left):
         return None
     limit = number(right)
@@ -112,20 +105,10 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
     ):
         return None
     least = limit + (name == "gt") if name in ("gt", "ge") and isinstance(limit, int) else None
-    outside = _outside_value(fact)
-    if least is not None and outside is not None and outside < least <= fact.first:
-        value = Value(
-            node, fact.dims
-        )  # a place has no less than its first number; where guards are 0 nothing is known of it
-        guards = frozenset({Bit(node=node, source=value)}) if fact.guards else frozenset()
-        return Mask(
-            fact.dims,
-            (
-                Term(
-                    fact.queue.routing, hit=True, values=(value,) if guards else (), guards=guards, exact=True
-                ),
-            ),
-        )
+    least = limit + (name == "le") if name in ("lt", "le") and isinstance(limit, int) else least
+    if least is not None and _below(fact.elsewhere, least) and least <= fact.first:
+        # A place has no less than its first number.
+        return _chosen(node, fact, least) if name in ("gt", "ge") else None
     inverted = name in ("gt", "ge")
     value = Value(node, fact.dims, inverted)
     if limit is not None and fact.guards == fact.queue.guards:
@@ -140,11 +123,56 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
     return Drop(fact.dims, term) if inverted else Mask(fact.dims, (term,))
 
 
-def _outside_value(place: Place) -> int | None:
-    """The number of every (token, choice, expert) that was not chosen; None where it is not known, or where
-    the place does not say of each of them whether it was."""
-    each = not place.reduced and not place.queue.merged and any("e" in dim for dim in place.dims)
-    return place.outside if each else None
+def _below(number: Size | None, least: int) -> bool:
+    return number is not None and bool(sympy.sympify(number - least).is_negative)
+
+
+def _chosen(node: fx.Node, place: Place, least: int) -> Mask:
+    """The mask of those that have a place: `node`, which is 1 where the place is `least` or more."""
+    value = Value(node, place.dims)
+    # If it is less wherever a guard is 0, `node` says that all of them are 1; else it is a bit of its own.
+    own = frozenset({Bit(node=node, source=value)}) if place.guards else frozenset()
+    guards = own | place.guards if _below(place.off, least) and _can_read(place.guards) else own
+    values = (value,) if guards else ()
+    return Mask(place.dims, (Term(place.queue.routing, hit=True, values=values, guards=guards, exact=True),))
+
+
+def _can_read(guards: frozenset[Bit]) -> bool:
+    return all(bit.source is not None for bit in guards)
+
+
+def slot_of(place: Place, node: fx.Node, size: Size, count: object, open: bool = False) -> Slot:
+    """The slot of a place that is the value of `node`. count: the argument that says how many there are."""
+    slot = Slot(
+        place.queue,
+        place.first,
+        place.guards,
+        Value(node, place.dims),
+        size,
+        outside=place.elsewhere,
+        off=place.off,
+        cut=place.cut,
+        count=(count, 0) if isinstance(count, fx.Node) else (None, 0),
+        open=open,
+    )
+    return uncut(slot)
+
+
+def uncut(slot: Slot) -> Slot:
+    """Of a place that was cut off at a number of no slot: whoever is beyond has none."""
+    if slot.cut is None or not slot.is_none(slot.cut[1]):
+        return slot
+    return replace(slot, guards=slot.guards - {slot.cut[0]}, cut=None, open=True)
+
+
+def in_slot(routing: Routing, slot: Slot) -> Term:
+    """The term that is 1 in this slot, with what follows from it: the expert was chosen, if who was not has
+    no slot; guards are 1, if others have none."""
+    guards = slot.guards - ({slot.cut[0]} if slot.cut else frozenset())
+    guards = guards if slot.is_none(slot.off) and _can_read(guards) else frozenset()
+    values = sorted((bit.value for bit in guards), key=lambda value: value.node)
+    hit = slot.is_none(slot.outside)
+    return Term(routing, hit, slot, tuple(values), guards, exact=True, merged=slot.queue.merged)
 
 
 def _nonnegative(value: object, depth: int = 24) -> bool:
@@ -202,13 +230,15 @@ def _is_bool(node: fx.Node) -> bool:
 def negate(node: fx.Node, known: Known, hits: Hits) -> Mask | Drop | None:
     fact = known.get(operand(node, 0))
     if isinstance(fact, Drop) and _is_bool(node):
-        return Mask(fact.dims, (replace(fact.term, values=(Value(node, fact.dims),)),))
-    if (
-        isinstance(fact, Mask)
-        and _is_bool(node)
-        and len(fact.terms) == 1
-        and fact.terms[0].plain
-        and fact.terms[0].exact
-    ):
-        return Drop(fact.dims, replace(fact.terms[0], values=(Value(node, fact.dims, True),)))
-    return None
+        values = (Value(node, fact.dims),) if fact.term.plain else fact.term.values
+        return Mask(fact.dims, (replace(fact.term, values=values),))
+    return _not(node, fact) if isinstance(fact, Mask) and _is_bool(node) else None
+
+
+def _not(node: fx.Node, fact: Mask) -> Drop | None:
+    """`node` is 1 where the mask is 0."""
+    if len(fact.terms) != 1 or not fact.terms[0].exact or fact.terms[0].slot is not None:
+        return None
+    (term,) = fact.terms
+    values = (Value(node, fact.dims, True),) if term.plain else term.values
+    return Drop(fact.dims, replace(term, values=values))

@@ -4,11 +4,13 @@
 |---|---|
 | what masks.py calls a hit: `one_hot(ids, E)`, `ids[..., None] == arange(E)`, ones scattered at ids | mask |
 | `mask.cumsum(d)` of a mask of bits; less 1, less the mask; plus totals | place |
-| `(place * mask).sum(experts)`, `gather` at the ids | place, reduced to the chosen expert |
+| `(place * mask).sum(experts)`, `amax`, `gather` at the ids | place, reduced to the chosen expert |
 | `mask.sum(tokens)` | totals |
 | `place < capacity` | bit; `>=` its not |
+| `where(mask, place, -1)`, `place.masked_fill(drop, -1)` | place, a number where there is none |
 | `place >= 0` where the place is less wherever the expert was not chosen (`place * mask - 1`) | mask |
 | `one_hot(place, C)`, `place[..., None] == arange(C)`, ones scattered at places | mask of slots |
+| `one_hot(place, C + 1)[..., 1:]` | mask of the slots that are left, counted from zero |
 | products (`*`, `&`, `where`, einsum) of these and others; sums over experts and choices | mask, place |
 | `mask + mask`, `mask.bool()`, `mask != 0`, layouts, casts | mask |
 
@@ -102,6 +104,9 @@ _RULES: dict[str, _Rule] = {
     "gather": slot_places.gather,
     "one_hot": slot_masks.one_hot,
     "scatter": slot_masks.scatter,
+    "slice": slot_masks.slots_between,
+    "amax": slot_masks.largest,
+    "getitem": slot_masks.largest,
     "mul": slot_masks.mul,
     "div": slot_masks.mul,
     "logical_and": slot_masks.mul,

@@ -57,17 +57,13 @@ def add(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         if shape_of(node) != shape_of(left):
             return None
         if isinstance(right, int) and not isinstance(right, bool):
-            return replace(
-                fact,
-                first=fact.first + sign * right,
-                outside=None if fact.outside is None else fact.outside + sign * right,
-            )
+            return fact.shifted(sign * right)
         if isinstance(other, Totals) and sign == 1 and not fact.reduced and _same_dims(fact.dims, other.dims):
             if any(total in fact.queue.before for total in other.totals):
                 return None
             old = fact.queue
             queue = replace(old, before=old.before | other.totals)
-            return replace(fact, queue=queue, outside=None)
+            return replace(fact, queue=queue, outside=None, off=None, cut=None)
         if isinstance(other, Mask) and len(other.terms) == 1 and _same_dims(fact.dims, other.dims):
             term = other.terms[0]
             if (
@@ -81,6 +77,8 @@ def add(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
                     fact,
                     first=fact.first + sign,
                     outside=fact.outside if term.merged == fact.queue.merged else None,
+                    off=fact.off if term.guards == fact.guards and fact.cut is None else None,
+                    cut=None,
                 )
         return None
     if (
@@ -116,13 +114,26 @@ def clamp(node: fx.Node, known: Known, hits: Hits) -> Place | None:
     low, high = argument(node, "min"), argument(node, "max")
     if not isinstance(fact, Place) or (low is not None and not (isinstance(low, int) and low <= fact.first)):
         return None
+    if low is not None:
+        least = lambda x: max(x, low) if isinstance(x, int) else None
+        if fact.cut is not None and least(fact.cut[1]) != fact.cut[1]:
+            fact = replace(fact, cut=None, off=None)
+        fact = replace(fact, outside=least(fact.outside), off=least(fact.off))
     if high is None:
-        return replace(fact, outside=None if fact.outside is None or low is None else max(fact.outside, low))
+        return fact
     limit = number(high)
     if limit is None:
         return None
     bit = Bit(fact.queue, as_size(sympy.sympify(limit) + 1 - fact.first))
-    return replace(fact, guards=fact.guards | {bit}, outside=None)
+    most = lambda x: x if x is not None and sympy.sympify(limit - x).is_nonnegative else None
+    new = fact.guards == fact.queue.guards
+    return replace(
+        fact,
+        guards=fact.guards | {bit},
+        outside=most(fact.outside),
+        off=most(fact.off) if new else None,
+        cut=(bit, limit) if new else None,
+    )
 
 
 def gather(node: fx.Node, known: Known, hits: Hits) -> Place | None:

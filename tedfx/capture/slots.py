@@ -22,14 +22,15 @@ two tokens share no slot (`shared_slot` finds none) if
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import sympy
 from torch import fx
 
 from tedfx.capture.routing import Dims, Routing, Sizes
 from tedfx.errors import TedfxError
-from tedfx.placement.sizes import Size
+from tedfx.placement.sizes import Size, as_size
 
 __all__ = [
     "Bit",
@@ -97,15 +98,28 @@ class Bit:
 
 @dataclass(frozen=True)
 class Slot:
-    """1 where the place is c. `beyond`: the node of the number of slots, where a place beyond has none and
-    that is no error."""
+    """1 where the place is c. `place`: a value that is `start` + c there; `outside`, `off` and `cut`: as of
+    its Place, in numbers of slots. `count`: how many slots there are, as a node (None: a number of its own)
+    and what is added to it. `open`: a place beyond them has none, and that is no error."""
 
     queue: Queue
     first: int
     guards: frozenset[Bit]
     place: Value
     size: Size
-    beyond: Any = None
+    start: int = 0
+    outside: Size | None = field(default=None, compare=False)
+    off: Size | None = field(default=None, compare=False)
+    cut: tuple[Bit, Size] | None = field(default=None, compare=False)
+    count: tuple[fx.Node | None, int] = field(default=(None, 0), compare=False)
+    open: bool = field(default=False, compare=False)
+
+    def is_none(self, number: Size | None) -> bool:
+        """Whether a number is provably that of no slot."""
+        if number is None:
+            return False
+        below, above = sympy.sympify(number), sympy.sympify(as_size(number - self.size))
+        return bool(below.is_negative or above.is_nonnegative)
 
 
 @dataclass(frozen=True)
@@ -146,15 +160,30 @@ class Mask:
 
 @dataclass(frozen=True)
 class Place:
-    """`first` + the position in the queue, where the guards are 1; `outside`: its value where the expert was
-    not chosen, if that is known."""
+    """`first` + the position in the queue, where the guards are 1. If they are known: `outside`, its value
+    where the expert was not chosen; `off`, where it was, and a guard but that of `cut` is 0. `cut`: of a
+    place that was cut off, the guard that says who is not beyond, and the value of those who are."""
 
     dims: Dims
     queue: Queue
     first: int
     guards: frozenset[Bit]
-    outside: int | None = None
+    outside: Size | None = None
     reduced: bool = field(default=False)  # at the expert that was chosen
+    off: Size | None = None
+    cut: tuple[Bit, Size] | None = None
+
+    def shifted(self, by: int) -> Place:
+        """The place plus a number."""
+        plus = lambda x: None if x is None else as_size(x + by)
+        cut = None if self.cut is None else (self.cut[0], as_size(self.cut[1] + by))
+        return replace(self, first=self.first + by, outside=plus(self.outside), off=plus(self.off), cut=cut)
+
+    @property
+    def elsewhere(self) -> Size | None:
+        """`outside`, of a place that says of each (token, choice, expert) whether it was chosen."""
+        each = not self.reduced and not self.queue.merged and any("e" in dim for dim in self.dims)
+        return self.outside if each else None
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,18 @@ def made(row):
     )
 
 
-@pytest.mark.parametrize("case", [*map(made, rows()[0]), *(slow(made(row)) for row in rows()[1])], ids=str)
+MORE = [
+    slow(
+        case(f"capacity_{name}", mesh, roles=roles, overrides={"layers": 1}, steps=2, sharded={"tile": None})
+    )
+    for name in ("marked", "from_one")
+    for mesh, roles in (MESHES["ep2 tp2"], MESHES["dp2 ep2"], MESHES["tp2 ppmoe"])
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*map(made, rows()[0]), *(slow(made(row)) for row in rows()[1]), *MORE], ids=str
+)
 def test_matches_the_single_device(case):
     result = verified(case)
     print(result)

@@ -162,6 +162,35 @@ def one_based(mask):
     return mask.cumsum(0) * mask - 1
 
 
+def marked(mark):
+    """Of who has no place, the place is a mark."""
+    return lambda place, mask: torch.where(mask.bool(), place, mark).amax(-1, keepdim=True) == torch.arange(C)
+
+
+def filled(place, mask):
+    place = place.masked_fill(mask == 0, -1)
+    return F.one_hot(torch.where(place >= C, -1, place).max(-1).values + 1, C + 1)[..., 1:]
+
+
+def overflow(classes, end):
+    """Whoever is beyond the capacity stands in a class that is left out."""
+    return lambda place, mask: F.one_hot((place * mask).sum(-1).clamp(max=C), classes)[..., :end]
+
+
+def late(other):
+    """Whoever is beyond the capacity has another place."""
+
+    def slots(place, mask):
+        at = (place * mask).sum(-1, keepdim=True)
+        return torch.where(at < C, at, other) == torch.arange(C)
+
+    return slots
+
+
+def after_none(place, mask):
+    return F.one_hot((place * mask).sum(-1), C + 1)[..., 1:]
+
+
 def within(place):
     return (place < C) & (place > -1)
 
@@ -174,6 +203,12 @@ def within(place):
         {"slots": by_comparison, "keep": None, "top": 2},
         {"slots": by_scatter},
         {"slots": clamped},
+        {"slots": marked(-1), "top": 2},
+        {"slots": filled, "keep": None},
+        {"slots": overflow(C + 1, -1), "keep": None, "top": 2},
+        {"slots": late(C), "keep": None, "top": 2},
+        {"slots": after_none, "place": lambda mask: mask.cumsum(0) * mask, "keep": lambda place: place <= C},
+        {"slots": after_none},  # the first of each expert is dropped
         {"keep": lambda place: place <= C - 1, "choose": lambda combine: combine > 0},
         {"place": one_based, "keep": lambda place: ~(place >= C)},
         {"place": lambda mask: mask.double().cumsum(0).long() - mask},
@@ -212,6 +247,17 @@ def test_other_words_for_it(parts):
             "beyond the capacity are not masked out",
         ),
         ({"keep": None, "slots": clamped}, "beyond the capacity are not masked out"),
+        ({"keep": None, "slots": overflow(C + 1, C + 1)}, "beyond the capacity are not masked out"),
+        ({"keep": None, "slots": late(C - 1)}, "beyond the capacity are not masked out"),
+        (
+            {
+                "keep": None,
+                "slots": lambda place, mask: F.one_hot(
+                    torch.where((mask > 0) & (place < C), place, 0).sum(-1), C
+                ),
+            },
+            "beyond the capacity are not masked out",
+        ),
         ({"top": 2, "behind": lambda place, first: place}, "does not queue behind another"),
         (
             {"top": 2, "behind": lambda place, first: place + first.sum(0) - 1},
