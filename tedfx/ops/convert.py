@@ -219,12 +219,12 @@ def scatter_sum(
     context.record("reduce_scatter", span.axes, phase, x, ragged)
     shape = x.shape
     local = shape[dim] // span.size
-    pieces = _pieces(x, span, dim, outer).movedim(dim + 1, 0)
+    parts = _pieces(x, span, dim, outer).movedim(dim + 1, 0)
     if span.order is not None:
         holder = {rank: index for index, rank in enumerate(span.order)}
-        pieces = torch.stack([pieces[holder[rank]] for rank in range(span.size)])
+        parts = torch.stack([parts[holder[rank]] for rank in range(span.size)])
     # One leading dim of size * n rows: the collective cuts dim 0 and knows no other.
-    flat = pieces.reshape(-1).contiguous()  # of an expanded tensor even reshape(-1) is a view
+    flat = parts.reshape(-1).contiguous()  # of an expanded tensor even reshape(-1) is a view
     summed = _torch.reduce_scatter(flat, span.size, span.name)
     return summed.view(*shape[:dim], local, *shape[dim + 1 :])
 

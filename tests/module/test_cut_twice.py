@@ -1,4 +1,4 @@
-"""A parameter whose dim holds the experts and a part of each, as DBRX's: cut by experts, and inside of them."""
+"""A parameter whose dim holds the experts and a part of each, as DBRX's: cut by both."""
 
 import pytest
 import torch
@@ -52,5 +52,5 @@ def test_a_second_cut_has_a_view_dim_of_its_own():
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh,roles", [("ep=2,tp=2", None), ("tp=2", {"expert": "tp"}), ("ep=3,tp=2", None)])
 def test_both_cuts_train_as_one_device(mesh, roles):
-    result = verify(Mixture, mesh, roles=roles, steps=2)
+    result = verify(Mixture, mesh, roles=roles, steps=2, batch=6)
     assert result.ok, f"\n{result}"
