@@ -122,7 +122,7 @@ class GatherParameters(Pass[LocalGraph]):
         graph = program.graph_module.graph
         first, parameters = group[0][2][0], [node for _, node, _, _ in group]
         with graph.inserting_before(first):
-            cuts = tuple(tuple(placed.cut) for *_, placed in group)
+            cuts = tuple(tuple(placed.common_cut) for *_, placed in group)
             gather = insert(
                 graph,
                 ops.gather_parameters,

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from tedfx import ops
-from tedfx.analysis.sizes import Share, Sizes
+from tedfx.analysis.sizes import Pieces, Share, Sizes
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.draws import drawn, draws
 from tedfx.graph.facts import DIMS, DIMS_OF, LOCAL_SHAPE, RELATION, RUNS, TYPE, TYPES_OF, VAL, copy_value
@@ -171,7 +171,12 @@ class _Localizer:
         )  # global numbers, as everything that `numbers` rewrites
         step = self.number(node.args[2]) if form == "start_step" and len(node.args) > 2 else 1
         with self.graph.inserting_before(node):
-            offset = self.graph.call_function(ops.axis_offset, (length, tuple(axes)))
+            cut = self.sizes.dim(DIMS[node][0], TYPE[node])
+            offset = (
+                self.graph.call_function(ops.share_offset, (cut.lengths, cut.axes))
+                if isinstance(cut, Pieces)
+                else self.graph.call_function(ops.axis_offset, (length, tuple(axes)))
+            )
         node.target, node.args, node.kwargs = (
             aten.arange.default,
             (length,),
@@ -332,6 +337,8 @@ class _Localizer:
             return [(1, outer)] * bool(outer) + [
                 (self.sizes.node(size), size.axes, self.sizes.node(size.args[0]), SHARE)
             ]
+        if isinstance(size, Pieces):
+            return [(self.sizes.node(size), size.axes, size.lengths, SHARE)]
         return [(self.sizes.node(size), axes)]
 
     # sizes as numbers ---------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import fx
 
 from tedfx import ops
-from tedfx.analysis.sizes import Share, Sizes
-from tedfx.errors import TypeCheckError, user_line
+from tedfx.analysis.sizes import Pieces, Share, Sizes
+from tedfx.errors import ConfigError, TypeCheckError, user_line
 from tedfx.graph.facts import CONVERSION, DIMS, LOWERED, TYPE, take_over
 from tedfx.graph.nodes import op_name, operand
 from tedfx.passes.base import Pass, PassResult
@@ -127,8 +127,11 @@ class LowerCollectives(Pass[TypedGraph]):
             (dim, sizes.node(outer)),
             TYPE[operand(node, 0) if isinstance(source, Shard) else node],
         )
+        local = sizes.factor(factor, split)
+        if isinstance(local, Pieces):
+            return LowerCollectives._pieces(node, axes, source, target, at, sizes.node(inner), local)
         behind = (
-            (sizes.node(inner),) if isinstance(sizes.factor(factor, split), Share) and inner != 1 else ()
+            (sizes.node(inner),) if isinstance(local, Share) and inner != 1 else ()
         )  # a share need not be an equal piece
         if isinstance(source, Shard):
             whole = sizes.factor(factor, TYPE[node])
@@ -136,9 +139,23 @@ class LowerCollectives(Pass[TypedGraph]):
                 ops.all_gather,
                 axes,
                 (*at, str(target), sizes.node(whole), *behind)
-                if isinstance(sizes.factor(factor, split), Share)
+                if isinstance(local, Share)
                 else (*at, str(target)),
             )
         if source == P:
             return ops.reduce_scatter, axes, (*at, *behind)
         return ops.shard, axes, (*at, str(source), *behind)
+
+    @staticmethod
+    def _pieces(node: fx.Node, axes, source, target, at, inner, local: Pieces):
+        """A factor of parameters that the ranks do not divide."""
+        if local.axes != axes:
+            raise ConfigError(
+                f"a dim of {sum(local.lengths)} is cut over {local.axes}, which do not divide it, and is "
+                f"needed whole over {axes[0]!r} alone | at {user_line(node)} | give these axes another role"
+            )
+        if isinstance(source, Shard):
+            return ops.all_gather, axes, (*at, str(target), local.lengths, inner)
+        if source == P:
+            return ops.reduce_scatter, axes, (*at, inner, local.lengths)
+        return ops.shard, axes, (*at, str(source), inner, local.lengths)

@@ -12,6 +12,8 @@ from tedfx.capture.uncaptured import LEFT, find_uncaptured
 from tedfx.decisions.experts import expert_layout
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.graph.facts import DIMS, DIMS_OF, RELATION
+from tedfx.graph.nodes import argument
+from tedfx.ops.cuts import lengths_of
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.factors import leaves
 from tedfx.placement.plan import roots
@@ -26,8 +28,11 @@ def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
 class ShardExperts(Pass[PlannedGraph]):
     """Batch factor over the `batch` axes; each MoE layer's expert factor over the `expert` axes.
 
-    Refused: batch axes over 1 where the model fixes the size of its batch; expert axes that do not divide the
-    number of experts (the sizes that fit are named); no MoE layer where expert axes exceed 1.
+    Experts that the axes do not divide are cut into pieces of the rounded-up quotient, the last ones shorter
+    or empty, as DTensor cuts (`tedfx/ops/cuts.py`), with a note.
+
+    Refused: batch axes over 1 where the model fixes the size of its batch; experts in groups of which the
+    axes do not divide the number; no MoE layer where expert axes exceed 1.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -83,10 +88,15 @@ class ShardExperts(Pass[PlannedGraph]):
             if not isinstance(count, int):
                 raise TypeError(f"{node.name} has {count} experts, which is no number")
             if count % degree:
-                fits = [n for n in range(1, count + 1) if count % n == 0]
-                raise ConfigError(
-                    f"{count} experts cannot be split over expert axes {axes} of size {degree}; "
-                    f"sizes that fit: {', '.join(map(str, fits))}"
+                if len(leaves(DIMS_OF[node][1][0])) > 1:
+                    raise ConfigError(
+                        f"{argument(node, 2)} experts in groups cannot be split over expert axes {axes} of "
+                        f"size {degree}, which does not divide the {count} groups: take axes that do"
+                    )
+                lengths = lengths_of(count, [mesh.size((axis,)) for axis in axes])
+                result.notes.append(
+                    f"{count} experts do not divide by {degree}: {', '.join(map(str, lengths))} on the ranks "
+                    f"of {axes}, so that those with fewer wait for the others"
                 )
             plan.take(axes, experts)
         return result
@@ -153,7 +163,8 @@ class ShardTensors(Pass[PlannedGraph]):
             if factor.size % degree:
                 result.notes.append(
                     f"{factor.name or 'a factor'} of size {factor.size} does not divide by {degree}: "
-                    f"replicated over {axes}"
+                    f"replicated over {axes}, with {values[factor]:.0f} weight elements and their products "
+                    "whole on each rank"
                 )
                 continue
             if any(plan.shards(a, other) for a in axes for other in together.get(factor, ())):

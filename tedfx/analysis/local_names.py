@@ -7,7 +7,7 @@ from math import prod
 import sympy
 from torch import fx
 
-from tedfx.analysis.sizes import Share
+from tedfx.analysis.sizes import Pieces, Share
 from tedfx.errors import TedfxError
 from tedfx.graph.facts import LOCAL_SHAPE
 
@@ -35,10 +35,11 @@ class LocalSizes:
             return size
         if size not in self._renamed:
             # A share of what ranks need not divide counts as the average: exact in sums over the ranks, but
-            # for what is padded.
+            # for what is padded. Pieces of parameters count as the largest, which the first rank has.
             self._renamed[size] = (
                 sympy.sympify(size)
                 .replace(Share, lambda whole, degree, *axes: whole / degree)
+                .replace(Pieces, lambda lengths, axes: max(lengths))
                 .xreplace(self.names)
             )
         return self._renamed[size]

@@ -136,7 +136,7 @@ def _all_reduce_batched(node: fx.Node, counting: Counting, reached: bool) -> lis
 def _gather_parameters(node: fx.Node, counting: Counting, reached: bool) -> list[Communication]:
     """The row of this rank's shares; in a compiled graph its adjoint scatters rows of all ranks."""
     rows, axes, cuts, _, summed_in = arguments(node)
-    row, dtype = sum(Cut(*cut).width for cut in cuts), _dtype(rows[0])
+    row, dtype = sum(Cut(*cut).at(lambda axes: 0).width for cut in cuts), _dtype(rows[0])
     made = counting.make(node, GATHER_PARAMETERS, axes, "forward", row, dtype)
     if reached and IN_GRAPH[node]:
         made += counting.make(

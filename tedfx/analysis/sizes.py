@@ -1,7 +1,7 @@
 """Local sizes: every size in the local graph is written anew from the inputs' sizes.
 
 A dim of the inputs' sizes that ranks split among themselves (tokens over a tensor axis) need not divide: its
-local size is a `Share`.
+local size is a `Share`. Nor need a dim of parameters (experts): there it is one of `Pieces`.
 
 The symbol of the sharded batch dim stands, in the local graph, for this rank's part: `batch` there is the
 local size, and the global one is `batch x degree`. So does the symbol s of a batch that must be even (`2*s`
@@ -28,6 +28,7 @@ from tedfx._torch import size_max, size_min
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.facts import DIMS, TYPE, VAL
 from tedfx.graph.nodes import is_tensor
+from tedfx.ops.cuts import lengths_of
 from tedfx.placement.factors import Factor, dim_size, leaves
 from tedfx.placement.sizes import as_size, solve, symbol_of
 from tedfx.placement.types import sharding_axes
@@ -67,6 +68,27 @@ class Share(sympy.Function):
         return f"{printer.parenthesize(self.args[0], 50)}/{self.args[1]}"
 
     axes = property(lambda self: tuple(str(a) for a in self.args[2:]))
+
+
+class Pieces(sympy.Function):
+    """Pieces((lengths), (axis names)): this rank's piece of a dim whose size is a number that the ranks do
+    not divide. As a number, the largest piece."""
+
+    def _eval_is_integer(self):
+        return True
+
+    def _eval_is_nonnegative(self):
+        return True
+
+    def _eval_evalf(self, prec):
+        return sympy.Float(self.largest, precision=prec)
+
+    def _sympystr(self, printer):
+        return f"({'|'.join(map(str, self.lengths))})"
+
+    lengths = property(lambda self: tuple(int(n) for n in self.args[0]))
+    axes = property(lambda self: tuple(str(a) for a in self.args[1]))
+    largest = property(lambda self: max(self.lengths))
 
 
 class Sizes:
@@ -117,8 +139,10 @@ class Sizes:
         key = (factor.size, axes, rest, factor.ragged, counted)
         if key not in self.locals:
             total, degree = self.whole(factor.size) if counted is None else counted, self.mesh.size(axes)
-            if isinstance(total, int):
-                assert total % degree == 0, (factor, degree)
+            if isinstance(total, int) and total % degree:
+                lengths = lengths_of(total, [self.mesh.size((a,)) for a in axes])
+                self.locals[key] = Pieces(sympy.Tuple(*lengths), sympy.Tuple(*(Str(a) for a in axes)))
+            elif isinstance(total, int):
                 self.locals[key] = total // degree
             else:
                 local, over = as_size(total / degree), self.mesh.size(rest)
@@ -192,6 +216,8 @@ class Sizes:
             top, bottom = sympy.fraction(sympy.together(expr))
             if bottom.is_Integer and bottom != 1:
                 return self._call(operator.floordiv, self.node(top), int(bottom))
+        if isinstance(expr, Pieces):
+            return self._call(ops.share, expr.lengths, expr.axes)
         if isinstance(expr, Share):
             return self._call(ops.share, self.node(expr.args[0]), expr.axes)
         args: list[Number] = [self.node(a) for a in expr.args]

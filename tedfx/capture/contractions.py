@@ -1,7 +1,7 @@
 """Matrix products and norms of an expert's body, batched (the terms are in rules.py).
 
 - A linear or matmul of rows with stacked matrices is a `grouped_linear`, its bias a row per expert, added.
-  With one shared matrix it is what it was.
+  With one shared matrix it is what it was. Of two matrices of the expert it is one product per expert.
 - A norm with stacked weights is the norm without them, then a product with and a sum of rows of the weights.
 """
 
@@ -30,6 +30,8 @@ def linear(batch: Batch, like: fx.Node, name: str, args: tuple) -> Batched:
         bias, rows, weight = args[:3]
         if like.kwargs:
             raise unknown(like)
+    if rows.kind == "stacked" and bias is None:
+        return _of_parameters(batch, like, name, rows, weight)
     if weight.kind == "rows" or rows.kind == "stacked":
         raise unknown(like)
     if rows.kind == "shared":
@@ -58,6 +60,18 @@ def linear(batch: Batch, like: fx.Node, name: str, args: tuple) -> Batched:
     if bias is not None:
         node = batch.emit(aten.add.Tensor, (node, aligned(batch, like, bias, out)), {}, like)
     return replace(out, made=node)
+
+
+def _of_parameters(batch: Batch, like: fx.Node, name: str, left: Batched, right: Batched) -> Batched:
+    """The product of an expert's matrix with another, as of a low-rank pair."""
+    if right.kind not in ("stacked", "shared") or any(
+        len(v.shape) != 2 or (v.kind == "stacked" and v.right != 2) for v in (left, right)
+    ):
+        raise unknown(like)
+    other = right.node
+    if name == "linear":
+        other = batch.emit(aten.transpose.int, (other, -2, -1), {}, like)
+    return Batched("stacked", batch.emit(aten.matmul.default, (left.node, other), {}, like), like, right=2)
 
 
 def norm(batch: Batch, like: fx.Node, name: str, args: tuple, kwargs: dict) -> Batched:

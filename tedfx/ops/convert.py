@@ -12,8 +12,9 @@ their own:
 `axes` are mesh axis names, major first; the group is that of the current `RankContext`. Over one rank every
 op is the identity and communicates nothing.
 
-Pieces of a dim that the ranks do not divide are as equal as can be: piece i of n runs from whole * i // n to
-whole * (i + 1) // n. Collectives then pad to the largest piece.
+Pieces of a dim of tokens that the ranks do not divide are as equal as can be: piece i of n runs from
+whole * i // n to whole * (i + 1) // n. Those of a dim of parameters are the ranks' `pieces`
+(`cuts.intervals`), numbers that the graph has. Collectives then pad to the largest piece.
 
 `outer` is the product of the factors before the sharded one inside `dim`: the dim is seen as (outer, rest)
 and `rest` is what is cut in `size` pieces. For a plain dim outer is 1; a fused gate|up dim (2, F) sharded on
@@ -29,6 +30,9 @@ from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.context import Axes, Span
 from tedfx.ops.properties import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Moves, op
+
+Pieces = tuple[int, ...] | None  # how long the ranks' pieces are, where they are no `bounds` of tokens
+Whole = int | tuple[int, ...]
 
 
 @op(forward=Moves(ALL_REDUCE, "in"), saves=())
@@ -51,13 +55,19 @@ def sum_gradient(x: Tensor, axes: Axes) -> Tensor:
 
 @op(forward=Moves(ALL_GATHER, "in"), backward=Moves(REDUCE_SCATTER, "out", {"to": ("R",)}), saves=())
 def all_gather(
-    x: Tensor, axes: Axes, dim: int, outer: int = 1, to: str = "R", whole: int | None = None, inner: int = 1
+    x: Tensor,
+    axes: Axes,
+    dim: int,
+    outer: int = 1,
+    to: str = "R",
+    whole: Whole | None = None,
+    inner: int = 1,
 ) -> Tensor:
     """S -> R or S -> I. x[.., outer * local, ..] -> [.., outer * size * local, ..].
 
     to="R": the cotangent is partial on each rank, backward is a reduce-scatter. to="I": it is whole on each
-    rank, backward keeps this rank's slice. `whole`: the sum of the pieces, where they may be unequal: -> [..,
-    outer * whole * inner, ..].
+    rank, backward keeps this rank's slice. `whole`: the sum of the pieces, or they, where they may be
+    unequal: -> [.., outer * whole * inner, ..].
     """
     span = context.span(axes)
     _choice("all_gather", "to", to)
@@ -67,7 +77,9 @@ def all_gather(
 
 
 @op(forward=Moves(REDUCE_SCATTER, "in"), backward=Moves(ALL_GATHER, "out"), saves=())
-def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1, inner: int = 1) -> Tensor:
+def reduce_scatter(
+    x: Tensor, axes: Axes, dim: int, outer: int = 1, inner: int = 1, pieces: Pieces = None
+) -> Tensor:
     """P -> S. Sum over the ranks and keep this rank's piece.
 
     [.., outer * whole, ..] -> [.., outer * piece, ..].
@@ -78,11 +90,19 @@ def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1, inner: int =
     if span.size == 1:
         return x
     _divides("reduce_scatter", x, dim, outer * inner, span)
-    return _along(x, dim, inner, lambda x, dim: _ReduceScatter.apply(x, span, dim, outer))
+    return _along(x, dim, inner, lambda x, dim: _ReduceScatter.apply(x, span, dim, outer, pieces))
 
 
 @op(backward=Moves(ALL_GATHER, "out", {"source": ("I",)}), saves=())
-def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, source: str = "R", inner: int = 1) -> Tensor:
+def shard(
+    x: Tensor,
+    axes: Axes,
+    dim: int,
+    outer: int = 1,
+    source: str = "R",
+    inner: int = 1,
+    pieces: Pieces = None,
+) -> Tensor:
     """R -> S or I -> S. This rank's piece, a copy: [.., outer * whole, ..] -> [.., outer * piece, ..].
 
     source="R": the cotangent of the whole is partial, zeros around this rank's piece. source="I": it is
@@ -93,7 +113,7 @@ def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, source: str = "R", in
     if span.size == 1:
         return x
     _divides("shard", x, dim, outer * inner, span)
-    return _along(x, dim, inner, lambda x, dim: _Shard.apply(x, span, dim, outer, source))
+    return _along(x, dim, inner, lambda x, dim: _Shard.apply(x, span, dim, outer, source, pieces))
 
 
 def _along(x: Tensor, dim: int, inner: int, convert) -> Tensor:
@@ -126,17 +146,19 @@ def sum_over(x: Tensor, span: Span, phase: str, op: str = "sum") -> Tensor:
     return _torch.all_reduce(x, op, span.name)
 
 
-def bounds(whole: int, span: Span) -> list[int]:
+def bounds(whole: Whole, span: Span) -> list[int]:
     """Where the pieces of a dim of `whole` begin; the last entry is its end."""
+    if isinstance(whole, tuple):
+        return [sum(whole[:i]) for i in range(span.size + 1)]
     return [whole * i // span.size for i in range(span.size + 1)]
 
 
 def gather_pieces(
-    x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int | None = None, ragged: bool = False
+    x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: Whole | None = None, ragged: bool = False
 ) -> Tensor:
-    """Every rank's piece x, put together along the rest of `dim`; `whole`: their sum, where they may be
-    unequal."""
-    if whole is not None and not _torch.known(whole % span.size == 0):
+    """Every rank's piece x, put together along the rest of `dim`; `whole`: their sum, or they, where they may
+    be unequal."""
+    if isinstance(whole, tuple) or (whole is not None and not _torch.known(whole % span.size == 0)):
         return _gather_unequal(x, span, dim, outer, phase, whole)
     context.record("all_gather", span.axes, phase, x, ragged)
     if x.dtype == torch.bool:  # no backend is asked to know bool
@@ -144,19 +166,23 @@ def gather_pieces(
     return _gather(x, span, dim, outer)
 
 
-def _gather_unequal(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int) -> Tensor:
-    room = -(-whole // span.size)
+def _gather_unequal(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: Whole) -> Tensor:
+    starts, room = bounds(whole, span), _room(whole, span)
     padded = _pad_to(
         x.reshape(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :]), dim + 1, room
     )
     padded = padded.reshape(*x.shape[:dim], outer * room, *x.shape[dim + 1 :])
     gathered = gather_pieces(padded, span, dim, outer, phase)
     gathered = gathered.view(*x.shape[:dim], outer, span.size, room, *x.shape[dim + 1 :])
-    starts = bounds(whole, span)
     pieces = [
         gathered.select(dim + 1, i).narrow(dim + 1, 0, starts[i + 1] - starts[i]) for i in range(span.size)
     ]
-    return torch.cat(pieces, dim + 1).reshape(*x.shape[:dim], outer * whole, *x.shape[dim + 1 :])
+    return torch.cat(pieces, dim + 1).reshape(*x.shape[:dim], outer * starts[-1], *x.shape[dim + 1 :])
+
+
+def _room(whole: Whole, span: Span) -> int:
+    """The length of the largest piece."""
+    return max(whole) if isinstance(whole, tuple) else -(-whole // span.size)
 
 
 def _pad_to(x: Tensor, dim: int, size: int) -> Tensor:
@@ -177,26 +203,36 @@ def _gather(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
     return pieces.movedim(0, dim + 1).reshape(*shape[:dim], whole, *shape[dim + 1 :])
 
 
-def scatter_sum(x: Tensor, span: Span, dim: int, outer: int, phase: str, ragged: bool = False) -> Tensor:
+def scatter_sum(
+    x: Tensor,
+    span: Span,
+    dim: int,
+    outer: int,
+    phase: str,
+    ragged: bool = False,
+    pieces: Pieces = None,
+) -> Tensor:
     """The sum of x over the ranks of `span`, of which this rank gets its piece of `dim`."""
     whole = x.shape[dim] // outer
-    if not _torch.known(whole % span.size == 0):
-        return _scatter_unequal(x, span, dim, outer, phase, whole)
+    if pieces is not None or not _torch.known(whole % span.size == 0):
+        return _scatter_unequal(x, span, dim, outer, phase, whole, pieces or whole)
     context.record("reduce_scatter", span.axes, phase, x, ragged)
     shape = x.shape
     local = shape[dim] // span.size
-    pieces = _pieces(x, span, dim, outer).movedim(dim + 1, 0)
+    parts = _pieces(x, span, dim, outer).movedim(dim + 1, 0)
     if span.order is not None:
         holder = {rank: index for index, rank in enumerate(span.order)}
-        pieces = torch.stack([pieces[holder[rank]] for rank in range(span.size)])
+        parts = torch.stack([parts[holder[rank]] for rank in range(span.size)])
     # One leading dim of size * n rows: the collective cuts dim 0 and knows no other.
-    flat = pieces.reshape(-1).contiguous()  # of an expanded tensor even reshape(-1) is a view
+    flat = parts.reshape(-1).contiguous()  # of an expanded tensor even reshape(-1) is a view
     summed = _torch.reduce_scatter(flat, span.size, span.name)
     return summed.view(*shape[:dim], local, *shape[dim + 1 :])
 
 
-def _scatter_unequal(x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int) -> Tensor:
-    room, starts = -(-whole // span.size), bounds(whole, span)
+def _scatter_unequal(
+    x: Tensor, span: Span, dim: int, outer: int, phase: str, whole: int, cut: Whole
+) -> Tensor:
+    room, starts = _room(cut, span), bounds(cut, span)
     seen = x.reshape(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :])
     pieces = [
         _pad_to(seen.narrow(dim + 1, starts[i], starts[i + 1] - starts[i]), dim + 1, room)
@@ -210,20 +246,20 @@ def _scatter_unequal(x: Tensor, span: Span, dim: int, outer: int, phase: str, wh
     return mine.narrow(dim + 1, 0, local).reshape(*x.shape[:dim], outer * local, *x.shape[dim + 1 :])
 
 
-def keep_piece(x: Tensor, span: Span, dim: int, outer: int) -> Tensor:
+def keep_piece(x: Tensor, span: Span, dim: int, outer: int, pieces: Pieces = None) -> Tensor:
     """This rank's piece of `dim`, copied: a view would keep the whole tensor alive for backward."""
     whole = x.shape[dim] // outer
-    start, stop = whole * span.index // span.size, whole * (span.index + 1) // span.size
+    start, stop = bounds(pieces or whole, span)[span.index : span.index + 2]
     piece = x.reshape(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :]).narrow(dim + 1, start, stop - start)
     return piece.reshape(*x.shape[:dim], outer * (stop - start), *x.shape[dim + 1 :]).clone(
         memory_format=torch.contiguous_format
     )
 
 
-def pad_piece(x: Tensor, span: Span, dim: int, outer: int, whole: int) -> Tensor:
+def pad_piece(x: Tensor, span: Span, dim: int, outer: int, whole: int, pieces: Pieces = None) -> Tensor:
     """The transpose of `keep_piece`: x in this rank's piece of a dim of outer * whole, zeros in the
     others."""
-    start, stop = whole * span.index // span.size, whole * (span.index + 1) // span.size
+    start, stop = bounds(pieces or whole, span)[span.index : span.index + 2]
     padded = x.new_zeros(*x.shape[:dim], outer, whole, *x.shape[dim + 1 :])
     padded.narrow(dim + 1, start, stop - start).copy_(
         x.reshape(*x.shape[:dim], outer, stop - start, *x.shape[dim + 1 :])
@@ -290,43 +326,44 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, span, dim, outer, to, whole):
         ctx.span, ctx.dim, ctx.outer, ctx.to = span, dim, outer, to
+        ctx.pieces = whole if isinstance(whole, tuple) else None
         return _torch.result(gather_pieces(x, span, dim, outer, "forward", whole))
 
     @staticmethod
     def backward(ctx, grad):
         if ctx.to == "I":
-            return keep_piece(grad, ctx.span, ctx.dim, ctx.outer), None, None, None, None, None
-        return scatter_sum(grad, ctx.span, ctx.dim, ctx.outer, "backward"), None, None, None, None, None
+            piece = keep_piece(grad, ctx.span, ctx.dim, ctx.outer, ctx.pieces)
+        else:
+            piece = scatter_sum(grad, ctx.span, ctx.dim, ctx.outer, "backward", pieces=ctx.pieces)
+        return piece, None, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, span, dim, outer):
-        ctx.span, ctx.dim, ctx.outer, ctx.whole = span, dim, outer, x.shape[dim] // outer
-        return _torch.result(scatter_sum(x, span, dim, outer, "forward"))
+    def forward(ctx, x, span, dim, outer, pieces):
+        ctx.span, ctx.dim, ctx.outer, ctx.whole = span, dim, outer, pieces or x.shape[dim] // outer
+        return _torch.result(scatter_sum(x, span, dim, outer, "forward", pieces=pieces))
 
     @staticmethod
     def backward(ctx, grad):
-        return gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward", ctx.whole), None, None, None
+        whole = gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward", ctx.whole)
+        return whole, None, None, None, None
 
 
 class _Shard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, span, dim, outer, source):
-        ctx.span, ctx.dim, ctx.outer, ctx.source, ctx.whole = span, dim, outer, source, x.shape[dim] // outer
-        return _torch.result(keep_piece(x, span, dim, outer))
+    def forward(ctx, x, span, dim, outer, source, pieces):
+        ctx.span, ctx.dim, ctx.outer, ctx.source = span, dim, outer, source
+        ctx.pieces, ctx.whole = pieces, x.shape[dim] // outer
+        return _torch.result(keep_piece(x, span, dim, outer, pieces))
 
     @staticmethod
     def backward(ctx, grad):
         if ctx.source == "I":
-            return (
-                gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward", ctx.whole),
-                None,
-                None,
-                None,
-                None,
-            )
-        return pad_piece(grad, ctx.span, ctx.dim, ctx.outer, ctx.whole), None, None, None, None
+            whole = gather_pieces(grad, ctx.span, ctx.dim, ctx.outer, "backward", ctx.pieces or ctx.whole)
+        else:
+            whole = pad_piece(grad, ctx.span, ctx.dim, ctx.outer, ctx.whole, ctx.pieces)
+        return whole, None, None, None, None, None
 
 
 class _Partial(torch.autograd.Function):

@@ -7,7 +7,8 @@ reduce-scatter takes many parameters at once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,23 @@ from torch import Tensor
 
 class Cut(NamedTuple):
     """A local tensor of `shape`, seen as `held`, whose dim `dim` is cut into pieces of these `lengths`, one
-    per rank."""
+    per rank.
+
+    In a graph, which all ranks share, a size that differs between them is a product ((lengths, axes), ..) of
+    the pieces over these axes; `at` makes numbers of them.
+    """
 
     shape: tuple[int, ...]
     held: tuple[int, ...]
     dim: int
     lengths: tuple[int, ...]
+
+    def at(self, coordinate: Callable[[tuple[str, ...]], int]) -> "Cut":
+        """On the rank with this `coordinate` over some axes."""
+        return self._replace(
+            shape=tuple(_number(size, coordinate) for size in self.shape),
+            held=tuple(_number(size, coordinate) for size in self.held),
+        )
 
     @property
     def width(self) -> int:
@@ -81,6 +93,30 @@ class Cut(NamedTuple):
             if flat.numel() == self.width
             else torch.nn.functional.pad(flat, (0, self.width - flat.numel()))
         )
+
+
+def intervals(size: int, sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(start, length) of each rank's piece of a dim that mesh axes of these sizes cut, major first: pieces of
+    the rounded-up quotient, the last ones shorter or empty, axis by axis. So does DTensor."""
+    pieces = [(0, size)]
+    for n in sizes:
+        finer = []
+        for start, length in pieces:
+            step = -(-length // n)
+            for i in range(n):
+                begin = min(i * step, length)
+                finer.append((start + begin, min(step, length - begin)))
+        pieces = finer
+    return tuple(pieces)
+
+
+def lengths_of(size: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """How long the ranks' `intervals` are."""
+    return tuple(length for _, length in intervals(size, sizes))
+
+
+def _number(size: Any, coordinate: Callable[[tuple[str, ...]], int]) -> int:
+    return size if isinstance(size, int) else _product(pieces[coordinate(axes)] for pieces, axes in size)
 
 
 def _product(sizes) -> int:

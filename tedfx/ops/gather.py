@@ -37,7 +37,7 @@ def gather_parameters(
     Backward sums the gradients over `axes`, in the dtype `summed_in` (by default their own), and keeps this
     rank's share of each, in the share's dtype.
     """
-    span, each = context.span(axes), [Cut(*cut) for cut in cuts]
+    span, each = context.span(axes), [Cut(*cut).at(context.current().coordinate) for cut in cuts]
     if not torch.compiler.is_compiling() and (store := context.current().store) is not None:
         return store.gather(number, shares)
     if not any(

@@ -1,6 +1,7 @@
 """Where this rank's piece of a dim begins in the whole, and how long it is."""
 
 from tedfx.ops import context
+from tedfx.ops.convert import bounds
 from tedfx.ops.properties import op
 
 __all__ = ["axis_offset", "share", "share_offset"]
@@ -15,13 +16,15 @@ def axis_offset(length, axes):
 
 @op(saves=())
 def share(whole, axes):
-    """Length of this rank's piece of a dim of `whole` that the ranks over `axes` need not divide."""
+    """Length of this rank's piece of a dim of `whole` that the ranks over `axes` need not divide; a tuple:
+    the lengths of all pieces."""
     span = context.span(axes)
-    return whole * (span.index + 1) // span.size - whole * span.index // span.size
+    start, stop = bounds(whole, span)[span.index : span.index + 2]
+    return stop - start
 
 
 @op(saves=())
 def share_offset(whole, axes):
     """Index in the whole of the first element of this rank's `share`."""
     span = context.span(axes)
-    return whole * span.index // span.size
+    return bounds(whole, span)[span.index]

@@ -26,6 +26,7 @@ from tedfx import _torch
 from tedfx.ops import context
 from tedfx.ops.context import Axes
 from tedfx.ops.convert import gather_pieces, scatter_sum
+from tedfx.ops.moe import experts_of, sums_of
 from tedfx.ops.properties import ALL_GATHER, REDUCE_SCATTER, Moves, op
 
 __all__ = ["exchange_lanes", "gather_lanes", "lane_index", "pick_rows", "scatter_lanes", "spread_lanes"]
@@ -35,28 +36,24 @@ __all__ = ["exchange_lanes", "gather_lanes", "lane_index", "pick_rows", "scatter
 def exchange_lanes(
     counts: Tensor, axes: Axes, split: Axes
 ) -> tuple[list[int], list[int], list[int], Tensor, Tensor]:
-    """counts[E] of this lane's assignments -> (send_splits, recv_splits, totals, received[T*G,E/G],
-    counts[E/G]).
+    """counts[E] of this lane's assignments -> (send_splits, recv_splits, totals, received[T*G,L], counts[L]),
+    L the experts of this coordinate.
 
     `axes`: the lanes' axes, then `split`. One all-gather over all of them, one host copy. The splits are this
     lane's, over `split`; `totals[t]` are the rows that lane t holds after the all-to-all; received[t*G + g,
-    e] of them came from coordinate g for local expert e. ValueError when the experts do not divide.
+    e] of them came from coordinate g for local expert e.
     """
     lane, over, everyone = (
         context.span(axes[: len(axes) - len(split)]),
         context.span(split),
         context.span(axes),
     )
-    if counts.shape[0] % over.size != 0:
-        raise ValueError(
-            f"{counts.shape[0]} experts do not divide over {over.size} ranks of axes {over.axes}"
-        )
-    local = counts.shape[0] // over.size
+    experts = experts_of(counts.shape[0], over)
     by_source = gather_pieces(counts.view(1, -1), everyone, 0, 1, "forward")  # [T*G, E]
-    received = by_source.narrow(1, over.index * local, local)
-    by_lane = received.reshape(lane.size, over.size, local)
+    received = by_source.narrow(1, *experts[over.index])
+    by_lane = received.reshape(lane.size, over.size, received.shape[1])
     splits = torch.cat(
-        [counts.view(over.size, local).sum(1), by_lane.select(0, lane.index).sum(1), by_lane.sum((1, 2))]
+        [sums_of(counts, experts), by_lane.select(0, lane.index).sum(1), by_lane.sum((1, 2))]
     ).tolist()
     context.note("host copy")
     for rows in splits:

@@ -32,6 +32,7 @@ from tedfx.dtypes import has_gradient
 from tedfx.ops import context
 from tedfx.ops.context import Axes
 from tedfx.ops.convert import bounds, gather_pieces
+from tedfx.ops.cuts import intervals
 from tedfx.ops.experts import (
     combine,
     dispatch,
@@ -81,7 +82,7 @@ def route(
     coordinate 0 first, so that the pieces of a row dim (`shard`) are the coordinates' own; counts are of this
     coordinate's.
 
-    ValueError when the experts do not divide over `owned`.
+    ValueError when the experts do not divide over `owned_outer`.
     """
     context.note("route")
     tokens, top_k = ids.shape
@@ -94,10 +95,11 @@ def route(
     if split.size == 1:
         order, counts = sort_by_expert(flat, num_experts)
         return order + first * top_k, counts
-    if num_experts % (owned_outer * split.size) != 0:
-        raise ValueError(f"{num_experts} experts do not divide over {split.size} ranks of axes {split.axes}")
-    rest = num_experts // (owned_outer * split.size)
-    mine = (flat // rest) % split.size == split.index
+    start, length = experts_of(num_experts // owned_outer, split)[split.index]
+    if num_experts % owned_outer != 0:
+        raise ValueError(f"{num_experts} experts do not divide into {owned_outer} runs")
+    place = flat % (num_experts // owned_outer)
+    mine = (place >= start) & (place < start + length) & (flat < num_experts)
     # The others sort to the end, under a number that is no expert's.
     order, counts = sort_by_expert(torch.where(mine, flat, num_experts), num_experts)
     context.note("host copy")
@@ -116,36 +118,42 @@ def _striped(flat: Tensor, num_experts: int, span: context.Span) -> tuple[Tensor
 
 @op(saves=())
 def local_counts(counts: Tensor, axes: Axes, outer: int = 1) -> Tensor:
-    """counts[E] -> [E / size]: those of this coordinate's experts, the expert dim seen as (outer, size,
-    rest)."""
+    """counts[E] -> those of this coordinate's experts, the expert dim seen as (outer, experts)."""
     span = context.span(axes)
-    if counts.shape[0] % (outer * span.size) != 0:
-        raise ValueError(
-            f"{counts.shape[0]} experts do not divide over {span.size} ranks of axes {span.axes}"
-        )
-    return counts.view(outer, span.size, -1)[:, span.index].reshape(-1)
+    if counts.shape[0] % outer != 0:
+        raise ValueError(f"{counts.shape[0]} experts do not divide into {outer} runs")
+    start, length = experts_of(counts.shape[0] // outer, span)[span.index]
+    return counts.view(outer, -1).narrow(1, start, length).reshape(-1)
+
+
+def experts_of(experts: int, span: context.Span) -> tuple[tuple[int, int], ...]:
+    """(first, how many) of the experts of each coordinate, major axis first: the pieces of their weights."""
+    return intervals(experts, tuple(context.current().sizes[axis] for axis in span.axes))
+
+
+def sums_of(counts: Tensor, experts: tuple[tuple[int, int], ...]) -> Tensor:
+    """counts[E] -> [G]: the sum over each coordinate's experts."""
+    if len({length for _, length in experts}) == 1:
+        return counts.view(len(experts), -1).sum(1)
+    return torch.stack([counts.narrow(0, start, length).sum() for start, length in experts])
 
 
 @op(forward=Moves(ALL_GATHER, "other"), saves=(), waits=True)
 def exchange_counts(counts: Tensor, axes: Axes) -> tuple[list[int], list[int], Tensor, Tensor]:
-    """counts[E] -> (send_splits, recv_splits, recv_counts[G,E/G], counts[E/G]); one all-gather, one host
-    copy.
+    """counts[E] -> (send_splits, recv_splits, recv_counts[G,L], counts[L]), L the experts of this coordinate;
+    one all-gather, one host copy.
 
     send_splits[g] rows go to coordinate g, recv_splits[g] come from it, of which recv_counts[g,e] for local
-    expert e; the last result sums them over g. ValueError when the experts do not divide.
+    expert e; the last result sums them over g.
     """
     span = context.span(axes)
-    if counts.shape[0] % span.size != 0:
-        raise ValueError(
-            f"{counts.shape[0]} experts do not divide over {span.size} ranks of axes {span.axes}"
-        )
-    local = counts.shape[0] // span.size
+    experts = experts_of(counts.shape[0], span)
     by_source = counts.view(1, -1)
     if span.size > 1:
         by_source = gather_pieces(by_source, span, 0, 1, "forward")
-    recv_counts = by_source.narrow(1, span.index * local, local)
+    recv_counts = by_source.narrow(1, *experts[span.index])
     context.note("host copy")
-    splits = torch.stack([counts.view(span.size, local).sum(1), recv_counts.sum(1)]).flatten().tolist()
+    splits = torch.stack([sums_of(counts, experts), recv_counts.sum(1)]).flatten().tolist()
     for rows in splits:
         _torch.check(rows >= 0, "a negative number of rows")
     return splits[: span.size], splits[span.size :], recv_counts, recv_counts.sum(0)

@@ -12,7 +12,7 @@ local_size * size(axes); the dim's index composes its factors in mixed radix wit
 gate|up with each half sharded over tp.
 
 A factor `(local_size, axes, whole, SHARE)` is this coordinate's share of `whole`, which the ranks need not
-divide.
+divide; a tuple: the shares of all.
 
 Routed rows lie anywhere, and how many a rank holds is data. What a row is in the global batch is the number
 of its assignment, token * k + choice, with the token counted in the global order (`row_numbers`). It travels
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tedfx.ops import context
+from tedfx.ops.convert import bounds
 from tedfx.ops.distributions import DISTRIBUTIONS, drawable, shift_right, wide
 from tedfx.ops.properties import op
 
@@ -153,7 +154,8 @@ def _piece(part: tuple) -> tuple[int, int]:
     local, axes, *share = part
     span = context.span(axes)
     if share:
-        return share[0] * span.index // span.size, share[0]
+        starts = bounds(share[0], span)
+        return starts[span.index], starts[-1]
     return span.index * local, local * span.size
 
 

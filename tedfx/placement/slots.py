@@ -12,7 +12,7 @@ from torch import fx
 from tedfx.graph.nodes import operand
 from tedfx.placement.factors import Dim, Factor, leaves
 from tedfx.placement.plan import Plan
-from tedfx.placement.sizes import Size, as_size, product
+from tedfx.placement.sizes import Size, as_size, divides, product
 from tedfx.placement.types import Placement, Shard, Type
 
 
@@ -45,7 +45,7 @@ class LocalSizes(Protocol):
 def in_slots(dispatch: fx.Node, plan: Plan) -> bool:
     """Whether the groups of a dispatch are whole on a rank once tokens that tensor axes cut are put together:
     then its rows can stand in slots."""
-    slots: Slots | None = dispatch.meta.get("slots")
+    slots = _slots(dispatch, plan)
     tokens, type_ = _tokens(dispatch)
     own = {a: p for a, p in type_.items() if not (isinstance(p, Shard) and p.factor.root() is plan.cuts(a))}
     return slots is not None and _counted(slots, tokens, own, plan) is not None
@@ -54,13 +54,21 @@ def in_slots(dispatch: fx.Node, plan: Plan) -> bool:
 def rows_per_expert(dispatch: fx.Node, sizes: LocalSizes) -> Size | None:
     """How many rows of a rank's tokens an expert gets at most, in the rank's own sizes; None where some group
     is not whole on a rank."""
-    slots: Slots | None = dispatch.meta.get("slots")
+    slots = _slots(dispatch, sizes.plan)
     tokens, type_ = _tokens(dispatch)
     counted = None if slots is None else _counted(slots, tokens, type_, sizes.plan)
     if slots is None or counted is None:
         return None
     rows = slots.capacity if slots.local else sizes.whole(slots.capacity)
     return product([as_size(rows), *(sizes.factor(factor, type_) for factor in counted)])
+
+
+def _slots(dispatch: fx.Node, plan: Plan) -> Slots | None:
+    """The slots of a dispatch; none where some ranks have fewer experts than others, so that what they are
+    sent is of no equal size."""
+    experts = leaves(dispatch.meta["dims_of"][1][0])[0]
+    even = divides(plan.roles.mesh.size(plan.axes_of(experts)), experts.size)
+    return dispatch.meta.get("slots") if even else None
 
 
 def _tokens(dispatch: fx.Node) -> tuple[Dim, Type]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor, fx
 
 from tedfx._torch import pytree
 from tedfx.graph.signature import Path
-from tedfx.ops.cuts import Cut
 from tedfx.ops.gather import gather_parameters
 from tedfx.placement.fit import Fit
 from tedfx.runtime.gathers import Gathered
+from tedfx.state.parameters import Placed
 from tedfx.trace.call_check import CallRules
 
 
@@ -62,9 +63,9 @@ class Program:
             if name in self.mutated_buffers and placeholders[first + i].users
         }
 
-    def gathers(self) -> list[Gathered]:
-        """The `gather_parameters` of the graph, by number; several nodes of one number are calls of one
-        gather."""
+    def gathers(self, placed: Mapping[str, Placed]) -> list[Gathered]:
+        """The `gather_parameters` of the graph, by number, with this rank's cuts of what is `placed`; several
+        nodes of one number are calls of one gather."""
         name = dict(zip(self.graph_module.graph.find_nodes(op="placeholder"), self.parameters))
         nodes = [n for n in self.graph_module.graph.nodes if n.target is gather_parameters]
         calls = Counter(n.args[3] for n in nodes)
@@ -72,7 +73,7 @@ class Program:
         return [
             Gathered(
                 n.args[1],
-                tuple(Cut(*cut) for cut in n.args[2]),
+                tuple(placed[name[p]].share_cut for p in n.args[0]),
                 tuple(name[p] for p in n.args[0]),
                 "region" in n.meta,
                 calls[i],

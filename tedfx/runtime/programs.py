@@ -21,6 +21,7 @@ from tedfx.runtime.gathers import Gathered, Store
 from tedfx.runtime.gradients import GradientBoundary
 from tedfx.runtime.layered import interleave
 from tedfx.runtime.program import Program
+from tedfx.state.parameters import Placed
 
 Compile = Callable[[Signature, dict[Path, Any], bool], Program]
 
@@ -63,7 +64,7 @@ class Ready:
 
 class Programs:
     """compile_program: `(signature, flat, training) -> Program`; `flat` maps paths to the leaves of this
-    rank's call. known: names of layouts. sum_dtype: what a compiled graph of several micro-batches sums
+    rank's call. known: by layout name. sum_dtype: what a compiled graph of several micro-batches sums
     gradients in.
 
     last: the signature that was made ready or run last.
@@ -72,7 +73,7 @@ class Programs:
     def __init__(
         self,
         compile_program: Compile,
-        known: Mapping[str, Any],
+        known: Mapping[str, Placed],
         options: Options,
         sum_dtype: torch.dtype | None,
     ):
@@ -93,7 +94,7 @@ class Programs:
             self._ready[signature, count] = Ready(
                 program,
                 self._runner(program),
-                program.gathers(),
+                program.gathers(self._known),
                 program.use_order(),
                 program.overwritten(),
                 aliases,

@@ -7,7 +7,6 @@ part of that under ZeRO: one dim of it, cut over the axes that its gradient is s
 
 from __future__ import annotations
 
-import functools
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -134,28 +133,14 @@ def strides(shape) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-@functools.cache
-def intervals(size: int, sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(start, length) of each rank's piece of a dim that DTensor shards over axes of these sizes, major
-    first: pieces of the rounded-up quotient, the last ones shorter."""
-    pieces = [(0, size)]
-    for n in sizes:
-        step = lambda length: -(-length // n)  # noqa: B023, E731
-        pieces = [
-            (start + min(i * step(length), length), max(min(step(length), length - i * step(length)), 0))
-            for start, length in pieces
-            for i in range(n)
-        ]
-    return tuple(pieces)
-
-
 def share_dim(shape, view, groups, lengths, sharded: dict[int, int], ranks: int) -> tuple[int | None, bool]:
     """Which view dim ZeRO cuts over `ranks`: (dim, whether a sharded dim has to be split for it), or (None,
     False).
 
     shape     the user's; a tensor of one dim that is sharded already stays whole: it is small, and a second
               dim would make it look like a matrix.
-    sharded   view dim -> ranks over which it is cut already. `lengths` are those of a rank.
+    sharded   view dim -> ranks over which it is cut already. `lengths` are those of the first rank, which
+              has no fewer than the others, so that the dim is the same on all.
 
     A dim that the ranks divide comes first, and one that the user's own shape can name before one that it
     cannot; then what is left of a sharded dim; then the longest dim, in pieces that are not equal. What is
@@ -173,10 +158,11 @@ def share_dim(shape, view, groups, lengths, sharded: dict[int, int], ranks: int)
         for d in dims:
             if lengths[d] % ranks == 0 and lengths[d] > 0:
                 return d, False
-    for d in sharded:
+    even = [d for d, over in sharded.items() if view[d] == lengths[d] * over]
+    for d in even:
         if lengths[d] % ranks == 0:
             return d, True
-    for dims, split in ((named, False), (free, False), (list(sharded), True)):
+    for dims, split in ((named, False), (free, False), (even, True)):
         d = max(dims, key=lambda d: lengths[d], default=None)
         if d is not None and lengths[d] >= ranks:
             return d, split

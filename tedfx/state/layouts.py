@@ -8,9 +8,8 @@ from types import MappingProxyType
 
 from torch import fx, nn
 
-from tedfx.errors import ConfigError
 from tedfx.placement.factors import leaves
-from tedfx.placement.types import R, Shard
+from tedfx.placement.types import R, sharding_axes
 from tedfx.state.parameters import ParameterLayout, Placed
 
 
@@ -18,7 +17,8 @@ def layouts_of(model: nn.Module, compilation, frozen: set[str]) -> list[Paramete
     """One layout per parameter of the model, in the model's order; stacks of experts once.
 
     A dim is viewed as (outer, rest) where a factor that tensor axes may shard is not its first, on every mesh
-    alike, so that a checkpoint's names do not depend on the mesh. Parameters that the graph does not use are
+    alike, so that a checkpoint's names do not depend on the mesh. Each factor that an axis does shard begins
+    a view dim, and ends it where the ranks do not divide it. Parameters that the graph does not use are
     replicated.
     """
     trace = compilation.trace
@@ -64,35 +64,26 @@ def layout_of(
     sources = tuple(compilation.trace.stacked.get(node.name, ()))
     shardable = {f.root() for f in compilation.shardable}
     view, where = [], {}
-    for d, dim in enumerate(node.meta["dims"]):
+    for dim in node.meta["dims"]:
         parts = leaves(dim)
-        cut = next(
-            (
-                k
-                for k, f in enumerate(parts)
-                if f in shardable
-                or any(isinstance(p, Shard) and p.factor.root() is f for p in node.meta["type"].values())
-            ),
-            0,
-        )
-        outer, rest = prod(f.size for f in parts[:cut]), prod(f.size for f in parts[cut:])
-        if cut and outer > 1:
-            view.append(outer)
-        for axis, placement in node.meta["type"].items():
-            if isinstance(placement, Shard) and placement.factor.root() in parts:
-                if parts.index(placement.factor.root()) != cut:
-                    raise ConfigError(
-                        f"{name}: dim {d} of {tuple(node.meta['val'].shape)} holds the experts and a part of "
-                        f"each, and {axis!r} would cut inside of what another axis cuts: leave an expert's "
-                        "part whole with roles expert_tensor=(), or give the experts a dim of their own"
-                    )
-                where[axis] = len(view)
-        view.append(rest)
+        axes = [sharding_axes(node.meta["type"], f) for f in parts]
+        first = next((k for k, f in enumerate(parts) if f in shardable or axes[k]), 0)
+        begins = {0, first} | {k for k, each in enumerate(axes) if each}
+        begins |= {
+            k + 1 for k, each in enumerate(axes) if parts[k].size % compilation.roles.mesh.size(each)
+        } - {len(parts)}
+        starts = sorted(begins)
+        for k, end in zip(starts, [*starts[1:], len(parts)]):
+            size = prod(f.size for f in parts[k:end])
+            if size == 1 and len(starts) > 1 and not axes[k]:
+                continue
+            where.update(dict.fromkeys(axes[k] if parts else (), len(view)))
+            view.append(size)
     return ParameterLayout(
         stack_name(sources) if sources else name,
         tuple(int(s) for s in node.meta["val"].shape),
         tuple(view),
-        tuple(where.items()),
+        tuple((a, where[a]) for a in node.meta["type"] if a in where),
         tuple(a for a, p in node.meta["type"].items() if p == R),
         requires_grad,
         sources,

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from tedfx import _torch
 from tedfx.errors import ConfigError
-from tedfx.ops.cuts import Cut
-from tedfx.state.extents import Extent, intervals, share_dim, strides
+from tedfx.ops.cuts import Cut, intervals
+from tedfx.state.extents import Extent, share_dim, strides
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class ParameterLayout:
 class Placed:
     """A layout on a mesh: shapes and intervals on this rank. `mesh` is a DeviceMesh with named axes.
 
-    cut: how `whole` is cut into the ranks' shares (`tedfx.ops.cuts.Cut`), None where the share is the whole.
+    cut: how `whole` is cut into the ranks' shares (`tedfx.ops.cuts.Cut`), None where the share is the whole;
+    common_cut: the same in numbers that all ranks share.
     stage: of ZeRO (arXiv 1910.02054). From 1 on an optimizer owns this rank's `share` of a parameter, and
     gradients are summed into it; at 3 the parameter itself is the share.
     """
@@ -106,43 +107,49 @@ class Placed:
         shards = [(axis, dim) for axis, dim in layout.shards if size[axis] > 1]
         self.reduce_axes = tuple(axis for axis in names if axis in layout.reduce_axes and size[axis] > 1)
         self.shard_axes = tuple(axis for axis, _ in shards)
-        cut: dict[int, int] = {}  # view dim -> ranks over which it is sharded
+        over: dict[int, list[int]] = {}  # view dim -> sizes of the axes that shard it, major first
+        at: dict[int, int] = {}  # view dim -> this rank's coordinate over them
         for axis, dim in shards:
-            cut[dim] = cut.get(dim, 1) * size[axis]
+            over.setdefault(dim, []).append(size[axis])
+            at[dim] = at.get(dim, 0) * size[axis] + coordinate[axis]
+        pieces = {dim: intervals(layout.view[dim], sizes) for dim, sizes in over.items()}
+        axes_of = {dim: tuple(axis for axis, d in shards if d == dim) for dim in over}
 
         # Step 1: the view, one dim finer where ZeRO needs it: (ranks, rest) of a sharded dim, of which it
         # cuts the rest.
         view, share = list(layout.view), None
         groups = _merge(layout, view)
         if stage:
-            lengths = [n // cut.get(d, 1) for d, n in enumerate(view)]
-            at, split = share_dim(
+            lengths = [pieces[d][0][1] if d in pieces else n for d, n in enumerate(view)]
+            cut = {d: len(each) for d, each in pieces.items()}
+            share, split = share_dim(
                 layout.shape, view, groups, lengths, cut, prod(size[a] for a in self.reduce_axes)
             )
-            share = at
             if split:
-                assert at is not None, layout  # the dim that is split
-                view[at : at + 1] = [cut[at], view[at] // cut[at]]
-                shards = [(axis, dim + (dim > at)) for axis, dim in shards]
-                groups, share = _merge(layout, view), at + 1
+                assert share is not None, layout  # the dim that is split
+                view[share : share + 1] = [cut[share], view[share] // cut[share]]
+                finer = {dim: dim + (dim > share) for dim in pieces}
+                shards = [(axis, finer[dim]) for axis, dim in shards]
+                at = {finer[dim]: index for dim, index in at.items()}
+                pieces = {finer[dim]: each for dim, each in pieces.items()}
+                axes_of = {finer[dim]: each for dim, each in axes_of.items()}
+                pieces[share] = tuple((i, 1) for i in range(cut[share]))
+                groups, share = _merge(layout, view), share + 1
         self.view, self.groups = tuple(view), groups
 
         # Step 2: this rank's interval of each view dim.
         starts, lengths = [0] * len(view), list(view)
-        for axis, dim in shards:
-            if lengths[dim] % size[axis]:
-                raise ConfigError(
-                    f"parameter {layout.name}: dim {dim} of {layout.view} does not divide over "
-                    f"{axis}={size[axis]}"
-                )
-            lengths[dim] //= size[axis]
-            starts[dim] += coordinate[axis] * lengths[dim]
+        for dim, each in pieces.items():
+            starts[dim], lengths[dim] = each[at[dim]]
 
         # Step 3: the shape that plain placements can describe.
         held_dim = {dim: (g, k) for g, group in enumerate(groups) for k, dim in enumerate(group)}
         major = {g: next((d for d in group if view[d] > 1), None) for g, group in enumerate(groups)}
         divided = [dim for _, dim in shards] + ([] if share is None else [share])
-        self.plain = all(major[held_dim[dim][0]] == dim for dim in divided)
+        self.plain = all(major[held_dim[dim][0]] == dim for dim in divided) and not any(
+            len({length for _, length in pieces[dim]}) > 1 and view[dim] != layout.shape[held_dim[dim][0]]
+            for _, dim in shards  # DTensor would cut the whole dim of the user's, and inside of a piece
+        )
         self.held = layout.shape if self.plain else self.view
         where = {axis: held_dim[dim][0] if self.plain else dim for axis, dim in shards}
         placements = tuple(Shard(where[axis]) if axis in where else Replicate() for axis in names)
@@ -154,21 +161,25 @@ class Placed:
         )
 
         # Step 4: this rank's share.
-        self.share, self.share_dim, self.cut = self.whole, None, None
+        self.share, self.share_dim, self.cut, self.common_cut = self.whole, None, None, None
         if share is not None:
-            over = tuple(size[axis] for axis in self.reduce_axes)
-            pieces = intervals(lengths[share], over)
-            self.index = _flat_index([coordinate[axis] for axis in self.reduce_axes], over)
+            ranks = tuple(size[axis] for axis in self.reduce_axes)
+            shares = intervals(lengths[share], ranks)
+            self.index = _flat_index([coordinate[axis] for axis in self.reduce_axes], ranks)
             inner = self.whole.held[held_dim[share][0]] // lengths[share] if self.plain else 1
             self.share_dim = held_dim[share][0] if self.plain else share
             self.cut = Cut(
                 self.whole.shape,
                 self.whole.held,
                 self.share_dim,
-                tuple(length * inner for _, length in pieces),
+                tuple(length * inner for _, length in shares),
             )
+            common = lambda dims: _common(dims, lengths, pieces, axes_of)
+            shape = tuple(common(group) for group in groups)
+            held = shape if self.plain else tuple(common((dim,)) for dim in range(len(view)))
+            self.common_cut = self.cut._replace(shape=shape, held=held)
             starts, lengths = list(starts), list(lengths)
-            starts[share], lengths[share] = starts[share] + pieces[self.index][0], pieces[self.index][1]
+            starts[share], lengths[share] = starts[share] + shares[self.index][0], shares[self.index][1]
             placements = tuple(
                 Shard(self.share_dim) if axis in self.reduce_axes else placement
                 for axis, placement in zip(names, placements)
@@ -274,6 +285,18 @@ def _merge(layout: ParameterLayout, view) -> list[tuple[int, ...]]:
     if dim != len(view) or any(prod(view[d] for d in g) != size for g, size in zip(groups, layout.shape)):
         raise ConfigError(f"parameter {layout.name}: view {layout.view} does not refine shape {layout.shape}")
     return groups
+
+
+def _common(dims, lengths, pieces, axes_of):
+    """The product of some view dims on a rank, for `tedfx.ops.cuts.Cut`: a number, or what gives each rank
+    its own where they have different ones."""
+    factors = [
+        (tuple(length for _, length in pieces[d]), axes_of[d])
+        for d in dims
+        if d in pieces and len({length for _, length in pieces[d]}) > 1
+    ]
+    rest = prod(lengths[d] for d in dims if (d not in pieces or len({n for _, n in pieces[d]}) == 1))
+    return (*factors, ((rest,), ())) if factors else rest
 
 
 def _flat_index(coordinates, sizes) -> int:

@@ -1,16 +1,16 @@
-"""A parameter whose dim holds the experts and a part of each, as DBRX's: cut by experts, or refused."""
+"""A parameter whose dim holds the experts and a part of each, as DBRX's: cut by both."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tedfx.errors import ConfigError
 from tedfx.options import Options
 from tedfx.placement.roles import MeshShape, Roles
 from tedfx.state.layouts import layouts_of
 from tedfx.trace.export import trace
 from tedfx.verification.run import prepare
+from tedfx.verification.verify import verify
 
 E, H, I = 4, 32, 24
 
@@ -44,6 +44,13 @@ def test_experts_are_cut():
         assert dict(compiled(mesh, roles)["w1"].shards) == {"ep": 0}
 
 
-def test_a_second_cut_is_refused():
-    with pytest.raises(ConfigError, match=r"w1: dim 0 of \(96, 32\) holds the experts and a part of each"):
-        compiled("ep=2,tp=2")
+def test_a_second_cut_has_a_view_dim_of_its_own():
+    layout = compiled("ep=2,tp=2")["w1"]
+    assert layout.view == (E, I, H) and dict(layout.shards) == {"ep": 0, "tp": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh,roles", [("ep=2,tp=2", None), ("tp=2", {"expert": "tp"}), ("ep=3,tp=2", None)])
+def test_both_cuts_train_as_one_device(mesh, roles):
+    result = verify(Mixture, mesh, roles=roles, steps=2, batch=6)
+    assert result.ok, f"\n{result}"

@@ -292,7 +292,6 @@ class FakeMesh:
 @pytest.mark.parametrize(
     "layout,message",
     [
-        (ParameterLayout("w", (6, 4), (6, 4), {"tp": 1}, ("dp",)), "does not divide over tp=3"),
         (ParameterLayout("w", (6, 4), (3, 8), {}, ()), "does not refine shape"),
         (ParameterLayout("w", (6, 4), (6, 4, 2), {}, ()), "does not refine shape"),
         (ParameterLayout("w", (6, 4), None, {"xx": 0}, ()), "axis 'xx' is not on the mesh"),
@@ -317,6 +316,11 @@ def test_wrong_layouts(layout, message):
         ParameterLayout("w", (4, 6, 2), (4, 2, 3, 2), {"dp": 0, "tp": 2}, sources=("a", "b", "c", "d")),
         ParameterLayout("w", (2, 3), (2, 3), {}),
         ParameterLayout("w", (), (), {}),
+        ParameterLayout("w", (5, 4), None, {"tp": 0}),  # pieces of 2, 2, 1; then of none
+        ParameterLayout("w", (7, 4), None, {"dp": 0, "tp": 0}),
+        ParameterLayout("w", (4, 2), None, {"tp": 0}, sources=("a", "b", "c", "d")),
+        ParameterLayout("w", (10, 8), (2, 5, 4, 2), {"tp": 1, "dp": 2}),
+        ParameterLayout("w", (12, 4), (3, 4, 4), {"dp": 0, "tp": 1}),  # both in one dim
     ],
 )
 def test_pieces_tile_the_tensor(layout):

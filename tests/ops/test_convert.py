@@ -6,10 +6,13 @@ output's cotangent is laid out as the cotangent type (R <-> P, I <-> I, S <-> S)
 put together as the source's cotangent type, must be the global cotangent. That is the whole specification.
 """
 
+from itertools import accumulate
+
 import pytest
 import torch
 
 from tedfx.ops import context, convert
+from tedfx.ops.cuts import lengths_of
 from tests import pool
 
 COTANGENT = {"R": "P", "P": "R", "I": "I", "S": "S"}
@@ -31,10 +34,22 @@ CONVERSIONS = {
     "reduce_scatter": (
         "P",
         "S",
-        lambda x, axes, dim, outer, whole: convert.reduce_scatter(x, axes, dim, outer),
+        lambda x, axes, dim, outer, whole: convert.reduce_scatter(x, axes, dim, outer, pieces=_pieces(whole)),
     ),
-    "shard_R": ("R", "S", lambda x, axes, dim, outer, whole: convert.shard(x, axes, dim, outer, source="R")),
-    "shard_I": ("I", "S", lambda x, axes, dim, outer, whole: convert.shard(x, axes, dim, outer, source="I")),
+    "shard_R": (
+        "R",
+        "S",
+        lambda x, axes, dim, outer, whole: convert.shard(
+            x, axes, dim, outer, source="R", pieces=_pieces(whole)
+        ),
+    ),
+    "shard_I": (
+        "I",
+        "S",
+        lambda x, axes, dim, outer, whole: convert.shard(
+            x, axes, dim, outer, source="I", pieces=_pieces(whole)
+        ),
+    ),
     "partial_R": ("R", "P", lambda x, axes, dim, outer, whole: convert.partial(x, axes, source="R")),
     "partial_I": ("I", "P", lambda x, axes, dim, outer, whole: convert.partial(x, axes, source="I")),
 }
@@ -56,16 +71,22 @@ CUTS = [(0, 1), (1, 1), (2, 1), (-1, 3), (0, 2), (1, 2)]
 SHAPES = [(8, 16, 12), (6, 10, 9)]
 
 
-def _piece(x, size, index, dim, outer):
+def _pieces(whole):
+    """Those of parameters."""
+    return whole if isinstance(whole, tuple) else None
+
+
+def _piece(x, size, index, dim, outer, given):
     whole = x.shape[dim] // outer
-    start, stop = whole * index // size, whole * (index + 1) // size
+    starts = [whole * i // size for i in range(size + 1)] if given is None else [0, *accumulate(given)]
+    start, stop = starts[index], starts[index + 1]
     return torch.cat([block.narrow(dim, start, stop - start) for block in x.chunk(outer, dim)], dim)
 
 
-def _lay_out(x, kind, size, index, dim, outer, generator):
+def _lay_out(x, kind, size, index, dim, outer, generator, given):
     """This coordinate's local tensor of the global x, as a fresh, sometimes strided, tensor."""
     if kind == "S":
-        return _piece(x, size, index, dim, outer)
+        return _piece(x, size, index, dim, outer, given)
     if kind == "P":
         parts = torch.randn(size - 1, *x.shape, dtype=x.dtype, generator=generator)
         return parts[index] if index < size - 1 else x - parts.sum(0)
@@ -90,7 +111,7 @@ def _globals(group, of):
     return x, torch.randn(of, dtype=torch.float64, generator=generator), generator
 
 
-def _on_rank(shape, names, axes, of):
+def _on_rank(shape, names, axes, of, parameters):
     ctx = pool.context(shape, names, (axes,))
     size, index = ctx.size(axes), ctx.coordinate(axes)
     group = ctx.coordinate(tuple(name for name in names if name not in axes))
@@ -98,19 +119,25 @@ def _on_rank(shape, names, axes, of):
     for name, (source, result, call) in CONVERSIONS.items():
         for dim, outer in CUTS:
             x, cotangent, generator = _globals(group, of)
-            local = _lay_out(x, source, size, index, dim, outer, generator).requires_grad_()
-            seed = _lay_out(cotangent, COTANGENT[result], size, index, dim, outer, generator)
+            whole = of[dim] // outer
+            given = lengths_of(whole, [ctx.sizes[axis] for axis in axes]) if parameters else None
+            local = _lay_out(x, source, size, index, dim, outer, generator, given).requires_grad_()
+            seed = _lay_out(cotangent, COTANGENT[result], size, index, dim, outer, generator, given)
             with context.use(ctx):
-                y = call(local, axes, dim, outer, of[dim] // outer)
+                y = call(local, axes, dim, outer, given or whole)
             y.backward(seed)  # the context is gone, and backward has a thread of its own
             out[name, dim, outer] = (y.detach(), local.grad)
     return group, index, out
 
 
-@pytest.mark.parametrize("of", SHAPES, ids=["even", "uneven"])
+@pytest.mark.parametrize(
+    "of,parameters",
+    [(SHAPES[0], False), (SHAPES[1], False), (SHAPES[1], True)],
+    ids=["even", "uneven", "parameters"],
+)
 @pytest.mark.parametrize("world,shape,names,axes", LAYOUTS)
-def test_conversions(ranks, world, shape, names, axes, of):
-    answers = ranks(world).run(_on_rank, shape, names, axes, of)
+def test_conversions(ranks, world, shape, names, axes, of, parameters):
+    answers = ranks(world).run(_on_rank, shape, names, axes, of, parameters)
     for group in {answer[0] for answer in answers}:
         x, cotangent, _ = _globals(group, of)
         members = sorted((a for a in answers if a[0] == group), key=lambda a: a[1])

@@ -160,12 +160,22 @@ def _counts_on_rank():
             == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4]][me]
         )
         assert [c.op for c in log] == ["all_gather"]
-        with pytest.raises(ValueError, match="5 experts do not divide over 2"):
-            moe.exchange_counts(torch.ones(5, dtype=torch.int64), ("ep",))
+        send, recv, recv_counts, mine = moe.exchange_counts(
+            torch.tensor([1, 2, 4, 8, 16]) * (me + 1), ("ep",)
+        )
+        assert send == [[7, 24], [14, 48]][me] and recv == [[7, 14], [24, 48]][me]  # three experts, and two
+        assert mine.tolist() == [[3, 6, 12], [24, 48]][me] and recv_counts.shape == (2, [3, 2][me])
+        assert moe.local_counts(torch.arange(5), ("ep",)).tolist() == [[0, 1, 2], [3, 4]][me]
+        ids = torch.tensor([[4, 0], [2, 3], [5, 1]])  # 5 is no expert's
+        order, counts = moe.route(ids, 5, owned=("ep",))
+        assert (
+            order.tolist() == [[1, 5, 2], [3, 0]][me]
+            and counts.tolist()[:5] == [[1, 1, 1, 0, 0], [0, 0, 0, 1, 1]][me]
+        )
         with pytest.raises(ValueError, match="send_splits do not sum"):
             moe.all_to_all_single(torch.ones(3, 2), [1, 1], [1, 1], ("ep",))
-        with pytest.raises(ValueError, match="5 experts do not divide"):
-            moe.route(torch.zeros(2, 1, dtype=torch.int64), 5, owned=("ep",))
+        with pytest.raises(ValueError, match="5 experts do not divide into 2 runs"):
+            moe.route(torch.zeros(2, 1, dtype=torch.int64), 5, owned=("ep",), owned_outer=2)
     return moe.expert_major(torch.tensor([[1, 2], [2, 1]]), [3, 3]).tolist()
 
 

@@ -137,7 +137,15 @@ def _once(key: tuple, make: Callable):
 
 
 def _model(case: Case):
-    from tests import models, models_capacity, models_dense, models_functions, models_plain, models_styles
+    from tests import (
+        models,
+        models_adapters,
+        models_capacity,
+        models_dense,
+        models_functions,
+        models_plain,
+        models_styles,
+    )
 
     def make():
         torch.manual_seed(0)
@@ -147,6 +155,7 @@ def _model(case: Case):
             **models_dense.DENSE,
             **models_functions.EVERYTHING,
             **models_styles.STYLES,
+            **models_adapters.ADAPTERS,
             **models.MODELS,
         }[case.model](**dict(case.overrides))
         model = model.to(getattr(torch, case.dtype)).train()

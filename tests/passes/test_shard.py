@@ -66,12 +66,11 @@ def test_experts_go_over_their_axes_and_the_router_stays_whole(mesh, roles, on):
     assert not any(program.plan.shards(axis, router) for axis in on)
 
 
-def test_expert_axes_that_do_not_divide_name_the_sizes_that_fit():
-    with pytest.raises(
-        ConfigError,
-        match=r"4 experts cannot be split over expert axes \('ep',\) of size 3; sizes that fit: 1, 2, 4$",
-    ):
-        upto(m.make(m.MoE), "ep=3", m.inputs(), "shard_experts")
+def test_experts_that_the_axes_do_not_divide_are_cut_unequally_and_noted():
+    program, result = upto(m.make(m.MoE), "ep=3", m.inputs(), "shard_experts")
+    assert [f.size for f in program.plan.factors["ep"]][-1] == 4
+    (note,) = [n for n in result.notes if "experts" in n]
+    assert note.startswith("4 experts do not divide by 3: 2, 2, 0 on the ranks of ('ep',)")
 
 
 def test_expert_axes_without_a_mixture_are_refused():
