@@ -13,7 +13,7 @@ from tedfx.decisions.experts import expert_layout
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.graph.facts import DIMS, DIMS_OF, RELATION
 from tedfx.passes.base import Pass, PassResult
-from tedfx.placement.factors import leaves
+from tedfx.placement.factors import Factor, leaves
 from tedfx.placement.plan import roots
 from tedfx.stages.graphs import PlannedGraph
 
@@ -101,7 +101,9 @@ class ShardTensors(Pass[PlannedGraph]):
     produce it (column-parallel) to those that contract it (row-parallel), and each contraction closes with
     one reduction. Cost: elements reduced per element of weight split. Candidates are taken in order of that
     cost, unless a value would carry two factors on one axis, or the factor twice (the weight of `x +
-    linear(x)`). What is not taken stays replicated, with a note where only divisibility failed.
+    linear(x)`). What is not taken stays replicated, with a note where only divisibility failed, or where it
+    shares a dim of a parameter with a factor that other axes cut: a rank holds one piece of a dim, so an
+    expert of which the dim holds all parts (`w1.view(E, F, H)`) stays whole where experts are cut.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -112,6 +114,9 @@ class ShardTensors(Pass[PlannedGraph]):
         result, parameters = PassResult(), program.parameter_names
         nodes = _relation_nodes(graph)
         blocked, cost, values, together = set(), {}, {}, {}
+        stored: dict[
+            Factor, dict[Factor, str]
+        ] = {}  # by factor: others in a dim of a parameter, and of which
         if program.batch_factor is not None:
             blocked |= roots([program.batch_factor])
         for node in nodes:
@@ -129,6 +134,12 @@ class ShardTensors(Pass[PlannedGraph]):
                 if node.name in parameters and len(DIMS[node]) >= 2:
                     for factor in roots(f for d in DIMS[node] for f in d):
                         values[factor] = values.get(factor, 0.0) + plan.elements(DIMS[node])
+                    for dim in DIMS[node]:
+                        for factor in (parts := roots(dim)):
+                            others = dict.fromkeys(
+                                parts - {factor}, program.trace.parameters.get(node.name, node.name)
+                            )
+                            stored.setdefault(factor, {}).update(others)
         inside: set = set()
         for node in nodes:
             if RELATION[node].kind == "dispatch":
@@ -157,6 +168,13 @@ class ShardTensors(Pass[PlannedGraph]):
                 )
                 continue
             if any(plan.shards(a, other) for a in axes for other in together.get(factor, ())):
+                continue
+            cut = next((name for f, name in stored.get(factor, {}).items() if plan.axes_of(f)), None)
+            if axes and cut is not None:
+                result.notes.append(
+                    f"{factor.name or 'a factor'} of size {factor.size} shares a dim of {cut} with what other "
+                    f"axes cut: replicated over {axes}"
+                )
                 continue
             plan.take(axes, factor)
             result.changes += bool(axes)
