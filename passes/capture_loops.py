@@ -34,6 +34,7 @@ Parameters: E parameters of the experts become one placeholder of shape (E, ...)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,7 +44,7 @@ from torch import fx
 from tedfx.capture.batched import refuse
 from tedfx.capture.bodies import Bodies
 from tedfx.capture.chains import Step, chain_of, dependence, is_zero
-from tedfx.capture.loads import every_assignment
+from tedfx.capture.loads import Kept, every_assignment
 from tedfx.capture.masks import facts
 from tedfx.capture.routing import Routing, name_of, shape_of
 from tedfx.capture.stacks import Stacks
@@ -73,14 +74,13 @@ class CaptureLoops(Pass[GlobalGraph]):
         known = facts(graph)
         depends, ends = dependence(graph, known)
         stacks = Stacks(trace, program.trainable)
-        done: set[Routing] = set()
+        done: dict[Routing, Kept] = {}  # and the assignments that reach an expert
         for routing, end in ends:
             chain, base = chain_of(end, routing, depends)
-            _capture(graph, routing, end, chain, base, known, stacks)
-            done.add(routing)
+            done[routing] = _capture(graph, routing, end, chain, base, known, stacks)
             result.matches += 1
             result.notes.append(f"loop over {routing.experts} experts at {user_line(end)}")
-        answers.settle(trace, [node for node, found in depends.items() if done & found.keys()])
+        answers.settle(trace, [node for node, found in depends.items() if done.keys() & found.keys()])
         _prove_hits(graph, known, done)
         _erase(graph, depends)
         stacks.finish()
@@ -104,8 +104,9 @@ def _capture(
     base: fx.Node | None,
     known: dict,
     stacks: Stacks,
-) -> None:
-    """Emit dispatch, body and combine before the chain's last step and put them in its place."""
+) -> Kept:
+    """Emit dispatch, body and combine before the chain's last step and put them in its place. The
+    assignments that are dispatched."""
     gathered = chain[0].index is not None
     bodies = Bodies(graph, routing, known, stacks, gathered)
     with graph.inserting_before(end):
@@ -153,6 +154,7 @@ def _capture(
                 "add rows of tokens to rows of tokens",
             )
     end.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
+    return bodies.kept
 
 
 def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.Node) -> None:
@@ -189,10 +191,11 @@ def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.N
             )
 
 
-def _prove_hits(graph: fx.Graph, known: dict, done: set[Routing]) -> None:
+def _prove_hits(graph: fx.Graph, known: dict, done: dict[Routing, Kept]) -> None:
     """A loop over the experts that were hit was traced over all of them: the others have no tokens."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.tedfx.hit_experts.default):
-        if every_assignment(operand(node, 0), known) not in done:
+        found = every_assignment(operand(node, 0), known)
+        if found is None or found[0] not in done or found[1] not in (None, done[found[0]]):
             raise refuse(
                 "a loop over some of the experts, and nothing proves that the others have no tokens",
                 node,
@@ -212,7 +215,7 @@ def _erase(graph: fx.Graph, depends: dict) -> None:
     graph.eliminate_dead_code()
 
 
-def _check_rest(graph: fx.Graph, known: dict, depends: dict, done: set[Routing]) -> None:
+def _check_rest(graph: fx.Graph, known: dict, depends: dict, done: Collection[Routing]) -> None:
     """No expert's tokens are searched for any more, and no rows are cut by counts."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.tedfx.expert_run.default):
         raise refuse(

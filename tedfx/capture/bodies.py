@@ -157,16 +157,14 @@ class Bodies(Rows):
                 raise refuse(
                     f"expert {number} uses {whose}", node, "let expert e use the tokens that chose e"
                 )
-            if (other.kind, other.dims, other.reduced, other.column) != (
-                fact.kind,
-                fact.dims,
-                fact.reduced,
-                fact.column,
+            if any(
+                getattr(other, field) != getattr(fact, field)
+                for field in ("kind", "dims", "reduced", "column", "kept")
             ):
                 raise refuse(
                     "experts find their tokens in different ways", node, "give all experts the same code"
                 )
-        if fact.kind == "gate":
+        if fact.kind == "gate" and VAL[nodes[0]].dtype != torch.bool:
             weights = {self.known[node].weight for node in nodes}
             over_experts = fact.weight is not None and any("e" in dim for dim in fact.weight[1])
             if over_experts and not self.routing.unique and self.routing.choices > 1:

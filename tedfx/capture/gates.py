@@ -2,6 +2,7 @@
 
 | the model writes | fact |
 |---|---|
+| a hit times (or `&`) truth values, where a token has at most one entry per expert | gate that is a mask |
 | `w * hit`, `where(hit, w, 0)`, `w.masked_fill(miss, 0)` | weighed |
 | `sum` of weighed over the choices; w scattered into zeros at unique ids | gate |
 | logits scattered into -inf at unique ids; their softmax over the experts, their sigmoid | logits; gate |
@@ -21,12 +22,22 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from tedfx.capture.routing import Dims, Fact, argument, dim_of, known_of, name_of, product, shape_of
+from tedfx.capture.routing import (
+    Dims,
+    Fact,
+    argument,
+    dim_of,
+    is_bits,
+    known_of,
+    name_of,
+    product,
+    shape_of,
+)
 from tedfx.graph import nodes
 from tedfx.graph.nodes import operand, overload
 from tedfx.placement.sizes import Size
 
-__all__ = ["masked_fill", "multiply", "scatter", "sigmoid", "softmax", "where"]
+__all__ = ["both", "masked_fill", "multiply", "scatter", "sigmoid", "softmax", "where"]
 
 Known: TypeAlias = Mapping[fx.Node, Fact]
 
@@ -34,12 +45,21 @@ Known: TypeAlias = Mapping[fx.Node, Fact]
 def multiply(node: fx.Node, known: Known) -> Fact | None:
     """A mask times weights; a gate times (or over) anything is a gate."""
     left, right = node.args[:2]
-    if known_of(known, left) is None and isinstance(right, fx.Node) and name_of(node) == "mul":
+    if known_of(known, left) is None and isinstance(right, fx.Node) and name_of(node) != "div":
         left, right = right, left
     fact = known_of(known, left)
     if fact is None or fact.kind not in ("hit", "gate") or known_of(known, right) is not None:
         return None
-    return _weigh(node, fact, right)
+    found, bits = _weigh(node, fact, right), (fact.kind == "hit" or fact.mask) and is_bits(right, known)
+    if found is None or found.kind != "gate" or ("e",) not in found.dims or name_of(node) == "div":
+        return found
+    return replace(found, weight=(node, found.dims), mask=True) if bits else found
+
+
+def both(node: fx.Node, known: Known) -> Fact | None:
+    """`hit & kept`."""
+    found = multiply(node, known)
+    return found if found is not None and found.mask else None
 
 
 def _weigh(node: fx.Node, fact: Fact, weight: object) -> Fact | None:
@@ -49,7 +69,7 @@ def _weigh(node: fx.Node, fact: Fact, weight: object) -> Fact | None:
     if shape != [product(fact.routing.sizes[label] for label in dim) for dim in dims]:
         return None  # the other operand broadcasts the mask: a product with rows, say
     if fact.kind == "gate":
-        return replace(fact, dims=dims, weight=(node, dims)) if fact.expert is None else None
+        return replace(fact, dims=dims, weight=(node, dims), mask=False) if fact.expert is None else None
     if not isinstance(weight, fx.Node) or name_of(node) == "div":
         return None
     once = fact.reduced or fact.routing.choices == 1

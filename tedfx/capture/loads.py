@@ -3,12 +3,13 @@
 `every_assignment` follows a mask or count [E] back to the hits of a routing (masks.py). It is positive where
 any token named the expert by any choice, and nowhere else, if it is the sum, `any` or maximum of all hits
 over all tokens and choices, or a count of the ids (`bincount`, `histc`, ones scattered at ids); compared with
-zero, cast or laid out anew.
+zero, cast or laid out anew. Of a mask that leaves some assignments out, the same for those that are left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from torch import fx
 
@@ -22,21 +23,24 @@ _INEXACT = {"gt", "ne", "ge", "any", "amax", "count_nonzero"}
 _CASTS = {"to", "_to_copy", "clone", "contiguous", "detach", "alias", "long", "int", "bool", "float"}
 
 
-def every_assignment(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Routing | None:
+Kept: TypeAlias = tuple[fx.Node, Dims] | None  # the mask of the assignments that are left; None of all
+
+
+def every_assignment(node: fx.Node, known: Mapping[fx.Node, Fact]) -> tuple[Routing, Kept] | None:
     """The routing whose experts with tokens are those where `node` [E] is positive, or that `node`, ids of
-    any shape, names; None where that is not proven."""
+    any shape, names, and which of its assignments count; None where that is not proven."""
     fact = known.get(node)
     if fact is not None and fact.kind == "ids" and _whole(fact):
-        return fact.routing
+        return fact.routing, None
     found = _counted(node, known)
-    return found[0] if found is not None and found[1] == (("e",),) else None
+    return (found[0], found[2]) if found is not None and found[1] == (("e",),) else None
 
 
 def load_of(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Routing | None:
     """The routing of which `node` [E] says how many assignments each expert has; None where that is not
     proven."""
     found = _counted(node, known, exact=True)
-    return found[0] if found is not None and found[1] == (("e",),) else None
+    return found[0] if found is not None and found[1:] == ((("e",),), None) else None
 
 
 def _whole(fact: Fact) -> bool:
@@ -55,12 +59,15 @@ def _bin_each(node: fx.Node, ids: Fact) -> bool:
 
 def _counted(
     node: fx.Node, known: Mapping[fx.Node, Fact], exact: bool = False
-) -> tuple[Routing, Dims] | None:
-    """(routing, labels of the dims): positive where the token, choice or expert of an entry has any hit;
-    `exact`: how many it has."""
+) -> tuple[Routing, Dims, Kept] | None:
+    """(routing, labels of the dims, hits of which assignments): positive where the token, choice or expert of
+    an entry has any hit; `exact`: how many it has."""
     fact, name = known.get(node), name_of(node)
+    if fact is not None and fact.mask and fact.expert is None:
+        return fact.routing, fact.dims, fact.kept
     if fact is not None and fact.kind == "hit" and fact.expert is None:
-        return (fact.routing, fact.dims) if not (exact and fact.reduced) or fact.routing.unique else None
+        known_once = not (exact and fact.reduced) or fact.routing.unique
+        return (fact.routing, fact.dims, None) if known_once else None
     source = operand_or_none(node, 0)
     if source is None:
         return None
@@ -73,13 +80,13 @@ def _counted(
             or (name == "histc" and not _bin_each(node, ids))
         ):
             return None
-        return ids.routing, (("e",),)
+        return ids.routing, (("e",),), None
     found = _counted(source, known, exact)
     if found is None or (exact and (name == "bool" or name in _INEXACT)):
         return None
-    routing, dims = found
+    routing, dims, kept = found
     if name in _CASTS or (name in ("gt", "ne", "ge") and (name, node.args[1]) in _POSITIVE):
-        return routing, dims
+        return found
     if name in ("sum", "any", "amax", "count_nonzero"):
         over = argument(node, "dim")
         if over is None:
@@ -88,6 +95,7 @@ def _counted(
         if any("e" in dims[d] for d in gone):
             return None
         keep = name != "count_nonzero" and bool(argument(node, "keepdim"))
-        return routing, tuple(() if d in gone else dim for d, dim in enumerate(dims) if d not in gone or keep)
+        left = tuple(() if d in gone else dim for d, dim in enumerate(dims) if d not in gone or keep)
+        return routing, left, kept
     laid = moved(node, name, dims, routing.sizes)
-    return (routing, laid) if laid is not None else None
+    return (routing, laid, kept) if laid is not None else None

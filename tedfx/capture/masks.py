@@ -5,7 +5,7 @@ routing.py).
 |---|---|
 | `ids == e`, `ids[..., None] == arange(E)`, `one_hot(ids, E)` | hit (`ids != e`, `~hit`: miss) |
 | `any` or, for unique ids, `sum` of a hit over the choices | hit, reduced |
-| `torch.where(hit)`, `hit.nonzero()`; one of its columns | search; with `column` |
+| `torch.where(hit)`, `hit.nonzero()`, of a mask too; one of its columns | search; with `column` |
 | views, transposes, casts, `[e]`, `[:, e]`, `unbind` | the same fact, its dims moved, its `expert` known |
 
 Whatever is not in the table has no fact, so a mask that means more than this (capacity, padding) is never
@@ -21,7 +21,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from tedfx.capture.gates import masked_fill, multiply, scatter, sigmoid, softmax, where
+from tedfx.capture.gates import both, masked_fill, multiply, scatter, sigmoid, softmax, where
 from tedfx.capture.loads import load_of
 from tedfx.capture.routing import (
     Dims,
@@ -134,7 +134,7 @@ def _layout(node: fx.Node, name: str, fact: Fact) -> Dims | None:
     if name in _SAME:
         return (
             fact.dims
-            if fact.kind in ("hit", "miss", "ids", "numbers") or VAL[node].is_floating_point()
+            if fact.kind in ("hit", "miss", "ids", "numbers") or fact.mask or VAL[node].is_floating_point()
             else None
         )
     return moved(node, name, fact.dims, fact.routing.sizes)
@@ -167,7 +167,7 @@ def _compare(node: fx.Node, known: Known) -> Fact | None:
                 if dims is not None and sum("e" in d for d in dims) == 1
                 else None
             )
-    if fact.kind == "hit" and (name, right) in (("eq", 1), ("ne", 0), ("gt", 0), ("ge", 1)):
+    if (fact.kind == "hit" or fact.mask) and (name, right) in (("eq", 1), ("ne", 0), ("gt", 0), ("ge", 1)):
         return fact
     return None
 
@@ -263,8 +263,8 @@ def _search(node: fx.Node, known: Known) -> Fact | None:
     """`torch.where(mask)`, `mask.nonzero()`."""
     fact = known_of(known, node.args[0])
     return (
-        replace(fact, kind="search")
-        if fact is not None and fact.kind == "hit" and fact.expert is not None
+        replace(fact, kind="search", mask=False)
+        if fact is not None and (fact.kind == "hit" or fact.mask) and fact.expert is not None
         else None
     )
 
@@ -297,6 +297,9 @@ _BINARY: dict[str, _Rule] = {
     "ge": _compare,
     "mul": multiply,
     "div": multiply,
+    "bitwise_and": both,
+    "logical_and": both,
+    "__and__": both,
 }
 _SPECIAL: dict[str, _Rule] = {
     "any": _reduce,

@@ -15,6 +15,9 @@ follows from a routing by layout, comparison and reduction (`masks.py`) what it 
 | numbers | e (an arange, to be compared with ids: the only kind that is of no choice) |
 | search | indices that a search (`where(mask)`, `nonzero`) found for a mask; `column` c: into its dim c |
 
+A gate whose entries are 0 or 1 is a `mask`: hits of which a capacity, say, left out some. What was searched
+in it (a search that has a `weight`) are the assignments that are left.
+
 Dims are tuples of labels: token dims "t0", "t1", .. (as many as the routing has), the choice "k", the expert
 "e"; () is a dim of size 1, ("t0", "t1") the flattened tokens. `expert` is the number where the expert dim was
 selected. A value that is not in the result means nothing.
@@ -24,9 +27,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import fx
 
 from tedfx._torch import OpOverload
@@ -40,7 +44,9 @@ __all__ = [
     "Sizes",
     "TRANSPOSES",
     "argument",
+    "bound_of",
     "dim_of",
+    "is_bits",
     "known_of",
     "moved",
     "name_of",
@@ -85,6 +91,12 @@ class Fact:
     reduced: bool = False
     weight: tuple[fx.Node, Dims] | None = None  # entry [n,k], or [n,e] of a gate matrix
     column: int | None = None
+    mask: bool = False
+
+    @property
+    def kept(self) -> tuple[fx.Node, Dims] | None:
+        """The mask [n,e] of the assignments that a search or a mask is about; None where it is about all."""
+        return self.weight if self.mask or self.kind == "search" else None
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -99,6 +111,7 @@ class Fact:
 
 
 TRANSPOSES = ("permute", "transpose", "t", "numpy_T", "mT")
+LAYOUTS = (*REGROUPS, *TRANSPOSES, "unsqueeze", "squeeze", "expand", "select", "slice", "clone", "contiguous")
 
 # torch's other names of operators
 _ALIASES = {
@@ -159,6 +172,26 @@ def whole_quotient(node: fx.Node) -> object:
     if name_of(node) == "floor_divide" or (name_of(node) == "div" and rounding in ("floor", "trunc")):
         return node.args[1]
     return None
+
+
+def is_bits(node: object, known: Mapping[fx.Node, Fact]) -> bool:
+    """Whether every entry of a value is 0 or 1: truth values, hits, masks, casts and layouts of them."""
+    if not isinstance(node, fx.Node) or not hasattr(VAL.get(node), "dtype"):
+        return False
+    fact = known.get(node)
+    if VAL[node].dtype == torch.bool or (fact is not None and (fact.kind == "hit" or fact.mask)):
+        return True
+    if name_of(node) in ("to", "_to_copy", "type_as", "long", "int", "float") or name_of(node) in LAYOUTS:
+        return is_bits(operand_or_none(node, 0), known)
+    return False
+
+
+def bound_of(node: object, known: Mapping[fx.Node, Fact]) -> int | None:
+    """n, where integers provably lie in 0..n-1; None where nothing proves it."""
+    fact = known_of(known, node)
+    if fact is not None and fact.kind == "ids":
+        return fact.routing.experts
+    return 2 if is_bits(node, known) else None
 
 
 def product(sizes: Iterable[Size]) -> Size:
@@ -276,6 +309,8 @@ def origin(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Fact | None:
         and not VAL[node].is_floating_point()
     ):
         return _routing(node, None, node.args[1], True)
+    if name == "one_hot" and (source not in known or known[source].kind != "ids"):
+        return _named(node, source, known)
     if name == "gather" and source in known and known[source].kind == "ids":
         fact, index = known[source], known.get(operand(node, 2))
         dim = dim_of(node, len(fact.dims))
@@ -295,3 +330,18 @@ def origin(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Fact | None:
         if dim is not None and fact.dims[dim] == ("k",):
             return _routing(node, None, fact.routing.experts, True)
     return None
+
+
+def _named(node: fx.Node, source: fx.Node, known: Mapping[fx.Node, Fact]) -> Fact | None:
+    """The hits of `one_hot(numbers, E)`: numbers that are no scores' indices, and lie in 0..E-1 all the same.
+
+    Its last dim is that of the choices, unless its size is data."""
+    classes, bound, shape = argument(node, "num_classes"), bound_of(source, known), shape_of(source)
+    if not isinstance(classes, int) or bound is None or bound > classes or not shape:
+        return None
+    choices = len(shape) - 1 if len(shape) > 1 and isinstance(shape[-1], int) else None
+    for fact in known.values():  # the same numbers may be told apart twice
+        if fact.routing.node is source and fact.routing.experts == classes:
+            return Fact("hit", fact.routing, (*fact.routing.dims, ("e",)))
+    fact = _routing(source, choices, classes, choices is None)
+    return None if fact is None else replace(fact, kind="hit", dims=(*fact.dims, ("e",)))

@@ -51,6 +51,8 @@ class Rows:
         self.dispatched: Dispatched | None = None
         # (True,) where some rows belong to no expert: the last argument of the ops that tell experts apart
         self.tail: tuple[bool, ...] = ()
+        # the mask of the assignments that the searches of a body find; None: all
+        self.kept: tuple[fx.Node, Dims] | None = None
 
     @property
     def _dispatched(self) -> Dispatched:
@@ -90,14 +92,20 @@ class Rows:
                 "tokens whose number of features is not fixed", like, "let a token be a row of a fixed size"
             )
         flat = x if len(shape) == 2 else self.emit(aten.reshape.default, (x, [-1, shape[-1]]), {}, like)
-        out = self.emit(
-            torch.ops.tedfx.dispatch.default,
-            (flat, self.flat(self.routing.node, self.routing.dims, like), self.experts),
-            {},
-            like,
-        )
+        ids = self._sent(like)
+        out = self.emit(torch.ops.tedfx.dispatch.default, (flat, ids, self.experts, *self.tail), {}, like)
         self.dispatched = Dispatched(*(self.emit(operator.getitem, (out, i), {}, like) for i in range(3)))
         return self.rows
+
+    def _sent(self, like: fx.Node) -> fx.Node:
+        """The ids [N, K]; those of assignments that are left out are no expert's, and their rows the tail."""
+        ids = self.flat(self.routing.node, self.routing.dims, like)
+        if self.kept is None:
+            return ids
+        self.tail = (True,)
+        read = self.emit(aten.gather.default, (self.flat(*self.kept, like), 1, ids), {}, like)
+        kept = self.emit(aten.ne.Scalar, (read, 0), {}, like)
+        return self.emit(aten.where.ScalarOther, (kept, ids, self.experts), {}, like)
 
     def flat(self, node: fx.Node, dims: Dims, like: fx.Node) -> fx.Node:
         """A value with these labels as [N, K] (or [N, E])."""
@@ -175,7 +183,8 @@ class Rows:
                     first,
                     "weigh by w[token, slot]",
                 )
-            return weight(first, ((),) * at + (labels,), source.of)
+            behind = len(shape) - at - len(self.columns(where))
+            return weight(first, ((),) * at + (labels,) + ((),) * behind, source.of)
         own = list(range(len(shape)))
         if source.kind == "picked":
             own.remove(source.of)
@@ -220,7 +229,7 @@ class Rows:
         for value in where:
             if value is not None:
                 fact = value.of
-                out += list(fact.dims) if fact.kind == "hit" else [fact.dims[fact.column]]
+                out += [fact.dims[fact.column]] if fact.kind == "search" else list(fact.dims)
         return out
 
     def size(self, label: Iterable[str]) -> Size:
@@ -238,7 +247,7 @@ class Rows:
                 "index by token, or by token and slot",
             )
         found: list[Fact] = [value.of for value in indexing]
-        if any(f.kind == "search" and f.column is None or f.kind == "hit" and f.dims == () for f in found):
+        if any(f.kind == "search" and f.column is None or f.kind != "search" and f.dims == () for f in found):
             raise refuse(
                 "an index of all columns of a search",
                 like,
@@ -251,8 +260,9 @@ class Rows:
                     like,
                     "take ids from a topk, or search (ids == e) itself",
                 )
-            self.order = fact.order if self.order is None else self.order
-            if fact.order != self.order:
+            if self.order is None:
+                self.order, self.kept = fact.order, fact.kept
+            if (fact.order, fact.kept) != (self.order, self.kept):
                 raise refuse("an expert finds its tokens twice, in different orders", like, "search once")
         labels = tuple(label for dim in self.columns(where) for label in dim)
         tokens = tuple(label for label in labels if label != "k")

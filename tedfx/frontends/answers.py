@@ -18,7 +18,7 @@ from tedfx.frontends.hits import HIT
 from tedfx.frontends.loops import NOTE
 from tedfx.graph.facts import STACK_TRACE
 
-__all__ = ["SKIPPED", "check", "settle", "took_for_granted"]
+__all__ = ["SKIPPED", "check", "settle", "skippable", "took_for_granted"]
 
 SKIPPED = (
     "an expert that no token of the batch chose has a gradient of zero here; on one device the loop "
@@ -54,3 +54,12 @@ def check(trace: Any) -> None:
 def took_for_granted(trace: Any) -> bool:
     """Whether the trace was made as if experts had tokens."""
     return any(note.startswith((NOTE, _SETTLED, HIT)) for note in trace.notes)
+
+
+def skippable(trace: Any) -> set[str]:
+    """Names of the parameters that a step may leave without a gradient in the model, and that have one of
+    zero here: where a loop skips experts, all that the graph reads."""
+    if not took_for_granted(trace):
+        return set()
+    nodes = trace.graph_module.graph.find_nodes(op="placeholder")
+    return {trace.parameters[node.name] for node in nodes if node.name in trace.parameters and node.users}

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from tedfx._torch import pytree
 from tedfx.dtypes import cast_module
 from tedfx.errors import ConfigError
+from tedfx.frontends.answers import skippable
 from tedfx.graph.draws import draws
 from tedfx.optim import ShardedOptimizer
 from tedfx.options import Options
@@ -130,9 +131,16 @@ def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callab
 
 
 def train_reference(
-    model: nn.Module, batch: Batches, recipe: Recipe, device: str = "cpu", groups: int = 1
+    model: nn.Module,
+    batch: Batches,
+    recipe: Recipe,
+    device: str = "cpu",
+    groups: int = 1,
+    zeros: Collection[str] = (),
 ) -> Outcome:
-    """The unmodified model on the whole global batch; with `groups`, see `in_groups`."""
+    """The unmodified model on the whole global batch; with `groups`, see `in_groups`. `zeros`: parameters
+    whose gradient is zero where the model leaves none, those of experts that its loop skips: the optimizer
+    steps them all the same, as it does on the mesh."""
     start = time.perf_counter()
     cast_model(model, recipe.options.precision).to(device)
     batches = _on(device, step_batches(batch, recipe.steps))
@@ -146,7 +154,7 @@ def train_reference(
             },
             {n: b.detach().cpu().clone() for n, b in model.named_buffers()},
         )
-        outcome = _train(model, batches, recipe, kept, call)
+        outcome = _train(model, batches, recipe, kept, call, zeros=zeros)
     outcome.parameters = {n: p.detach().cpu() for n, p in model.named_parameters(remove_duplicate=False)}
     outcome.seconds = {"run": time.perf_counter() - start}
     return outcome
@@ -170,7 +178,7 @@ def train_single(
         with cast_parameters(model, parameter_dtypes(model, recipe.options.precision), values=False):
             traced = trace(model, kwargs=dict(call["example_inputs"]), device=rank.device)
     if not any(draws(node) for node in traced.graph_module.graph.nodes):
-        return train_reference(model, batch, recipe, rank.device, groups)
+        return train_reference(model, batch, recipe, rank.device, groups, skippable(traced))
     if groups > 1:
         raise ConfigError(
             "capacity='local' on several batch coordinates of a model that draws random numbers: one rank "
@@ -213,9 +221,10 @@ def _train(
     state: Callable[[], tuple[dict, dict]],
     call: Callable | None = None,
     sharded: Mapping[str, Any] | None = None,
+    zeros: Collection[str] = (),
 ) -> Outcome:
     """`state`: (gradients, buffers) by name. `sharded`: the module's optimizer is tedfx's, which ZeRO's
-    stages 1 and 2 need, with these options."""
+    stages 1 and 2 need, with these options. `zeros`: see `train_reference`."""
     own = (
         None
         if sharded is None
@@ -232,6 +241,9 @@ def _train(
         optimizer.zero_grad()
         loss, outcome.global_loss = objective((call or module)(**batch))
         loss.backward()
+        for parameter in map(module.get_parameter, zeros):
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
         if small or step in (1, recipe.steps):
             outcome.gradients[step], outcome.buffers[step] = state()
         if own is None:
