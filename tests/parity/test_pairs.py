@@ -2,9 +2,9 @@
 gradient norm, gradients, buffers, parameters after two steps, and replicas bit by bit.
 
 `make test` has every pair of switches, and every model, mesh and batch once; `make test-slow` the pairs of
-models, meshes and batches with each other and with the switches. The rows are made by `tests/parity/pairwise.py`, so a new choice
-is one entry here. The full products are `make parity`. Labels are spread unevenly over the ranks, and the
-router's auxiliary loss is on.
+models, meshes and batches with each other and with the switches. The rows are made by
+`tests/parity/pairwise.py`, so a new choice is one entry here. The full products are `make parity`. Labels are
+spread unevenly over the ranks, and the router's auxiliary loss is on.
 """
 
 import dataclasses
