@@ -19,6 +19,7 @@ Algorithm:
 4. The E values are walked in lock-step (capture_bodies.py), which checks that they are one body with
    different parameters, and emits it once, on the rows of `dispatch`. `combine` takes the place of the last
    step.
+   Experts of several structures are a loop per class (tedfx/capture/classes.py), and the sums are added.
 5. A loop over the experts that were hit was traced over all (tedfx/frontends/hits.py): what said which they
    were is proven to name every expert with tokens (tedfx/capture/loads.py).
 6. The loop is erased. A search for an expert's tokens that is still used is a loop that was not understood:
@@ -44,6 +45,7 @@ from torch import fx
 from tedfx.capture.batched import refuse
 from tedfx.capture.bodies import Bodies
 from tedfx.capture.chains import Step, chain_of, dependence, is_zero
+from tedfx.capture.classes import classes_of, plain_body
 from tedfx.capture.loads import Kept, every_assignment
 from tedfx.capture.masks import facts
 from tedfx.capture.routing import Routing, name_of, shape_of
@@ -107,31 +109,17 @@ def _capture(
 ) -> Kept:
     """Emit dispatch, body and combine before the chain's last step and put them in its place. The
     assignments that are dispatched."""
-    gathered = chain[0].index is not None
-    bodies = Bodies(graph, routing, known, stacks, gathered)
+    classes = classes_of(chain, routing, known)
     with graph.inserting_before(end):
-        if gathered:
-            _check_places(bodies, routing, chain, end)
-        value = bodies.lift(tuple(step.value for step in chain))
-        rows = value.node
-        if value.kind not in ("rows", "weighted") or value.right != 1 or rows is None:
-            raise refuse(
-                "what an expert adds is not a row of features per token",
-                chain[0].value,
-                "add expert(x[token]) * w[token, slot, None]",
-            )
-        if not gathered and value.kind != "weighted":
-            raise refuse(
-                "every expert runs on every token, and nothing makes its result zero where it was not chosen",
-                chain[0].value,
-                "multiply it by a gate made from the router's choice: (w * (ids == e)).sum(-1, keepdim=True)",
-            )
-        if VAL[rows].dim() != 2:
-            rows = bodies.emit(aten.reshape.default, (rows, [-1, shape_of(rows)[-1]]), {}, end)
-        weights = bodies.weights(value.of if value.kind == "weighted" else None, end)
-        out = bodies.emit(torch.ops.tedfx.combine.default, (rows, bodies.sorted, weights), {}, end)
-        if VAL[out].dtype != VAL[end].dtype:
-            out = bodies.emit(aten.to.dtype, (out, VAL[end].dtype), {}, end)
+        found = [
+            _class(graph, routing, end, [chain[expert] for expert in mine], mine, known, stacks)
+            for mine in classes
+        ]
+        bodies, out = found[0]
+        for other, added in found[1:]:
+            if other.kept != bodies.kept:
+                raise refuse("experts find their tokens in different ways", end, "search in one mask")
+            out = bodies.emit(aten.add.Tensor, (out, added), {}, end)
         if VAL[end].dim() > 2:
             like = base
             if bodies.x is not None and VAL[bodies.x].dim() == VAL[end].dim():
@@ -155,6 +143,51 @@ def _capture(
             )
     end.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
     return bodies.kept
+
+
+def _class(
+    graph: fx.Graph,
+    routing: Routing,
+    end: fx.Node,
+    chain: list[Step],
+    numbers: list[int],
+    known: dict,
+    stacks: Stacks,
+) -> tuple[Bodies, fx.Node]:
+    """What the experts of one class add to the tokens: [N, H]. `chain`: their steps."""
+    gathered = chain[0].index is not None
+    some = len(numbers) < routing.experts
+    plain = plain_body(chain[0], routing, known) if some and gathered else set[fx.Node]()
+    bodies = Bodies(graph, routing, known, stacks, gathered, numbers, plain)
+    if gathered:
+        _check_places(bodies, routing, chain, end)
+    value = bodies.lift(tuple(step.value for step in chain))
+    rows = value.node
+    if value.kind not in ("rows", "weighted") or value.right != 1 or rows is None:
+        raise refuse(
+            "what an expert adds is not a row of features per token",
+            chain[0].value,
+            "add expert(x[token]) * w[token, slot, None]",
+        )
+    if not gathered and value.kind != "weighted":
+        raise refuse(
+            "every expert runs on every token, and nothing makes its result zero where it was not chosen",
+            chain[0].value,
+            "multiply it by a gate made from the router's choice: (w * (ids == e)).sum(-1, keepdim=True)",
+        )
+    if VAL[rows].dim() != 2:
+        rows = bodies.emit(aten.reshape.default, (rows, [-1, shape_of(rows)[-1]]), {}, end)
+    weights = bodies.weights(value.of if value.kind == "weighted" else None, end)
+    if plain:
+        mine = bodies.emit(aten.lt.Scalar, (bodies.sent(end), len(numbers)), {}, end)
+        weights = bodies.emit(aten.where.ScalarOther, (mine, weights, 0), {}, end)
+        weights = bodies.emit(aten.sum.dim_IntList, (weights, [1], True), {}, end)
+        out = bodies.emit(aten.mul.Tensor, (rows, weights), {}, end)
+    else:
+        out = bodies.emit(torch.ops.tedfx.combine.default, (rows, bodies.sorted, weights), {}, end)
+    if VAL[out].dtype != VAL[end].dtype:
+        out = bodies.emit(aten.to.dtype, (out, VAL[end].dtype), {}, end)
+    return bodies, out
 
 
 def _check_places(bodies: Bodies, routing: Routing, chain: list[Step], end: fx.Node) -> None:

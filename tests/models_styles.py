@@ -79,8 +79,59 @@ class ScoresFirst(Mixture):
         return torch.zeros_like(x).index_add(0, order // self.k, torch.cat(done))
 
 
+class KeptHits(Mixture):
+    """A loop over a mask in which a capacity left out some hits, in the order of all tokens."""
+
+    capacity = 5
+
+    def forward(self, x):
+        probs = self.gate(x).softmax(-1)
+        hits = F.one_hot(probs.argmax(-1), self.experts)
+        mask = (hits * (hits.cumsum(0) <= self.capacity)).unsqueeze(1).permute(2, 1, 0)
+        weights, out = probs.amax(-1, keepdim=True), torch.zeros_like(x)
+        for hit in (mask.sum((1, 2)) > 0).nonzero():
+            slot, token = torch.where(mask[hit].squeeze(0))
+            done = self.expert(hit[0], x[token])
+            out.index_add_(0, token, done * weights[token, slot, None])
+        return out
+
+
+class MaskNumbers(KeptHits):
+    """Expert 1 for what a capacity left, expert 0 for all other entries of the matrix: transformers' NLLB."""
+
+    def forward(self, x):
+        probs = self.gate(x).softmax(-1)
+        hits = F.one_hot(probs.argmax(-1), self.experts)
+        mask = F.one_hot(hits * (hits.cumsum(0) <= self.capacity), self.experts).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for hit in (mask.sum((1, 2)) > 0).nonzero():
+            slot, token = torch.where(mask[hit].squeeze(0))
+            out.index_add_(0, token, self.expert(hit[0], x[token]) * probs[token, slot, None])
+        return out
+
+
+class TwoClasses(Mixture):
+    """Experts that compute nothing behind the others: LongCat's of transformers."""
+
+    def __init__(self, plain=3):
+        super().__init__()
+        self.plain, self.gate = plain, nn.Linear(WIDTH, self.experts + plain, bias=False)
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(self.experts + self.plain):
+            token, slot = torch.where(ids == e)
+            done = self.expert(e, x[token]) if e < self.experts else x[token]
+            out = out.index_add(0, token, done * weights[token, slot, None])
+        return out
+
+
 STYLES = {
     "hit_loop": lambda: Model(HitLoop()),
     "host_counts": lambda: Model(HostCounts()),
     "scores_first": lambda: Model(ScoresFirst()),
+    "kept_hits": lambda: Model(KeptHits()),
+    "mask_numbers": lambda: Model(MaskNumbers()),
+    "two_classes": lambda: Model(TwoClasses()),
 }

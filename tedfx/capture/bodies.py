@@ -14,6 +14,7 @@ Anything else is a difference between the experts and is refused, with both line
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import fx
 
 from tedfx._torch import pytree
 from tedfx.capture.batched import Batched, is_value, refuse
+from tedfx.capture.classes import runs_of
 from tedfx.capture.routing import Fact, Routing, argument, name_of, shape_of
 from tedfx.capture.rows import Rows
 from tedfx.capture.rules import apply_rule
@@ -41,11 +43,17 @@ class Bodies(Rows):
     """The bodies of one loop, in the order of the experts."""
 
     def __init__(
-        self, graph: fx.Graph, routing: Routing, known: dict[fx.Node, Fact], stacks: Stacks, gathered: bool
+        self,
+        graph: fx.Graph,
+        routing: Routing,
+        known: dict[fx.Node, Fact],
+        stacks: Stacks,
+        gathered: bool,
+        numbers: Sequence[int] | None = None,
+        plain: Collection[fx.Node] = (),
     ):
-        super().__init__(graph, routing, gathered)
+        super().__init__(graph, routing, gathered, numbers, plain)
         self.known, self.stacks = known, stacks
-        self.numbers = list(range(routing.experts))
         self.memo: dict[tuple[fx.Node, ...], Batched] = {}
 
     def lift(self, nodes: tuple[fx.Node, ...]) -> Batched:
@@ -57,7 +65,7 @@ class Bodies(Rows):
         first, fact = nodes[0], self.known.get(nodes[0])
         if fact is not None and fact.expert is not None and fact.routing is self.routing:
             return self._about(nodes, fact)
-        if all(node is first for node in nodes):
+        if all(node is first for node in nodes) and not (len(nodes) == 1 and first in self.plain):
             return Batched("shared", first, first)
         if all(node.op == "placeholder" for node in nodes):
             if self.stacks.same(nodes):
@@ -204,14 +212,17 @@ class Bodies(Rows):
         """A picked value with its expert dim in front."""
         if not isinstance(value, Batched) or value.kind != "picked":
             return value
-        if shape_of(value.node)[value.of] != self.experts:
-            size = shape_of(value.node)[value.of]
+        node, size = value.node, shape_of(value.node)[value.of]
+        runs = runs_of(self.numbers)
+        if self.experts < self.routing.experts and len(runs) == 1 and size != self.experts:
+            first, behind, _ = runs[0]  # one class of several: its own slices
+            node = self.emit(aten.slice.Tensor, (node, value.of, first, behind), {}, value.like)
+        elif size != self.experts or self.numbers[-1] != self.experts - 1:
             raise refuse(
                 f"experts read slices of a dim of size {size}, there are {self.experts} experts",
                 value.like,
                 "give every expert one slice",
             )
-        node = value.node
         if value.of:
             rank = len(shape_of(node))
             node = self.emit(

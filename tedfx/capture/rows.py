@@ -8,7 +8,7 @@ searches of a body must list an expert's tokens in one order.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from tedfx.capture.batched import Batched, refuse
+from tedfx.capture.classes import runs_of
 from tedfx.capture.routing import Dims, Fact, Routing, argument, name_of, product, shape_of
 from tedfx.capture.weights import Weight, weight
 from tedfx.errors import TedfxError
@@ -41,13 +42,24 @@ class Dispatched:
 class Rows:
     """The rows of one loop: what `dispatch` made of its tokens."""
 
-    def __init__(self, graph: fx.Graph, routing: Routing, gathered: bool):
-        self.graph, self.routing, self.gathered = graph, routing, gathered
-        self.experts = routing.experts
+    def __init__(
+        self,
+        graph: fx.Graph,
+        routing: Routing,
+        gathered: bool,
+        numbers: Sequence[int] | None = None,
+        plain: Collection[fx.Node] = (),
+    ):
+        """`numbers`: which of the routing's experts, in ascending order; None: all. `plain`: the body of
+        experts that all compute one value of a token (classes.py): rows are tokens, nothing is dispatched."""
+        self.graph, self.routing, self.gathered, self.plain = graph, routing, gathered, plain
+        self.numbers = list(range(routing.experts) if numbers is None else numbers)
+        self.experts = len(self.numbers)
         self.order: tuple[str, ...] | None = None  # of the rows in every search of a body
         self.transposes: dict[fx.Node, fx.Node] = {}  # an emitted transpose of a stacked matrix -> the matrix
         self.flattened: dict[tuple[fx.Node, Dims], fx.Node] = {}
         self.x: fx.Node | None = None
+        self.tokens_of: fx.Node | None = None  # the tokens [N, H] of plain experts
         self.dispatched: Dispatched | None = None
         # (True,) where some rows belong to no expert: the last argument of the ops that tell experts apart
         self.tail: tuple[bool, ...] = ()
@@ -62,7 +74,7 @@ class Rows:
 
     @property
     def rows(self) -> fx.Node:
-        return self._dispatched.rows
+        return self._dispatched.rows if self.tokens_of is None else self.tokens_of
 
     @property
     def counts(self) -> fx.Node:
@@ -92,20 +104,35 @@ class Rows:
                 "tokens whose number of features is not fixed", like, "let a token be a row of a fixed size"
             )
         flat = x if len(shape) == 2 else self.emit(aten.reshape.default, (x, [-1, shape[-1]]), {}, like)
-        ids = self._sent(like)
+        if self.plain:
+            self.tokens_of = flat
+            return flat
+        ids = self.sent(like)
+        self.tail = (True,) if ids is not self._ids(like) else ()
         out = self.emit(torch.ops.tedfx.dispatch.default, (flat, ids, self.experts, *self.tail), {}, like)
         self.dispatched = Dispatched(*(self.emit(operator.getitem, (out, i), {}, like) for i in range(3)))
         return self.rows
 
-    def _sent(self, like: fx.Node) -> fx.Node:
-        """The ids [N, K]; those of assignments that are left out are no expert's, and their rows the tail."""
-        ids = self.flat(self.routing.node, self.routing.dims, like)
-        if self.kept is None:
-            return ids
-        self.tail = (True,)
-        read = self.emit(aten.gather.default, (self.flat(*self.kept, like), 1, ids), {}, like)
-        kept = self.emit(aten.ne.Scalar, (read, 0), {}, like)
-        return self.emit(aten.where.ScalarOther, (kept, ids, self.experts), {}, like)
+    def _ids(self, like: fx.Node) -> fx.Node:
+        return self.flat(self.routing.node, self.routing.dims, like)
+
+    def sent(self, like: fx.Node) -> fx.Node:
+        """Which of these experts each assignment [N, K] goes to; those that are left out, and those of other
+        experts, are no expert's, and their rows the tail."""
+        ids = sent = self._ids(like)
+        if self.experts < self.routing.experts:
+            sent = self.emit(aten.full_like.default, (ids, self.experts), {}, like)
+            for first, behind, place in runs_of(self.numbers):
+                low = self.emit(aten.ge.Scalar, (ids, first), {}, like)
+                high = self.emit(aten.lt.Scalar, (ids, behind), {}, like)
+                mine = self.emit(aten.logical_and.default, (low, high), {}, like)
+                own = self.emit(aten.sub.Scalar, (ids, first - place), {}, like)
+                sent = self.emit(aten.where.self, (mine, own, sent), {}, like)
+        if self.kept is not None:
+            read = self.emit(aten.gather.default, (self.flat(*self.kept, like), 1, ids), {}, like)
+            kept = self.emit(aten.ne.Scalar, (read, 0), {}, like)
+            sent = self.emit(aten.where.ScalarOther, (kept, sent, self.experts), {}, like)
+        return sent
 
     def flat(self, node: fx.Node, dims: Dims, like: fx.Node) -> fx.Node:
         """A value with these labels as [N, K] (or [N, E])."""

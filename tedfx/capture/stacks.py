@@ -17,6 +17,7 @@ from torch import fx
 from tedfx.capture.batched import refuse
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
+from tedfx.state.layouts import stack_name
 from tedfx.trace.global_graph import Trace
 
 __all__ = ["Stacks"]
@@ -68,7 +69,7 @@ class Stacks:
             )
         graph = self.trace.graph_module.graph
         with graph.inserting_before(nodes[0]):
-            new = graph.placeholder("p_" + re.sub(r"\W", "_", _common(names)))
+            new = graph.placeholder("p_" + re.sub(r"\W", "_", stack_name(names)))
         with values[0].fake_mode:
             like = {
                 "dtype": values[0].dtype,
@@ -121,9 +122,3 @@ class Stacks:
                 )
             del self.trace.parameters[node.name]
             graph.erase_node(node)
-
-
-def _common(names: list[str]) -> str:
-    """layers.0.experts.{0,1,..}.w1.weight -> layers.0.experts.stacked.w1.weight"""
-    parts = [name.split(".") for name in names]
-    return ".".join(column[0] if len(set(column)) == 1 else "stacked" for column in zip(*parts))

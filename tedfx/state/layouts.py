@@ -115,6 +115,11 @@ def placed_on_first(compilation, node: fx.Node, stage: int) -> Placed:
 
 def stack_name(sources: Sequence[str]) -> str:
     """``experts.0.w1.weight, experts.1.w1.weight, ..`` -> ``experts.*.w1.weight`` with ``*`` written
-    ``stacked``."""
+    ``stacked``; ``stacked_4`` of a class of experts that begins with number 4."""
     first, last = sources[0].split("."), sources[-1].split(".")
-    return ".".join(a if a == b else "stacked" for a, b in zip(first, last))
+    return ".".join(a if a == b else _stacked(a) for a, b in zip(first, last))
+
+
+def _stacked(first: str) -> str:
+    number = first[len(first.rstrip("0123456789")) :].lstrip("0")
+    return f"stacked_{number}" if number else "stacked"

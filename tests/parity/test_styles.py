@@ -6,7 +6,7 @@ import pytest
 
 from tedfx.ops import count_collectives
 from tedfx.verification.batches import split_batch
-from tests.marks import slow
+from tests.marks import slow, slow_but
 from tests.models_styles import STYLES
 from tests.parity.cases import case, on_ranks, verified
 
@@ -15,7 +15,9 @@ CASES = [
     made
     for name in STYLES
     for made in (
-        case(name, "ep=2,tp=2", steps=2, batch="one_token_in_second_half"),
+        (slow if name == "mask_numbers" else lambda case: case)(
+            case(name, "ep=2,tp=2", steps=2, batch="one_token_in_second_half")
+        ),
         slow(case(name, "dp=2,ep=2", steps=2, zero=3, batch="odd")),
         slow(case(name, "tp=2", roles=PPMOE, steps=2, checkpoint="comm")),
         slow(case(name, "ep=2", steps=1, compile="aot_eager")),
@@ -35,8 +37,12 @@ def sent(pm, batch, rank):
     return Counter((c.op, c.phase, len(c.shape)) for c in log if c.axes == ("ep",))
 
 
-@pytest.mark.parametrize("name", STYLES)
+COUNTED = {"kept_hits": 1, "mask_numbers": 1}  # running counts of the tokens, before any row is sent
+
+
+@pytest.mark.parametrize("name", slow_but(["hit_loop", "host_counts", "scores_first"], STYLES))
 def test_two_row_exchanges_and_one_of_counts(name):
     for log in on_ranks(case(name, "ep=2"), sent):
         assert log["all_to_all", "forward", 2] == 2 and log["all_to_all", "backward", 2] == 2
-        assert sum(n for (op, phase, _), n in log.items() if phase == "forward" and op == "all_gather") == 1
+        gathers = sum(n for (op, phase, _), n in log.items() if phase == "forward" and op == "all_gather")
+        assert gathers == 1 + COUNTED.get(name, 0)
