@@ -33,7 +33,8 @@ class Place(Pass[PlannedGraph]):
     """Give every value a type and make every misfit a `convert` node.
 
     1. Inputs: the batch factor over the batch axes. Parameters: the plan's factors; otherwise R on the batch
-       axes (their gradient is summed at the boundary), I elsewhere. Buffers and constants: I.
+       axes (their gradient is summed at the boundary), I elsewhere. So are routers of experts to which
+       nothing is dispatched. Buffers and constants: I.
     2. Nodes in order: per axis `decide` (tedfx/decisions) says what each operand must be and what comes out.
        Conversions go one axis at a time and are made once per (value, target): the first reduction of a value
        serves all its users.
@@ -66,6 +67,12 @@ class _Placement:
                 type_ = {}
                 for axis in self.plan.axes:
                     factor = self.plan.chosen(axis, DIMS[node])
+                    if (
+                        node.name in self.plan.routers
+                        and factor is not None
+                        and factor.root() in self.plan.dense
+                    ):
+                        factor = None
                     batch_factor = self.program.batch_factor and self.program.batch_factor.root()
                     if node.name not in params and factor is not None and factor.root() is not batch_factor:
                         # a call's inputs and the buffers are whole but for the batch; they are sliced where

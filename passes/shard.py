@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import fx
 
 from tedfx.capture.uncaptured import LEFT, find_uncaptured
+from tedfx.decisions.dense_experts import dense_experts
 from tedfx.decisions.experts import expert_layout
-from tedfx.errors import CaptureError, ConfigError
+from tedfx.errors import CaptureError, ConfigError, user_line
 from tedfx.graph.facts import DIMS, DIMS_OF, RELATION
 from tedfx.graph.nodes import argument
 from tedfx.ops.cuts import lengths_of
@@ -26,7 +27,9 @@ def _relation_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class ShardExperts(Pass[PlannedGraph]):
-    """Batch factor over the `batch` axes; each MoE layer's expert factor over the `expert` axes.
+    """Batch factor over the `batch` axes; each MoE layer's expert factor over the `expert` axes, whether
+    tokens are dispatched to its experts or all of them compute all tokens
+    (tedfx/decisions/dense_experts.py).
 
     Experts that the axes do not divide are cut into pieces of the rounded-up quotient, the last ones shorter
     or empty, as DTensor cuts (`tedfx/ops/cuts.py`), with a note.
@@ -56,8 +59,9 @@ class ShardExperts(Pass[PlannedGraph]):
             result.changes += 1
         axes = mesh.wide(roles.expert)
         layers = [n for n in _relation_nodes(program.graph_module.graph) if RELATION[n].kind == "dispatch"]
-        result.matches = len(layers)
-        if axes and not layers:
+        dense = dense_experts(program.graph, program.parameter_names, program.trace.inputs)
+        result.matches = len(layers) + len(dense)
+        if axes and not result.matches:
             wide = [a for a in axes if a not in roles.tensor]
             if wide:
                 found = find_uncaptured(program.graph)
@@ -77,16 +81,12 @@ class ShardExperts(Pass[PlannedGraph]):
                     "model: use those ranks as dp or tp, or see the "
                     "docs/captured.md"
                 )
-        seen: set = set()
-        for node in layers:
-            experts = leaves(DIMS_OF[node][1][0])[0]
-            if experts in seen:
-                continue
-            seen.add(experts)
-            degree = mesh.size(axes)
-            count = experts.size
+        for factor in dict.fromkeys(
+            [leaves(DIMS_OF[n][1][0])[0].root() for n in layers] + [d.factor for d in dense]
+        ):
+            degree, count = mesh.size(axes), factor.size
             if not isinstance(count, int):
-                raise TypeError(f"{node.name} has {count} experts, which is no number")
+                raise TypeError(f"a mixture has {count} experts, which is no number")
             if count % degree:
                 if len(leaves(DIMS_OF[node][1][0])) > 1:
                     raise ConfigError(
@@ -98,7 +98,13 @@ class ShardExperts(Pass[PlannedGraph]):
                     f"{count} experts do not divide by {degree}: {', '.join(map(str, lengths))} on the ranks "
                     f"of {axes}, so that those with fewer wait for the others"
                 )
-            plan.take(axes, experts)
+            plan.take(axes, factor)
+        for experts in dense:
+            plan.dense[experts.factor] = experts.met
+            plan.routers |= experts.routers
+            result.notes.append(
+                f"{experts.factor.size} experts compute all tokens at {user_line(experts.node)}"
+            )
         return result
 
 
@@ -145,6 +151,8 @@ class ShardTensors(Pass[PlannedGraph]):
                 experts, met = expert_layout(node, plan)
                 inside |= met
                 blocked |= {experts.root()} | roots(DIMS_OF[node][0][0])
+        inside |= set().union(*plan.dense.values())
+        blocked |= plan.dense.keys()
         candidates = sorted(
             (f for f in values if f not in blocked and isinstance(f.size, int) and f.size > 1),
             key=lambda f: (cost.get(f, 0.0) / values[f], f.uid),

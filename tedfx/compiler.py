@@ -14,6 +14,7 @@ from tedfx.passes.annotate import Annotate
 from tedfx.passes.base import Pass, check_contracts, run_pipeline
 from tedfx.passes.batch_collectives import BatchCollectives
 from tedfx.passes.capture_capacity import CaptureCapacity
+from tedfx.passes.capture_choices import CaptureChoices
 from tedfx.passes.capture_dense import CaptureDense
 from tedfx.passes.capture_loops import CaptureLoops
 from tedfx.passes.capture_sorted import CaptureSorted
@@ -34,6 +35,7 @@ from tedfx.passes.sequence_parallel import SequenceParallel
 from tedfx.passes.shard import ShardExperts, ShardTensors
 from tedfx.passes.simplify_masks import SimplifyMasks
 from tedfx.passes.split_losses import SplitLosses
+from tedfx.passes.stack_experts import StackExperts
 from tedfx.placement.roles import Roles
 from tedfx.placement.sizes import symbol_of
 from tedfx.stages.graphs import GlobalGraph, LocalGraph, Stage, TypedGraph
@@ -50,7 +52,9 @@ def default_passes(options: Options | None = None, **given) -> list[Pass]:
         CaptureSorted(),
         CaptureLoops(),
         CaptureCapacity(),
+        CaptureChoices(),
         CaptureDense(),
+        StackExperts(),
         ExpandAttention(),
         SplitLosses(),
         CheckCapture(options.check),

@@ -69,15 +69,13 @@ class Batch(Protocol):
     """What rules ask of the body that they are for (`Rows` in rows.py): it makes nodes and knows the rows."""
 
     experts: int
-    tail: tuple[bool, ...]
     transposes: dict[fx.Node, fx.Node]
-
-    @property
-    def counts(self) -> fx.Node: ...
 
     def emit(self, target: Any, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node: ...
 
     def tokens(self, value: Batched, like: fx.Node) -> Batched: ...
+
+    def grouped(self, rows: fx.Node, weight: fx.Node, transposed: bool, like: fx.Node) -> fx.Node: ...
 
     def expert_rows(self, param: fx.Node, lead: Batched, like: fx.Node) -> fx.Node: ...
 

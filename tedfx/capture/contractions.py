@@ -50,12 +50,7 @@ def linear(batch: Batch, like: fx.Node, name: str, args: tuple) -> Batched:
             )
         base = batch.transposes.get(weight.node)
         transposed = (name != "linear") == (base is None)
-        node = batch.emit(
-            torch.ops.tedfx.grouped_linear.default,
-            (rows.node, weight.node if base is None else base, batch.counts, transposed, *batch.tail),
-            {},
-            like,
-        )
+        node = batch.grouped(rows.node, weight.node if base is None else base, transposed, like)
     out = Batched("rows", node, like, 1, rows.span)
     if bias is not None:
         node = batch.emit(aten.add.Tensor, (node, aligned(batch, like, bias, out)), {}, like)

@@ -332,12 +332,7 @@ class LabelledBodies(Bodies):
         if left[0] != expert:
             order = [left.index(x) for x in (expert, inner, new)]
             matrix, transposed = self.emit(aten.permute.default, (matrix, order), {}, node), True
-        return self.emit(
-            torch.ops.tedfx.grouped_linear.default,
-            (rows, matrix, self.counts, transposed, *self.tail),
-            {},
-            node,
-        )
+        return self.grouped(rows, matrix, transposed, node)
 
     def _squeezed(self, weight: fx.Node, letters: Letters, node: fx.Node) -> tuple[fx.Node, Letters]:
         shape = shape_of(weight)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
@@ -45,12 +46,13 @@ __all__ = ["facts"]
 Known: TypeAlias = Mapping[fx.Node, Fact]
 
 
-def facts(graph: fx.Graph) -> dict[fx.Node, Fact]:
+def facts(graph: fx.Graph, given: Known = MappingProxyType({})) -> dict[fx.Node, Fact]:
+    """What is known of the nodes; `given`: of some beforehand."""
     known: dict[fx.Node, Fact] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        found = origin(node, known) or _derive(node, known)
+        found = given.get(node) or origin(node, known) or _derive(node, known)
         if found is not None:
             known[node] = found
     return known

@@ -159,6 +159,11 @@ class Rows:
         self.flattened[given] = node
         return node
 
+    def grouped(self, rows: fx.Node, weight: fx.Node, transposed: bool, like: fx.Node) -> fx.Node:
+        """Rows times the matrices [E, I, O] of their experts, or [E, O, I] where not `transposed`."""
+        args = (rows, weight, self.counts, transposed, *self.tail)
+        return self.emit(torch.ops.tedfx.grouped_linear.default, args, {}, like)
+
     def expert_rows(self, param: fx.Node, lead: Batched, like: fx.Node) -> fx.Node:
         rows = lead.node if VAL[lead.node].dim() == 2 and lead.right == 1 else self.rows
         return self.emit(

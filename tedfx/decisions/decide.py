@@ -29,8 +29,8 @@ from tedfx.decisions import experts as placing_experts
 from tedfx.decisions.general import general, nothing_reduced
 from tedfx.decisions.own_gradient import own_gradient
 from tedfx.graph.nodes import argument, op_name, operand, operands
-from tedfx.placement.factors import leaves
-from tedfx.placement.plan import Decision, Plan, differentiable
+from tedfx.placement.factors import Factor, leaves
+from tedfx.placement.plan import Decision, Plan, differentiable, roots
 from tedfx.placement.types import I, Placement, R, Shard
 from tedfx.rules import Relation
 
@@ -62,6 +62,8 @@ def _getitem(
 
 def _create(node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation) -> Decision:
     factor = plan.chosen(axis, relation.out)
+    if factor is not None and _read_whole(node, factor):
+        factor = None
     if (
         factor is not None
         and op_name(node) == "aten.arange"
@@ -84,7 +86,22 @@ def _running(
 
 
 def _like(node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation) -> Decision:
-    return Decision([None for _ in types], [types[0] if isinstance(types[0], Shard) else I])
+    came = types[0]
+    if isinstance(came, Shard) and _read_whole(node, came.factor):
+        return Decision([I, *[None for _ in types[1:]]], [I])  # its sizes are those of its operand
+    return Decision([None for _ in types], [came if isinstance(came, Shard) else I])
+
+
+def _read_whole(node: fx.Node, factor: Factor) -> bool:
+    """Whether all that reads a new value needs it whole along a factor: then it is made so."""
+    uses = [
+        factor.root() in roots(user.meta["relation"].whole.get(i, ()))
+        for user in node.users
+        if "relation" in user.meta
+        for i, x in enumerate(operands(user))
+        if x is node
+    ]
+    return bool(uses) and all(uses)
 
 
 _KINDS: dict[str, Callable[[fx.Node, str, Sequence[Placement], Plan, Relation], Decision]] = {

@@ -3,6 +3,7 @@ operands on one mesh axis."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import fx
@@ -84,13 +85,20 @@ def general(
     candidates: list[tuple[float, Factor]] = []
     for i, t in enumerate(types):
         if isinstance(t, Shard) and t.factor.root() not in whole[i]:
-            candidates.append((plan.elements(dims[i]), t.factor.root()))
+            stays = t.factor.root() in plan.dense and _fixed(dims[i])  # tokens go to the experts' weights
+            candidates.append((math.inf if stays else plan.elements(dims[i]), t.factor.root()))
     if relation.kind == "expand":
-        candidates += [(0.0, f.root()) for f in leaves(relation.created) if plan.shards(axis, f)]
+        # copies of tokens for experts are made where the experts are
+        created = [f.root() for f in leaves(relation.created) if plan.shards(axis, f)]
+        candidates += [(math.inf if f in plan.dense else 0.0, f) for f in created]
     candidates = [c for c in candidates if usable(c[1])]
     planned = [c for c in candidates if c[1] is not tokens]
+    if planned and _smaller_as_sum(node, axis, types, plan, relation):
+        return Decision(
+            [P if t == P else R if diff[i] else I for i, t in enumerate(types)], [P for _ in outs]
+        )
     if planned:
-        return shard_by(max(planned, key=lambda c: (c[0], -c[1].uid))[1])
+        return shard_by(max(planned, key=lambda c: (c[0], c[1] in plan.dense, -c[1].uid))[1])
     if candidates and axis in plan.sequence and tokens is not None:
         return shard_by(tokens)
 
@@ -127,6 +135,30 @@ def general(
     want = R if any(d and t == R for d, t in zip(diff, types)) else I
     targets = [want if d else (None if t in (R, I) else I) for d, t in zip(diff, types)]
     return Decision(targets, [want if differentiable(node) else I for _ in outs])
+
+
+def _smaller_as_sum(
+    node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, relation: Relation
+) -> bool:
+    """Whether a partial sum that meets shards of tokens passes: what each rank looked up of its rows of
+    experts (tedfx/decisions/dense_experts.py) is larger than what is made of it and of all the tokens."""
+    sums = frozenset(i for i, t in enumerate(types) if t == P)
+    others = [n for n, t in zip(operands(node), types) if isinstance(t, Shard)]
+    if "delay" not in plan.algebra or len(sums) != 1 or sums not in relation.linear:
+        return False
+    if not any(plan.shards(axis, f) for f in plan.dense) or any(_fixed(n.meta["dims"]) for n in others):
+        return False
+    if _casts(node, operands(node), sums):
+        return False
+    dims: list[list[Dim]] = [n.meta["dims"] for n in operands(node)]
+    made = sum(plan.elements(out) for out in relation.results)
+    gathered = sum(plan.elements(dims[i]) for i, t in enumerate(types) if isinstance(t, Shard))
+    return made + gathered < sum(plan.elements(dims[i]) for i in sums)
+
+
+def _fixed(dims: Iterable[Dim]) -> bool:
+    """Whether a value has as many elements for any number of tokens."""
+    return all(isinstance(leaf.size, int) for d in dims for leaf in leaves(d))
 
 
 def _twice(dims: Iterable[Dim], factor: Factor) -> bool:

@@ -23,6 +23,9 @@ class Plan:
     dedup     axes on which tokens are cut before they are sent to experts (`passes/drop_duplicate_tokens.py`)
     algebra   names of the rows of `passes/collective_algebra.py` that hold; without any, each sum is made
               where it arises (TED's and Megatron's order)
+    dense     the expert factors of mixtures without a dispatch, and the other factors of their parameters
+              (tedfx/decisions/dense_experts.py)
+    routers   names of the placeholders of routers' parameters, which have such a factor and stay whole
     """
 
     roles: Roles
@@ -32,6 +35,8 @@ class Plan:
     sequence: tuple[str, ...] = ()
     dedup: tuple[str, ...] = ()
     algebra: frozenset[str] = frozenset()
+    dense: dict[Factor, set[Factor]] = field(default_factory=dict[Factor, set[Factor]])
+    routers: set[str] = field(default_factory=set[str])
     numbers: dict[Size, float] = field(default_factory=dict[Size, float], repr=False)  # under the hints
 
     @property

@@ -43,7 +43,7 @@ WHOLE = (("tile", None),)  # options of an optimizer that takes a parameter at a
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """model: a name in tests.models, tests.models_plain, models_capacity, models_dense or models_functions.
+    """model: a name in tests.models, tests.models_plain, or another tests.models_*.
     change: name in `variants`, applied to the model. batch: name in `data`. options: of `parallelize`.
     sharded: options of the `ShardedOptimizer` that ranks step with, see `Recipe`. calls: which signatures the
     ranks will make, the first being the example."""
@@ -141,7 +141,9 @@ def _model(case: Case):
         models,
         models_adapters,
         models_capacity,
+        models_choices,
         models_dense,
+        models_dense_experts,
         models_functions,
         models_plain,
         models_styles,
@@ -153,6 +155,8 @@ def _model(case: Case):
             **models_plain.PLAIN,
             **models_capacity.CAPACITY,
             **models_dense.DENSE,
+            **models_dense_experts.DENSE_EXPERTS,
+            **models_choices.CHOICES,
             **models_functions.EVERYTHING,
             **models_styles.STYLES,
             **models_adapters.ADAPTERS,

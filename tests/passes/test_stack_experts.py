@@ -1,0 +1,107 @@
+"""Experts written one by one, on all tokens, become products with a dim of experts, if they are alike."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from tedfx.errors import CaptureError
+from tests.models_dense_experts import LAYERS, Soft
+from tests.models_plain import Config
+from tests.passes.helpers import conversions, parity, placeholder, typed, upto
+
+H = 8
+STACKED = ("loop", "loop_over_slices", "listed", "listed_slots")
+
+
+class Layer(nn.Module):
+    def __init__(self, mixture):
+        super().__init__()
+        torch.manual_seed(0)
+        config = Config(hidden_size=H, inner_size=6)
+        self.moe = LAYERS[mixture](config) if isinstance(mixture, str) else Soft(config, mixture, flat=False)
+
+    def forward(self, x):
+        return x + self.moe(x)[0]
+
+
+def given():
+    return {"x": torch.randn(4, 6, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked(name):
+    _, result = upto(Layer(name).double(), "ep=2", given(), "stack_experts")
+    assert result.matches == 1
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_on_ranks(name):
+    for mesh, roles in (("ep=2,tp=2", None), ("dp=2,ep=2", None), ("tp=2", {"expert": "tp"})):
+        parity(Layer(name).double(), mesh, given(), roles, dedup=True, sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "threshold", "weighed_hidden", "loop", "loop_over_slices", "listed"]
+)
+def test_tokens_and_scores_are_gathered_and_sums_scattered(name):
+    program, _ = upto(Layer(name).double(), "ep=2", given(), "place")
+    kinds = Counter("gather" if c.startswith("ep:S") else c for c in conversions(program))
+    assert kinds in ({"gather": 2, "ep:R>S": 1, "ep:P>S": 1}, {"gather": 2, "ep:I>S": 1, "ep:P>S": 1})
+
+
+def test_routers_stay_whole():
+    for name, router in (("plain", "moe.router.weight"), ("plain", "moe.router.bias"), ("moe", "moe.slots")):
+        program, _ = upto(Layer(name).double(), "ep=2", given(), "place")
+        assert typed(placeholder(program, router)) == "ep:R"
+        assert typed(placeholder(program, "moe.w1")) == "ep:S(0)"
+
+
+def differing(m, x):
+    gate, out = m.router(x).softmax(-1), torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        out = out + gate[..., e : e + 1] * (expert(x) if e else expert(x).tanh())
+    return out
+
+
+def shifted(m, x):
+    """Expert e is weighed by the gate of another: only an order of the gate's entries."""
+    gate, out = m.router(x).softmax(-1), torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        out = out + gate[..., e : e + 1] * gate[..., (e + 1) % 4 : (e + 1) % 4 + 1] * expert(x)
+    return out
+
+
+def one_left_out(m, x):
+    gate = m.router(x).softmax(-1)
+    out = sum(gate[..., e, None] * m.experts[e](x) for e in range(3))
+    return out + gate[..., 3, None] * x
+
+
+@pytest.mark.parametrize("mixture", [differing, shifted, one_left_out])
+def test_near_misses_stay_as_they_are(mixture):
+    model = Layer(mixture).double()
+    _, result = upto(model, "dp=2", given(), "stack_experts")
+    assert result.matches == 0
+    parity(model, "dp=2", given())
+    with pytest.raises(CaptureError):
+        upto(model, "ep=2", given(), "shard_experts")
+
+
+class Heads(nn.Module):
+    """Attention with a matrix per head."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(H, 4, 2)) for _ in range(3))
+        self.o = nn.Parameter(torch.randn(4, 2, H))
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("bth,hnd->bntd", x, w) for w in (self.q, self.k, self.v))
+        return x + torch.einsum("bntd,ndh->bth", (q @ k.mT).softmax(-1) @ v, self.o)
+
+
+def test_attention_heads_are_no_experts():
+    with pytest.raises(CaptureError, match="no MoE layer was found"):
+        upto(Heads().double(), "ep=2", given(), "shard_experts")
