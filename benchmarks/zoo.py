@@ -73,6 +73,30 @@ def model_types(family: str) -> list[str]:
     return [name for *_, name in sorted(found)][:1]
 
 
+STYLES = {
+    "capture_sorted": "sorted rows",
+    "capture_loops": "loop",
+    "capture_capacity": "capacity",
+    "capture_dense": "gathered weights or all experts",
+    "capture_choices": "experts choose",
+    "stack_experts": "soft gate",
+}
+
+
+def style(made) -> str:
+    """How the model writes its mixtures: the passes that captured some, or transformers' registry of experts
+    functions."""
+    from tedfx.compiler import compile_graph
+    from tedfx.options import Options
+    from tedfx.stages.graphs import GlobalGraph
+    from tedfx.trace.export import trace
+
+    traced = trace(made().train())
+    done = compile_graph(GlobalGraph.of(traced, options=Options(check="none")))
+    found = [STYLES[r.name] for r in done.history if r.name in STYLES and r.result.changes]
+    return ", ".join(["registry"] * bool(traced.captured) + found)
+
+
 def run(model_type: str, mesh: str) -> dict:
     """One row, in this process."""
     warnings.filterwarnings("ignore")
@@ -99,6 +123,7 @@ def run(model_type: str, mesh: str) -> dict:
             "outcome": "parity" if result.ok else "differs",
             "error": max(r.error for r in result.rows),
             "line": "" if result.ok else result.first,
+            "style": style(made) if mesh == MESHES[0] else "",
         }
     except TedfxError as error:
         row |= {"outcome": type(error).__name__, "line": " ".join(str(error).split())}
@@ -133,12 +158,15 @@ def table(rows: list[dict], meshes: list[str]) -> str:
             [
                 family,
                 next(r["type"] for r in mine if r),
+                next((r["style"] for r in mine if r and r.get("style")), ""),
                 *cells,
                 re.sub(r"\S*/(?=transformers/)", "", why).replace("|", "/")[:200],
             ]
         )
     return tabulate(
-        lines, ["family", "model type", *meshes, "the line, where it is not right"], tablefmt="github"
+        lines,
+        ["family", "model type", "experts", *meshes, "the line, where it is not right"],
+        tablefmt="github",
     )
 
 
@@ -203,7 +231,8 @@ def page(text: str, summary: str, made_with: str) -> str:
 Each family that has a class of experts, with a tiny random config, eager, {STEPS} training steps in float64
 (also where the classes compute in float32 whatever their dtype), against the unmodified model with its
 authors' eager experts. A number is the worst error of losses, gradient norms, gradients, buffers and
-parameters. Written by `python benchmarks/zoo.py --out docs/models.md`
+parameters. Experts: how the family writes them, by what captured them ("registry": an experts function of the
+library). Written by `python benchmarks/zoo.py --out docs/models.md`
 with {made_with}.
 
 {text}

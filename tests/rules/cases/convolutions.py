@@ -50,6 +50,12 @@ CONVOLUTIONS = [
         reaches=("S0 R>S0", "R S1>S1", "S1 S0>P"),
     ),
     Case(
+        "conv_transpose3d",
+        aten.conv_transpose3d.input,
+        (t(2, 2, 2, 2, 2), t(2, 4, 2, 2, 2)),
+        reaches=("S0 R>S0", "R S1>S1"),
+    ),
+    Case(
         "conv_transpose1d in groups",
         aten.conv_transpose1d.default,
         (t(4, 4, 3), t(4, 3, 2), t(6), [2], [0], [0], 2),
