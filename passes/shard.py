@@ -81,12 +81,16 @@ class ShardExperts(Pass[PlannedGraph]):
                     "model: use those ranks as dp or tp, or see the "
                     "docs/captured.md"
                 )
-        for factor in dict.fromkeys(
-            [leaves(DIMS_OF[n][1][0])[0].root() for n in layers] + [d.factor for d in dense]
-        ):
-            degree, count = mesh.size(axes), factor.size
+        seen: set = set()
+        for node in layers:
+            experts = leaves(DIMS_OF[node][1][0])[0]
+            if experts in seen:
+                continue
+            seen.add(experts)
+            degree = mesh.size(axes)
+            count = experts.size
             if not isinstance(count, int):
-                raise TypeError(f"a mixture has {count} experts, which is no number")
+                raise TypeError(f"{node.name} has {count} experts, which is no number")
             if count % degree:
                 if len(leaves(DIMS_OF[node][1][0])) > 1:
                     raise ConfigError(
@@ -98,13 +102,21 @@ class ShardExperts(Pass[PlannedGraph]):
                     f"{count} experts do not divide by {degree}: {', '.join(map(str, lengths))} on the ranks "
                     f"of {axes}, so that those with fewer wait for the others"
                 )
-            plan.take(axes, factor)
+            plan.take(axes, experts)
         for experts in dense:
+            degree, count, line = mesh.size(axes), experts.factor.size, user_line(experts.node)
+            if isinstance(count, int) and count % degree:
+                whole = f"{count} experts that compute all tokens, at {line}, do not divide by {degree}"
+                result.notes.append(f"{whole}: whole on {axes}")
+                if not layers and experts is dense[-1] and not plan.dense:
+                    fits = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+                    raise ConfigError(f"{whole}, the size of expert axes {axes}; sizes that fit: {fits}")
+                continue
+            if experts.factor not in seen:
+                plan.take(axes, experts.factor)
             plan.dense[experts.factor] = experts.met
             plan.routers |= experts.routers
-            result.notes.append(
-                f"{experts.factor.size} experts compute all tokens at {user_line(experts.node)}"
-            )
+            result.notes.append(f"{count} experts compute all tokens at {line}")
         return result
 
 
