@@ -19,7 +19,7 @@ from tedfx.placement.plan import differentiable
 from tedfx.placement.types import I, P, Placement, R, Shard, find_dim
 from tedfx.rules import Relation
 from tedfx.stages.graphs import PlannedGraph, TypedGraph
-from tedfx.state.layouts import stack_name
+from tedfx.state.layouts import stack_names
 
 
 def convert(x, axis, source, target):
@@ -94,7 +94,7 @@ class _Placement:
 
     def _settled(self, node: fx.Node) -> tuple[str, ...] | None:
         trace, summed = self.program.trace, self.program.setting.summed
-        name = trace.parameters.get(node.name) or stack_name(trace.stacked[node.name])
+        name = trace.parameters.get(node.name) or stack_names(trace.stacked)[node.name]
         return None if summed is None else summed.get(name)
 
     # nodes --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tedfx.ranks import progress
 from tedfx.runtime.changes import Changes, fits
 from tedfx.runtime.program import Program
 from tedfx.stages.graphs import GlobalGraph, LocalGraph
-from tedfx.state.layouts import layouts_of, stack_name
+from tedfx.state.layouts import layouts_of, stack_names
 from tedfx.state.parameters import ParameterLayout
 from tedfx.trace.export import trace
 from tedfx.trace.global_graph import Trace
@@ -157,11 +157,11 @@ class Placing:
         )
         trace_, graph = compilation.trace, compilation.graph_module.graph
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
-        stacked = getattr(trace_, "stacked", {})
+        stacks = stack_names(trace_.stacked)
         names = {
-            p: trace_.parameters.get(p) or stack_name(stacked[p])
+            p: trace_.parameters.get(p) or stacks[p]
             for p in placeholders
-            if p in trace_.parameters or p in stacked
+            if p in trace_.parameters or p in stacks
         }
         for layout in layouts_of(made.model, compilation, made.frozen):
             mine = self.layouts.get(layout.name)

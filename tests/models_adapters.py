@@ -168,4 +168,13 @@ ADAPTERS = {
     "twice": lambda experts=4: Model(Twice(Loop(experts))),
     "tied": tied,
     "counts": lambda: Model(Loop(4), Loop(6), Loop(3)),
+    "some_frozen": lambda experts=4: some_frozen(experts),
 }
+
+
+def some_frozen(experts=4):
+    """Every second expert is not trained."""
+    mixture = Loop(experts)
+    for expert in list(mixture.experts)[1::2]:
+        expert.requires_grad_(False)
+    return Model(mixture)

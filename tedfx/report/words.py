@@ -14,7 +14,7 @@ from tedfx.analysis.text import format_bytes
 from tedfx.errors import user_line
 from tedfx.graph.nodes import short_name
 from tedfx.placement.roles import Roles
-from tedfx.state.layouts import stack_name
+from tedfx.state.layouts import stack_names
 
 ROLES = ("batch", "tensor", "expert", "expert_tensor", "context", "stage")
 _PHASES = {"forward": "fwd", "recompute": "rec", "backward": "bwd"}
@@ -50,7 +50,7 @@ def state_name(trace, node: fx.Node, path: str = "") -> str:
     """The user's name of a parameter or buffer, without `path`; other nodes' own."""
     name = trace.parameters.get(node.name) or trace.buffers.get(node.name)
     if name is None and node.name in trace.stacked:
-        name = stack_name(trace.stacked[node.name])
+        name = stack_names(trace.stacked)[node.name]
     return node.name if name is None else name.removeprefix(path + ".")
 
 

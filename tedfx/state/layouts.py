@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from math import prod
 from types import MappingProxyType
@@ -80,7 +81,7 @@ def layout_of(
             where.update(dict.fromkeys(axes[k] if parts else (), len(view)))
             view.append(size)
     return ParameterLayout(
-        stack_name(sources) if sources else name,
+        stack_names(compilation.trace.stacked)[node.name] if sources else name,
         tuple(int(s) for s in node.meta["val"].shape),
         tuple(view),
         tuple((a, where[a]) for a in node.meta["type"] if a in where),
@@ -113,8 +114,17 @@ def placed_on_first(compilation, node: fx.Node, stage: int) -> Placed:
     )
 
 
-def stack_name(sources: Sequence[str]) -> str:
-    """``experts.0.w1.weight, experts.1.w1.weight, ..`` -> ``experts.*.w1.weight`` with ``*`` written
-    ``stacked``."""
-    first, last = sources[0].split("."), sources[-1].split(".")
-    return ".".join(a if a == b else "stacked" for a, b in zip(first, last))
+def stack_names(stacked: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What the stacks are called, by placeholder: ``experts.0.w1.weight, experts.1.w1.weight, ..`` ->
+    ``experts.stacked.w1.weight``; stacks of some of the experts each (frozen ones, trained ones) are numbered
+    (``stacked_1``)."""
+    found: dict[str, str] = {}
+    for placeholder, sources in stacked.items():
+        first, last = sources[0].split("."), sources[-1].split(".")
+        for number in itertools.count():
+            word = f"stacked_{number}" if number else "stacked"
+            name = ".".join(a if a == b else word for a, b in zip(first, last))
+            if name not in found.values() or word not in name:
+                break
+        found[placeholder] = name
+    return found
