@@ -157,11 +157,10 @@ class Placing:
         )
         trace_, graph = compilation.trace, compilation.graph_module.graph
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
-        stacked = getattr(trace_, "stacked", {})
         names = {
-            p: trace_.parameters.get(p) or stack_name(stacked[p])
+            p: trace_.parameters.get(p) or stack_name(trace_.stacked[p])
             for p in placeholders
-            if p in trace_.parameters or p in stacked
+            if p in trace_.parameters or p in trace_.stacked
         }
         for layout in layouts_of(made.model, compilation, made.frozen):
             mine = self.layouts.get(layout.name)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,7 +44,7 @@ class MLP(nn.Module):
 class Loop(nn.Module):
     """A loop over `expert(e, rows)`."""
 
-    def __init__(self, experts=4, k=2, make=MLP):
+    def __init__(self, experts=4, k=2, make: Callable[[], nn.Module] = MLP):
         super().__init__()
         self.k, self.gate = k, nn.Linear(WIDTH, experts, bias=False)
         self.experts = nn.ModuleList(make() for _ in range(experts))
@@ -168,4 +170,13 @@ ADAPTERS = {
     "twice": lambda experts=4: Model(Twice(Loop(experts))),
     "tied": tied,
     "counts": lambda: Model(Loop(4), Loop(6), Loop(3)),
+    "some_frozen": lambda experts=4: some_frozen(experts),
 }
+
+
+def some_frozen(experts=4):
+    """Every second expert is not trained."""
+    mixture = Loop(experts)
+    for expert in list(mixture.experts)[1::2]:
+        expert.requires_grad_(False)
+    return Model(mixture)

@@ -1,10 +1,11 @@
 """Parameters of E experts become one placeholder of shape (E, ...).
 
 The trace records which parameters it stacks, in the order of the experts (`trace.stacked`), and forgets their
-own placeholders. Experts may share a parameter: the stack has it once. Refused, with the name of the
-parameter and a line that uses it: experts whose parameters differ in shape, dtype or in whether they are
-trained, a parameter in several stacks, and parameters that are also read outside the loop (a stack is laid
-out by expert; a second reader would see another layout).
+own placeholders. Experts may share a parameter: the stack has it once. Of experts of which some are frozen,
+those and the others are two stacks: an optimizer, whatever it does, sees the trained ones only. Refused, with
+the name of the parameter and a line that uses it: experts whose parameters differ in shape or dtype, a
+parameter in several stacks, and parameters that are also read outside the loop (a stack is laid out by
+expert; a second reader would see another layout).
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ class Stacks:
                 what, next(iter(nodes[0].users)), "make what differs between experts a parameter of each"
             )
         if len(set(nodes)) < len(nodes):
-            self.made[nodes] = self._tied(nodes)
+            self.made[nodes] = self._put_together(nodes, [tuple(dict.fromkeys(nodes))])
+            return self.made[nodes]
+        trained = tuple(node for node in nodes if node.name in self.trainable)
+        if 0 < len(trained) < len(nodes):
+            frozen = tuple(node for node in nodes if node not in trained)
+            self.made[nodes] = self._put_together(nodes, [trained, frozen])
             return self.made[nodes]
         for node, name in zip(nodes, names):
             if self.owner.setdefault(node, nodes) is not nodes:
@@ -58,18 +64,17 @@ class Stacks:
                     "give every part its own parameters",
                 )
         values = [VAL[node] for node in nodes]
-        if any(
-            (v.shape, v.dtype, v.requires_grad) != (values[0].shape, values[0].dtype, values[0].requires_grad)
-            for v in values[1:]
-        ):
+        if any((v.shape, v.dtype) != (values[0].shape, values[0].dtype) for v in values[1:]):
             raise refuse(
-                f"{names[0]} and its like in other experts differ in shape, dtype or requires_grad",
+                f"{names[0]} and its like in other experts differ in shape or dtype",
                 next(iter(nodes[0].users)),
                 "make them alike",
             )
         graph = self.trace.graph_module.graph
         with graph.inserting_before(nodes[0]):
             new = graph.placeholder("p_" + re.sub(r"\W", "_", stack_name(names)))
+        # an argument of its own, also where stacks of some experts each are called alike
+        new.target = new.name
         with values[0].fake_mode:
             like = {
                 "dtype": values[0].dtype,
@@ -78,26 +83,23 @@ class Stacks:
             }
             VAL[new] = torch.empty((len(nodes), *values[0].shape), **like)
         self.made[nodes] = new
-        if any(node.name in self.trainable for node in nodes):
-            if not all(node.name in self.trainable for node in nodes):
-                raise refuse(
-                    f"{names[0]} is frozen in some experts and trained in others",
-                    next(iter(nodes[0].users)),
-                    "freeze all or none",
-                )
+        if nodes[0].name in self.trainable:
             self.trainable.add(new.name)
         self.trace.stacked[new.name] = names
         return new
 
-    def _tied(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
-        """Experts that share a parameter: one stack of those that differ, put in the experts' order, so that
-        a shared one gets the sum of its experts' gradients."""
-        graph, different = self.trace.graph_module.graph, tuple(dict.fromkeys(nodes))
-        stack, like = self.stack(different), next(iter(nodes[0].users))
-        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+    def _put_together(self, nodes: tuple[fx.Node, ...], stacks: list[tuple[fx.Node, ...]]) -> fx.Node:
+        """Stacks of different parameters, put in the experts' order. A parameter that experts share gets the
+        sum of their gradients. Such a stack is no expert dim of its own, so it stays whole on the axes that
+        split the experts: each rank reads what its experts need."""
+        graph, like = self.trace.graph_module.graph, next(iter(nodes[0].users))
+        made = [self.stack(each) for each in stacks]
+        after = max(made)
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder" and n > after)):
             own = {
                 node: emit(graph, torch.ops.aten.select.int, (stack, 0, i), like=like)
-                for i, node in enumerate(different)
+                for stack, each in zip(made, stacks)
+                for i, node in enumerate(each)
             }
             return emit(graph, torch.ops.aten.stack.default, ([own[node] for node in nodes],), like=like)
 

@@ -1,9 +1,16 @@
 """Experts that are frozen or carry low-rank pairs, mixtures in two places, layers of unlike mixtures."""
 
 import pytest
+import torch
 
+from tedfx.errors import CaptureError
+from tedfx.options import Options
+from tedfx.placement.roles import MeshShape, Roles
+from tedfx.state.layouts import layouts_of
+from tedfx.trace.export import trace
+from tedfx.verification.run import prepare
 from tests.marks import slow
-from tests.models_adapters import ADAPTERS
+from tests.models_adapters import ADAPTERS, Loop, Model
 from tests.parity.cases import case, verified
 
 PPMOE = {"expert": "tp"}
@@ -27,3 +34,29 @@ CASES = [
 def test_matches_the_single_device(case):
     result = verified(case)
     assert result.ok, f"\n{result}"
+
+
+def test_frozen_experts_are_a_stack_of_their_own():
+    model = ADAPTERS["some_frozen"]()
+    ids = torch.zeros(4, 6, dtype=torch.int64)
+    traced = trace(model, kwargs={"input_ids": ids, "labels": ids})
+    made = prepare(model, traced, Roles.resolve(MeshShape.of("ep=2,tp=2")), Options())
+    layouts = {layout.name: layout for layout in layouts_of(model, made, set())}
+    up = "mixtures.0.experts.{}.up.weight"
+    trained, frozen = layouts[up.format("stacked")], layouts[up.format("stacked_1")]
+    assert trained.requires_grad and trained.sources == (up.format(0), up.format(2))
+    assert not frozen.requires_grad and frozen.sources == (up.format(1), up.format(3))
+
+
+def test_a_mixture_in_an_expert_is_refused():
+    model = Model(Loop(make=lambda: Loop(2, 1)))
+    ids = torch.zeros(4, 6, dtype=torch.int64)
+    with pytest.raises(
+        CaptureError, match=r"tedfx.dispatch.default in an expert's body .* \| at .*models_adapters"
+    ):
+        prepare(
+            model,
+            trace(model, kwargs={"input_ids": ids, "labels": ids}),
+            Roles.resolve(MeshShape.of("ep=2")),
+            Options(),
+        )
