@@ -120,6 +120,21 @@ def _capture(
             if other.kept != bodies.kept:
                 raise refuse("experts find their tokens in different ways", end, "search in one mask")
             out = bodies.emit(aten.add.Tensor, (out, added), {}, end)
+        left_out = bodies.kept is not None or bodies.at_most is not None
+        if bodies.at_most is not None and len(found) > 1:
+            raise refuse(
+                "experts of several structures take the first of their tokens", end, "give all one structure"
+            )
+        if left_out and chain[0].overwrites:
+            steps = {step.node for step in chain}
+            first = next((step.base for step in chain if step.base not in steps), None)
+            if not is_zero(first):
+                raise refuse(
+                    "out[token] = .. writes some tokens of each expert alone, and the others keep what was "
+                    "there",
+                    end,
+                    "start from zeros_like(x)",
+                )
         if VAL[end].dim() > 2:
             like = base
             if bodies.x is not None and VAL[bodies.x].dim() == VAL[end].dim():

@@ -127,6 +127,19 @@ class TwoClasses(Mixture):
         return out
 
 
+class FirstOfEach(Mixture):
+    """Every expert takes no more than so many of its tokens."""
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        capacity, out = int(0.7 * x.shape[0] * self.k / self.experts), torch.zeros_like(x)
+        for e in range(self.experts):
+            token, slot = torch.where(ids == e)
+            token, slot = token[:capacity], slot[:capacity]
+            out.index_add_(0, token, self.expert(e, x[token]) * weights[token, slot, None])
+        return out
+
+
 STYLES = {
     "hit_loop": lambda: Model(HitLoop()),
     "host_counts": lambda: Model(HostCounts()),
@@ -134,4 +147,5 @@ STYLES = {
     "kept_hits": lambda: Model(KeptHits()),
     "mask_numbers": lambda: Model(MaskNumbers()),
     "two_classes": lambda: Model(TwoClasses()),
+    "first_of_each": lambda: Model(FirstOfEach()),
 }

@@ -23,7 +23,7 @@ from torch import fx
 from tedfx._torch import pytree
 from tedfx.capture.batched import Batched, is_value, refuse
 from tedfx.capture.classes import runs_of
-from tedfx.capture.routing import Fact, Routing, argument, name_of, shape_of
+from tedfx.capture.routing import Fact, Routing, argument, name_of, number_of, shape_of
 from tedfx.capture.rows import Rows
 from tedfx.capture.rules import apply_rule
 from tedfx.capture.stacks import Stacks
@@ -165,7 +165,7 @@ class Bodies(Rows):
                 raise refuse(
                     f"expert {number} uses {whose}", node, "let expert e use the tokens that chose e"
                 )
-            if any(
+            if number_of(other.at_most) != number_of(fact.at_most) or any(
                 getattr(other, field) != getattr(fact, field)
                 for field in ("kind", "dims", "reduced", "column", "kept")
             ):

@@ -6,6 +6,7 @@ routing.py).
 | `ids == e`, `ids[..., None] == arange(E)`, `one_hot(ids, E)` | hit (`ids != e`, `~hit`: miss) |
 | `any` or, for unique ids, `sum` of a hit over the choices | hit, reduced |
 | `torch.where(hit)`, `hit.nonzero()`, of a mask too; one of its columns | search; with `column` |
+| `token[:capacity]` | the first of a search: `at_most` |
 | views, transposes, casts, `[e]`, `[:, e]`, `unbind` | the same fact, its dims moved, its `expert` known |
 
 Whatever is not in the table has no fact, so a mask that means more than this (capacity, padding) is never
@@ -209,7 +210,7 @@ def _pick(node: fx.Node, known: Known) -> Fact | None:
     """`mask[e]`, `gates[:, e]`, `gates[:, e:e+1]`."""
     fact = known[operand(node, 0)]
     if fact.kind == "search":
-        return _column(node, name_of(node), fact)
+        return _first(node, fact) if name_of(node) == "slice" else _column(node, name_of(node), fact)
     dim = dim_of(node, len(fact.dims), default=0)
     if dim is not None and fact.dims[dim] == ():
         dims = moved(node, name_of(node), fact.dims, fact.routing.sizes)
@@ -269,6 +270,20 @@ def _search(node: fx.Node, known: Known) -> Fact | None:
         if fact is not None and (fact.kind == "hit" or fact.mask) and fact.expert is not None
         else None
     )
+
+
+def _first(node: fx.Node, fact: Fact) -> Fact | None:
+    """`token[:capacity]`: the first of what a search found."""
+    start, end = argument(node, "start"), argument(node, "end")
+    if fact.at_most is not None or start not in (None, 0) or dim_of(node, 2, default=0) != 0:
+        return None
+    if not (isinstance(end, fx.Node) or (isinstance(end, int) and end > 0)) or argument(node, "step") != 1:
+        return None
+    found = node
+    while name_of(found) in (*_SAME, *REGROUPS, "slice", "select", "getitem", "unbind", "squeeze"):
+        found = operand(found, 0)
+    # Of rows that were sorted, the order within an expert's run is that of the sort.
+    return replace(fact, at_most=end) if name_of(found) in ("where", "nonzero", "nonzero_numpy") else None
 
 
 def _column(node: fx.Node, name: str, fact: Fact) -> Fact | None:

@@ -50,6 +50,7 @@ __all__ = [
     "known_of",
     "moved",
     "name_of",
+    "number_of",
     "origin",
     "product",
     "relabel",
@@ -92,6 +93,7 @@ class Fact:
     weight: tuple[fx.Node, Dims] | None = None  # entry [n,k], or [n,e] of a gate matrix
     column: int | None = None
     mask: bool = False
+    at_most: Any = None  # of a search, how many it keeps of what it finds: a number, or the node of one
 
     @property
     def kept(self) -> tuple[fx.Node, Dims] | None:
@@ -147,6 +149,19 @@ def shape_of(node: fx.Node) -> list[Size]:
 def known_of(known: Mapping[fx.Node, T], x: object) -> T | None:
     """What is known of an argument; nothing is of a constant."""
     return known.get(x) if isinstance(x, fx.Node) else None
+
+
+def number_of(value: object) -> Size | None:
+    """An int, or the expression of a size, either also as a float; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, fx.Node)):
+        return None
+    if isinstance(value, int):
+        return value
+    if value.target is torch.sym_float:
+        return number_of(value.args[0])
+    return as_size(VAL[value]) if isinstance(VAL.get(value), torch.SymInt) else None
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:

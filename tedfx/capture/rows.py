@@ -17,13 +17,14 @@ from torch import fx
 
 from tedfx.capture.batched import Batched, refuse
 from tedfx.capture.classes import runs_of
-from tedfx.capture.routing import Dims, Fact, Routing, argument, name_of, product, shape_of
+from tedfx.capture.routing import Dims, Fact, Routing, argument, name_of, number_of, product, shape_of
 from tedfx.capture.weights import Weight, weight
 from tedfx.errors import TedfxError
 from tedfx.graph.emit import emit
-from tedfx.graph.facts import VAL
+from tedfx.graph.facts import SLOTS, VAL
 from tedfx.graph.nodes import operand
 from tedfx.placement.sizes import Size, as_size
+from tedfx.placement.slots import Slots
 
 __all__ = ["Dispatched", "Rows"]
 
@@ -56,6 +57,7 @@ class Rows:
         self.numbers = list(range(routing.experts) if numbers is None else numbers)
         self.experts = len(self.numbers)
         self.order: tuple[str, ...] | None = None  # of the rows in every search of a body
+        self.at_most: Any = None  # how many of an expert's tokens every search of a body keeps
         self.transposes: dict[fx.Node, fx.Node] = {}  # an emitted transpose of a stacked matrix -> the matrix
         self.flattened: dict[tuple[fx.Node, Dims], fx.Node] = {}
         self.x: fx.Node | None = None
@@ -110,6 +112,9 @@ class Rows:
         ids = self.sent(like)
         self.tail = (True,) if ids is not self._ids(like) else ()
         out = self.emit(torch.ops.tedfx.dispatch.default, (flat, ids, self.experts, *self.tail), {}, like)
+        if (capacity := number_of(self.at_most)) is not None:
+            tokens = tuple((as_size(self.routing.sizes[label]), True) for label in self.routing.tokens)
+            SLOTS[out] = Slots(capacity, tokens)
         self.dispatched = Dispatched(*(self.emit(operator.getitem, (out, i), {}, like) for i in range(3)))
         return self.rows
 
@@ -128,11 +133,36 @@ class Rows:
                 mine = self.emit(aten.logical_and.default, (low, high), {}, like)
                 own = self.emit(aten.sub.Scalar, (ids, first - place), {}, like)
                 sent = self.emit(aten.where.self, (mine, own, sent), {}, like)
+        if self.kept is not None and self.at_most is not None:
+            raise refuse(
+                "an expert takes the first of those of its tokens that a mask lets through",
+                like,
+                "count places among the tokens that are let through: (mask.cumsum(0) <= capacity) & mask",
+            )
+        if self.at_most is not None:
+            sent = self._first(sent, self.at_most, like)
         if self.kept is not None:
             read = self.emit(aten.gather.default, (self.flat(*self.kept, like), 1, ids), {}, like)
             kept = self.emit(aten.ne.Scalar, (read, 0), {}, like)
             sent = self.emit(aten.where.ScalarOther, (kept, sent, self.experts), {}, like)
         return sent
+
+    def _first(self, ids: fx.Node, at_most: object, like: fx.Node) -> fx.Node:
+        """The ids [N, K] of the first tokens of each expert, in the order of the searches; no expert's (E)
+        where an expert has as many already."""
+        choices_first = self.order is not None and self.order[:1] == ("k",)
+        turn = lambda x: self.emit(aten.permute.default, (x, [1, 0]), {}, like) if choices_first else x
+        flat = self.emit(aten.reshape.default, (turn(ids), [-1]), {}, like)
+        hits = self.emit(aten.one_hot.default, (flat, self.experts), {}, like)
+        place = self.emit(aten.cumsum.default, (hits, 0), {}, like)  # counted from 1
+        column = self.emit(aten.unsqueeze.default, (flat, -1), {}, like)
+        place = self.emit(aten.gather.default, (place, 1, column), {}, like)
+        kept = self.emit(aten.le.Scalar, (place, at_most), {}, like)
+        count = self.routing.choices
+        kept = self.emit(
+            aten.reshape.default, (kept, [count, -1] if choices_first else [-1, count]), {}, like
+        )
+        return self.emit(aten.where.ScalarOther, (turn(kept), ids, self.experts), {}, like)
 
     def flat(self, node: fx.Node, dims: Dims, like: fx.Node) -> fx.Node:
         """A value with these labels as [N, K] (or [N, E])."""
@@ -293,9 +323,15 @@ class Rows:
                     "take ids from a topk, or search (ids == e) itself",
                 )
             if self.order is None:
-                self.order, self.kept = fact.order, fact.kept
+                self.order, self.kept, self.at_most = fact.order, fact.kept, fact.at_most
             if (fact.order, fact.kept) != (self.order, self.kept):
                 raise refuse("an expert finds its tokens twice, in different orders", like, "search once")
+            if number_of(fact.at_most) != number_of(self.at_most):
+                raise refuse(
+                    "an expert takes the first of its tokens, and elsewhere all or others of them",
+                    like,
+                    "cut the tokens off once: token, slot = token[:capacity], slot[:capacity]",
+                )
         labels = tuple(label for dim in self.columns(where) for label in dim)
         tokens = tuple(label for label in labels if label != "k")
         if tokens != self.routing.tokens or len(set(labels)) != len(labels):

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from tedfx.capture.products import scaled
-from tedfx.capture.routing import Fact, Routing, argument, known_of, name_of, shape_of
+from tedfx.capture.routing import Fact, Routing, argument, known_of, name_of, number_of, shape_of
 from tedfx.capture.slots import Bit, Drop, Mask, Numbers, Place, Slot, SlotFact, Term, Value
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand
@@ -25,19 +25,6 @@ Hits: TypeAlias = Mapping[fx.Node, Fact]
 COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
 CASTS = ("to", "_to_copy", "type_as", "float", "long", "int", "bool", "double")
 SAME = ("clone", "contiguous", "alias", "lift_fresh_copy", "detach")
-
-
-def number(value: object) -> Size | None:
-    """An int, or the expression of a size, either also as a float; None for anything else."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, fx.Node)):
-        return None
-    if isinstance(value, int):
-        return value
-    if value.target is torch.sym_float:
-        return number(value.args[0])
-    return as_size(VAL[value]) if isinstance(VAL.get(value), torch.SymInt) else None
 
 
 def cast(node: fx.Node, fact: SlotFact) -> SlotFact | None:
@@ -96,7 +83,7 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         name, right = ("lt", fact.first) if name == "eq" else ("ge", fact.first)  # the mark of no place
     if name not in ("lt", "le", "gt", "ge") or shape_of(node) != shape_of(left):
         return None
-    limit = number(right)
+    limit = number_of(right)
     if (
         limit is None
         and isinstance(right, fx.Node)

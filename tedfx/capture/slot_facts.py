@@ -30,8 +30,8 @@ from torch import fx
 from tedfx.capture import slot_comparisons, slot_masks, slot_places
 from tedfx.capture.masks import facts
 from tedfx.capture.products import scaled
-from tedfx.capture.routing import Fact, known_of, moved, name_of
-from tedfx.capture.slot_comparisons import CASTS, SAME, Hits, Known, number
+from tedfx.capture.routing import Fact, known_of, moved, name_of, number_of
+from tedfx.capture.slot_comparisons import CASTS, SAME, Hits, Known
 from tedfx.capture.slots import Mask, Numbers, SlotFact, Term, sizes_of
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand_or_none
@@ -67,7 +67,7 @@ def _hit(fact: Fact | None) -> Mask | None:
 def _derive(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
     name = name_of(node)
     if (
-        name == "arange" and len(node.args) == 1 and (length := number(node.args[0])) is not None
+        name == "arange" and len(node.args) == 1 and (length := number_of(node.args[0])) is not None
     ):  # a float's is no place
         return Numbers((("c",),), length, node.args[0])
     if name in _RULES:

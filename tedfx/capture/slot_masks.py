@@ -11,9 +11,8 @@ from torch import fx
 
 from tedfx.capture.letters import Letters, einsum_letters
 from tedfx.capture.products import chosen_place, multiply, reduce
-from tedfx.capture.routing import argument, dim_of, known_of, name_of, shape_of
+from tedfx.capture.routing import argument, dim_of, known_of, name_of, number_of, shape_of
 from tedfx.capture.slot_comparisons import Hits, Known, in_slot, slot_of, uncut
-from tedfx.capture.slot_comparisons import number as number_of
 from tedfx.capture.slots import Drop, Mask, Place, SlotFact, Term, Totals, Value
 from tedfx.graph import nodes
 from tedfx.graph.facts import VAL

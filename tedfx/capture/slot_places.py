@@ -9,8 +9,8 @@ import sympy
 from torch import fx
 
 from tedfx.capture.products import scaled
-from tedfx.capture.routing import Dims, argument, dim_of, known_of, name_of, shape_of
-from tedfx.capture.slot_comparisons import COUNTS, Hits, Known, number
+from tedfx.capture.routing import Dims, argument, dim_of, known_of, name_of, number_of, shape_of
+from tedfx.capture.slot_comparisons import COUNTS, Hits, Known
 from tedfx.capture.slots import Bit, Mask, Place, Queue, SlotFact, Totals
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand
@@ -121,7 +121,7 @@ def clamp(node: fx.Node, known: Known, hits: Hits) -> Place | None:
         fact = replace(fact, outside=least(fact.outside), off=least(fact.off))
     if high is None:
         return fact
-    limit = number(high)
+    limit = number_of(high)
     if limit is None:
         return None
     bit = Bit(fact.queue, as_size(sympy.sympify(limit) + 1 - fact.first))

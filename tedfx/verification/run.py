@@ -119,13 +119,15 @@ def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callab
     capacity each; the model where that is the same."""
     from tedfx.passes.base import run_pipeline
     from tedfx.passes.capture_capacity import CaptureCapacity
+    from tedfx.passes.capture_loops import CaptureLoops
     from tedfx.passes.functionalize import Functionalize
     from tedfx.passes.local_capacity import LocalCapacity
     from tedfx.stages.graphs import GlobalGraph
 
     traced = trace(model, kwargs=dict(batch))
     grouped = run_pipeline(
-        GlobalGraph.of(traced), [Functionalize(), CaptureCapacity(), LocalCapacity(groups)]
+        GlobalGraph.of(traced),
+        [Functionalize(), CaptureLoops(), CaptureCapacity(), LocalCapacity(groups)],
     )
     return functools.partial(grouped.trace, model) if grouped.history[-1].result.changes else model
 

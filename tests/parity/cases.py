@@ -294,7 +294,10 @@ def by_chunk(model, groups: int):
     if groups == 1:
         return model
     model = copy.deepcopy(model)
-    for block in model.blocks:
+    for mixture in getattr(model, "mixtures", ()):  # of tests/models_styles.py
+        tokens = mixture.forward
+        mixture.forward = lambda x, tokens=tokens: torch.cat([tokens(chunk) for chunk in x.chunk(groups)])
+    for block in getattr(model, "blocks", ()):
         whole = block.moe.forward
         block.moe.forward = lambda x, whole=whole: (
             torch.cat([whole(chunk)[0] for chunk in x.chunk(groups)]),

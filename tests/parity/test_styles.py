@@ -25,6 +25,9 @@ CASES = [
 ]
 
 
+CASES.append(slow(case("first_of_each", "dp=2,ep=2", steps=2, capacity="local")))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_single_device(case):
     result = verified(case)
@@ -37,7 +40,11 @@ def sent(pm, batch, rank):
     return Counter((c.op, c.phase, len(c.shape)) for c in log if c.axes == ("ep",))
 
 
-COUNTED = {"kept_hits": 1, "mask_numbers": 1}  # running counts of the tokens, before any row is sent
+COUNTED = {
+    "kept_hits": 1,
+    "mask_numbers": 1,
+    "first_of_each": 1,
+}  # running counts of the tokens, before any row is sent
 
 
 @pytest.mark.parametrize("name", slow_but(["hit_loop", "host_counts", "scores_first"], STYLES))

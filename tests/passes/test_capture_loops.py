@@ -152,14 +152,6 @@ def counts(m, x, probs, w, ids):
     return out
 
 
-def capacity(m, x, probs, w, ids):
-    out = torch.zeros_like(x)
-    for e, token, slot in loop(ids):
-        token, slot = token[: x.shape[0] // 2], slot[: x.shape[0] // 2]
-        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None])
-    return out
-
-
 def overwrites(m, x, probs, w, ids):
     out = torch.zeros_like(x)
     for e, token, slot in loop(ids):
@@ -260,7 +252,6 @@ CASES = [
     (softmax_of_rows, "along the rows"),
     (attention, "may mix the rows"),
     (counts, "how many tokens it has"),
-    (capacity, "computes with which tokens are an expert's"),
     (overwrites, "keeps only the last expert"),
     (unmasked, "computes with which tokens are"),
     (nonlinear_weight, "carry their routing weight"),
