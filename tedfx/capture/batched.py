@@ -127,6 +127,13 @@ def leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree, is_leaf=is_value)
 
 
+def numbers(sizes: list[Size], like: fx.Node) -> list[Size]:
+    """Sizes of what each expert has for itself, which are known numbers: no dims of tokens."""
+    if not all(isinstance(size, int) for size in sizes):
+        raise refuse("what is taken for a parameter of each expert has a dim of tokens", like, "take each expert alone")
+    return sizes
+
+
 def leading(values: list[Batched], like: fx.Node) -> Batched:
     """The operand that says where the rows are (or that all are stacked)."""
     rows = [v for v in values if v.kind == "rows"]
@@ -149,7 +156,7 @@ def aligned(batch: Batch, like: fx.Node, value: Batched, lead: Batched) -> fx.No
             return value.node
         return batch.emit(
             aten.reshape.default,
-            (value.node, [batch.experts] + [1] * (right - value.right) + shape),
+            (value.node, [batch.experts] + [1] * (right - value.right) + numbers(shape, like)),
             {},
             like,
         )
@@ -168,5 +175,5 @@ def aligned(batch: Batch, like: fx.Node, value: Batched, lead: Batched) -> fx.No
     inner = [1] * (right - len(inner)) + inner
     node = value.node
     if inner != shape:
-        node = batch.emit(aten.reshape.default, (node, [batch.experts, *inner]), {}, like)
+        node = batch.emit(aten.reshape.default, (node, [batch.experts, *numbers(inner, like)]), {}, like)
     return batch.expert_rows(node, lead, like)

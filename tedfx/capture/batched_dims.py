@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tedfx.capture.batched import Batch, Batched, leading, refuse, unknown
+from tedfx.capture.batched import Batch, Batched, leading, numbers, refuse, unknown
 from tedfx.capture.routing import argument, product, shape_of, swapped
 from tedfx.graph.nodes import operator_of
 from tedfx.placement.sizes import Size
@@ -98,7 +98,7 @@ def view(batch: Batch, like: fx.Node, value: Batched) -> Batched:
     are."""
     shape, out = value.shape, shape_of(like)
     if value.kind == "stacked":
-        node = batch.emit(aten.reshape.default, (value.node, [batch.experts, *out]), {}, like)
+        node = batch.emit(aten.reshape.default, (value.node, [batch.experts, *numbers(out, like)]), {}, like)
         return Batched("stacked", node, like, right=len(out))
 
     left, rows = product(shape[: value.start]), product(shape[value.start : value.start + value.span])

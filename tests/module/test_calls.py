@@ -59,7 +59,9 @@ def both_kinds(shape, names, zero=0):
 
 
 @pytest.mark.parametrize(
-    "shape,zero", [((1, 2), 0), pytest.param((2, 2), 3, marks=pytest.mark.slow)], ids=["tp=2", "zero=3"]
+    "shape,zero",
+    [pytest.param((1, 2), 0, marks=pytest.mark.slow), pytest.param((2, 2), 3, marks=pytest.mark.slow)],
+    ids=["tp=2", "zero=3"],
 )
 def test_a_call_without_labels_has_a_graph_of_its_own(ranks, shape, zero):
     for error, summed in ranks(shape[0] * shape[1]).run(both_kinds, shape, ("dp", "tp"), zero):

@@ -147,6 +147,7 @@ def cast(folder, out):
     third(**batch(third)).loss.backward()
 
 
+@pytest.mark.slow
 def test_other_dtype_and_other_ways(ranks, tmp_path):
     single("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "in")
     ranks(2).run(cast, str(tmp_path / "in"), str(tmp_path / "dcp"))

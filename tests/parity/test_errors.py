@@ -272,7 +272,7 @@ def hangs_on_one(rank):
     [
         (raises_on_one, 60.0, ["rank 1", "ValueError: a text of two lines"]),
         (dies_on_one, 60.0, ["rank 1", "SIGSEGV"]),
-        (hangs_on_one, 8.0, ["rank", "8 s"]),
+        (hangs_on_one, 4.0, ["rank", "4 s"]),
     ],
     ids=["raises", "dies", "hangs"],
 )

@@ -23,7 +23,7 @@ CASES = [
     slow(case("mixtral", "dp=2", zero=3, overrides=NO_AUX)),
     slow(case("mixtral", "ep=2,tp=2", zero=3, checkpoint="comm", overrides=NO_AUX)),
     slow(case("deepseek_v3", "ep=2,tp=2", zero=2, checkpoint="full")),
-    case("plain", "dp=2,tp=2", zero=1, roles={"expert": "tp"}, overrides={"aux": 0.0}),
+    slow(case("plain", "dp=2,tp=2", zero=1, roles={"expert": "tp"}, overrides={"aux": 0.0})),
 ]
 
 

@@ -93,6 +93,8 @@ def allowed(row) -> bool:
         # refused.
         and (row["batch"] not in ("one_token", "shorter_than_ranks") or not plain)
         and (row["dtype"] == "float64" or row["model"] in ("mixtral", "llama"))
+        # gpt_oss has parts in float32, and Adam's first steps make of a gradient that is rounding a step
+        and (row["batch"] != "odd" or row["model"] != "gpt_oss")
         # eight ranks take as long as four cases
         and (mesh.count("2") < 3 or row["model"] in ("deepseek_v3", "mixtral"))
     )

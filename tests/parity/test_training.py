@@ -274,6 +274,7 @@ def test_dropout_inside_an_expert():
             assert relative(loss, first[0]) < 1e-6 and worst(grads, first[1])[1] < 1e-5, (mesh, roles)
 
 
+@pytest.mark.slow
 def test_dropout_draws_do_not_depend_on_how_tokens_are_cut():
     whole = dict(dedup=False, sequence_parallel=False)
     this = case("mixtral", "ep=2,tp=2", overrides={"attention_dropout": 0.3} | ONE, batch="odd", **whole)
@@ -285,6 +286,7 @@ def test_dropout_draws_do_not_depend_on_how_tokens_are_cut():
 # ---- many steps --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_replicas_are_bitwise_equal_after_20_steps():
     result = verified(case("mixtral", "ep=2,tp=2", steps=20, overrides=ONE))
     assert result["replicas"].ok and result["loss"].ok, f"\n{result}"

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.marks import slow
 from tests.models_choices import LAYERS, Choice, batch
 from tests.models_plain import Config
 from tests.passes.helpers import count, parity, upto
@@ -35,7 +36,7 @@ def test_captured(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(
-    "mesh, roles", [("ep=2,tp=2", None), ("dp=2,ep=2", None), ("tp=2", {"expert": "tp"})]
+    "mesh, roles", [("ep=2,tp=2", None), slow("dp=2,ep=2", None), slow("tp=2", {"expert": "tp"})]
 )
 def test_on_ranks(name, mesh, roles):
     parity(Layer(name).double(), mesh, given(), roles, dedup=True, sequence_parallel=True)

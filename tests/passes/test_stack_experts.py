@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tedfx.errors import CaptureError
+from tests.marks import slow_but
 from tests.models_dense_experts import LAYERS, Soft
 from tests.models_plain import Config
 from tests.passes.helpers import conversions, parity, placeholder, typed, upto
@@ -36,7 +37,7 @@ def test_stacked(name):
     assert result.matches == 1
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow_but(["loop"], LAYERS))
 def test_on_ranks(name):
     for mesh, roles in (("ep=2,tp=2", None), ("dp=2,ep=2", None), ("tp=2", {"expert": "tp"})):
         parity(Layer(name).double(), mesh, given(), roles, dedup=True, sequence_parallel=True)
@@ -51,6 +52,7 @@ def test_tokens_and_scores_are_gathered_and_sums_scattered(name):
     assert kinds in ({"gather": 2, "ep:R>S": 1, "ep:P>S": 1}, {"gather": 2, "ep:I>S": 1, "ep:P>S": 1})
 
 
+@pytest.mark.slow
 def test_routers_stay_whole():
     for name, router in (("plain", "moe.router.weight"), ("plain", "moe.router.bias"), ("moe", "moe.slots")):
         program, _ = upto(Layer(name).double(), "ep=2", given(), "place")

@@ -217,6 +217,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 def test_json(compilations):
     told = explain(compilations("mixtral", MESH), batch=2, sequence=8)
     data = json.loads(told.dumps())

@@ -111,6 +111,7 @@ def test_loss_and_gradients_in_float64(name):
         assert_close(step(model, lambda **kw: t(model, **kw), **inputs), expected, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["mixtral"], ["mixtral", "gpt_oss"]))
 def test_passes_are_bitwise_in_float32(name):
     """Functionalisation changes no bit; without masks to add, attention runs another kernel, so that pass is
@@ -183,6 +184,7 @@ def test_a_padding_mask_is_an_input():
     torch.testing.assert_close(t(model, **inputs).loss, eager(model, **inputs).loss)
 
 
+@pytest.mark.slow
 def test_meta_parameters_are_not_allocated():
     import transformers
 
