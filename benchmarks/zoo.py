@@ -74,6 +74,7 @@ def model_types(family: str) -> list[str]:
 
 
 STYLES = {
+    "registry": "registry",
     "capture_sorted": "sorted rows",
     "capture_loops": "loop",
     "capture_capacity": "capacity",
@@ -81,20 +82,6 @@ STYLES = {
     "capture_choices": "experts choose",
     "stack_experts": "soft gate",
 }
-
-
-def style(made) -> str:
-    """How the model writes its mixtures: the passes that captured some, or transformers' registry of experts
-    functions."""
-    from tedfx.compiler import compile_graph
-    from tedfx.options import Options
-    from tedfx.stages.graphs import GlobalGraph
-    from tedfx.trace.export import trace
-
-    traced = trace(made().train())
-    done = compile_graph(GlobalGraph.of(traced, options=Options(check="none")))
-    found = [STYLES[r.name] for r in done.history if r.name in STYLES and r.result.changes]
-    return ", ".join(["registry"] * bool(traced.captured) + found)
 
 
 def run(model_type: str, mesh: str) -> dict:
@@ -123,7 +110,7 @@ def run(model_type: str, mesh: str) -> dict:
             "outcome": "parity" if result.ok else "differs",
             "error": max(r.error for r in result.rows),
             "line": "" if result.ok else result.first,
-            "style": style(made) if mesh == MESHES[0] else "",
+            "style": ", ".join(STYLES[name] for name in result.captured),
         }
     except TedfxError as error:
         row |= {"outcome": type(error).__name__, "line": " ".join(str(error).split())}

@@ -130,7 +130,9 @@ def leaves(tree: Any) -> list[Any]:
 def numbers(sizes: list[Size], like: fx.Node) -> list[Size]:
     """Sizes of what each expert has for itself, which are known numbers: no dims of tokens."""
     if not all(isinstance(size, int) for size in sizes):
-        raise refuse("what is taken for a parameter of each expert has a dim of tokens", like, "take each expert alone")
+        raise refuse(
+            "what is taken for a parameter of each expert has a dim of tokens", like, "take each expert alone"
+        )
     return sizes
 
 

@@ -66,6 +66,7 @@ class VerifyResult:
     shown: int = 5
     first: str = ""  # the first comparison, in the order of the run, that failed
     reference: str = "single device"
+    captured: tuple[str, ...] = ()  # what captured mixtures: names of passes, or "registry" (transformers)
 
     @property
     def ok(self) -> bool:

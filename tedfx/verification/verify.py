@@ -171,8 +171,23 @@ def verify(
         f"{shape.world} ranks on {device} ({backend}){'' if reference.by_itself else ', against one rank'}"
     )
     result = compare(title, reference, outcomes, tolerance, steps)
+    for made in prepared:
+        found = [r.name for r in made.history if r.name in CAPTURING and r.result.changes]
+        result.captured = (*["registry"] * bool(made.trace.captured), *found)
     result.notes.append(f"{versions()}; {time.perf_counter() - start:.0f} s")
     return result
+
+
+CAPTURING = frozenset(
+    (
+        "capture_sorted",
+        "capture_loops",
+        "capture_capacity",
+        "capture_choices",
+        "capture_dense",
+        "stack_experts",
+    )
+)
 
 
 def _made_batches(model: nn.Module, rows: int, sequence: int, steps: int, seed: int) -> list[dict]:

@@ -58,11 +58,8 @@ def both_kinds(shape, names, zero=0):
     return max(errors), {layout.name: layout.reduce_axes for layout in pm.layouts}["last.weight"]
 
 
-@pytest.mark.parametrize(
-    "shape,zero",
-    [pytest.param((1, 2), 0, marks=pytest.mark.slow), pytest.param((2, 2), 3, marks=pytest.mark.slow)],
-    ids=["tp=2", "zero=3"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape,zero", [((1, 2), 0), ((2, 2), 3)], ids=["tp=2", "zero=3"])
 def test_a_call_without_labels_has_a_graph_of_its_own(ranks, shape, zero):
     for error, summed in ranks(shape[0] * shape[1]).run(both_kinds, shape, ("dp", "tp"), zero):
         assert error < 1e-12
