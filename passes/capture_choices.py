@@ -39,7 +39,7 @@ from tedfx.capture.uncaptured import LEFT
 from tedfx.capture.weights import Weight
 from tedfx.errors import TedfxError, user_line
 from tedfx.graph.emit import emit
-from tedfx.graph.facts import SLOTS, VAL
+from tedfx.graph.facts import CHOOSES, SLOTS, VAL
 from tedfx.graph.nodes import REGROUPS, is_tensor, operand, reached_from
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.sizes import Size
@@ -272,6 +272,8 @@ def _capture(graph: fx.Graph, start: _Start, end: _End, inside: set[fx.Node], st
         if of.groups:
             within = ((of.sizes[of.groups[0]], False), (of.tokens, True))
             SLOTS[out] = Slots(of.sizes["c"], within)
+        else:
+            CHOOSES[out] = True
         dispatched = Dispatched(*(make(operator.getitem, out, i) for i in range(3)))
         bodies.start(dispatched, True)
         value = bodies.value(end.rows)

@@ -35,7 +35,7 @@ from tedfx.capture.slot_facts import slot_facts
 from tedfx.capture.slots import Place, Totals
 from tedfx.errors import CaptureError, ConfigError, user_line
 from tedfx.graph.emit import emit
-from tedfx.graph.facts import SLOTS, VAL
+from tedfx.graph.facts import CHOOSES, SLOTS, VAL
 from tedfx.graph.nodes import function, is_elementwise, operand
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.sizes import as_size
@@ -59,6 +59,12 @@ class LocalCapacity(Pass[GlobalGraph]):
     def __call__(self, program: GlobalGraph) -> PassResult:
         graph, trace = program.graph_module.graph, program.trace
         groups = self.groups or program.roles.mesh.size(program.roles.batch)
+        choosing = next((n for n in graph.nodes if n in CHOOSES), None)
+        if choosing is not None and groups > 1:
+            raise ConfigError(
+                f"capacity='local': experts choose among all tokens of the batch | at {user_line(choosing)} "
+                "| let them choose per sequence, or use capacity='global'"
+            )
         dispatches = [n for n in graph.nodes if n in SLOTS]
         if not dispatches or groups == 1:
             return PassResult(

@@ -65,12 +65,11 @@ class ShardExperts(Pass[PlannedGraph]):
             wide = [a for a in axes if a not in roles.tensor]
             if wide:
                 found = find_uncaptured(program.graph)
-                detail = "; ".join(f"{style} at {line}" for style, line in found)
-                if found:
-                    notes = [note for record in program.history for note in record.result.notes]
-                    detail += "".join(
-                        f" ({note.removeprefix(LEFT)})" for note in notes if note.startswith(LEFT)
-                    )
+                notes = [note for record in program.history for note in record.result.notes]
+                left = [note.removeprefix(LEFT) for note in notes if note.startswith(LEFT)]
+                if found or left:
+                    named = "; ".join(f"{style} at {line}" for style, line in found) or "experts"
+                    detail = named + "".join(f" ({why})" for why in left)
                     raise CaptureError(
                         f"UnsupportedMoE: {detail}: this style of mixture is not captured, so it cannot "
                         f"be split over {axes}: write it in a style that is "
@@ -78,7 +77,7 @@ class ShardExperts(Pass[PlannedGraph]):
                     )
                 raise CaptureError(
                     f"expert axes {axes} of size {mesh.size(axes)}, but no MoE layer was found in the "
-                    "model: use those ranks as dp or tp, or see the "
+                    "model: use those ranks as dp or tp, or see "
                     "docs/captured.md"
                 )
         seen: set = set()

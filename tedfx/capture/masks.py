@@ -34,6 +34,7 @@ from tedfx.capture.routing import (
     known_of,
     moved,
     name_of,
+    number_of,
     origin,
     shape_of,
     whole_quotient,
@@ -41,6 +42,7 @@ from tedfx.capture.routing import (
 from tedfx.graph import nodes
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import REGROUPS, operand, operand_or_none
+from tedfx.placement.sizes import at_least_zero
 
 __all__ = ["facts"]
 
@@ -134,6 +136,8 @@ _SAME = (
 
 def _layout(node: fx.Node, name: str, fact: Fact) -> Dims | None:
     """The dims of a change of layout or dtype; None where `node` is something else."""
+    if name == "detach" and not (fact.kind in ("hit", "miss", "ids", "numbers") or fact.mask):
+        return None  # whose gradient is another
     if name in _SAME:
         return (
             fact.dims
@@ -277,7 +281,8 @@ def _first(node: fx.Node, fact: Fact) -> Fact | None:
     start, end = argument(node, "start"), argument(node, "end")
     if fact.at_most is not None or start not in (None, 0) or dim_of(node, 2, default=0) != 0:
         return None
-    if not (isinstance(end, fx.Node) or (isinstance(end, int) and end > 0)) or argument(node, "step") != 1:
+    size = number_of(end)
+    if size is None or not at_least_zero(size) or argument(node, "step") != 1:
         return None
     found = node
     while name_of(found) in (*_SAME, *REGROUPS, "slice", "select", "getitem", "unbind", "squeeze"):

@@ -65,6 +65,7 @@ class Rows:
         self.dispatched: Dispatched | None = None
         # (True,) where some rows belong to no expert: the last argument of the ops that tell experts apart
         self.tail: tuple[bool, ...] = ()
+        self._sent: fx.Node | None = None
         # the mask of the assignments that the searches of a body find; None: all
         self.kept: tuple[fx.Node, Dims] | None = None
 
@@ -124,6 +125,8 @@ class Rows:
     def sent(self, like: fx.Node) -> fx.Node:
         """Which of these experts each assignment [N, K] goes to; those that are left out, and those of other
         experts, are no expert's, and their rows the tail."""
+        if self._sent is not None:
+            return self._sent
         ids = sent = self._ids(like)
         if self.experts < self.routing.experts:
             sent = self.emit(aten.full_like.default, (ids, self.experts), {}, like)
@@ -145,11 +148,19 @@ class Rows:
             read = self.emit(aten.gather.default, (self.flat(*self.kept, like), 1, ids), {}, like)
             kept = self.emit(aten.ne.Scalar, (read, 0), {}, like)
             sent = self.emit(aten.where.ScalarOther, (kept, sent, self.experts), {}, like)
+        self._sent = sent
         return sent
 
     def _first(self, ids: fx.Node, at_most: object, like: fx.Node) -> fx.Node:
         """The ids [N, K] of the first tokens of each expert, in the order of the searches; no expert's (E)
         where an expert has as many already."""
+        tokens = self.routing.tokens
+        if self.order not in (None, tokens, (*tokens, "k"), ("k", *tokens)):
+            raise refuse(
+                "an expert takes the first of tokens that are searched in another order than theirs",
+                like,
+                "search by token, or by choice and then by token",
+            )
         choices_first = self.order is not None and self.order[:1] == ("k",)
         turn = lambda x: self.emit(aten.permute.default, (x, [1, 0]), {}, like) if choices_first else x
         flat = self.emit(aten.reshape.default, (turn(ids), [-1]), {}, like)

@@ -30,7 +30,6 @@ _RESHAPES = {
     "squeeze",
     "unsqueeze",
     "alias",
-    "detach",
     "clone",
     "contiguous",
 }

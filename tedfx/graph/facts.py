@@ -86,6 +86,8 @@ CARRIED: Key[frozenset[Factor]] = Key("carried", "tedfx.decisions.general")  # r
 DIFFERENTIABLE: Key[bool] = Key("differentiable", "annotate")  # whether a gradient may reach it
 LOCAL_SHAPE: Key[Sequence[Size]] = Key("local_shape", "localize")  # sizes on a rank
 SLOTS: Key[Slots] = Key("slots", "capture_capacity")  # of a dispatch: how many rows an expert takes
+# of a dispatch: its experts choose among all tokens of the batch
+CHOOSES: Key[bool] = Key("chooses", "capture_choices")
 RUNS: Key[Size] = Key("runs", "localize")  # of a prefix sum over ranks: runs per line
 REGION: Key[int] = Key("region", "checkpoint")  # number of the region that backward computes again
 PARAMETER: Key[bool] = Key("parameter", "gather_parameters")  # gathered: its memory is no activation

@@ -14,8 +14,9 @@ keeps together (`tedfx/placement/factors.py`).
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import sympy
@@ -38,6 +39,30 @@ def symbols_of(value: Any) -> set[Symbol]:
     """The symbols in a number (an int, torch's SymInt, SymFloat or SymBool, or sympy's)."""
     expression = getattr(getattr(value, "node", None), "expr", value)
     return {s for s in getattr(expression, "free_symbols", ()) if isinstance(s, sympy.Symbol)}
+
+
+_SAMPLED = (1, 2, 3, 4, 7, 8, 9, 16, 61, 512, 4097)
+
+
+def samples(condition: sympy.Basic) -> Iterator[dict[Symbol, int]]:
+    """Values of the symbols of a condition: small, large, even and odd ones, in all combinations."""
+    symbols = sorted(symbols_of(condition), key=str)
+    return (dict(zip(symbols, values)) for values in itertools.product(_SAMPLED, repeat=len(symbols)))
+
+
+def holds(condition: sympy.Basic, sizes: Mapping[Symbol, int]) -> bool | None:
+    """Whether a condition holds of these sizes; None where they do not settle it. One that divides by a size
+    that is zero then does not hold."""
+    try:
+        value = condition.subs(list[Any](sizes.items()))
+    except ZeroDivisionError:
+        return False
+    return True if value == sympy.true else False if value == sympy.false else None
+
+
+def at_least_zero(size: Size) -> bool:
+    """Whether a size is 0 or more in all of a sample (`90 - batch` is not)."""
+    return all(holds(sympy.Ge(size, 0), each) for each in samples(sympy.sympify(size)))
 
 
 def product(sizes: Iterable[Size]) -> Size:

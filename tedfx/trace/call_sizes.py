@@ -17,7 +17,7 @@ from torch import Tensor
 from tedfx.errors import CallError
 from tedfx.graph.facts import VAL
 from tedfx.graph.signature import Path, show
-from tedfx.placement.sizes import as_size, symbols_of
+from tedfx.placement.sizes import as_size, holds, symbols_of
 
 REMEDY = "pass inputs of these sizes as example_inputs of parallelize"
 
@@ -86,7 +86,7 @@ class SizeCheck:
                         raise CallError(f"{where} is {here}; expected {mine}{self._why(expr, found)}")
         sizes = {s: size for s, (size, _) in found.items()}
         for condition in self.conditions:
-            if condition.subs(sizes) == sympy.false:
+            if holds(condition, sizes) is False:
                 said = ", ".join(f"{name} = {sizes[s]}" for s, name in self.names.items() if s in sizes)
                 over = " over all ranks" if self.ranks > 1 else ""
                 raise CallError(f"the model only accepts sizes with {condition}; the call has {said}{over}")

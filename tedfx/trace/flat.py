@@ -3,7 +3,6 @@ tensor inputs, in that order."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit, evaluate
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import argument, function
-from tedfx.placement.sizes import Symbol, symbol_of
+from tedfx.placement.sizes import Symbol, holds, samples, symbol_of
 from tedfx.trace.calls import Subject, leaves_with_path
 from tedfx.trace.casts import explicit_casts
 from tedfx.trace.functions import keep_calls
@@ -207,9 +206,7 @@ def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
         val = VAL.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         expr = val.node.expr if isinstance(val, torch.SymBool) else None
         if isinstance(expr, sympy.Basic) and expr.free_symbols and expr.free_symbols <= of:
-            symbols = sorted(expr.free_symbols, key=str)
-            samples = itertools.product((1, 2, 3, 4, 7, 8, 9, 16, 61, 512, 4097), repeat=len(symbols))
-            if not all(expr.subs(dict(zip(symbols, sample))) == sympy.true for sample in samples):
+            if not all(holds(expr, sample) for sample in samples(expr)):
                 found[expr] = None
     return list(found)
 

@@ -39,6 +39,15 @@ def first(token, slot, capacity, e):
     return token[:capacity], slot[:capacity]
 
 
+def residual(m, x, probs, w, ids):
+    """An expert that does not map zero to zero: what is dropped must not be added."""
+    out = torch.zeros_like(x)
+    for e in range(E):
+        token, slot = first(*by_token(ids, e), x.shape[0] * 3 // 10, e)
+        out.index_add_(0, token, (x[token] + m.experts[e](x[token])).sigmoid() * w[token, slot, None])
+    return out
+
+
 def switch(start):
     """One expert per token, whose row is written over."""
 
@@ -54,7 +63,7 @@ def switch(start):
 
 
 @pytest.mark.parametrize(
-    "mixture", [searched(by_token, first), searched(by_choice, first), switch(torch.zeros_like)]
+    "mixture", [searched(by_token, first), searched(by_choice, first), switch(torch.zeros_like), residual]
 )
 def test_the_first_tokens_of_each_expert(mixture):
     model = Block(mixture).double()
@@ -105,6 +114,7 @@ def in_runs(m, x, probs, w, ids):
             searched(by_token, lambda token, slot, c, e: (token[:c], slot[:c]) if e else (token, slot)),
             "differ",
         ),
+        (searched(by_token, lambda token, slot, c, e: (token[: 30 - c], slot[: 30 - c])), "which tokens are"),
         (in_runs, "which tokens are|not understood|cut"),
         (switch(lambda x: x.clone()), "keep what was there"),
         (switch(torch.empty_like), "keep what was there"),
@@ -115,3 +125,21 @@ def test_others_are_refused(mixture, why):
     with pytest.raises(TedfxError, match=why) as error:
         capture(Block(mixture), x=torch.zeros(3, 6, 32))
     assert "test_first_of_each.py:" in str(error.value) and "\n" not in str(error.value)
+
+
+class ByChoiceInASequence(Block):
+    """The tokens of a sequence by choice, and one sequence after the other."""
+
+    def forward(self, x):
+        w, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            b, k, p = (found[:6] for found in torch.where(ids.transpose(1, 2) == e))
+            rows = self.experts[e](x[b, p]) * w[b, p, k, None]
+            out = out.index_put((b, p), rows, accumulate=True)
+        return {"y": out, "loss": out.square().sum()}
+
+
+def test_another_order_is_refused():
+    with pytest.raises(TedfxError, match="searched in another order than theirs"):
+        capture(ByChoiceInASequence(None), x=torch.zeros(3, 6, 32))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tedfx.errors import ConfigError
 from tests.marks import slow
 from tests.models_choices import LAYERS, Choice, batch
 from tests.models_plain import Config
@@ -94,6 +95,11 @@ def test_near_misses_stay_as_they_are(mixture):
     program, result = upto(model, "ep=2", given(), "capture_choices")
     assert result.matches == 0 and count(program, "dispatch") == {"dispatch": 0}
     parity(model, "ep=2", given())
+
+
+def test_local_capacities_are_none_of_theirs():
+    with pytest.raises(ConfigError, match="choose among all tokens of the batch .* at .*models_choices"):
+        upto(Layer(batch).double(), "dp=2", given(), "local_capacity", capacity="local")
 
 
 def test_a_token_that_no_expert_takes_gets_nothing():

@@ -235,7 +235,23 @@ def doubled_gate(m, x, probs, w, ids):
     return out
 
 
+def detached_weight(m, x, probs, w, ids):
+    out = torch.zeros_like(x)
+    for e, token, slot in loop(ids):
+        out.index_add_(0, token, m.experts[e](x[token]) * w[token, slot, None].detach())
+    return out
+
+
+def detached_gate(m, x, probs, w, ids):
+    gate = torch.zeros_like(probs).scatter(1, ids, w).detach()
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out = out + m.experts[e](x) * gate[:, e, None]
+    return out
+
+
 CASES = [
+    (detached_weight, "a routing weight in aten.detach"),
     (doubled_gate, "weighed by the sum of both"),
     (missing, r"\[3\] are never added"),
     (missing_masked, r"\[2\] are never added"),
@@ -331,3 +347,9 @@ def test_frozen_in_part():
     assert frozen in traced.stacked.values() and not any(
         frozen[0] in names for names in traced.stacked.values() if names != frozen
     )
+
+
+def test_a_gate_without_gradient_is_another():
+    """It is left to the rules, which keep the detach."""
+    _, result = capture(Block(detached_gate).double())
+    assert result.matches == 0

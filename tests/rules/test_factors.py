@@ -3,7 +3,7 @@
 import sympy
 
 from tedfx.placement.factors import Factor, dim_size, leaves, refine_dim, regroup, unify
-from tedfx.placement.sizes import as_size
+from tedfx.placement.sizes import as_size, at_least_zero, holds
 from tedfx.placement.types import I, P, R, Shard, find_dim, format_type, sharding_axes
 
 s = sympy.Symbol("s", positive=True, integer=True)
@@ -12,6 +12,13 @@ b = sympy.Symbol("b", positive=True, integer=True)
 
 def dim(*sizes):
     return tuple(Factor(size) for size in sizes)
+
+
+def test_conditions_on_sizes():
+    divided = sympy.Ne(sympy.Mod(3, 3 * ((2 * s) // 3)), 0)
+    assert holds(divided, {s: 1}) is False  # by zero
+    assert holds(sympy.Ge(s, b), {s: 2, b: 1}) is True and holds(sympy.Ge(s, b), {s: 2}) is None
+    assert at_least_zero(s - 1) and at_least_zero(7) and not at_least_zero(90 - s) and not at_least_zero(-1)
 
 
 def sizes(d):
