@@ -206,7 +206,7 @@ def main() -> int:
     print(text, summary, sep="\n")
     if args.out:
         with_what = sorted({row["versions"] for row in rows if "versions" in row})
-        Path(args.out).write_text(page(text, summary, "; ".join(with_what)))
+        Path(args.out).write_text(page(text, summary, ";\n".join(with_what)))
     return 0
 
 
