@@ -66,12 +66,4 @@ MIXTURES = {"batch": batch, "sequence": sequence, "modules": modules}
 LAYERS = {name: partial(Choice, mixture=mixture) for name, mixture in MIXTURES.items()}
 
 
-def make(name: str, **config):
-    model = models_plain.make(**config)
-    torch.manual_seed(1)
-    for block in model.blocks:
-        block.moe = LAYERS[name](model.c)
-    return model
-
-
-CHOICES = {f"choice_{name}": partial(make, name) for name in LAYERS}
+CHOICES = {f"choice_{name}": partial(models_plain.with_mixtures, layer) for name, layer in LAYERS.items()}

@@ -226,12 +226,4 @@ LAYERS = {mixture.__name__: partial(layer, mixture) for mixture in (*GATHERED, *
 LAYERS["llama4_one"] = lambda c: Stacks(c, llama4, 1)
 
 
-def make(name: str, **config):
-    model = models_plain.make(**config)
-    torch.manual_seed(1)
-    for block in model.blocks:
-        block.moe = LAYERS[name](model.c)
-    return model
-
-
-DENSE = {f"dense_{name}": partial(make, name) for name in LAYERS}
+DENSE = {f"dense_{name}": partial(models_plain.with_mixtures, layer) for name, layer in LAYERS.items()}

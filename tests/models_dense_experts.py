@@ -132,12 +132,4 @@ MIXTURES |= {
 LAYERS = {name: partial(Soft, mixture=mixture, flat=flat) for name, (mixture, flat) in MIXTURES.items()}
 
 
-def make(name: str, **config):
-    model = models_plain.make(**config)
-    torch.manual_seed(1)
-    for block in model.blocks:
-        block.moe = LAYERS[name](model.c)
-    return model
-
-
-DENSE_EXPERTS = {f"soft_{name}": partial(make, name) for name in LAYERS}
+DENSE_EXPERTS = {f"soft_{name}": partial(models_plain.with_mixtures, layer) for name, layer in LAYERS.items()}

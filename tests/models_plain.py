@@ -436,6 +436,15 @@ def make(**config) -> PlainMoELM:
     return model
 
 
+def with_mixtures(layer, **config) -> PlainMoELM:
+    """The same model with `layer(config)` as the mixture of every block."""
+    model = make(**config)
+    torch.manual_seed(1)
+    for block in model.blocks:
+        block.moe = layer(model.c)
+    return model
+
+
 PLAIN = {
     "plain": partial(make, moe="index_add"),
     "plain_test": partial(make, moe="index_add_test", expert="gelu"),
