@@ -633,3 +633,16 @@ def levels_of_func(opened):
     finally:
         for name in names:
             setattr(eager_transforms, name, before[name])
+
+
+# Many tensors in one launch. Public replacement: none; torch.optim and clip_grad_norm_ are built of them.
+
+
+def norms(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The 2-norm of each, summed in `dtype`."""
+    return list(torch._foreach_norm(tensors, 2, dtype))
+
+
+def add_to_all(tensors: list[torch.Tensor], number: float) -> None:
+    """Add the number to each, in place."""
+    torch._foreach_add_(tensors, number)

@@ -13,6 +13,7 @@ ROOMS = [
     "_version",
     "options",
     "arguments",  # files that any room may import
+    "kernels",
     "ops",
     "graph",
     "ranks",

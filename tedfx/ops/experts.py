@@ -10,7 +10,8 @@ atomics: results are bitwise the same from run to run.
     expert_rows(param[E,...], counts[E], rows[M,*])       -> [M,...]    row m gets the entry of its expert
     combine(rows[M,H], order[M], weights[N,K])            -> [N,H]   rows not listed in `order` count as zero
 
-`order[m]` is the flat assignment n * K + k whose row stands at m. Ids must lie in [0, num_experts).
+`order[m]` is the flat assignment n * K + k whose row stands at m; N * K where it is nobody's (an empty slot
+of `tedfx/ops/slots.py`), and `combine` leaves it out. Ids must lie in [0, num_experts).
 
 With a capacity some assignments are dropped: their id is num_experts, no expert's, and their rows stand
 behind all others. This is the **tail** (`tail=True`, the last argument of the first three ops; without it an
@@ -25,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from tedfx import _torch
+from tedfx import _torch, kernels
 from tedfx.ops.properties import Op, describe
 
 
@@ -182,12 +183,12 @@ def _dispatch(x: Tensor, ids: Tensor, num_experts: int, tail: bool = False) -> t
 
 
 def sort_by_expert(flat: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """flat[M] -> (stable argsort [M] int64, counts[num_experts] int64), without a host copy and without
-    atomics."""
-    by_expert, order = torch.sort(flat, stable=True)
-    bounds = torch.searchsorted(
-        by_expert, torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype)
-    )
+    """flat[M], in [0, num_experts] -> (stable argsort [M] int64, counts[num_experts] int64), without a host
+    copy and without atomics."""
+    # A radix sort takes a pass per digit: numbers of 8 bits take an eighth of those of 64.
+    narrow = next((d for d in (torch.uint8, torch.int16) if num_experts <= torch.iinfo(d).max), flat.dtype)
+    by_expert, order = torch.sort(flat.to(narrow), stable=True)
+    bounds = torch.searchsorted(by_expert, torch.arange(num_experts + 1, device=flat.device, dtype=narrow))
     return order, bounds.diff()
 
 
@@ -209,26 +210,35 @@ def _dispatch_setup(ctx, inputs, output):
 
 def _dispatch_backward(ctx, grad_rows, grad_counts, grad_order):
     (order,) = ctx.saved_tensors
-    return (
-        sum_choices(unsort(grad_rows, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k),
-        None,
-        None,
-        None,
-    )
+    return sum_choices(grad_rows, order, ctx.tokens, ctx.top_k), None, None, None
 
 
 _dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 
 
 def unsort(rows: Tensor, order: Tensor, total: int) -> Tensor:
-    """rows[M,H] -> [total,H]: row m goes to order[m], the rest is zero. Positions are unique, so this is a
-    copy."""
-    return rows.new_zeros(total, rows.shape[1]).index_copy_(0, order, rows)
+    """rows[M,H] -> [total,H]: row m goes to order[m], nowhere if that is total; the rest is zero. Positions
+    are unique, so this is a copy."""
+    return rows.new_zeros(total + 1, *rows.shape[1:]).index_copy_(0, order, rows).narrow(0, 0, total)
 
 
-def sum_choices(rows: Tensor, tokens: int, top_k: int) -> Tensor:
-    """[N*K,H] -> [N,H]."""
-    return rows.view(tokens, top_k, rows.shape[1]).sum(1)
+def sum_choices(rows: Tensor, order: Tensor, tokens: int, top_k: int) -> Tensor:
+    """rows[M,H], order[M] -> [N,H]: the sum of a token's rows; assignments not listed count as zero."""
+    return torch.ops.tedfx.sum_choices(rows, order, tokens, top_k)
+
+
+@torch.library.custom_op("tedfx::sum_choices", mutates_args=())
+def _sum_choices(rows: Tensor, order: Tensor, tokens: int, top_k: int) -> Tensor:
+    if kernels.takes(rows):
+        from tedfx.kernels import rows as on_rows
+
+        return on_rows.sum_choices(rows, order, top_k, tokens, None, rows.dtype)
+    return unsort(rows, order, tokens * top_k).view(tokens, top_k, rows.shape[1]).sum(1)
+
+
+@_sum_choices.register_fake
+def _(rows, order, tokens, top_k):
+    return rows.new_empty(tokens, rows.shape[1])
 
 
 # ---- grouped_linear ----------------------------------------------------------------------------------------
@@ -245,7 +255,7 @@ def _grouped_linear(
     if _has_kernel(rows, right.shape[1], right.shape[2]):
         out = torch.nn.functional.grouped_mm(rows.contiguous(), _dense(right), offs=_offsets(counts))
         # The kernel leaves rows behind the last offset unwritten.
-        return torch.where(_in_tail(counts, rows).unsqueeze(1), 0, out) if tail else out
+        return _zero_tail(out, counts) if tail else out
     out = (
         rows.new_zeros(rows.shape[0], right.shape[2])
         if tail
@@ -276,7 +286,7 @@ def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor, tail: bool = Fal
         left, right = left.contiguous(), right.contiguous()
         out = torch.nn.functional.grouped_mm(left.mT, right, offs=_offsets(counts))
         # The kernel leaves the matrix of an expert without rows unwritten.
-        return torch.where((counts > 0).view(-1, 1, 1), out, 0)
+        return _zero_unused(out, counts)
     out = left.new_zeros(experts, a, b)
     for expert, start, stop in _runs(counts, left, tail):
         torch.mm(left[start:stop].mT, right[start:stop], out=out[expert])
@@ -352,6 +362,24 @@ def _offsets(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
+def _zero_unused(out: Tensor, counts: Tensor) -> Tensor:
+    """out[E,A,B], with zeros for the experts without rows; the others' matrices are not read."""
+    if kernels.takes(out) and out.is_contiguous():
+        from tedfx.kernels import rows
+
+        return rows.zero_unused(out, counts)
+    return torch.where((counts > 0).view(-1, 1, 1), out, 0)
+
+
+def _zero_tail(out: Tensor, counts: Tensor) -> Tensor:
+    """out[M,O], with zeros behind the rows that the counts count; the others are not read."""
+    if kernels.takes(out) and out.is_contiguous():
+        from tedfx.kernels import rows
+
+        return rows.zero_behind(out, counts.sum())
+    return torch.where(_in_tail(counts, out).unsqueeze(1), 0, out)
+
+
 def _in_tail(counts: Tensor, rows: Tensor) -> Tensor:
     """[M] bool: the rows behind those that the counts count."""
     return torch.arange(rows.shape[0], device=counts.device) >= counts.sum()
@@ -418,6 +446,11 @@ def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
             "are not [M,H], [M], [N,K]"
         )
     tokens, top_k = weights.shape
+    if kernels.takes(rows, weights):
+        from tedfx.kernels import rows as on_rows
+
+        dtype = torch.promote_types(rows.dtype, weights.dtype)
+        return on_rows.sum_choices(rows, order, top_k, tokens, weights, dtype)
     placed = unsort(rows, order, tokens * top_k).view(tokens, top_k, rows.shape[1])
     return (placed * weights.unsqueeze(-1)).sum(1)
 
@@ -433,13 +466,17 @@ def _(rows, order, weights):
 def _combine_grads(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """grad[N,H] -> gradients of rows[M,H] and of weights[N,K]; zero for the weight of an assignment not
     listed."""
-    tokens, top_k = weights.shape
-    by_row = grad.index_select(0, order // top_k)
-    scale = weights.reshape(-1).index_select(0, order)
+    if kernels.takes(grad, rows, weights):
+        from tedfx.kernels import rows as on_rows
+
+        return on_rows.spread(grad, rows, order, weights)
+    total = weights.numel()
+    listed = order.clamp(max=total - 1)
+    by_row = grad.index_select(0, listed // weights.shape[1])
+    scale = weights.reshape(-1).index_select(0, listed).masked_fill(order == total, 0)
     grad_rows = (by_row * scale.unsqueeze(1)).to(rows.dtype)
-    dots = (by_row * rows).sum(1)
-    grad_weights = dots.new_zeros(tokens * top_k).index_copy_(0, order, dots)
-    return grad_rows, grad_weights.view(tokens, top_k).to(weights.dtype)
+    grad_weights = unsort((by_row * rows).sum(1), order, total)
+    return grad_rows, grad_weights.view(weights.shape).to(weights.dtype)
 
 
 @_combine_grads.register_fake

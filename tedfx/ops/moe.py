@@ -40,7 +40,6 @@ from tedfx.ops.experts import (
     grouped_linear,
     sort_by_expert,
     sum_choices,
-    unsort,
 )
 from tedfx.ops.properties import ALL_GATHER, ALL_TO_ALL, Moves, op
 
@@ -230,7 +229,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (order,) = ctx.saved_tensors
-        return sum_choices(unsort(grad, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k), None, None
+        return sum_choices(grad, order, ctx.tokens, ctx.top_k), None, None
 
 
 def _exchange(rows, span, recv, send, phase, ragged=True):

@@ -27,7 +27,7 @@ from torch import Tensor
 from tedfx import _torch
 from tedfx.ops import context, convert
 from tedfx.ops.context import Axes
-from tedfx.ops.experts import sort_by_expert, sum_choices
+from tedfx.ops.experts import combine, sort_by_expert, sum_choices
 from tedfx.ops.moe import _exchange
 from tedfx.ops.properties import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER, Moves, op
 
@@ -127,18 +127,13 @@ def slot_rows(param: Tensor, rows: Tensor) -> Tensor:
 
 @op(saves="operands")
 def combine_slots(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """rows[M,H], order[M], weights[N,K] -> [N,H]: `combine`, empty slots left out."""
-    return _Combine.apply(rows, order, weights)
+    """rows[M,H], order[M], weights[N,K] -> [N,H]: `combine`, which leaves empty slots out."""
+    return combine(rows, order, weights)
 
 
 def _by_expert(rows: Tensor, experts: int) -> Tensor:
     """[experts, rows of each, ..]; there may be none."""
     return rows.view(experts, rows.shape[0] // experts, *rows.shape[1:])
-
-
-def _unsort(rows: Tensor, order: Tensor, total: int) -> Tensor:
-    """[total,..]: row m goes to order[m], those of empty slots nowhere."""
-    return rows.new_zeros(total + 1, *rows.shape[1:]).index_copy_(0, order, rows).narrow(0, 0, total)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
@@ -156,7 +151,7 @@ class _Fill(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (order,) = ctx.saved_tensors
-        return sum_choices(_unsort(grad, order, ctx.tokens * ctx.top_k), ctx.tokens, ctx.top_k), None, None
+        return sum_choices(grad, order, ctx.tokens, ctx.top_k), None, None
 
 
 class _Slots(torch.autograd.Function):
@@ -180,20 +175,3 @@ def _moved(rows: Tensor, span, experts: int, there: bool, phase: str) -> Tensor:
     splits = [rows.shape[0] // span.size] * span.size
     rows = _exchange(rows, span, splits, splits, phase, ragged=False)
     return turned(rows) if there else rows
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, order, weights):
-        ctx.save_for_backward(rows, order, weights)
-        tokens, top_k = weights.shape
-        placed = _unsort(rows, order, tokens * top_k).view(tokens, top_k, rows.shape[1])
-        return (placed * weights.unsqueeze(-1)).sum(1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, order, weights = ctx.saved_tensors
-        by_row = _pick(grad, order // weights.shape[1])
-        grad_rows = (by_row * _pick(weights.reshape(-1), order).unsqueeze(1)).to(rows.dtype)
-        grad_weights = _unsort((by_row * rows).sum(1), order, weights.numel()).view(weights.shape)
-        return grad_rows, None, grad_weights.to(weights.dtype)

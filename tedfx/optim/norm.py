@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tedfx import _torch
 from tedfx.optim.shares import Share
 
 CHUNK = 2**26  # elements: what a cast of a gradient for the norm may take
@@ -31,18 +32,15 @@ def gradient_norm(grads: Iterable[tuple[Share, Tensor]], group, device, chunk: i
     Sums run in float32 (float64 for float64) inside a chunk and in float64 over chunks and parameters. Not
     finite as soon as any rank's gradient is not.
     """
-    norms = []
+    alike: dict[tuple, list[Tensor]] = {}  # by dtype and device: one launch for all of them
     for share, grad in grads:
         if counts(share) and grad.numel():
-            for part in grad.split(min(chunk or CHUNK, CHUNK)):
-                norms.append(
-                    torch.linalg.vector_norm(
-                        part, dtype=torch.float64 if part.dtype == torch.float64 else torch.float32
-                    )
-                )
+            parts = grad.split(min(chunk or CHUNK, CHUNK))
+            alike.setdefault((grad.dtype, grad.device), []).extend(parts)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    if norms:
-        total = torch.stack([norm.double() for norm in norms]).square().sum().to(device)
+    for (dtype, _), parts in alike.items():
+        norms = _torch.norms(parts, torch.float64 if dtype == torch.float64 else torch.float32)
+        total += torch.stack(norms).double().square().sum().to(device)
     if group is not None:
         dist.all_reduce(total, group=group)
     return total.sqrt()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tedfx.errors import TedfxError
+from tedfx.optim import fused
 from tedfx.optim.shares import Share
 
 
@@ -52,7 +53,7 @@ class Tile:
 
     def __init__(self, share: Share, start: int, stop: int, shape=None):
         self.share, self.start, self.stop, self.shape = share, start, stop, shape or (stop - start,)
-        self.parameter = nn.Parameter(self._none() if self._apart() else self._weights())
+        self.parameter = nn.Parameter(self._none() if self._apart() else self.weights().view(self.shape))
         self.provisional: tuple[str, ...] = ()  # keys that create_state made and nothing has been loaded into
         self.inner: torch.optim.Optimizer | None = None  # whose parameter it is; set by its batch
 
@@ -67,7 +68,8 @@ class Tile:
     def _apart(self) -> bool:
         return self.share.master is None and self.share.flat() is None
 
-    def _weights(self) -> Tensor:
+    def weights(self) -> Tensor:
+        """[stop - start]: of the master, or of the parameter, copied out where its elements are apart."""
         share = self.share
         flat = share.master if share.master is not None else share.flat()
         if flat is None:  # copied out
@@ -76,15 +78,15 @@ class Tile:
                 self.stop,
                 torch.empty(self.stop - self.start, dtype=share.dtype, device=share.device),
             )
-            return flat.view(self.shape)
-        return flat[self.start : self.stop].view(self.shape)
+            return flat
+        return flat[self.start : self.stop]
 
     def open(self, grad: Tensor, factor: Tensor | None) -> None:
         """Weights and gradient, ready for the inner optimizer. factor: 0-dim, what the gradient is multiplied
         by; None for one."""
         share = self.share
         if share.master is None:
-            weights = self._weights()
+            weights = self.weights().view(self.shape)
             if (
                 weights.data_ptr() != self.parameter.data_ptr()
             ):  # copied out, or the parameter's storage is another
@@ -114,7 +116,7 @@ class Batch:
         for (
             tile
         ) in tiles:  # an optimizer may make states as soon as it is made, of the weights that it then sees
-            tile.parameter.data = tile._weights() if tile._apart() else tile.parameter.data
+            tile.parameter.data = tile.weights().view(tile.shape) if tile._apart() else tile.parameter.data
         self.inner = make([tile.parameter for tile in tiles])
         for tile in tiles:
             tile.inner, tile.parameter.data = (
@@ -129,6 +131,9 @@ class Batch:
         """options: hyperparameters now. grads: by the share's name; shares without one stay as they are."""
         self.inner.param_groups[0].update(options)
         tiles = [tile for tile in self.tiles if tile.share.name in grads]
+        if tiles and fused.takes(self.inner, tiles, grads):
+            fused.step(self.inner, tiles, grads, factor, staging)
+            return
         for tile in tiles:
             tile.open(grads[tile.share.name], factor)
             for key in tile.provisional:
@@ -169,7 +174,7 @@ class Batch:
         for tile in tiles:
             tile.parameter.data = torch.zeros(
                 tile.shape, dtype=tile.share.dtype, device=tile.share.device
-            ).copy_(tile._weights())
+            ).copy_(tile.weights().view(tile.shape))
             tile.parameter.grad = torch.zeros_like(tile.parameter)
             self.inner.state[tile.parameter] = First()
         self.inner.step()

@@ -1,0 +1,102 @@
+"""Kernel time by kind, and the communication that nothing hides, of a few steps under torch's profiler."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+
+import torch
+from tabulate import tabulate
+
+KINDS = [  # the first whose words are in a kernel's name
+    ("communication", ("nccl",)),
+    ("attention", ("flash", "fmha", "cudnn_generated", "sdpa")),
+    ("grouped GEMM", ("grouped", "groupproblemshape", "group_gemm")),
+    ("GEMM", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
+    ("rows and experts", ("tedfx_",)),
+    ("optimizer and clipping", ("adam", "multi_tensor", "foreach", "lpnorm", "norm_two", "reduce_kernel")),
+    (
+        "sort, index, scan",
+        ("sort", "radix", "index", "gather", "scatter", "scan", "searchsorted", "embedding"),
+    ),
+    ("copies and zeros", ("copy", "memcpy", "memset", "fillfunctor", "catarray")),
+    ("fused elementwise", ("triton",)),
+]
+
+
+def kind_of(name: str) -> str:
+    low = name.lower()
+    return next((kind for kind, words in KINDS if any(word in low for word in words)), "other")
+
+
+def union(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same points as disjoint intervals, in order."""
+    merged: list[tuple[float, float]] = []
+    for start, stop in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def length(intervals: list[tuple[float, float]]) -> float:
+    return sum(stop - start for start, stop in union(intervals))
+
+
+def profile(step, data, steps: int, device: torch.device, trace: str | None = None) -> dict:
+    """{"kinds": {kind: ms per step}, "exposed": .., "idle": .., "span": .., "kernels": [(name, ms, launches)]}
+    of this rank, per step. exposed: communication while no other kernel runs; idle: nothing runs."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as run:
+        for _ in range(steps):
+            step(next(data))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if trace:
+        run.export_chrome_trace(trace)
+    kernels = [
+        event for event in run.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    ]  # empty on the CPU
+    kernels = [event for event in kernels if not event.name.startswith(("ProfilerStep", "##", "Optimizer."))]
+    names: dict[str, list] = defaultdict(list)
+    for event in kernels:
+        names[event.name].append((event.time_range.start / 1e3, event.time_range.end / 1e3))
+    ms: Counter = Counter()
+    for name, spans in names.items():
+        ms[kind_of(name)] += sum(stop - start for start, stop in spans) / steps
+    everything = [span for spans in names.values() for span in spans]
+    compute = [s for name, spans in names.items() if kind_of(name) != "communication" for s in spans]
+    busy = length(everything)
+    span = max((s[1] for s in everything), default=0) - min((s[0] for s in everything), default=0)
+    return dict(
+        kinds={kind: round(value, 2) for kind, value in ms.most_common()},
+        exposed=round((busy - length(compute)) / steps, 2),
+        idle=round((span - busy) / steps, 2),
+        span=round(span / steps, 2),
+        launches=round(len(kernels) / steps),
+        kernels=sorted(
+            (
+                (name, round(sum(b - a for a, b in spans) / steps, 3), len(spans) / steps)
+                for name, spans in names.items()
+            ),
+            key=lambda row: -row[1],
+        ),
+    )
+
+
+def table(found: dict, top: int = 0) -> str:
+    rows = [*found["kinds"].items(), *((k, found[k]) for k in ("exposed", "idle", "span"))]
+    named = {"exposed": "communication not hidden", "idle": "no kernel runs", "span": "the step, profiled"}
+    text = tabulate([(named.get(k, k), v) for k, v in rows], ["ms per step", ""], tablefmt="github")
+    if top:
+        kernels = [(ms, n, name[:110]) for name, ms, n in found["kernels"][:top]]
+        text += "\n\n" + tabulate(kernels, ["ms", "launches", "kernel"])
+    return text
+
+
+def write(found: dict, file: str) -> None:
+    with open(file, "w") as out:
+        json.dump(found, out, indent=1)

@@ -1,0 +1,87 @@
+"""The fused update against torch's optimizers in float64."""
+
+import pytest
+import torch
+
+CASES = [(cls, maximize) for cls in (torch.optim.Adam, torch.optim.AdamW) for maximize in (False, True)]
+
+
+@pytest.mark.parametrize("cls,maximize", CASES)
+@pytest.mark.parametrize("size", [1, 3000])
+@pytest.mark.parametrize("factor", [None, 0.37])
+def test_is_torchs_update(cls, maximize, size, factor, device):
+    from tedfx.kernels import adam
+
+    generator = torch.Generator().manual_seed(0)
+    options = dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=0.1, eps=1e-8)
+    start = torch.randn(size, generator=generator)
+    exact = start.double().clone().requires_grad_()
+    optimizer = cls([exact], **options, maximize=maximize)
+    weight, low = start.to(device), start.bfloat16().to(device)
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    step = torch.zeros((), device=device)
+    scale = None if factor is None else torch.tensor(factor, device=device)
+    for _ in range(4):
+        grad = torch.randn(size, generator=generator).bfloat16()
+        exact.grad = grad.double() * (1.0 if factor is None else factor)
+        optimizer.step()
+        step += 1
+        adam.update(
+            weight,
+            grad.to(device),
+            first,
+            second,
+            low,
+            scale,
+            step,
+            decoupled=cls is torch.optim.AdamW,
+            maximize=maximize,
+            **options,
+        )
+    torch.testing.assert_close(weight.double().cpu(), exact.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(low.float(), weight, rtol=2**-7, atol=0)
+    state = optimizer.state[exact]
+    torch.testing.assert_close(first.double().cpu(), state["exp_avg"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(second.double().cpu(), state["exp_avg_sq"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [1000, None])
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+def test_an_optimizer_steps_as_with_torchs_own(master, tile, device, monkeypatch):
+    if device.type != "cuda":
+        pytest.skip("the kernel takes over the states of torch's fused step on CUDA")
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import tedfx
+    from tedfx.optim import fused
+    from tests.models_plain import PLAIN
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    mesh, taken = init_device_mesh("cuda", (1,), mesh_dim_names=("dp",)), []
+    ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0)).cuda()
+    runs = []
+    for kernel in (True, False):
+        model = PLAIN["stacked"]().cuda().bfloat16()
+        pm = tedfx.parallelize(model, mesh, example_inputs=dict(input_ids=ids, labels=ids))
+        optimizer = tedfx.optim.ShardedOptimizer(
+            pm, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, max_norm=0.5, master_dtype=master, tile=tile
+        )
+        takes = fused.takes
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "takes", lambda *a: bool(taken.append(takes(*a)) or takes(*a)) and kernel)
+            for _ in range(4):
+                pm(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        runs.append((pm.state_dict(), optimizer.state_dict()["state"]))
+    assert taken.count(True) >= 6  # all steps but the first of each run
+    (values, states), (others, their_states) = runs
+    tolerance = dict(rtol=1e-2, atol=2e-3)  # bfloat16 rounds the weights that the next gradient is of
+    for name in values:
+        local = lambda x: (x.to_local() if hasattr(x, "to_local") else x).float()
+        torch.testing.assert_close(local(values[name]), local(others[name]), **tolerance)
+        for key in states.get(name, ()):
+            pair = states[name][key], their_states[name][key]
+            torch.testing.assert_close(*(local(x) for x in pair), **tolerance)
