@@ -109,7 +109,7 @@ def main() -> int:
     )
     if args.profile is not None:
         found = gpu_profile.profile(step, data, 2, device)
-        row["profile"] = {key: value for key, value in found.items() if key != "kernels"}
+        row["profile"] = {key: value for key, value in found.items() if key not in ("kernels", "gaps")}
         if dist.get_rank() == 0:
             print(gpu_profile.table(found, args.top), flush=True)
             if args.profile:

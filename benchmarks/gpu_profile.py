@@ -10,17 +10,14 @@ from tabulate import tabulate
 
 KINDS = [  # the first whose words are in a kernel's name
     ("communication", ("nccl",)),
-    ("attention", ("flash", "fmha", "cudnn_generated", "sdpa")),
+    ("attention", ("flash", "fmha", "cudnn", "sdpa")),
     ("grouped GEMM", ("grouped", "groupproblemshape", "group_gemm")),
     ("GEMM", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
+    ("optimizer and clipping", ("adam", "multi_tensor", "foreach", "lpnorm", "norm_two")),
     ("rows and experts", ("tedfx_",)),
-    ("optimizer and clipping", ("adam", "multi_tensor", "foreach", "lpnorm", "norm_two", "reduce_kernel")),
-    (
-        "sort, index, scan",
-        ("sort", "radix", "index", "gather", "scatter", "scan", "searchsorted", "embedding"),
-    ),
-    ("copies and zeros", ("copy", "memcpy", "memset", "fillfunctor", "catarray")),
     ("fused elementwise", ("triton",)),
+    ("sort, index, scan", ("sort", "radix", "index", "gather", "scatter", "scan", "searchsorted", "topk")),
+    ("copies and zeros", ("copy", "memcpy", "memset", "fillfunctor", "catarray")),
 ]
 
 
@@ -45,8 +42,9 @@ def length(intervals: list[tuple[float, float]]) -> float:
 
 
 def profile(step, data, steps: int, device: torch.device, trace: str | None = None) -> dict:
-    """{"kinds": {kind: ms per step}, "exposed": .., "idle": .., "span": .., "kernels": [(name, ms, launches)]}
-    of this rank, per step. exposed: communication while no other kernel runs; idle: nothing runs."""
+    """{"kinds": {kind: ms per step}, "exposed": .., "idle": .., "span": .., "kernels": [(name, ms, launches)],
+    "gaps": [(ms, the kernel before, the one after)]} of this rank, per step (gaps: of all steps). exposed:
+    communication while no other kernel runs; idle: nothing runs."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -70,6 +68,13 @@ def profile(step, data, steps: int, device: torch.device, trace: str | None = No
     everything = [span for spans in names.values() for span in spans]
     compute = [s for name, spans in names.items() if kind_of(name) != "communication" for s in spans]
     busy = length(everything)
+    ordered = sorted((span, name) for name, spans in names.items() for span in spans)
+    gaps, reached, last = [], None, ""
+    for (began, ended), name in ordered:
+        if reached is not None and began - reached > 0.02:
+            gaps.append((round(began - reached, 3), last, name))
+        if reached is None or ended > reached:
+            reached, last = ended, name
     span = max((s[1] for s in everything), default=0) - min((s[0] for s in everything), default=0)
     return dict(
         kinds={kind: round(value, 2) for kind, value in ms.most_common()},
@@ -77,6 +82,7 @@ def profile(step, data, steps: int, device: torch.device, trace: str | None = No
         idle=round((span - busy) / steps, 2),
         span=round(span / steps, 2),
         launches=round(len(kernels) / steps),
+        gaps=sorted(gaps, reverse=True),
         kernels=sorted(
             (
                 (name, round(sum(b - a for a, b in spans) / steps, 3), len(spans) / steps)
@@ -94,6 +100,8 @@ def table(found: dict, top: int = 0) -> str:
     if top:
         kernels = [(ms, n, name[:110]) for name, ms, n in found["kernels"][:top]]
         text += "\n\n" + tabulate(kernels, ["ms", "launches", "kernel"])
+        gaps = [(ms, before[:50], after[:50]) for ms, before, after in found["gaps"][: top // 2]]
+        text += "\n\n" + tabulate(gaps, ["idle ms", "after", "before"])
     return text
 
 

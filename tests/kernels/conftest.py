@@ -7,7 +7,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def device():
-    """CUDA; without it the CPU, by Triton's interpreter, where triton is installed and `TRITON_INTERPRET=1`."""
+    """CUDA; else the CPU, by Triton's interpreter, where triton is installed and `TRITON_INTERPRET=1`."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if torch.cuda.is_available():

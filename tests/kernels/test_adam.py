@@ -63,7 +63,7 @@ def test_an_optimizer_steps_as_with_torchs_own(master, tile, device, monkeypatch
     ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0)).cuda()
     runs = []
     for kernel in (True, False):
-        model = PLAIN["stacked"]().cuda().bfloat16()
+        model = PLAIN["plain_stacked"]().cuda().bfloat16()
         pm = tedfx.parallelize(model, mesh, example_inputs=dict(input_ids=ids, labels=ids))
         optimizer = tedfx.optim.ShardedOptimizer(
             pm, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, max_norm=0.5, master_dtype=master, tile=tile
