@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -77,13 +78,21 @@ def main() -> int:
             master_dtype=torch.float32 if args.states == "fp32" else torch.bfloat16,
         )
 
+    host = {"forward": [], "backward": [], "optimizer": []}
+
     def step(ids):
+        at = [time.perf_counter()]
         loss = pm(input_ids=ids, labels=ids).loss
+        at.append(time.perf_counter())
         loss.backward()
+        at.append(time.perf_counter())
         if args.optimizer == "torch":
             torch.nn.utils.clip_grad_norm_(pm.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        at.append(time.perf_counter())
+        for spent, before, after in zip(host.values(), at, at[1:]):
+            spent.append((after - before) * 1e3)
         return loss
 
     replica, replicas = pm.batch_coordinate
@@ -107,6 +116,8 @@ def main() -> int:
         parallelize_s=round(made, 1),
         transformers=transformers.__version__,
     )
+    # How long the host is busy with each part, or waits in it for the device; not the time of its kernels.
+    row["host_ms"] = {key: round(statistics.median(spent[args.warmup :]), 2) for key, spent in host.items()}
     if args.profile is not None:
         found = gpu_profile.profile(step, data, 2, device)
         row["profile"] = {key: value for key, value in found.items() if key not in ("kernels", "gaps")}
