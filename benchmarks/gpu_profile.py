@@ -21,6 +21,9 @@ KINDS = [  # the first whose words are in a kernel's name
 ]
 
 
+ANNOTATIONS = ("ProfilerStep", "##", "Optimizer.", "nccl:")  # ranges that stand beside the kernels in them
+
+
 def kind_of(name: str) -> str:
     low = name.lower()
     return next((kind for kind, words in KINDS if any(word in low for word in words)), "other")
@@ -58,7 +61,7 @@ def profile(step, data, steps: int, device: torch.device, trace: str | None = No
     kernels = [
         event for event in run.events() if event.device_type == torch.autograd.DeviceType.CUDA
     ]  # empty on the CPU
-    kernels = [event for event in kernels if not event.name.startswith(("ProfilerStep", "##", "Optimizer."))]
+    kernels = [event for event in kernels if not event.name.startswith(ANNOTATIONS)]
     names: dict[str, list] = defaultdict(list)
     for event in kernels:
         names[event.name].append((event.time_range.start / 1e3, event.time_range.end / 1e3))

@@ -1,12 +1,13 @@
-"""Adam and AdamW by one kernel per tile (`tedfx/kernels/adam.py`): cast, clipping, update and the rounding to
-the parameter in one pass, where torch's own step wants a gradient in the masters' dtype, already scaled.
+"""Adam and AdamW by one kernel for many tiles (`tedfx/kernels/adam.py`): cast, clipping, update and the
+rounding to the parameter in one pass, where torch's own step wants a gradient in the masters' dtype, already
+scaled. It needs no memory beside the tiles', so that it takes many batches at once.
 
 The states are those that torch's class made in its first step: checkpoints and `state_dict()` are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,60 +16,105 @@ from torch import Tensor
 from tedfx import _torch, kernels
 
 if TYPE_CHECKING:
-    from tedfx.optim.tiles import Staging, Tile
+    from tedfx.optim.tiles import Batch, Staging, Tile
+
+TOGETHER = 2**27
+"""Elements of a launch where updated shares are gathered, so that gathers run beside the next launch."""
 
 
-def takes(inner: torch.optim.Optimizer, tiles: list[Tile], grads: Mapping[str, Tensor]) -> bool:
+def runs(
+    batches: list[Batch], grads: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> Iterator[tuple[list[Batch], bool]]:
+    """The batches in order: those that a launch takes together, and the others one by one (False). options:
+    hyperparameters now."""
+    together: list[Batch] = []
+    room = 0
+    for batch in batches:
+        tiles = batch.with_gradient(grads)
+        if not tiles or not _takes(batch.inner, options, tiles, grads):
+            if together:
+                yield together, True
+            together = []
+            yield [batch], False
+            continue
+        if together and room <= 0:
+            yield together, True
+            together = []
+        room = (room if together else TOGETHER) - sum(t.stop - t.start for t in tiles if t.share.travels)
+        together.append(batch)
+    if together:
+        yield together, True
+
+
+def _takes(
+    inner: torch.optim.Optimizer, options: Mapping[str, Any], tiles: list[Tile], grads: Mapping[str, Tensor]
+) -> bool:
     """Whether the kernel does what `inner.step()` would: Adam or AdamW themselves, fused, without amsgrad,
-    once torch has made the states."""
-    group = inner.param_groups[0]
-    if type(inner) not in (torch.optim.Adam, torch.optim.AdamW) or not group["fused"] or group["amsgrad"]:
+    once torch has made the states, of tiles whose weights are in place."""
+    if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
-    if any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"])):
+    if not options["fused"] or options["amsgrad"]:
+        return False
+    if any(isinstance(value, Tensor) for value in (options["lr"], *options["betas"])):
         return False  # a number on the device, which the kernel would have to be given from the host
     return all(
         tile.state
         and not tile.provisional
         and kernels.takes(grads[tile.share.name], tile.state["exp_avg"], tile.share.local())
-        and (tile.share.master is None or kernels.takes(tile.share.master))
+        and (tile.share.flat() is not None if tile.share.master is None else tile.share.master.is_cuda)
         for tile in tiles
     )
 
 
 def step(
-    inner: torch.optim.Optimizer,
-    tiles: list[Tile],
+    batches: list[Batch],
+    options: Mapping[str, Any],
     grads: Mapping[str, Tensor],
     factor: Tensor | None,
     staging: Staging,
 ) -> None:
-    """One step of the tiles. factor: 0-dim on the device, what the gradients are multiplied by."""
-    from tedfx.kernels import adam
+    """One step of the batches' tiles. options: hyperparameters now; factor: 0-dim on the device, what the
+    gradients are multiplied by."""
+    from tedfx.kernels.adam import Entry, Kind, update
 
-    group: dict[str, Any] = inner.param_groups[0]
-    counts = [tile.state["step"] for tile in tiles]
-    _torch.add_to_all(counts, 1)
-    factor = factor.float() if factor is not None else None
-    for tile, count in zip(tiles, counts):
-        share, flat = tile.share, tile.share.flat()
-        weight = tile.weights()
-        low = flat[tile.start : tile.stop] if share.master is not None and flat is not None else None
-        adam.update(
-            weight,
-            grads[share.name][tile.start : tile.stop],
-            tile.state["exp_avg"].view(-1),
-            tile.state["exp_avg_sq"].view(-1),
-            low,
-            factor,
-            count,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
+    tiles = [tile for batch in batches for tile in batch.with_gradient(grads)]
+    _torch.add_to_all([tile.state["step"] for tile in tiles], 1)
+    entries: dict[Kind, list[Entry]] = {}
+    at = lambda flat, tile: flat.data_ptr() + tile.start * flat.element_size()
+    for tile in tiles:
+        share, flat, state = tile.share, tile.share.flat(), tile.state
+        weights = flat if share.master is None else share.master
+        low = flat if share.master is not None else None
+        grad, moments = grads[share.name], state["exp_avg"]
+        assert weights is not None  # `_takes`
+        kind = Kind(weights.dtype, grad.dtype, moments.dtype, None if low is None else low.dtype)
+        entries.setdefault(kind, []).append(
+            Entry(
+                at(weights, tile),
+                at(grad, tile),
+                moments.data_ptr(),
+                state["exp_avg_sq"].data_ptr(),
+                0 if low is None else at(low, tile),
+                state["step"].data_ptr(),
+                tile.stop - tile.start,
+            )
         )
-        if flat is None:  # the parameter's elements are apart
-            staging.send(share, tile.start, tile.stop, weight)
-        else:  # a graph that has saved the parameter must see that it was written to
-            torch.autograd.graph.increment_version(share.local())
+    for kind, of_kind in entries.items():
+        update(
+            of_kind,
+            kind,
+            factor.float() if factor is not None else None,
+            tiles[0].share.device,
+            lr=options["lr"],
+            betas=options["betas"],
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+            decoupled=options["decoupled_weight_decay"],
+            maximize=options["maximize"],
+        )
+    for tile in tiles:
+        share = tile.share
+        if share.master is not None and share.flat() is None:  # the parameter's elements are apart
+            staging.send(share, tile.start, tile.stop, share.master[tile.start : tile.stop])
+    # A graph that has saved a parameter must see that it was written to.
+    torch.autograd.graph.increment_version([s.local() for s in {tile.share: None for tile in tiles}])

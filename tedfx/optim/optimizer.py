@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tedfx.errors import ConfigError, TedfxError
+from tedfx.optim import fused
 from tedfx.optim.gathering import Gathering
 from tedfx.optim.norm import clip_factor, gradient_norm
 from tedfx.optim.offload import check_room
@@ -262,9 +263,12 @@ class ShardedOptimizer(SavedStates):
 
         for group, batches in zip(self.param_groups, self._batches):
             options = self._current(group)
-            for batch in batches:
-                batch.step(options, grads, factor, self._staging)  # Step 3
-                for share in batch.finishing:
+            for run, by_kernel in fused.runs(batches, grads, options):  # Step 3
+                if by_kernel:
+                    fused.step(run, options, grads, factor, self._staging)
+                else:
+                    run[0].step(options, grads, factor, self._staging)
+                for share in (share for batch in run for share in batch.finishing):
                     if share.name in grads:
                         self._gathering.add(share)  # Step 4
         self._settle()

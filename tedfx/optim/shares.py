@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from tedfx import _torch
 from tedfx.errors import TedfxError
-from tedfx.state.parameters import Placed, local_of
+from tedfx.state.parameters import Placed
 
 Slot = tuple[Tensor, Any]
 """(a tensor on the host, an event after which it is there, or None)"""
@@ -71,8 +71,7 @@ class Share:
     def local(self) -> Tensor:
         """The parameter's own local tensor, not a copy that counts its versions apart, as `detach` of a
         DTensor gives."""
-        with torch.no_grad():
-            return local_of(self.parameter)
+        return _torch.piece_of(self.parameter)
 
     def version(self) -> tuple[int, int]:
         """Changes whenever the parameter's values are written to, or its storage is another."""

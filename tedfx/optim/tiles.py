@@ -12,14 +12,13 @@ tiles' entries are views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tedfx.errors import TedfxError
-from tedfx.optim import fused
 from tedfx.optim.shares import Share
 
 
@@ -125,15 +124,15 @@ class Batch:
             )
         self._settle(tiles)
 
+    def with_gradient(self, grads: Mapping[str, Tensor]) -> list[Tile]:
+        return [tile for tile in self.tiles if tile.share.name in grads]
+
     def step(
         self, options: dict[str, Any], grads: dict[str, Tensor], factor: Tensor | None, staging: Staging
     ) -> None:
         """options: hyperparameters now. grads: by the share's name; shares without one stay as they are."""
         self.inner.param_groups[0].update(options)
-        tiles = [tile for tile in self.tiles if tile.share.name in grads]
-        if tiles and fused.takes(self.inner, tiles, grads):
-            fused.step(self.inner, tiles, grads, factor, staging)
-            return
+        tiles = self.with_gradient(grads)
         for tile in tiles:
             tile.open(grads[tile.share.name], factor)
             for key in tile.provisional:

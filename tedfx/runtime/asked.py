@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from tedfx._torch import is_asked
 from tedfx.errors import TedfxError
@@ -22,20 +23,22 @@ __all__ = ["notice"]
 
 class _Notice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, leaves, parameters, count, *operands):
+    def forward(ctx, leaves, count, *operands):
         ctx.set_materialize_grads(False)
-        ctx.leaves, ctx.parameters = leaves, parameters
+        ctx.leaves, ctx.parameters = leaves, operands[count:]
         return tuple(x.clone() for x in operands[:count])
 
     @staticmethod
     def backward(ctx, *grads):
-        if not any(map(is_asked, ctx.leaves)) and any(map(is_asked, ctx.parameters)):
+        # Nodes are looked up here, where the first leaf answers, and not for all of them in each call.
+        asked = lambda tensors: any(is_asked(get_gradient_edge(x).node) for x in tensors)
+        if not asked(ctx.leaves) and asked(ctx.parameters):
             raise TedfxError(
                 "torch.autograd.grad (or backward(inputs=..)) for parameters of a ParallelModule, whose "
                 "gradients are "
                 "summed when backward ends: call loss.backward() and read p.grad"
             )
-        return None, None, None, *grads, *(None for _ in ctx.parameters)
+        return None, None, *grads, *(None for _ in ctx.parameters)
 
 
 def notice(outputs: Sequence, parameters: Sequence[Tensor], leaves: Sequence[Tensor]) -> list:
@@ -48,10 +51,6 @@ def notice(outputs: Sequence, parameters: Sequence[Tensor], leaves: Sequence[Ten
     if not found:
         return list(outputs)
     learned = [p for p in parameters if p.requires_grad]
-    nodes = [[_node(p) for p in group if p.requires_grad] for group in (leaves, learned)]
-    noticed = iter(_Notice.apply(*nodes, len(found), *found, *learned))
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    noticed = iter(_Notice.apply(trained, len(found), *found, *learned))
     return [next(noticed) if loss else x for x, loss in zip(outputs, is_loss)]
-
-
-def _node(leaf: Tensor):
-    return torch.autograd.graph.get_gradient_edge(leaf).node

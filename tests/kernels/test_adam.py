@@ -7,7 +7,7 @@ CASES = [(cls, maximize) for cls in (torch.optim.Adam, torch.optim.AdamW) for ma
 
 
 @pytest.mark.parametrize("cls,maximize", CASES)
-@pytest.mark.parametrize("size", [1, 3000])
+@pytest.mark.parametrize("size", [1, 3000, 20000])
 @pytest.mark.parametrize("factor", [None, 0.37])
 def test_is_torchs_update(cls, maximize, size, factor, device):
     from tedfx.kernels import adam
@@ -26,14 +26,16 @@ def test_is_torchs_update(cls, maximize, size, factor, device):
         exact.grad = grad.double() * (1.0 if factor is None else factor)
         optimizer.step()
         step += 1
+        given = grad.to(device)
+        tensors = weight, given, first, second, low, step
+        entry = adam.Entry(*(x.data_ptr() for x in tensors), size)
+        none = adam.Entry(*(0 for _ in tensors), 0)
+        kind = adam.Kind(torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
         adam.update(
-            weight,
-            grad.to(device),
-            first,
-            second,
-            low,
+            [none, entry],
+            kind,
             scale,
-            step,
+            device,
             decoupled=cls is torch.optim.AdamW,
             maximize=maximize,
             **options,
@@ -68,9 +70,11 @@ def test_an_optimizer_steps_as_with_torchs_own(master, tile, device, monkeypatch
         optimizer = tedfx.optim.ShardedOptimizer(
             pm, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, max_norm=0.5, master_dtype=master, tile=tile
         )
-        takes = fused.takes
+        takes = fused._takes
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "takes", lambda *a: bool(taken.append(takes(*a)) or takes(*a)) and kernel)
+            patch.setattr(
+                fused, "_takes", lambda *given: bool(taken.append(takes(*given))) or kernel and taken[-1]
+            )
             for _ in range(4):
                 pm(input_ids=ids, labels=ids).loss.backward()
                 optimizer.step()
