@@ -45,6 +45,12 @@ PRELOAD = [
 _start = multiprocessing.get_context("forkserver")
 
 
+def forkserver():
+    """The context whose processes are forked from the server that has torch loaded."""
+    _start.set_forkserver_preload(PRELOAD)
+    return _start
+
+
 class RankError(AssertionError):
     """A function failed on a rank; the text holds the rank's traceback."""
 
@@ -103,8 +109,8 @@ class RankPool:
     def _launch(self) -> None:
         store = self._store = tempfile.mktemp(prefix="tedfx_pool_")
         for rank in range(self.world):
-            mine, theirs = _start.Pipe()
-            process = _start.Process(target=_serve, args=(rank, self.world, store, theirs), daemon=True)
+            mine, theirs = forkserver().Pipe()
+            process = forkserver().Process(target=_serve, args=(rank, self.world, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, mine))
@@ -125,7 +131,6 @@ def pool(world: int) -> RankPool:
     """The session's pool of that many ranks."""
     if world not in _POOLS:
         if not _POOLS:
-            _start.set_forkserver_preload(PRELOAD)
             atexit.register(close_all)
         _POOLS[world] = RankPool(world)
     return _POOLS[world]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import device_mesh
 
 import tedfx
-from tests.marks import slow_but
+from tests.marks import slow
 
 ROOT = Path(__file__).parents[1]
 GENERATED = {
@@ -103,10 +103,11 @@ def test_readme_lists_every_option():
     assert not names - table
 
 
-@pytest.mark.parametrize("page", slow_but(["README.md"], RUN))
-def test_python_blocks_run(page, tmp_path):
+@pytest.mark.parametrize("page, blocks", [("README.md", 1), *(slow(page, 100) for page in RUN)])
+def test_python_blocks_run(page, blocks, tmp_path):
+    """The first of a page's blocks, or all."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_docs", page],
+        [sys.executable, "-m", "tests.test_docs", page, str(blocks)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -116,17 +117,17 @@ def test_python_blocks_run(page, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _run(page: Path) -> None:
-    """Every python block, on meshes of one rank whatever sizes and device the page names."""
+def _run(page: Path, blocks: int) -> None:
+    """The first python blocks, on meshes of one rank whatever sizes and device the page names."""
     made = device_mesh.init_device_mesh
     device_mesh.init_device_mesh = lambda device, sizes, **names: made("cpu", [1 for _ in sizes], **names)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     names, text = {"__name__": "page"}, page.read_text()
-    for block in re.finditer(r"^```python\n(.*?)^```", text, re.S | re.M):
+    for block in [*re.finditer(r"^```python\n(.*?)^```", text, re.S | re.M)][:blocks]:
         lines_before = "\n" * text[: block.start(1)].count("\n")  # so that a traceback has the page's lines
         exec(compile(lines_before + block[1], str(page), "exec"), names)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _run(ROOT / sys.argv[1])
+    _run(ROOT / sys.argv[1], int(sys.argv[2]))

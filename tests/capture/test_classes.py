@@ -7,6 +7,7 @@ from torch import nn
 
 from tedfx.errors import CaptureError
 from tests.capture.test_models import capture, check, tokens
+from tests.marks import slow_but
 from tests.passes.test_capture_loops import Block, E
 
 
@@ -65,7 +66,9 @@ def modules():
 WAYS = [behind, one_of_them, between, two_kinds, of_no_zero, of_several_sizes, stacked]
 
 
-@pytest.mark.parametrize("expert", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    "expert", slow_but([behind, of_no_zero, stacked], WAYS), ids=lambda way: way.__name__
+)
 def test_classes_add_up(expert):
     model = Block(of(expert), **modules())
     model.up, model.down = nn.Parameter(torch.randn(E, 16, 32) / 5), nn.Parameter(torch.randn(2, 32, 16) / 4)

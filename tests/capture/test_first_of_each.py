@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from tedfx.errors import TedfxError
 from tests.capture.test_models import BIASES, capture, check, operators, routers, tokens
+from tests.marks import slow
 from tests.passes.test_capture_loops import Block
 
 E = 4
@@ -63,7 +64,13 @@ def switch(start):
 
 
 @pytest.mark.parametrize(
-    "mixture", [searched(by_token, first), searched(by_choice, first), switch(torch.zeros_like), residual]
+    "mixture",
+    [
+        searched(by_token, first),
+        slow(searched(by_choice, first)),
+        slow(switch(torch.zeros_like)),
+        residual,
+    ],
 )
 def test_the_first_tokens_of_each_expert(mixture):
     model = Block(mixture).double()
@@ -95,13 +102,16 @@ def in_runs(m, x, probs, w, ids):
 @pytest.mark.parametrize(
     "mixture, why",
     [
-        (searched(by_token, lambda token, slot, c, e: (token[:c], slot[: c + e])), "different ways|size"),
+        slow(searched(by_token, lambda token, slot, c, e: (token[:c], slot[: c + e])), "different ways|size"),
         (searched(by_token, lambda token, slot, c, e: (token[: c + e], slot[: c + e])), "in different ways"),
         (searched(by_token, lambda token, slot, c, e: (token[-c:], slot[-c:])), "which tokens are"),
-        (searched(by_token, lambda token, slot, c, e: (token[2:c], slot[2:c])), "which tokens are"),
-        (searched(by_token, lambda token, slot, c, e: (token[:c:2], slot[:c:2])), "which tokens are"),
-        (searched(by_token, lambda token, slot, c, e: (token.flip(0)[:c], slot.flip(0)[:c])), "which tokens"),
-        (
+        slow(searched(by_token, lambda token, slot, c, e: (token[2:c], slot[2:c])), "which tokens are"),
+        slow(searched(by_token, lambda token, slot, c, e: (token[:c:2], slot[:c:2])), "which tokens are"),
+        slow(
+            searched(by_token, lambda token, slot, c, e: (token.flip(0)[:c], slot.flip(0)[:c])),
+            "which tokens",
+        ),
+        slow(
             searched(
                 by_token,
                 lambda token, slot, c, e: [
@@ -110,13 +120,16 @@ def in_runs(m, x, probs, w, ids):
             ),
             "how many tokens it has",
         ),
-        (
+        slow(
             searched(by_token, lambda token, slot, c, e: (token[:c], slot[:c]) if e else (token, slot)),
             "differ",
         ),
-        (searched(by_token, lambda token, slot, c, e: (token[: 30 - c], slot[: 30 - c])), "which tokens are"),
+        slow(
+            searched(by_token, lambda token, slot, c, e: (token[: 30 - c], slot[: 30 - c])),
+            "which tokens are",
+        ),
         (in_runs, "which tokens are|not understood|cut"),
-        (switch(lambda x: x.clone()), "keep what was there"),
+        slow(switch(lambda x: x.clone()), "keep what was there"),
         (switch(torch.empty_like), "keep what was there"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",

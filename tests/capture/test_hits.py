@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tedfx.checking.full import check_trace
 from tedfx.errors import CaptureError, TraceError
 from tests.capture.test_models import capture, check, tokens
+from tests.marks import slow_but
 from tests.passes.test_capture_loops import Block, E
 
 
@@ -120,7 +121,9 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("mixture", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    "mixture", slow_but([of_a_library, unique, of_counts, by_name], WAYS), ids=lambda way: way.__name__
+)
 def test_is_a_loop_over_all(mixture):
     model = Block(mixture).double()
     traced, result = capture(model)
@@ -168,7 +171,11 @@ def unhit(m, x, probs, w, ids):
     return out
 
 
-@pytest.mark.parametrize("mixture", [busy, of_first_choices, of_some_tokens, unhit], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "mixture",
+    slow_but([of_some_tokens, unhit], [busy, of_first_choices, of_some_tokens, unhit]),
+    ids=lambda m: m.__name__,
+)
 def test_some_of_the_experts_are_refused(mixture):
     with pytest.raises(CaptureError, match="nothing proves that the others have no tokens") as error:
         capture(Block(mixture))

@@ -81,9 +81,16 @@ BIASES = {
 }
 
 
+FAST = ("index_add", "setitem", "boolean", "gate_column", "stacked", "top_one")
+
+
 @pytest.mark.parametrize(
     "moe, expert",
-    [*((moe, "gelu") for moe in MOES), slow("index_add", "normed"), slow("unflattened_mask", "normed")],
+    [
+        *((moe, "gelu") if moe in FAST else slow(moe, "gelu") for moe in MOES),
+        slow("index_add", "normed"),
+        slow("unflattened_mask", "normed"),
+    ],
 )
 def test_every_way_to_write_it(moe, expert):
     model = Layer(moe, expert=expert).double()

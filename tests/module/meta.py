@@ -20,10 +20,11 @@ HF = {
     "deepseek_v3": models.deepseek_v3,
     "gpt_oss": partial(models.gpt_oss, num_hidden_layers=1),
 }
-CASES = [("ep2", "deepseek_v3")]
+CASES = [("ep2", "mixtral")]
 MORE = [
     slow(*case)
     for case in (
+        ("ep2", "deepseek_v3"),
         ("tp2", "mixtral"),
         ("tp2", "plain_tied"),
         ("tp2", "tied"),

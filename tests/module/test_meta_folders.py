@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import tedfx
 from tedfx.runtime.pretrained import Pretrained
 from tedfx.runtime.weights import NoWeights
+from tedfx.state.hf_folder import Folder, nodes_of
 from tests.marks import slow
 from tests.module.meta import (
     CASES,
@@ -172,7 +173,22 @@ def wrong(folders):
     return lines
 
 
-def test_refusals(ranks, tmp_path):
+WRONG = {
+    "missing": "missing: model.norm.weight",
+    "expert": "model.layers.0.mlp.experts.gate_up_proj",
+    "extra": "not in the model: model.layers.7.thing",
+    "shape": "model.norm.weight (31,), expected (32,)",
+    "quantized": "mxfp4",
+    "other": "says gpt_oss, the model is mixtral",
+    "empty": "holds neither",
+    "torn": "cannot be read",
+    "shard": "no such file",
+    "nowhere": "no such folder",
+}
+
+
+def write_wrong(tmp_path):
+    """A good folder and those of `WRONG`."""
     good = tmp_path / "good"
     single("mixtral").save_pretrained(good)
     state, config = load_all(good), json.loads((good / "config.json").read_text())
@@ -197,22 +213,27 @@ def test_refusals(ranks, tmp_path):
     (tmp_path / "shard" / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
     )
-    wanted = {
-        "good": "",
-        "missing": "missing: model.norm.weight",
-        "expert": "model.layers.0.mlp.experts.gate_up_proj",
-        "extra": "not in the model: model.layers.7.thing",
-        "shape": "model.norm.weight (31,), expected (32,)",
-        "quantized": "mxfp4",
-        "other": "says gpt_oss, the model is mixtral",
-        "empty": "holds neither",
-        "torn": "cannot be read",
-        "shard": "no such file",
-        "nowhere": "no such folder",
-    }
-    for lines in ranks(2).run(wrong, {name: str(tmp_path / name) for name in wanted}):
+
+
+def test_wrong_folders(tmp_path):
+    """A line for each of them before any is read, and none for the good one."""
+    write_wrong(tmp_path)
+    with torch.device("meta"):
+        model = make("mixtral")
+    wanted = model.state_dict()
+    look = lambda name: nodes_of(model, Folder(tmp_path / name), wanted, [(key,) for key in wanted])
+    assert look("good")[0].keys() == wanted.keys()
+    for name, words in WRONG.items():
+        assert words in refused(tedfx.TedfxError, look, name), name
+
+
+@pytest.mark.slow
+def test_refusals(ranks, tmp_path):
+    write_wrong(tmp_path)
+    folders = {name: str(tmp_path / name) for name in ("good", *WRONG)}
+    for lines in ranks(2).run(wrong, folders):
         for what, line in lines.items():
-            assert wanted[what] in line, (what, line)
+            assert WRONG[what] in line, (what, line)
 
 
 def torn(folder, other):
@@ -249,6 +270,7 @@ def torn(folder, other):
     assert not [f for f in os.listdir(os.path.dirname(other)) if f.startswith("out")]
 
 
+@pytest.mark.slow
 def test_failures_half_way(ranks, tmp_path):
     single("mixtral").save_pretrained(tmp_path / "in", max_shard_size="20KB")
     ranks(2).run(torn, str(tmp_path / "in"), str(tmp_path / "out"))

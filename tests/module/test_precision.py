@@ -83,7 +83,7 @@ def one_rank(precision):
     assert note.startswith("checked against the model")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", slow("fp16")])
 def test_parameters_are_cast(ranks, precision):
     ranks(1).run(one_rank, precision)
 

@@ -14,6 +14,7 @@ import torch
 from tedfx.ops import context, convert
 from tedfx.ops.cuts import lengths_of
 from tests import pool
+from tests.marks import slow
 
 COTANGENT = {"R": "P", "P": "R", "I": "I", "S": "S"}
 
@@ -132,7 +133,7 @@ def _on_rank(shape, names, axes, of, parameters):
 
 @pytest.mark.parametrize(
     "of,parameters",
-    [(SHAPES[0], False), (SHAPES[1], False), (SHAPES[1], True)],
+    [slow(SHAPES[0], False), (SHAPES[1], False), (SHAPES[1], True)],
     ids=["even", "uneven", "parameters"],
 )
 @pytest.mark.parametrize("world,shape,names,axes", LAYOUTS)

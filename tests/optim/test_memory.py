@@ -10,6 +10,7 @@ from tedfx._torch import TorchDispatchMode
 from tedfx.optim import ShardedOptimizer
 from tedfx.runtime.module import ParallelModule
 from tedfx.state.parameters import ParameterLayout
+from tests.marks import slow
 from tests.optim.training import mesh
 
 
@@ -88,12 +89,12 @@ def peaks(zero, dtype, tile, options):
     "dtype,options",
     [
         (torch.float32, {}),
-        (torch.bfloat16, {}),
+        slow(torch.bfloat16, {}),
         (torch.bfloat16, dict(offload="cpu")),
-        (torch.float32, dict(foreach=True)),
+        slow(torch.float32, dict(foreach=True)),
     ],
 )
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, slow(1), 2])
 def test_the_spike_is_a_tile(ranks, zero, dtype, options):
     tile = 256
     (found, _) = ranks(2).run(peaks, zero, dtype, tile, options)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tedfx.errors import ConfigError
 from tedfx.optim import LossScale, ShardedOptimizer
 from tedfx.optim.scaling import LossScale as Scale
+from tests.marks import slow
 from tests.module import toy
 from tests.optim.training import assert_replicas_equal, loss_of, module
 
@@ -65,8 +66,20 @@ def masters(zero, tile, offload, dtype):
     assert_replicas_equal(pm)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
-@pytest.mark.parametrize("tile,offload", [(7, None), (None, None), (7, "cpu")])
+@pytest.mark.parametrize(
+    "tile,offload,zero",
+    [
+        slow(7, None, 0),
+        slow(7, None, 1),
+        (7, None, 2),
+        slow(None, None, 0),
+        (None, None, 1),
+        slow(None, None, 2),
+        (7, "cpu", 0),
+        slow(7, "cpu", 1),
+        slow(7, "cpu", 2),
+    ],
+)
 def test_bfloat16_with_float32_masters(ranks, zero, tile, offload):
     ranks(4).run(masters, zero, tile, offload, torch.bfloat16)
 
@@ -117,7 +130,8 @@ def offloaded_float32(zero, offload):
 
 
 @pytest.mark.parametrize(
-    "zero,offload", [(0, "cpu"), (0, "gradients"), (1, "optimizer"), (2, "cpu"), (2, "gradients")]
+    "zero,offload",
+    [slow(0, "cpu"), (0, "gradients"), (1, "optimizer"), (2, "cpu"), slow(2, "gradients")],
 )
 def test_offload_changes_no_number(ranks, zero, offload):
     ranks(4).run(offloaded_float32, zero, offload)

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from tedfx.optim import ShardedOptimizer
 from tedfx.runtime.state_dict import StateError
 from tedfx.state.pieces import PiecedTensor
+from tests.marks import slow
 from tests.module import toy
 from tests.optim.training import (
     OPTIMIZERS,
@@ -75,7 +76,7 @@ def resume(name, zero, other, dtype):
 @pytest.mark.parametrize(
     "other", [((2, 2), ("dp", "tp"), 2, 5), ((2, 2), ("dp", "ep"), 1, None), ((2, 2), ("tp", "dp"), 0, 100)]
 )
-@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
+@pytest.mark.parametrize("name", ["AdamW", slow("SGD"), slow("Adagrad")])
 def test_state_goes_to_any_mesh(ranks, name, other):
     ranks(4).run(resume, name, 2, other, torch.float64)
 

@@ -1,20 +1,21 @@
 """A process that makes and traces models once, and forks single devices and ranks that share what it made.
 
 pytest's own process runs backward in other tests, after which autograd may not work in its forks. The nursery
-runs one that starts no thread (see `_serve`), imports the libraries once (seconds), keeps models, traces and
-compiled graphs, and every case forks from it in milliseconds.
+runs one that starts no thread (see `_serve`). It is forked from the server that has the libraries loaded
+(tests/pool.py), keeps models, traces and compiled graphs, and every case forks from it in milliseconds.
 
 `nursery().call(fn, *args)` runs a top-level function there; an exception comes back with its traceback as a
 note. One that exceeds its timeout is killed with all its ranks, and the next call starts afresh.
 """
 
 import atexit
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import traceback
+
+from tests.pool import forkserver
 
 TIMEOUT = float(os.environ.get("TEDFX_TEST_TIMEOUT", 120)) * 3
 
@@ -41,7 +42,7 @@ class Nursery:
         return value
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,))
         self._process.start()

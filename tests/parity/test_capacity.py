@@ -53,7 +53,7 @@ SWITCHES = [name for name in CHOICES if name not in ("model", "mesh")]
 PAIRS = [(a, b) for i, a in enumerate(SWITCHES) for b in SWITCHES[i + 1 :]]
 DATA = ("routing", "batch")
 FAST = [pair for pair in PAIRS if not {*pair} & {*DATA}] + [
-    (what, "once") for what in ("model", "mesh", *DATA)
+    (what, "once") for what in ("model", "roles", "data", "experts", *DATA)
 ]
 WANTED = [
     *PAIRS,
@@ -67,7 +67,8 @@ WANTED = [
 
 @functools.cache
 def rows():
-    """Those of `make test`, the others, and the pairs that all of them cover."""
+    """Those of `make test` (every pair of switches, and each model, kind of roles, routing and batch once),
+    the others, and the pairs that all of them cover."""
     fast, _ = cover(CHOICES, ASPECTS, FAST, allowed)
     more, pairs = cover(CHOICES, ASPECTS, WANTED, allowed, fast)
     return fast, more, pairs
@@ -147,7 +148,7 @@ def rows_sent(pm, batch, rank):
     return [c.shape[0] for c in log if c.op == "all_to_all"]
 
 
-@pytest.mark.parametrize("change", ["", "ties"])
+@pytest.mark.parametrize("change", ["", slow("ties")])
 def test_only_what_is_kept_is_sent(change):
     this = case("capacity_gshard", "ep=2", overrides={"layers": 1}, batch="all_labels", change=change)
     ((total,), ranks) = on_single(this, kept), on_ranks(this, rows_sent)

@@ -81,8 +81,8 @@ def test_expert_axes_without_an_moe_layer():
         slow("tp=2", {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24, "head_dim": 8}),
         slow("tp=4", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "head_dim": 8}),
         slow("tp=4", {"num_attention_heads": 4, "num_key_value_heads": 2}),
-        ("tp=4", {"num_attention_heads": 4, "num_key_value_heads": 1}),
-        ("tp=2", {"vocab_size": 63}),
+        slow("tp=4", {"num_attention_heads": 4, "num_key_value_heads": 1}),
+        slow("tp=2", {"vocab_size": 63}),
         ("tp=2", {"intermediate_size": 47}),
         ("tp=4", {"hidden_size": 34}),
     ],
@@ -235,6 +235,7 @@ def one_stays_away(pm, batch, rank):
     return line_of(lambda: pm(**split_batch(batch, *pm.batch_coordinate)))
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named():
     results = nursery().call(_with_timeout, 4.0, one_stays_away)
     for rank, result in enumerate(results):
@@ -270,9 +271,9 @@ def hangs_on_one(rank):
 @pytest.mark.parametrize(
     "before, timeout, words",
     [
-        (raises_on_one, 60.0, ["rank 1", "ValueError: a text of two lines"]),
+        slow(raises_on_one, 60.0, ["rank 1", "ValueError: a text of two lines"]),
         (dies_on_one, 60.0, ["rank 1", "SIGSEGV"]),
-        (hangs_on_one, 4.0, ["rank", "4 s"]),
+        slow(hangs_on_one, 4.0, ["rank", "4 s"]),
     ],
     ids=["raises", "dies", "hangs"],
 )

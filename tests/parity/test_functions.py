@@ -7,16 +7,15 @@ import torch
 
 from tedfx.verification import processes as verify_ranks
 from tedfx.verification.verify import verify
+from tests.marks import slow
 from tests.models_functions import Block, Clip, Model
 from tests.parity.cases import case, on_ranks, verified
 from tests.parity.test_layered import three_ways
 
 VERIFIED = [
-    case("everything", "ep=2,tp=2"),
+    slow(case("everything", "ep=2,tp=2")),
     case("everything", "dp=2,tp=2", checkpoint="full"),
-    pytest.param(
-        case("everything", "ep=2", compile="aot_eager", checkpoint="comm", steps=1), marks=pytest.mark.slow
-    ),
+    slow(case("everything", "ep=2", compile="aot_eager", checkpoint="comm", steps=1)),
 ]
 
 
@@ -26,6 +25,7 @@ def test_trains_as_on_one_device(this):
     assert result.ok, f"\n{result}"
 
 
+@pytest.mark.slow
 def test_layer_by_layer_is_one_after_the_other():
     for to_apart, *_, sums, layered_sums, overlapped in on_ranks(
         case("everything", "dp=2,tp=2", checkpoint="comm", zero=3), three_ways

@@ -199,9 +199,9 @@ def half_model():
 @pytest.mark.parametrize(
     "how",
     [
-        (0, False),
+        slow((0, False)),
         (3, False),
-        pytest.param((3, {"backend": "aot_eager"}), marks=pytest.mark.slow),
+        slow((3, {"backend": "aot_eager"})),
     ],
     ids=str,
 )

@@ -11,12 +11,12 @@ from tests.parity.cases import case, verified_each
 ONE = {"num_hidden_layers": 1}
 TP = case("llama", "tp=2", steps=1, overrides=ONE, sequence_parallel=False)
 CUT = case("llama", "tp=2", steps=1, overrides=ONE)
-DP = case("mixtral", "dp=2", steps=1)
-EP = case("mixtral", "ep=2", steps=1)
-EP_TP = case("mixtral", "ep=2,tp=2", steps=1)
+DP = case("mixtral", "dp=2", steps=1, overrides=ONE)
+EP = case("mixtral", "ep=2", steps=1, overrides=ONE)
+EP_TP = case("mixtral", "ep=2,tp=2", steps=1, overrides=ONE)
 DP_TP = case("llama", "dp=2,tp=2", steps=1, overrides=ONE)
-ZERO = case("mixtral", "dp=2", steps=1, zero=3)
-DP_EP = case("qwen2_moe", "dp=2,ep=2", steps=1, overrides=ONE)
+ZERO = case("mixtral", "dp=2", steps=1, overrides=ONE, zero=3)
+DP_EP = case("mixtral", "dp=2,ep=2", steps=1, overrides=ONE)
 
 # mutation -> (case, rows that must fail)
 MUTATIONS = [

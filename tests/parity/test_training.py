@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tedfx.verification.batches import split_batch
 from tedfx.verification.errors import errors, relative
-from tests.marks import slow_but
+from tests.marks import slow, slow_but
 from tests.parity import data
 from tests.parity.cases import case, on_ranks, on_single, verified
 
@@ -83,6 +83,7 @@ def logits_made(pm, batch, rank):
     return float(out.loss), out.logits is not None, largest >= tokens * vocabulary, pm.gather_gradients()
 
 
+@pytest.mark.slow
 def test_loss_alone_never_makes_the_full_logits():
     this = case("mixtral", "tp=2", overrides=ONE)
     full = on_ranks(this, logits_made)
@@ -179,7 +180,7 @@ def outside_single(model, batch):
     return float(loss), gradients(model)
 
 
-@pytest.mark.parametrize("mesh", ["ep=2,tp=2", "dp=2"])
+@pytest.mark.parametrize("mesh", ["ep=2,tp=2", slow("dp=2")])
 def test_a_loss_from_logits_gets_the_gradient_of_the_sum_of_local_losses(mesh):
     this = case("mixtral", mesh, overrides=ONE, calls=((True, ("input_ids",)),))
     total, expected = on_single(this, outside_single)

@@ -8,6 +8,7 @@ import torch
 from tedfx.ops import count_collectives
 from tedfx.optim import ShardedOptimizer
 from tedfx.verification.batches import split_batch
+from tests.marks import slow
 from tests.parity.cases import case, on_ranks
 
 TILE = 500
@@ -21,10 +22,10 @@ def tiles(pm, batch, rank):
     return sum(count > 1 for count in counts), max(counts)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [slow(0), slow(1), 3])
 def test_these_tiles_cut_parameters(stage):
-    for cut, most in on_ranks(case("mixtral", "ep=2,tp=2", zero=stage), tiles):
-        assert cut >= 4 and most >= 2  # the experts' two stacks in each of two layers
+    for cut, most in on_ranks(case("mixtral", "ep=2,tp=2", zero=stage, overrides=ONE), tiles):
+        assert cut >= 2 and most >= 2  # the experts' two stacks
 
 
 def step(pm, batch, rank):
@@ -61,7 +62,7 @@ def step(pm, batch, rank):
 def test_what_a_rank_holds_and_sends(stage):
     """ZeRO's table, in elements: parameters M, M, M/N; gradients kept alive M, M/N, M/N; sent: gradients
     once, whole; parameters at stage 3 twice."""
-    for found in on_ranks(case("mixtral", "dp=2,ep=2", zero=stage), step):
+    for found in on_ranks(case("mixtral", "dp=2,ep=2", zero=stage, overrides=ONE), step):
         whole, share = found["whole"], found["share"]
         assert whole / 4 <= share <= whole / 2  # experts are cut over dp alone: ep has cut them already
         assert found["parameters"] == (share if stage == 3 else whole)
@@ -103,7 +104,7 @@ def accumulated(pm, batch, rank):
     )
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(1), slow(2), 3])
 def test_micro_batches_are_reduced_once(stage):
     for error, before, after in on_ranks(case("llama", "dp=2", zero=stage, overrides=ONE), accumulated):
         assert error < 1e-6 and (before, after) == (0, 1)

@@ -14,6 +14,7 @@ from tedfx.placement.roles import MeshShape, Roles
 from tedfx.placement.types import I
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
+from tests.marks import slow
 from tests.models_capacity import CAPACITY
 from tests.passes import models as m
 from tests.passes.helpers import count, default_passes, find, parity
@@ -81,12 +82,12 @@ def test_prefix_sums_that_do_not_wait_for_each_other():
     "fn, batched",
     [
         (lambda x: (x.reshape(-1, H) > 0).cumsum(0) + (x.reshape(-1, H) < 0.5).cumsum(0), 1),
-        (
+        slow(
             lambda x: (x.sum(1) > 0).t().reshape(-1).cumsum(0) + (x.sum(1) < 0.5).t().reshape(-1).cumsum(-1),
             1,
         ),  # (H, batch): H runs
         (lambda x: (x > 0).cumsum(0) + (x < 0.5).cumsum(0), 0),  # totals of the sequence's size
-        (
+        slow(
             lambda x: (
                 (x.reshape(-1, H) > 0).cumsum(0) + (x.reshape(-1, H) < 0.5).cumsum(0, dtype=torch.int32)
             ),

@@ -44,10 +44,14 @@ def capture(model):
     return traced, history[-1].result
 
 
+FAST = ("switch", "signed", "marked")
+OTHERS = ("modules", "grouped", "ranked")
+
+
 @pytest.mark.parametrize(
     "name, config",
     [
-        *((name, {}) for name in LAYERS if name not in ("modules", "grouped", "ranked")),
+        *((name, {}) if name in FAST else slow(name, {}) for name in LAYERS if name not in OTHERS),
         slow("modules", {"expert": "normed"}),
         slow("grouped", {}),
         slow("ranked", {}),
@@ -198,20 +202,26 @@ def within(place):
 @pytest.mark.parametrize(
     "parts",
     [
-        {"place": one_based, "keep": within},
-        {"top": 2},
+        slow({"place": one_based, "keep": within}),
+        slow({"top": 2}),
         {"slots": by_comparison, "keep": None, "top": 2},
-        {"slots": by_scatter},
-        {"slots": clamped},
-        {"slots": marked(-1), "top": 2},
+        slow({"slots": by_scatter}),
+        slow({"slots": clamped}),
+        slow({"slots": marked(-1), "top": 2}),
         {"slots": filled, "keep": None},
-        {"slots": overflow(C + 1, -1), "keep": None, "top": 2},
-        {"slots": late(C), "keep": None, "top": 2},
-        {"slots": after_none, "place": lambda mask: mask.cumsum(0) * mask, "keep": lambda place: place <= C},
+        slow({"slots": overflow(C + 1, -1), "keep": None, "top": 2}),
+        slow({"slots": late(C), "keep": None, "top": 2}),
+        slow(
+            {
+                "slots": after_none,
+                "place": lambda mask: mask.cumsum(0) * mask,
+                "keep": lambda place: place <= C,
+            }
+        ),
         {"slots": after_none},  # the first of each expert is dropped
-        {"keep": lambda place: place <= C - 1, "choose": lambda combine: combine > 0},
-        {"place": one_based, "keep": lambda place: ~(place >= C)},
-        {"place": lambda mask: mask.double().cumsum(0).long() - mask},
+        slow({"keep": lambda place: place <= C - 1, "choose": lambda combine: combine > 0}),
+        slow({"place": one_based, "keep": lambda place: ~(place >= C)}),
+        slow({"place": lambda mask: mask.double().cumsum(0).long() - mask}),
         {
             "put": lambda mask, x: mask.to(x.dtype).flatten(1).t() @ x,
             "experts": lambda m, rows: experts(m, rows.view(E, C, H)),
@@ -223,7 +233,7 @@ def within(place):
             "back": partial(einsum, "nec,ceh->nh"),
         },
         {"experts": lambda m, rows: torch.stack([F.relu(x @ u) @ d for x, u, d in zip(rows, m.up, m.down)])},
-        {"experts": lambda m, rows: F.layer_norm(experts(m, rows), (H,)) * 0.5},
+        slow({"experts": lambda m, rows: F.layer_norm(experts(m, rows), (H,)) * 0.5}),
     ],
 )
 def test_other_words_for_it(parts):
@@ -238,7 +248,7 @@ def test_other_words_for_it(parts):
 @pytest.mark.parametrize(
     "parts, why",
     [
-        (
+        slow(
             {
                 "place": one_based,
                 "keep": lambda place: place >= 0,
@@ -247,9 +257,9 @@ def test_other_words_for_it(parts):
             "beyond the capacity are not masked out",
         ),
         ({"keep": None, "slots": clamped}, "beyond the capacity are not masked out"),
-        ({"keep": None, "slots": overflow(C + 1, C + 1)}, "beyond the capacity are not masked out"),
-        ({"keep": None, "slots": late(C - 1)}, "beyond the capacity are not masked out"),
-        (
+        slow({"keep": None, "slots": overflow(C + 1, C + 1)}, "beyond the capacity are not masked out"),
+        slow({"keep": None, "slots": late(C - 1)}, "beyond the capacity are not masked out"),
+        slow(
             {
                 "keep": None,
                 "slots": lambda place, mask: F.one_hot(
@@ -259,19 +269,21 @@ def test_other_words_for_it(parts):
             "beyond the capacity are not masked out",
         ),
         ({"top": 2, "behind": lambda place, first: place}, "does not queue behind another"),
-        (
+        slow(
             {"top": 2, "behind": lambda place, first: place + first.sum(0) - 1},
             "does not queue behind another",
         ),
         ({"choose": lambda combine: combine}, "not provably 0 or 1"),
         ({"experts": lambda m, rows: experts(m, rows).softmax(1)}, "along the rows"),
-        (
+        slow(
             {"experts": lambda m, rows: experts(m, rows) - experts(m, rows).mean(1, keepdim=True)},
             "along the rows",
         ),
-        ({"experts": lambda m, rows: experts(m, rows) * torch.arange(C)[:, None]}, "differs between slots"),
-        ({"experts": lambda m, rows: experts(m, rows.flip(0))}, "flip"),
-        (
+        slow(
+            {"experts": lambda m, rows: experts(m, rows) * torch.arange(C)[:, None]}, "differs between slots"
+        ),
+        slow({"experts": lambda m, rows: experts(m, rows.flip(0))}, "flip"),
+        slow(
             {
                 "experts": lambda m, rows: torch.stack(
                     [F.relu(rows[e - 1] @ m.up[e]) @ m.down[e] for e in range(E)]

@@ -14,7 +14,7 @@ from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.capture.test_models import BIASES, check, operators, routers, tokens
-from tests.marks import slow
+from tests.marks import slow_but
 from tests.models_dense import LAYERS, Stacks, llama4
 from tests.models_plain import Config
 from tests.passes.helpers import upto
@@ -42,7 +42,9 @@ def capture(model):
     return done.trace, done.history[-1].result
 
 
-@pytest.mark.parametrize("name", [name if i % 2 else slow(name) for i, name in enumerate(LAYERS)])
+@pytest.mark.parametrize(
+    "name", slow_but(["interleaved", "kept_one", "all_biases", "llama4", "indexed"], LAYERS)
+)
 def test_every_way_to_write_it(name):
     model = Layer(LAYERS[name]).double()
     traced, result = capture(model)
@@ -195,7 +197,11 @@ MISSES += [
 ]
 
 
-@pytest.mark.parametrize("mixture", MISSES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "mixture",
+    slow_but([soft, doubled, normed_llama4, mixed_tokens, read_at_others, other_matrix], MISSES),
+    ids=lambda f: f.__name__,
+)
 def test_what_is_not_proven_stays(mixture):
     model = Layer(lambda c: Stacks(c, mixture)).double()
     traced, result = capture(model)

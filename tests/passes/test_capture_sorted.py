@@ -13,7 +13,7 @@ from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.capture.test_models import check, operators, tokens
-from tests.marks import slow
+from tests.marks import slow, slow_but
 
 E, H, K = 4, 32, 2
 
@@ -177,7 +177,11 @@ WAYS = [
 
 
 @pytest.mark.parametrize("k", [slow(1), 2])
-@pytest.mark.parametrize("mixture", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    "mixture",
+    slow_but([split, ends_of_a_cumsum, weighed_in_the_run, added_at_a_slice], WAYS),
+    ids=lambda way: way.__name__,
+)
 def test_is_the_model(mixture, k):
     model = Block(mixture, k).double()
     traced, matches = capture(model)
@@ -205,7 +209,7 @@ def grouped_and_added(m, x, w, ids):
     return torch.zeros_like(x).index_add(0, order // m.k, done)
 
 
-@pytest.mark.parametrize("mixture", [grouped, grouped_and_added], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("mixture", [slow(grouped), grouped_and_added], ids=lambda way: way.__name__)
 def test_grouped_products(mixture):
     """torch's own grouped product has no float64 on the CPU: the capture of one is compared in bfloat16."""
     model = Block(mixture).to(torch.bfloat16)
@@ -312,11 +316,11 @@ def not_put_back(m, x, w, ids):
     [
         counts_of_others,
         another_order,
-        descending,
+        slow(descending),
         mean_of_a_run,
-        mean_of_all,
-        numbered,
-        half_of_the_columns,
+        slow(mean_of_all),
+        slow(numbered),
+        slow(half_of_the_columns),
         the_larger_first,
         a_flag,
         not_put_back,

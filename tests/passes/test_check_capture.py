@@ -22,6 +22,7 @@ from tedfx.placement.roles import MeshShape, Roles
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
 from tests.capture.silent import SILENT, Assigned, Net, parameter_hook
+from tests.marks import slow
 
 X = {"x": torch.zeros(2, 5, 8)}
 
@@ -150,7 +151,7 @@ class Mixed(Net):
         return {"loss": self.last(attended).float().square().mean()}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32), slow(torch.float64)])
 def test_it_is_read_in_float64_whatever_it_computes_in(dtype):
     model = Mixed().to(dtype)
     line = told(model, x=torch.zeros(2, 5, 8, dtype=dtype))
@@ -196,7 +197,7 @@ def test_draws_that_nothing_stands_for_are_said():
     assert line == "not checked against the model: poisson draws at random"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16])
 def test_a_typical_value_stands_for_a_draw(dtype):
     """For every distribution, in the model as in the graph, in place or not."""
 

@@ -32,6 +32,7 @@ from tedfx.passes.checkpoint import (
     regions_of,
 )
 from tedfx.placement.roles import MeshShape, Roles
+from tests.marks import slow
 from tests.passes import models as m
 from tests.passes.helpers import find, global_graph, run_ranks
 
@@ -157,7 +158,7 @@ def test_full_takes_layers_whole_and_costs_what_it_repeats():
         assert_no_recomputed_collectives(program)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [0.0, slow(0.5)])
 def test_selective_takes_the_cores_of_attention(dropout):
     program = compiled("selective", model=m.make(Layers, dropout))
     names = [[short_name(n) for n in nodes] for nodes in regions(program).values()]

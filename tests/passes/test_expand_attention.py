@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.marks import slow, slow_but
 from tests.passes import models as m
 from tests.passes.helpers import calls, count, parity, upto
 
@@ -27,7 +28,7 @@ def test_grouped_heads(mesh):
     parity(model, mesh, m.inputs())
 
 
-@pytest.mark.parametrize("kind", ["causal", "bool", "float", "none"])
+@pytest.mark.parametrize("kind", slow_but(["causal", "float"], ["causal", "bool", "float", "none"]))
 def test_dropout_takes_the_parts_apart(kind):
     """scores, mask, softmax, dropout, product; with the dropout taken out again it is the fused op."""
     masks = {
@@ -58,7 +59,7 @@ def test_dropout_takes_the_parts_apart(kind):
     assert torch.allclose(program.trace(model, **m.inputs()), attend(model, **m.inputs(), p=0.0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("mesh", ["tp=2", "dp=2"])
+@pytest.mark.parametrize("mesh", ["tp=2", slow("dp=2")])
 def test_dropout_draws_the_same_on_any_mesh(mesh):
     """The loss on a mesh is the loss of the same local program on one rank: draws follow global positions."""
     from tedfx.compiler import compile_graph

@@ -9,6 +9,7 @@ from tedfx.passes.base import run_pipeline
 from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
+from tests.marks import slow_but
 
 aten = torch.ops.aten
 
@@ -212,7 +213,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
+FAST = (
+    view_chain,
+    aliases_see_the_write,
+    halves_into_empty,
+    by_index,
+    mixed_types,
+    noise,
+    written_under_no_grad,
+)
+
+
+@pytest.mark.parametrize("function", slow_but(FAST, CASES), ids=lambda f: f.__name__)
 def test_bitwise(function):
     model, t = functional(function)
     same(model, lambda **kw: t(model, **kw))

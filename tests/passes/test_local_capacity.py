@@ -44,7 +44,7 @@ def check(model, traced, x, expected):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", slow_but(["gshard", "ranked"], ["switch", "gshard", "ranked", "grouped"]))
+@pytest.mark.parametrize("name", slow_but(["gshard"], ["switch", "gshard", "ranked", "grouped"]))
 def test_each_chunk_by_itself(name):
     model = Layer(name).double()
     model.forward = lambda x: {"loss": model.moe(x)[0].square().sum()}

@@ -11,7 +11,7 @@ from tedfx.placement.factors import leaves
 from tedfx.placement.fit import whole_pieces
 from tedfx.placement.sizes import solve, symbol_of
 from tedfx.trace.call_check import CallRules
-from tests.marks import slow_but
+from tests.marks import slow, slow_but
 from tests.passes import models as m
 from tests.passes.helpers import PLAIN, parity, placeholder, upto
 
@@ -31,14 +31,14 @@ def chosen(x, high):
     [
         lambda s, x: F.logsigmoid(x[::2].mean((1, 2)) - x[1::2].mean((1, 2))).mean(),  # pairs of rows
         lambda s, x: (x[: x.shape[0] // 2] - x[x.shape[0] // 2 :]).square().mean(),  # halves of them
-        lambda s, x: x.view(2, -1, x.shape[1], 8).softmax(0),
-        lambda s, x: x.unflatten(0, (-1, 2)).cumsum(1),
+        slow(lambda s, x: x.view(2, -1, x.shape[1], 8).softmax(0)),
+        slow(lambda s, x: x.unflatten(0, (-1, 2)).cumsum(1)),
         lambda s, x: (
             torch.stack([x[:, ::2], x[:, 1::2]], 2).flatten(1, 2).tanh() * x
         ),  # neighbours in the sequence, and back
-        lambda s, x: torch.cat([x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1) * x,
-        lambda s, x: x.unflatten(1, (-1, 2)).softmax(2).flatten(1, 2) + x,
-        lambda s, x: torch.zeros(x.shape[0] // 2, 8, dtype=x.dtype) + x[::2].sum(1),
+        slow(lambda s, x: torch.cat([x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1) * x),
+        slow(lambda s, x: x.unflatten(1, (-1, 2)).softmax(2).flatten(1, 2) + x),
+        slow(lambda s, x: torch.zeros(x.shape[0] // 2, 8, dtype=x.dtype) + x[::2].sum(1)),
     ],
     ids=["pairs", "halves", "view", "unflatten", "stacked", "rolled", "windows", "zeros"],
 )
@@ -91,7 +91,7 @@ def test_a_size_and_its_symbol():
     assert symbol_of(5) is None and symbol_of(s * s) is None and symbol_of(s // 2) is None
 
 
-@pytest.mark.parametrize("length", [5, 7])
+@pytest.mark.parametrize("length", [5, slow(7)])
 def test_unequal_pieces_with_factors_behind_them(length):
     """(B, S, k) cut along S: 3 x 2 and 4 x 2 of 7 x 2, not 7 and 7. Shards of replicated values, gathers and
     reduce-scatters."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tedfx.errors import TraceError
+from tests.marks import slow, slow_but
 from tests.passes import models as m
 from tests.passes.helpers import calls, parity, upto
 
@@ -42,9 +43,10 @@ class Loss(torch.nn.Module):
         return F.cross_entropy(logits, labels, self.weight, **self.options)
 
 
-@pytest.mark.parametrize("rank", [2, 3])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_value_stays(options, rank):
+@pytest.mark.parametrize("rank", [slow(2), 3])
+@pytest.mark.parametrize("name", slow_but(["mean", "none", "smoothing", "weights ignore"], OPTIONS))
+def test_the_value_stays(name, rank):
+    options = OPTIONS[name]
     model, call = Loss(rank, **options), m.tokens()
     program, result = upto(model, "dp=1", call, "split_losses")
     untouched = options.get("reduction") == "none" and rank == 2
@@ -55,8 +57,8 @@ def test_the_value_stays(options, rank):
     assert torch.allclose(program.trace(model, **call), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mean", "ignore", "smoothing", "weights ignore", "weights sum", "none"])
-@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("name", slow_but(["mean", "smoothing", "weights ignore"], OPTIONS))
+@pytest.mark.parametrize("mesh", [slow("dp=2"), "dp=2,tp=2"])
 def test_shards_with_unequal_counts_give_the_global_mean(name, mesh):
     parity(m.make(Loss, 3, **OPTIONS[name]), mesh, m.tokens())
 

@@ -74,13 +74,13 @@ def test_json(capsys):
         "--outputs",
         "loss",
         "--no-sequence-parallel",
+        "--no-fold",
     )
     data = json.loads(out)
     assert status == 0 and data["mesh"] == {"dp": 2, "tp": 2} and data["stages"]["trace"] > 0
     # without the logits nothing gathers them
     assert not any(t["collective"] == "all_gather_into_tensor" for t in data["totals"])
-    status, out, _ = run(capsys, "explain", TOY, "--mesh", "dp=2,tp=2", "--format", "json", "--no-fold")
-    assert [s["count"] for s in json.loads(out)["layers"] if s["path"]] == [1] * 4
+    assert [s["count"] for s in data["layers"] if s["path"]] == [1] * 4
 
 
 @pytest.mark.slow
@@ -119,6 +119,7 @@ def test_before(capsys):
     assert "linear(sum_gradient_1, up.weight" in out
 
 
+@pytest.mark.slow
 def test_picture_says_where(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "layer.svg"

@@ -43,6 +43,7 @@ class Drops(toy.Block):
         return x + F.dropout(self.down(F.gelu(self.up(self.norm(x)))), 0.1 * self.rate, self.training)
 
 
+@pytest.mark.slow
 def test_every_dropout_draws_for_itself():
     model = toy.make()
     model.blocks = nn.ModuleList(Drops(16, 32) for _ in range(3))
@@ -52,8 +53,9 @@ def test_every_dropout_draws_for_itself():
 
 
 def test_another_width():
-    assert members(compile_toy(wide=2)) == [[0, 1, 3], [2]]
-    assert members(compile_toy(wide=2), fold=False) == [[0], [1], [2], [3]]
+    compilation = compile_toy(wide=2)
+    assert members(compilation) == [[0, 1, 3], [2]]
+    assert members(compilation, fold=False) == [[0], [1], [2], [3]]
 
 
 def test_another_graph():
@@ -63,6 +65,7 @@ def test_another_graph():
     assert members(compile_toy(model=model)) == [[0, 2, 3], [1]]
 
 
+@pytest.mark.slow
 def test_what_does_not_train():
     """The first layers send nothing in backward, and the first that trains has nobody to send to."""
     compilation = compile_toy(frozen="embed")

@@ -35,7 +35,7 @@ def gpt(state):
     )
 
 
-@pytest.mark.parametrize("stage", slow_but([2, 3], range(4)))
+@pytest.mark.parametrize("stage", slow_but([3], range(4)))
 def test_stages_of_zero(state, gpt, stage):
     (row,) = state.measure("", gpt(), "dp=4", stage)
     share = lambda at: 4 if stage >= at else 1

@@ -12,7 +12,6 @@ import pytest
 
 from tedfx.analysis.cost import parameter_nodes
 from tedfx.placement.types import R
-from tests.marks import slow_but
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HIDDEN, TOKENS, TOP_K = 16, 24, 2
@@ -26,7 +25,8 @@ def two_nodes():
     return module
 
 
-@pytest.mark.parametrize("big", slow_but([True], [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("big", [False, True])
 def test_bytes_that_cross_the_link(two_nodes, big):
     args = two_nodes.parse(
         [

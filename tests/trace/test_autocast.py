@@ -7,6 +7,7 @@ from torch import nn
 
 from tedfx.errors import TraceError
 from tedfx.trace.export import trace
+from tests.marks import slow
 from tests.module.mixed import Dense
 
 aten = torch.ops.aten
@@ -62,7 +63,7 @@ def test_regions_of_the_model():
     assert not any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in t.graph_module.graph.nodes)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
 def test_around_the_call(dtype):
     """A weight is cast once however often it is used, an activation at each use; no_grad inside is kept."""
     torch.manual_seed(0)

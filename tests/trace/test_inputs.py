@@ -9,6 +9,7 @@ from tedfx.errors import CallError, TraceError
 from tedfx.trace.call_check import CallRules
 from tedfx.trace.export import trace
 from tedfx.trace.input_sizes import is_batch, with_room
+from tests.marks import slow
 
 
 class Model(nn.Module):
@@ -35,18 +36,23 @@ def ids(*shape):
     return torch.randint(64, shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("batch, sequence", [(6, 10), (10, 10)])
+MORE = {
+    "positions": {"position_ids": torch.arange(10)},
+    "row of positions": {"position_ids": torch.arange(10)[None]},
+    "mask": {"mask": torch.ones(10, 10)},
+    "scalar first": {"scale": torch.tensor(2.0)},
+}
+
+
 @pytest.mark.parametrize(
-    "more",
+    "name, batch",
     [
-        {"position_ids": torch.arange(10)},
-        {"position_ids": torch.arange(10)[None]},
-        {"mask": torch.ones(10, 10)},
-        {"scale": torch.tensor(2.0)},
+        *(slow(name, 6) if name == "positions" else (name, 6) for name in MORE),
+        *((name, 10) if name == "positions" else slow(name, 10) for name in MORE),
     ],
-    ids=["positions", "row of positions", "mask", "scalar first"],
 )
-def test_what_has_no_batch_dim(batch, sequence, more):
+def test_what_has_no_batch_dim(name, batch):
+    sequence, more = 10, MORE[name]
     if "mask" in more and batch == sequence:  # the first input, and square as all others are
         with pytest.raises(
             TraceError,

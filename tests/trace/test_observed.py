@@ -16,6 +16,7 @@ from tedfx.passes.base import run_pipeline
 from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
+from tests.marks import slow_but
 
 CALLS = 0
 SCALE = 2.0
@@ -288,7 +289,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+FAST = ("with_gradient", "new_buffer", "counter", "in_a_dict", "in_a_global", "in_a_closure")
+FAST += ("running_mean", "left_for_others", "python_draw", "torch_seed")
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, REFUSED))
 def test_refused_by_name_and_put_back(name):
     model = KINDS[name]()
 
