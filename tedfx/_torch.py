@@ -568,6 +568,12 @@ def recording() -> bool:
     return torch._ops._get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+def of_transform(target: Any) -> bool:
+    """Whether a node's target opens or closes a level of `torch.vmap`: what stands between is recorded of the
+    batched values, and cannot run without the level. Public replacement: none."""
+    return getattr(target, "__module__", "") == "torch._functorch.predispatch"
+
+
 def no_torch_function():
     """A context manager under which no TorchFunctionMode sees a call. Public replacement: none."""
     return torch._C.DisableTorchFunction()

@@ -124,9 +124,12 @@ def refusal(config_class: type, small: Tree, head: str | None) -> Refusal | None
 
 
 def repairs(small: Tree, wide: Tree, refused: Refusal) -> Iterator[Tree]:
-    """Other overrides to try, the likeliest first: what the refusal names, what the lines name, and fields
-    without a value that neither names, one and then all."""
+    """Other overrides to try, the likeliest first: none of the auxiliary loss that the rules ask for, where
+    its lines refuse; what the refusal names, what the lines name, and fields without a value that neither
+    names, one and then all."""
     said, lines = (set(re.findall(r"\w+", text)) for text in (refused.said, refused.lines))
+    if small.get("output_router_logits") and "aux_loss" in lines:
+        yield {**small, "output_router_logits": False}
     yield from opened(small, wide, said)
     yield from resized(small, wide, said)
     yield from opened(small, wide, lines - said)

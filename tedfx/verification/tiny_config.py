@@ -53,7 +53,7 @@ _MIXTURE = {
     *("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"),
     *("moe_intermediate_size", "n_shared_experts"),
 }
-_MIXTURE_FLAG = re.compile(r"(enable|use|with|has)_moe|moe_enabled")
+_MIXTURE_FLAG = re.compile(r"(enable|use|with|has|is)_moe|moe_enabled")
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 MOST_LAYERS = 4  # where two do not show every kind of layer
 
