@@ -15,9 +15,10 @@ of `tedfx/ops/slots.py`, the tail), and `combine` leaves it out. Ids must lie in
 
 With a capacity some assignments are dropped: their id is num_experts, no expert's, and their rows stand
 behind all others. This is the **tail** (`tail=True`, the last argument of the first three ops; without it an
-id out of range, or counts that do not sum to the rows, are errors). No count has it. A graph of the single device has as many rows whatever the router says, so there the last expert
-computes the tail too: on a real token, since an expert may divide by what it makes of zeros. `combine` leaves
-it out whatever it holds, and nothing flows back from it.
+id out of range, or counts that do not sum to the rows, are errors). No count has it. A graph of the single
+device has as many rows whatever the router says, so there the last expert computes the tail too: on a real
+token, since an expert may divide by what it makes of zeros. `combine` leaves it out whatever it holds, and
+nothing flows back from it.
 
 The local form, for one rank, is in `tedfx/ops/moe.py`, which also hands these on; there a tail is cut off.
 """

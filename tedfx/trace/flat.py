@@ -11,7 +11,6 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
-from tedfx._torch import of_transform
 from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit, evaluate
 from tedfx.graph.facts import VAL
@@ -57,9 +56,6 @@ def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping
     inputs, values, roles = _inputs(graph, state.user, subject)
 
     graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if of_transform(node.target):
-            raise TraceError(f"torch.vmap in forward | at {user_line(node)} | write out the dim that it adds")
     state.drop_unread_buffers(graph)
     graph_module.delete_all_unused_submodules()
     graph.lint()

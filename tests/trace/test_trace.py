@@ -332,17 +332,3 @@ def test_a_module_that_forward_converts(to):
         ):
             trace(model, kwargs={"x": x})
     assert model.router.weight.dtype == torch.float32
-
-
-class Mapped(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.vmap(lambda row: row * row.sum())(self.linear(x))
-
-
-def test_vmap_is_refused_at_its_line():
-    with pytest.raises(TraceError, match=r"torch.vmap in forward \| at .*test_trace.py:\d+ \| write out"):
-        trace(Mapped(), (torch.zeros(6, 4),))
