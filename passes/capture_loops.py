@@ -193,10 +193,9 @@ def _class(
     if VAL[rows].dim() != 2:
         rows = bodies.emit(aten.reshape.default, (rows, [-1, shape_of(rows)[-1]]), {}, end)
     weights = bodies.weights(value.of if value.kind == "weighted" else None, end)
-    if plain or bodies.tail:  # an expert need not map the zeros of a tail to zero
+    if plain:
         mine = bodies.emit(aten.lt.Scalar, (bodies.sent(end), len(numbers)), {}, end)
         weights = bodies.emit(aten.where.ScalarOther, (mine, weights, 0), {}, end)
-    if plain:
         weights = bodies.emit(aten.sum.dim_IntList, (weights, [1], True), {}, end)
         out = bodies.emit(aten.mul.Tensor, (rows, weights), {}, end)
     else:

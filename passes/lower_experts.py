@@ -65,10 +65,10 @@ class LowerExperts(Pass[TypedGraph]):
        and combine: rows are cut after the dispatch and gathered before the combine, and no type outside of
        the exchange shows it.
 
-    Assignments that a capacity dropped stand behind all others (the tail of the dispatch). Where rows travel,
-    or a rank keeps those of its experts, the tail is cut off: how many rows are left is known on the host
-    anyway. Where neither is the case it stays, and the ops that tell experts apart pass it over: elementwise
-    work on zeros costs less than a host copy.
+    Assignments that a capacity dropped, that an expert did not choose, or that are of experts of another
+    structure, stand behind all others (the tail of the dispatch). It is cut off, so that no expert meets it.
+    Where rows travel, or a rank keeps those of its experts, how many rows are left is known on the host
+    anyway; where neither is the case it costs a host copy.
 
     Where a dropout draws for each row, the rows' numbers travel beside them (`passes/row_numbers.py`).
 
@@ -154,6 +154,7 @@ class LowerExperts(Pass[TypedGraph]):
                 owned=stay if not travel else (),
                 lanes=stay if travel else (),
                 **({"stripes": stripes} if stripes else {}),
+                **({"tail": True} if any(tail) and not split else {}),
             )
             order = make(operator.getitem, routed, 0, dims=order_dims, type_=order_type)
             counts = make(operator.getitem, routed, 1)
@@ -227,7 +228,7 @@ class LowerExperts(Pass[TypedGraph]):
                 numbers.arrive()
             for new in (rows, counts, order):
                 VAL.setdefault(new, None)
-        if any(tail) and split:
+        if any(tail):
             _without_tail(node)
         for user in list(node.users):
             new = (rows, counts, order)[argument(user, 1)]

@@ -6,10 +6,13 @@
     y = torch.stack([expert(x) for expert in self.experts], 1)  .. or the experts' results side by side,
     out = (gate.unsqueeze(-1) * y).sum(1)                       which something with a dim of experts weighs
 
-Both are left by the passes that dispatch tokens, since no token can be left out. What is made of them here,
+    out = out + (ids == e) * expert(x)                          .. or ids in no known range weigh them
+
+All are left by the passes that dispatch tokens, since no token can be left out. What is made of them here,
 products with stacked weights and a dim of experts, is what a mesh cuts (tedfx/decisions/dense_experts.py).
 
 Algorithm:
+0. The masks of such ids become the entries of a gate (tedfx/capture/compared.py).
 1. A value of which E entries are taken one by one, all of a dim, may be a gate. With the facts that follow
    from it (masks.py) a sum that adds every expert once is found as that of any loop (chains.py).
 2. A stack of E values is taken if a product with a value that has a dim of size E follows.
@@ -30,6 +33,7 @@ from torch import fx
 from tedfx.capture.batched import Batched, refuse
 from tedfx.capture.batched_dims import ALONG
 from tedfx.capture.chains import chain_of, dependence, is_zero
+from tedfx.capture.compared import write_gates
 from tedfx.capture.copies import Copies
 from tedfx.capture.letters import contraction_of
 from tedfx.capture.masks import facts
@@ -63,6 +67,7 @@ class StackExperts(Pass[GlobalGraph]):
 
     def __call__(self, program: GlobalGraph) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()
+        write_gates(graph)
         stacks = Stacks(program.trace, program.trainable)
         for found in (_sums, _lists):
             for end, attempt in list(found(graph, stacks)):

@@ -568,6 +568,40 @@ def recording() -> bool:
     return torch._ops._get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+def without_recording():
+    """A context manager under which torch.export records nothing. Public replacement: none."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
+
+
+@contextlib.contextmanager
+def every_vmap(run):
+    """Meanwhile, what `torch.vmap(..)` makes is called as `run(plain)`, where `plain()` is torch's own call.
+    Public replacement: none."""
+    from torch._functorch import apis
+
+    before = apis.vmap_impl
+
+    def own(*args, **kwargs):
+        return run(functools.partial(before, *args, **kwargs))
+
+    setattr(apis, "vmap_impl", own)
+    try:
+        yield
+    finally:
+        setattr(apis, "vmap_impl", before)
+
+
+def learns(x: torch.Tensor) -> bool:
+    """Whether a gradient of `x` is wanted, through the transforms of torch.func that run. Public replacement:
+    none."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
 def no_torch_function():
     """A context manager under which no TorchFunctionMode sees a call. Public replacement: none."""
     return torch._C.DisableTorchFunction()

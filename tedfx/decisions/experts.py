@@ -167,7 +167,8 @@ def _has_tail(order: fx.Node) -> bool:
     """Whether assignments that a capacity dropped stand behind the others."""
     source = operand_or_none(order, 0)
     return op_name(order) == "cut_tail" or (
-        source is not None and source.meta.get("relation") is not None and any(source.args[3:])
+        source is not None
+        and (source.kwargs.get("tail") or (source.meta.get("relation") is not None and any(source.args[3:])))
     )
 
 

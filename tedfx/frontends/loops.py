@@ -39,7 +39,7 @@ from tedfx import _torch
 from tedfx._torch import pytree
 from tedfx.errors import TraceError
 from tedfx.frontends.hits import HitExperts
-from tedfx.frontends.questions import check_neutral, here, tests_of, user_frame
+from tedfx.frontends.questions import check_neutral, here, loop_over_size, tests_of, user_frame
 from tedfx.frontends.runs import ExpertRuns
 
 __all__ = ["ExpertLoops", "NOTE"]
@@ -191,6 +191,11 @@ class _NotEmpty(TorchFunctionMode):
         tests = tests_of(frame) if frame is not None else []
         if frame is None or not tests:
             return False
+        if (loop := loop_over_size(frame)) is not None:
+            raise TraceError(
+                f"a Python loop over the batch or the sequence ({loop}) that asks how many values it finds "
+                f"| at {here()} | compute all of them at once, with masks in place of tests"
+            )
         for test, asked in tests:
             check_neutral(test, asked, here())
         # the frames that the graph's nodes remember

@@ -12,9 +12,11 @@ import textwrap
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 
+import torch
+
 from tedfx.errors import TraceError, is_machinery
 
-__all__ = ["check_neutral", "here", "tests_of", "user_frame"]
+__all__ = ["check_neutral", "here", "loop_over_size", "tests_of", "user_frame"]
 
 _AST_COMPARE = {
     "Eq": operator.eq,
@@ -107,6 +109,23 @@ def tests_of(frame: FrameType) -> list[tuple[ast.If | ast.IfExp, list[ast.expr]]
             where: list[ast.expr] = [n for n in walk if isinstance(n, ast.Name) and n.id in names]
             found += [(test, where)] if where else []
     return found
+
+
+def loop_over_size(frame: FrameType) -> str | None:
+    """The loop around what a frame is evaluating that counts to a size of the inputs (`for t in range(n)`):
+    one over tokens then, and not over experts."""
+    source = _source(frame.f_code)
+    node: ast.AST | None = _expression(frame, source)
+    while node is not None:
+        if isinstance(node, ast.For) and isinstance(node.iter, ast.Call):
+            named = [frame.f_locals.get(n.id) for n in ast.walk(node.iter) if isinstance(n, ast.Name)]
+            counted = ast.unparse(node.iter)
+            if ".shape" in counted or ".size(" in counted:
+                named += [size for x in named if isinstance(x, torch.Tensor) for size in x.shape]
+            if any(isinstance(x, torch.SymInt) for x in named):
+                return f"for {ast.unparse(node.target)} in {counted}"
+        node = source.above.get(node)
+    return None
 
 
 def check_neutral(test: ast.If | ast.IfExp, asked: list[ast.expr], where: str) -> None:

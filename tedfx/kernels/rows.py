@@ -138,20 +138,3 @@ def zero_unused(out: Tensor, counts: Tensor) -> Tensor:
     size = out[0].numel()
     _tedfx_zero_unused[(out.shape[0], min(128, triton.cdiv(size, 2048)))](out, counts, size, BLOCK=2048)
     return out
-
-
-@triton.jit
-def _tedfx_zero_behind(out, stop, rows, width, BLOCK: tl.constexpr):  # stop: int64, and so is each row
-    for row in range(tl.load(stop) + tl.program_id(0), rows, tl.num_programs(0)):
-        for start in range(0, width, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            tl.store(out + row * width + at, tl.zeros([BLOCK], out.dtype.element_ty), mask=at < width)
-
-
-def zero_behind(out: Tensor, stop: Tensor) -> Tensor:
-    """out[M,W], contiguous, stop 0-dim: out, zero from row `stop` on; the others are not touched."""
-    if out.numel():
-        block, warps = _block(out.shape[1])
-        grid = (min(out.shape[0], 1024),)
-        _tedfx_zero_behind[grid](out, stop, out.shape[0], out.shape[1], BLOCK=block, num_warps=warps)
-    return out

@@ -11,14 +11,16 @@ atomics: results are bitwise the same from run to run.
     combine(rows[M,H], order[M], weights[N,K])            -> [N,H]   rows not listed in `order` count as zero
 
 `order[m]` is the flat assignment n * K + k whose row stands at m; N * K where it is nobody's (an empty slot
-of `tedfx/ops/slots.py`), and `combine` leaves it out. Ids must lie in [0, num_experts).
+of `tedfx/ops/slots.py`, the tail), and `combine` leaves it out. Ids must lie in [0, num_experts).
 
 With a capacity some assignments are dropped: their id is num_experts, no expert's, and their rows stand
 behind all others. This is the **tail** (`tail=True`, the last argument of the first three ops; without it an
-id out of range, or counts that do not sum to the rows, are errors). No expert works on it: `grouped_linear`
-and `expert_rows` give zeros there, and nothing flows back from it.
+id out of range, or counts that do not sum to the rows, are errors). No count has it. A graph of the single
+device has as many rows whatever the router says, so there the last expert computes the tail too: on a real
+token, since an expert may divide by what it makes of zeros. `combine` leaves it out whatever it holds, and
+nothing flows back from it.
 
-The local form, for one rank, is in `tedfx/ops/moe.py`, which also hands these on.
+The local form, for one rank, is in `tedfx/ops/moe.py`, which also hands these on; there a tail is cut off.
 """
 
 import math
@@ -76,7 +78,8 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """rows[M,H], order[M], weights[N,K] -> [N,H]: sum over k of weights[n,k] times the row of assignment n *
     K + k.
 
-    In the dtype rows and weights promote to; assignments not listed in `order` count as zero.
+    In the dtype rows and weights promote to; assignments not listed in `order` count as zero, rows that are
+    nobody's are left out.
     """
     return torch.ops.tedfx.combine(rows, order, weights)
 
@@ -179,7 +182,8 @@ def _dispatch(x: Tensor, ids: Tensor, num_experts: int, tail: bool = False) -> t
         _torch.assert_async(
             (ids >= 0).logical_and_(ids < num_experts + tail).all(), "dispatch: expert id out of range"
         )
-    return x.index_select(0, order // ids.shape[1]), counts, order
+    rows = x.index_select(0, order // ids.shape[1])
+    return rows, counts, torch.where(_in_tail(counts, order), ids.numel(), order) if tail else order
 
 
 def sort_by_expert(flat: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -253,15 +257,10 @@ def _grouped_linear(
     if rows.shape[0] == 0 or right.numel() == 0:
         return rows.new_zeros(rows.shape[0], right.shape[2])
     if _has_kernel(rows, right.shape[1], right.shape[2]):
-        out = torch.nn.functional.grouped_mm(rows.contiguous(), _dense(right), offs=_offsets(counts))
-        # The kernel leaves rows behind the last offset unwritten.
-        return _zero_tail(out, counts) if tail else out
-    out = (
-        rows.new_zeros(rows.shape[0], right.shape[2])
-        if tail
-        else rows.new_empty(rows.shape[0], right.shape[2])
-    )
-    for expert, start, stop in _runs(counts, rows, tail):
+        offsets = _offsets(_with_tail(counts, rows) if tail else counts)
+        return torch.nn.functional.grouped_mm(rows.contiguous(), _dense(right), offs=offsets)
+    out = rows.new_empty(rows.shape[0], right.shape[2])
+    for expert, start, stop in _runs(counts, rows, tail, to_last=True):
         torch.mm(rows[start:stop], right[expert], out=out[start:stop])
     return out
 
@@ -307,7 +306,7 @@ def _linear_backward(ctx, grad):
     rows, weight, counts = ctx.saved_tensors
     grad_rows = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_rows = grouped_linear(grad, weight, counts, not ctx.transposed, ctx.tail)
+        grad_rows = _rows_back(grad, weight, counts, not ctx.transposed, ctx.tail)
     if ctx.needs_input_grad[1]:
         left, right = (rows, grad) if ctx.transposed else (grad, rows)
         grad_weight = _grouped_outer(left, right, counts, ctx.tail)
@@ -322,11 +321,17 @@ def _outer_setup(ctx, inputs, output):
 def _outer_backward(ctx, grad):
     left, right, counts = ctx.saved_tensors
     return (
-        grouped_linear(right, grad, counts, False, ctx.tail),
-        grouped_linear(left, grad, counts, True, ctx.tail),
+        _rows_back(right, grad, counts, False, ctx.tail),
+        _rows_back(left, grad, counts, True, ctx.tail),
         None,
         None,
     )
+
+
+def _rows_back(grad: Tensor, weight: Tensor, counts: Tensor, transposed: bool, tail: bool) -> Tensor:
+    """What flows back to rows: nothing to a tail."""
+    out = grouped_linear(grad, weight, counts, transposed, tail)
+    return torch.where(_in_tail(counts, out).unsqueeze(1), 0, out) if tail else out
 
 
 _grouped_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -371,29 +376,29 @@ def _zero_unused(out: Tensor, counts: Tensor) -> Tensor:
     return torch.where((counts > 0).view(-1, 1, 1), out, 0)
 
 
-def _zero_tail(out: Tensor, counts: Tensor) -> Tensor:
-    """out[M,O], with zeros behind the rows that the counts count; the others are not read."""
-    if kernels.takes(out) and out.is_contiguous():
-        from tedfx.kernels import rows
-
-        return rows.zero_behind(out, counts.sum())
-    return torch.where(_in_tail(counts, out).unsqueeze(1), 0, out)
-
-
 def _in_tail(counts: Tensor, rows: Tensor) -> Tensor:
     """[M] bool: the rows behind those that the counts count."""
     return torch.arange(rows.shape[0], device=counts.device) >= counts.sum()
 
 
-def _runs(counts: Tensor, rows: Tensor, tail: bool = False):
-    """(expert, start, stop) of every expert that has rows."""
+def _with_tail(counts: Tensor, rows: Tensor) -> Tensor:
+    """Counts of which the last expert's has the tail as well."""
+    return torch.cat([counts[:-1], rows.shape[0] - counts[:-1].sum(0, keepdim=True)])
+
+
+def _runs(counts: Tensor, rows: Tensor, tail: bool = False, to_last: bool = False):
+    """(expert, start, stop) of every expert that has rows; `to_last`: the last one has the tail."""
+    numbers = counts.tolist()
+    rest = rows.shape[0] - sum(numbers)
+    if rest < 0 or (rest and not tail):
+        raise ValueError(f"counts sum to {sum(numbers)}, there are {rows.shape[0]} rows")
+    if to_last:
+        numbers[-1] += rest
     stop = 0
-    for expert, count in enumerate(counts.tolist()):
+    for expert, count in enumerate(numbers):
         start, stop = stop, stop + count
         if count:
             yield expert, start, stop
-    if stop > rows.shape[0] or (stop < rows.shape[0] and not tail):
-        raise ValueError(f"counts sum to {stop}, there are {rows.shape[0]} rows")
 
 
 # ---- expert_rows -------------------------------------------------------------------------------------------
@@ -405,11 +410,7 @@ def _expert_rows(param: Tensor, counts: Tensor, rows: Tensor, tail: bool = False
         raise ValueError(
             f"expert_rows: param {tuple(param.shape)} has no entry for each of {counts.shape[0]} experts"
         )
-    if tail:
-        position = torch.arange(rows.shape[0], device=counts.device)
-        index = torch.searchsorted(counts.cumsum(0), position, right=True).clamp(max=counts.shape[0] - 1)
-        inside = _in_tail(counts, rows).logical_not().view(-1, *(1 for _ in param.shape[1:]))
-        return torch.where(inside, param.index_select(0, index), 0)
+    counts = _with_tail(counts, rows) if tail else counts
     index = torch.arange(counts.shape[0], device=counts.device)
     return param.index_select(0, index.repeat_interleave(counts, output_size=rows.shape[0]))
 

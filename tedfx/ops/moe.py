@@ -12,16 +12,16 @@ A rank routes its tokens, sends each row to the rank that owns the row's expert,
     rows = all_to_all_single(unindex_rows(rows, index), send, recv, axes)
     out = combine(rows, order, weights)
 
-Assignments that a capacity dropped come last in `order`; `cut_tail(order, send)` leaves them out, so that
-`permute_rows` makes no row of them.
+Assignments that a capacity dropped (the tail) come last in `order`, and `permute_rows` makes no row of them:
+`cut_tail(order, send)` leaves them out, and where nothing travels `route(.., tail=True)`.
 
 Where tokens are replicated over the axes that split the experts, no row travels: `route(.., owned=axes)`
 keeps the assignments of this rank's experts, `local_counts` cuts the counts, and the combined output is a
 partial sum.
 
 Row counts differ from rank to rank and step to step; they are python ints here (one host copy in
-`exchange_counts`, one in an owned `route`), symbolic under torch.compile, where new counts do not recompile
-(`torch._dynamo.config.capture_scalar_outputs = True`).
+`exchange_counts`, one in a `route` that is owned or cuts a tail), symbolic under torch.compile, where new
+counts do not recompile (`torch._dynamo.config.capture_scalar_outputs = True`).
 """
 
 import torch
@@ -68,18 +68,19 @@ def route(
     lanes: Axes = (),
     owned_outer: int = 1,
     stripes: Axes = (),
+    tail: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """ids[N,K] -> (order[M], counts[E]): the assignments this rank handles, stably sorted by expert.
 
     Ids of num_experts are those of assignments that a capacity dropped: `order` ends with them (with `owned`
-    it has none of them), and no count has them.
+    or `tail` it has none of them), and no count has them.
 
     `owned`: axes over which tokens are replicated and experts split; keeps the assignments of this
     coordinate's experts, the expert dim seen as (owned_outer, size, rest). `lanes`: axes over which tokens
     are replicated and that share the sending; keeps tokens n with n * size // N == coordinate. counts has
     entries for all experts. `stripes`: the same for assignments, but order lists all of them, those of
     coordinate 0 first, so that the pieces of a row dim (`shard`) are the coordinates' own; counts are of this
-    coordinate's.
+    coordinate's. `owned` and `tail` cost a host copy.
 
     ValueError when the experts do not divide over `owned_outer`.
     """
@@ -93,7 +94,7 @@ def route(
         return _striped(flat, num_experts, context.span(stripes))
     if split.size == 1:
         order, counts = sort_by_expert(flat, num_experts)
-        return order + first * top_k, counts
+        return (_listed(order, counts) if tail else order) + first * top_k, counts
     start, length = experts_of(num_experts // owned_outer, split)[split.index]
     if num_experts % owned_outer != 0:
         raise ValueError(f"{num_experts} experts do not divide into {owned_outer} runs")
@@ -101,11 +102,16 @@ def route(
     mine = (place >= start) & (place < start + length) & (flat < num_experts)
     # The others sort to the end, under a number that is no expert's.
     order, counts = sort_by_expert(torch.where(mine, flat, num_experts), num_experts)
+    return _listed(order, counts) + first * top_k, counts
+
+
+def _listed(order: Tensor, counts: Tensor) -> Tensor:
+    """The part of `order` that the counts count, which stands first."""
     context.note("host copy")
     rows = _torch.count_of(counts.sum())
     _torch.check(rows >= 0, "a negative number of rows")
     _torch.check(rows <= order.shape[0], "more rows than assignments")
-    return order.narrow(0, 0, rows) + first * top_k, counts
+    return order.narrow(0, 0, rows)
 
 
 def _striped(flat: Tensor, num_experts: int, span: context.Span) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 is routed.
 
 Where the tokens among which a capacity counts are all on one rank, an expert gets `slots` rows of them at
-most. Each expert then has that many rows, zeros in the empty ones; the all-to-all has equal splits, every
-expert computes on the same number of rows, no counts are exchanged and the host copies nothing:
+most. Each expert then has that many rows, some token in the empty ones; the all-to-all has equal splits,
+every expert computes on the same number of rows, no counts are exchanged and the host copies nothing:
 
     order = route_slots(ids, num_experts, slots)              which assignment stands in each slot
     rows = send_slots(fill_slots(x, order, top_k), axes, experts)   to their ranks, by expert, source
@@ -17,7 +17,9 @@ capacity as well, arXiv 2303.06318): slots have no order that matters, so a shar
 apart again; both are conversions of `tedfx/ops/convert.py` on the dim of slots. A share is rounded up, so
 that lanes are equal.
 
-An empty slot is one whose assignment is number N * K. `experts` is the number of experts whose rows a rank
+An empty slot is one whose assignment is number N * K. A token that was dispatched stands in it, and not
+zeros: an expert may divide by what it makes of those. What it gives reaches no token, and nothing flows back
+from it. `experts` is the number of experts whose rows a rank
 computes.
 """
 
@@ -70,7 +72,8 @@ def route_slots(ids: Tensor, num_experts: int, slots: int, owned: Axes = (), lan
 
 @op(saves=(1,))
 def fill_slots(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """x[N,H], order[M] -> rows[M,H]: the token of the assignment in each slot, zeros in an empty one."""
+    """x[N,H], order[M] -> rows[M,H]: the token of the assignment in each slot; in an empty one the first
+    token that has a slot (any where none has one, zeros where there is no token)."""
     return _Fill.apply(x, order, top_k)
 
 
@@ -146,7 +149,9 @@ class _Fill(torch.autograd.Function):
     def forward(ctx, x, order, top_k):
         ctx.save_for_backward(order)
         ctx.tokens, ctx.top_k = x.shape[0], top_k
-        return _torch.result(_pick(x, order // top_k))
+        index, none = order // top_k, order.new_full((1,), x.shape[0])
+        first = torch.cat([index, none]).amin().clamp(max=x.shape[0] - 1).clamp(min=0)
+        return _torch.result(_pick(x, torch.where(index < x.shape[0], index, first)))
 
     @staticmethod
     def backward(ctx, grad):

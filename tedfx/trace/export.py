@@ -43,6 +43,7 @@ from tedfx.trace.functions import kept_calls
 from tedfx.trace.global_graph import Trace
 from tedfx.trace.hooks import refuse_hooks
 from tedfx.trace.input_sizes import as_given, plan_sizes, settle
+from tedfx.trace.maps import recorded_maps
 from tedfx.trace.observed import Observation
 from tedfx.trace.own_error import own_error
 from tedfx.trace.regions import NoGradInsideAutocast
@@ -139,6 +140,7 @@ def _prepared(subject: Subject, frontends: Sequence[Any]) -> Iterator[FakeTensor
         stack.enter_context(refuse_side_gradients(line))
         stack.enter_context(idle_conversions(line))
         stack.enter_context(kept_calls(subject.device.type, line))
+        stack.enter_context(recorded_maps())
         # Attention stays one node whatever kernel runs it later; the fused kernels' shape functions on CUDA
         # would fix the length to their alignment.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointFunction
 
-from tedfx._torch import every_apply, no_torch_function, pytree, recording
+from tedfx._torch import every_apply, learns, no_torch_function, pytree, recording
 from tedfx.errors import TedfxError, TraceError, line_of_definition, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
 from tedfx.ops.autocast import Autocast
 from tedfx.ops.function import SIZE, TENSOR, Kept, operator_of
 from tedfx.trace.bodies import bodies_of
+from tedfx.trace.maps import inside_map
 
 __all__ = ["keep_calls", "kept_calls"]
 
@@ -62,7 +63,11 @@ def kept_calls(device_type: str, line_of_call) -> Iterator[None]:
         return out[0] if _table[which].single else tuple(out)
 
     def transformed(function: type, plain, *args: Any, **kwargs: Any) -> Any:
-        if recording():
+        # A map is recorded as the operators that it comes to: with nothing to learn, a Function is its own.
+        wanted = torch.is_grad_enabled() and any(
+            learns(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        )
+        if recording() or (inside_map() and wanted):
             raise TraceError(
                 f"{function.__name__}.apply under a transform of torch.func | at {line_of_call()} "
                 "| call it outside of the transform"

@@ -25,6 +25,7 @@ from tedfx.verification.tiny_config import shrink
 
 _TRIES = {"build": 2000, "run": 100}  # configs that one refusal may cost
 _REPAIRS = 8
+_SMALL = 64  # of two fields that must agree, the one is made smaller rather than the other larger
 _MOST_PARAMETERS = 30_000_000  # a model of more is not run
 _ROWS = 2
 
@@ -124,13 +125,16 @@ def refusal(config_class: type, small: Tree, head: str | None) -> Refusal | None
 
 
 def repairs(small: Tree, wide: Tree, refused: Refusal) -> Iterator[Tree]:
-    """Other overrides to try, the likeliest first: what the refusal names, what the lines name, and fields
-    without a value that neither names, one and then all."""
+    """Other overrides to try, the likeliest first: none of the auxiliary loss that the rules ask for, where
+    its lines refuse; what the refusal names, what the lines name, and fields without a value that neither
+    names, one and then all."""
     said, lines = (set(re.findall(r"\w+", text)) for text in (refused.said, refused.lines))
-    yield from opened(small, wide, said)
-    yield from resized(small, wide, said)
-    yield from opened(small, wide, lines - said)
-    yield from resized(small, wide, lines - said)
+    if small.get("output_router_logits") and "aux_loss" in lines:
+        yield {**small, "output_router_logits": False}
+    for words in (said, lines - said):
+        yield from opened(small, wide, words)
+        yield from resized(small, wide, words, _SMALL)
+        yield from resized(small, wide, words)
     yield from opened(small, wide, None)
     yield filled(small, wide)
 
@@ -165,13 +169,14 @@ def filled(small: Tree, wide: Tree) -> Tree:
     return {**small, **own, **{key: filled(small[key], below) for key, below in _nested(small, wide)}}
 
 
-def resized(small: Tree, wide: Tree, words: set[str]) -> Iterator[Tree]:
-    """Other small sizes of one or two named fields of one config: halvings of its default, sums of others.
+def resized(small: Tree, wide: Tree, words: set[str], most: int | None = None) -> Iterator[Tree]:
+    """Other small sizes, `most` at most, of one or two named fields of one config: halvings of its default,
+    sums of others.
 
     Fields that still have their default come first, the largest first.
     """
     for key, below in _nested(small, wide):
-        for repaired in resized(small[key], below, words):
+        for repaired in resized(small[key], below, words, most):
             yield {**small, key: repaired}
     named = (n for n, value in wide.items() if n in words and isinstance(value, int) and value > 0)
     names = sorted(named, key=lambda n: (n in small, -wide[n]))
@@ -181,7 +186,8 @@ def resized(small: Tree, wide: Tree, words: set[str]) -> Iterator[Tree]:
         halvings = itertools.takewhile(lambda size: size >= 1, (wide[name] >> k for k in itertools.count()))
         exact = {size for k, size in enumerate(halvings) if size << k == wide[name]}
         sums = {now[a] + now[b] for a, b in itertools.combinations([n for n in names if n != name], 2)}
-        options[name] = sorted((exact | sums) - {now[name]}, key=lambda size: max(size / 4, 4 / size))
+        other = {size for size in (exact | sums) - {now[name]} if most is None or size <= most}
+        options[name] = sorted(other, key=lambda size: max(size / 4, 4 / size))
     for count in (1, 2):
         for changed in itertools.combinations(names, count):
             for sizes in itertools.product(*(options[n] for n in changed)):

@@ -108,6 +108,7 @@ def run(work: Sequence[Job], fork: bool, timeout: float) -> list[Any]:
     started: dict[Connection, tuple[int, BaseProcess]] = {}
     sys.stdout.flush()
     sys.stderr.flush()
+    before = _out_of_memory()
     try:
         for index, job in enumerate(work):
             mine, theirs = context.Pipe(duplex=False)
@@ -117,7 +118,7 @@ def run(work: Sequence[Job], fork: bool, timeout: float) -> list[Any]:
             process.start()
             theirs.close()
             started[mine] = (index, process)
-        return _collect(work, started, timeout)
+        return _collect(work, started, timeout, before)
     finally:
         for pipe, (_, process) in started.items():
             process.kill()
@@ -131,8 +132,12 @@ def run(work: Sequence[Job], fork: bool, timeout: float) -> list[Any]:
 
 
 def _collect(
-    work: Sequence[Job], started: Mapping[Connection, tuple[int, BaseProcess]], timeout: float
+    work: Sequence[Job],
+    started: Mapping[Connection, tuple[int, BaseProcess]],
+    timeout: float,
+    before: int | None,
 ) -> list[Any]:
+    """before: `_out_of_memory` when they were started."""
     results: dict[int, Any] = {}
     failed: list[tuple[int, Any]] = []
     deadline = time.monotonic() + timeout
@@ -148,7 +153,7 @@ def _collect(
                 ok, value = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionError):
                 process.join(1)
-                ok, value = False, (None, _death(process.exitcode), "")
+                ok, value = False, (None, _death(process.exitcode, before, _out_of_memory()), "")
             if ok:
                 results[index] = value
             else:
@@ -185,11 +190,26 @@ def _consequence(failure) -> int:
     )
 
 
-def _death(code: int | None) -> str:
-    if code is not None and code < 0:
-        hint = "; out of memory?" if -code == signal.SIGKILL else ""
-        return f"died of {signal.Signals(-code).name}{hint}"
-    return f"ended without a word (exit status {code})"
+def _out_of_memory() -> int | None:
+    """How many processes this kernel has ended for want of memory; None where it does not say."""
+    try:
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return None
+    return int(counts["oom_kill"]) if "oom_kill" in counts else None
+
+
+def _death(code: int | None, before: int | None, now: int | None) -> str:
+    """before, now: `_out_of_memory`. A process that ran too long is ended only after this was asked, so
+    SIGKILL is never `run`'s own."""
+    if code is None or code >= 0:
+        return f"ended without a word (exit status {code})"
+    hint = ""
+    if -code == signal.SIGKILL:
+        hint = "; out of memory?"
+        if before is not None and now is not None:
+            hint = ": the kernel was out of memory" if now > before else ": not for want of memory"
+    return f"died of {signal.Signals(-code).name}{hint}"
 
 
 def _serve(pipe, function, arguments) -> None:

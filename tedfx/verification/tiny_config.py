@@ -53,7 +53,7 @@ _MIXTURE = {
     *("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"),
     *("moe_intermediate_size", "n_shared_experts"),
 }
-_MIXTURE_FLAG = re.compile(r"(enable|use|with|has)_moe|moe_enabled")
+_MIXTURE_FLAG = re.compile(r"(enable|use|with|has|is)_moe|moe_enabled")
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 MOST_LAYERS = 4  # where two do not show every kind of layer
 
@@ -95,6 +95,8 @@ def _sizes(names, read: Callable[[str], Any]) -> tuple[Tree, Tree]:
     for name in sorted(wide.keys() - small.keys()):  # vocab_size_per_layer_input is as large as vocab_size
         same = {known for known in small if name.startswith(known) and wide[name] == wide[known]}
         small.update({name: small[known] for known in same})
+        if name.endswith("_intermediate_size") and name not in small:
+            small[name] = min(wide[name], SIZES["intermediate_size"])
     for name in ("num_key_value_heads", "kv_n_heads"):
         if name in wide:
             small[name] = min(wide[name], 4 if wide[name] == read("num_attention_heads") else 2)

@@ -53,9 +53,24 @@ def mixed_test(m, x, probs, w, ids):
     return out
 
 
+def token_by_token(m, x, probs, w, ids):
+    """No loop over experts, and the number of tokens is free."""
+    tokens, out = x.shape[0], []
+    for t in range(tokens):
+        likely = torch.nonzero(probs[t] > 0.3).flatten()
+        number = likely.shape[0] // 2
+        if number > 0:
+            mean = x[t] * number
+        else:
+            mean = torch.zeros_like(x[t])
+        out.append(mean)
+    return torch.stack(out)
+
+
 @pytest.mark.parametrize(
     "mixture, message",
     [
+        (token_by_token, "a Python loop over the batch or the sequence \\(for t in range\\(tokens\\)\\)"),
         (over_rows, "a python loop \\(or list\\) over rows whose number is data"),
         (length_of_rows, "len\\(\\) of rows whose number is data"),
         (something_for_nothing, "an expert without tokens does something of its own \\(out = out \\+ 0.1\\)"),

@@ -170,7 +170,7 @@ def _with_tail(x, ids, weights, up, bias, down):
 
 @pytest.mark.parametrize("dropped", ["some", "all", "none"])
 def test_rows_of_no_expert(dropped):
-    """As if their weights were zero; zeros where no expert works, and nothing flows back."""
+    """As if their weights were zero; nothing flows back from them."""
     ids, (x, weights, *params) = _operands(9)
     generator = torch.Generator().manual_seed(3)
     keep = torch.rand(ids.shape, generator=generator) < {"some": 0.6, "all": 0.0, "none": 1.1}[dropped]
@@ -183,15 +183,29 @@ def test_rows_of_no_expert(dropped):
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
     rows, counts, order = moe.dispatch(x, sent, E, True)
-    assert (
-        counts.sum() == keep.sum()
-        and sorted(order[counts.sum() :].tolist()) == (~keep).flatten().nonzero().flatten().tolist()
+    assert counts.sum() == keep.sum() and (order[counts.sum() :] == 9 * K).all()
+    left = rows[counts.sum() :]  # the last expert has them, if any has
+    torch.testing.assert_close(
+        moe.grouped_linear(rows, params[0], counts, False, True)[counts.sum() :], left @ params[0][-1].T
     )
-    for out in (
-        moe.grouped_linear(rows, params[0], counts, False, True),
-        moe.expert_rows(params[1], counts, rows, True),
-    ):
-        assert not out[counts.sum() :].any()
+    assert (moe.expert_rows(params[1], counts, rows, True)[counts.sum() :] == params[1][-1]).all()
+
+
+def test_what_a_tail_holds_reaches_nothing():
+    """NaN in its rows, and in what flows back to them."""
+    ids, (x, weights, up, bias, _) = _operands(9)
+    sent = torch.where(torch.arange(9 * K).view(9, K) % 3 == 0, E, ids)
+    rows, counts, order = moe.dispatch(x, sent, E, True)
+    nan = lambda v: torch.where((order == 9 * K).unsqueeze(1), torch.nan, v)
+    given = nan(moe.grouped_linear(rows.detach(), up.detach(), counts, False, True)).requires_grad_()
+    out = moe.combine(given, order, weights)
+    out.square().sum().backward()
+    assert out.isfinite().all() and weights.grad.isfinite().all() and (weights.grad[sent == E] == 0).all()
+    assert (given.grad[order == 9 * K] == 0).all() and given.grad.any()
+    h = moe.grouped_linear(rows, up, counts, False, True) + moe.expert_rows(bias, counts, rows, True)
+    h.backward(nan(torch.ones_like(h)))
+    assert all(t.grad.isfinite().all() for t in (up, bias, x))
+    assert (x.grad[(sent == E).all(1)] == 0).all()
 
 
 def test_without_a_tail_every_row_must_have_an_expert():

@@ -12,7 +12,7 @@ import tedfx
 from tedfx.errors import ConfigError
 from tedfx.verification.batches import split_batch
 from tedfx.verification.models import factory
-from tedfx.verification.processes import RankFailure
+from tedfx.verification.processes import RankFailure, _death
 from tedfx.verification.verify import verify
 from tests.marks import slow
 from tests.parity.cases import case, on_ranks
@@ -263,6 +263,11 @@ def dies_on_one(rank):
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def killed_on_one(rank):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def hangs_on_one(rank):
     if rank == 1:
         time.sleep(1000)
@@ -273,11 +278,25 @@ def hangs_on_one(rank):
     [
         slow(raises_on_one, 60.0, ["rank 1", "ValueError: a text of two lines"]),
         (dies_on_one, 60.0, ["rank 1", "SIGSEGV"]),
+        slow(killed_on_one, 60.0, ["rank 1", "died of SIGKILL"]),
         slow(hangs_on_one, 4.0, ["rank", "4 s"]),
     ],
-    ids=["raises", "dies", "hangs"],
+    ids=["raises", "dies", "killed", "hangs"],
 )
 def test_a_failing_rank_is_one_line_and_no_hang(before, timeout, words):
     start = time.monotonic()
     refused("RankFailure", words, "llama", "tp=2", {"num_hidden_layers": 1}, before=before, timeout=timeout)
     assert time.monotonic() - start < 90
+
+
+@pytest.mark.parametrize(
+    "before, now, words",
+    [
+        (3, 4, ": the kernel was out of memory"),
+        (3, 3, ": not for want of memory"),
+        (None, 3, "; out of memory?"),
+    ],
+)
+def test_who_ended_a_rank(before, now, words):
+    assert _death(-signal.SIGKILL, before, now) == f"died of SIGKILL{words}"
+    assert _death(-signal.SIGABRT, before, now) == "died of SIGABRT"

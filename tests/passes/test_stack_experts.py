@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tedfx.errors import CaptureError
-from tests.marks import slow_but
+from tests.marks import slow, slow_but
 from tests.models_dense_experts import LAYERS, Soft
 from tests.models_plain import Config
 from tests.passes.helpers import conversions, parity, placeholder, typed, upto
@@ -99,6 +99,44 @@ def test_near_misses_stay_as_they_are(mixture):
     parity(model, "dp=2", given())
     with pytest.raises(CaptureError):
         upto(model, "ep=2", given(), "shard_experts")
+
+
+class OfSequences(nn.Module):
+    """The caller says which expert each sequence is for, as in ViTPose+."""
+
+    def __init__(self, mask=lambda ids, e: ids.view(-1, 1, 1) == e):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts, self.mask = nn.ModuleList(nn.Linear(H, H) for _ in range(4)), mask
+
+    def forward(self, x, ids):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + expert(x) * self.mask(ids, e)
+        return out
+
+
+@pytest.mark.parametrize("mesh", ["ep=2,tp=2", slow("dp=2,ep=2")])
+def test_ids_of_the_caller(mesh):
+    """Those that are no expert's, too."""
+    model, call = OfSequences().double(), {**given(), "ids": torch.tensor([2, -1, 7, 0])}
+    _, result = upto(model, mesh, call, "stack_experts")
+    assert result.matches == 1
+    parity(model, mesh, call)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda ids, e: ids.view(-1, 1, 1) == e + (e > 2),
+        lambda ids, e: ids.view(-1, 1, 1) >= e,
+        lambda ids, e: ids[:, None, None].expand(-1, -1, H) == e,
+    ],
+)
+def test_other_masks_of_the_callers_ids(mask):
+    model, call = OfSequences(mask).double(), {**given(), "ids": torch.tensor([2, -1, 7, 0])}
+    assert upto(model, "dp=2", call, "stack_experts")[1].matches == 0
+    parity(model, "dp=2", call)
 
 
 class Heads(nn.Module):
