@@ -343,6 +343,9 @@ def origin(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Fact | None:
         fact = known[source]
         dim = dim_of(node, len(fact.dims))
         if dim is not None and fact.dims[dim] == ("k",):
+            for same in known.values():  # the same choice may be selected twice
+                if same.routing.node.target is node.target and same.routing.node.args == node.args:
+                    return Fact("ids", same.routing, same.routing.dims)
             return _routing(node, None, fact.routing.experts, True)
     return None
 

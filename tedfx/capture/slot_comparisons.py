@@ -14,7 +14,19 @@ from torch import fx
 
 from tedfx.capture.products import scaled
 from tedfx.capture.routing import Fact, Routing, argument, known_of, name_of, number_of, shape_of
-from tedfx.capture.slots import Bit, Drop, Mask, Numbers, Place, Slot, SlotFact, Term, Value
+from tedfx.capture.slots import (
+    Address,
+    Bit,
+    Drop,
+    Mask,
+    Numbers,
+    Place,
+    Scaled,
+    Slot,
+    SlotFact,
+    Term,
+    Value,
+)
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand
 from tedfx.placement.sizes import Size, as_size
@@ -29,7 +41,7 @@ SAME = ("clone", "contiguous", "alias", "lift_fresh_copy", "detach")
 
 def cast(node: fx.Node, fact: SlotFact) -> SlotFact | None:
     dtype = VAL[node].dtype
-    if isinstance(fact, Place):
+    if isinstance(fact, (Place, Scaled, Address)):
         return fact if dtype in COUNTS else None
     if not isinstance(fact, Mask):
         return fact if dtype != torch.bool or isinstance(fact, Drop) else None

@@ -33,12 +33,14 @@ from tedfx.errors import TedfxError
 from tedfx.placement.sizes import Size, as_size
 
 __all__ = [
+    "Address",
     "Bit",
     "Drop",
     "Mask",
     "Numbers",
     "Place",
     "Queue",
+    "Scaled",
     "Slot",
     "SlotFact",
     "Term",
@@ -209,15 +211,48 @@ class Numbers:
     source: Any  # the node of the size, or a number
 
 
-SlotFact: TypeAlias = Mask | Place | Totals | Drop | Numbers
+@dataclass(frozen=True)
+class Scaled:
+    """ids * size; `source`: the node of the size, or a number."""
+
+    dims: Dims
+    routing: Routing
+    size: Size
+    source: Any = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Address:
+    """ids * size + place, the row of a buffer [E * size, ..], where the `guards` are 1; elsewhere `off`, if
+    that is known. The place is the value of `node` plus `shift`; `source`: the node of the size, or a
+    number."""
+
+    dims: Dims
+    place: Place
+    node: fx.Node
+    size: Size
+    source: Any = field(default=None, compare=False)
+    guards: frozenset[Bit] = frozenset()
+    off: Size | None = None
+    shift: int = 0
+
+    def shifted(self, by: int) -> Address:
+        off = None if self.off is None else as_size(self.off + by)
+        return replace(self, place=self.place.shifted(by), off=off, shift=self.shift + by)
+
+
+SlotFact: TypeAlias = Mask | Place | Totals | Drop | Numbers | Scaled | Address
 
 
 def sizes_of(fact: SlotFact) -> Sizes:
     """Label -> size."""
     if isinstance(fact, Numbers):
         return {"c": fact.size}
-    if isinstance(fact, Place):
-        return fact.queue.routing.sizes
+    if isinstance(fact, Scaled):
+        return fact.routing.sizes
+    if isinstance(fact, (Place, Address)):
+        place = fact if isinstance(fact, Place) else fact.place
+        return place.queue.routing.sizes
     if isinstance(fact, Totals):
         return next(iter(fact.totals)).routing.sizes
     terms = fact.terms if isinstance(fact, Mask) else (fact.term,)

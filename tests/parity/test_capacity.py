@@ -8,6 +8,7 @@ import pytest
 from tedfx.ops import count_collectives
 from tedfx.verification.batches import split_batch
 from tests.marks import slow
+from tests.models_scatter import LAYERS
 from tests.parity.cases import case, on_ranks, on_single, verified
 from tests.parity.pairwise import cover, pairs_of
 
@@ -103,8 +104,26 @@ MORE = [
 ]
 
 
+ONE = {"layers": 1}
+ADDRESSES = [
+    case("scatter_kept", "ep=2,tp=2", overrides=ONE, steps=2, batch="one_token_in_second_half"),
+    slow(case("scatter_kept", "ep=2", overrides=ONE, steps=1, compile="aot_eager")),
+    slow(case("scatter_trash", "dp=2,ep=2", overrides=ONE, steps=2, capacity="local")),
+    slow(
+        case("scatter_added", "dp=2,tp=2", overrides=ONE, steps=2, capacity="local", roles={"expert": "tp"})
+    ),
+    slow(case("scatter_overflow", "ep=2,tp=2", overrides=ONE, steps=2, change="one_expert", zero=3)),
+    slow(case("scatter_trash", "ep=2,tp=2", overrides=ONE, steps=1, change="ties", checkpoint="full")),
+    *(
+        slow(case(f"scatter_{name}", mesh, roles=roles, overrides=ONE, steps=2, batch="odd"))
+        for name in LAYERS
+        for mesh, roles in (MESHES["ep2 tp2"], MESHES["dp2 ep2"], MESHES["tp2 ppmoe"])
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    "case", [*map(made, rows()[0]), *(slow(made(row)) for row in rows()[1]), *MORE], ids=str
+    "case", [*ADDRESSES, *map(made, rows()[0]), *(slow(made(row)) for row in rows()[1]), *MORE], ids=str
 )
 def test_matches_the_single_device(case):
     result = verified(case)
