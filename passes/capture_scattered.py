@@ -19,7 +19,7 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,15 +28,17 @@ from torch import fx
 from tedfx.capture.by_assignment import laid_out, natural
 from tedfx.capture.chains import is_zero
 from tedfx.capture.choices import Choices
+from tedfx.capture.indices import Numbers, index_of, rows_of
 from tedfx.capture.masks import facts
-from tedfx.capture.picks import Numbers, Pick, Picks, index_of, rows_of
-from tedfx.capture.read_back import masked
+from tedfx.capture.picks import Pick, Picks
+from tedfx.capture.read_back import SHAPES, masked
 from tedfx.capture.routing import Dims, Routing, argument, name_of, shape_of
 from tedfx.capture.scattered import Read, Scattered, Write, covers, refuse
 from tedfx.capture.slot_bodies import SlotBodies
 from tedfx.capture.slot_facts import slot_facts
 from tedfx.capture.slot_masks import between
 from tedfx.capture.slots import Bit, SlotFact, Term, shared_slot
+from tedfx.capture.sorted_places import Orders
 from tedfx.capture.stacks import Stacks
 from tedfx.errors import user_line
 from tedfx.graph import nodes
@@ -66,7 +68,7 @@ class CaptureScattered(Pass[GlobalGraph]):
         if not any(name_of(n) in _WRITES and is_zero(operand(n, 0)) for n in graph.nodes):
             return result
         make = lambda target, *args, like, **kwargs: emit(graph, target, args, kwargs, like=like)
-        picks = Picks(make)
+        picks = Picks(make, Orders(graph, facts(graph)))
         for node in list(graph.nodes):
             if is_tensor(node) and not VAL[node].is_floating_point():
                 with graph.inserting_before(node):
@@ -219,10 +221,10 @@ class _Capture:
                 row = self._of(done[read.source], which)
                 new = laid_out(row, read.spot.dims, read.spot.routing, self.make)
             needed = self._needed(read, self.start.terms[which])
-            if read.spot.picked is not None:
+            if read.spot.pick is not None:
                 if not needed <= read.spot.bits:
                     raise refuse("rows are read that were not written", read.node, "read what was written")
-                self.picks.made[read.node] = Pick(new, read.spot.picked)
+                self.picks.made[read.node] = replace(read.spot.pick, value=new)
                 picked.append((read.node, read.spot.dims))
                 continue
             wrong = masked(read.node, read.spot.dims, needed, self.known, self.picks)
@@ -267,8 +269,8 @@ class _Capture:
         """What was written, as [N, K, H] by assignment."""
         spot, routing = write.spot, write.spot.routing
         wrong = refuse("what is written is not a row of features per assignment", write.node, "write rows")
-        pick = self.picks.of(write.rows) if spot.picked is not None else None
-        if spot.picked is not None and (pick is None or pick.mask is not spot.picked):
+        pick = self.picks.of(write.rows)
+        if (pick and pick.by) != (spot.pick and spot.pick.by):
             raise refuse(
                 "rows are written that were not picked as their addresses were",
                 write.node,
@@ -324,7 +326,7 @@ class _PutBack:
         while todo:
             node = todo.pop()
             for user in list(node.users):
-                if user in seen or not is_tensor(user):
+                if user in seen or not is_tensor(user) or name_of(user) in SHAPES:
                     continue
                 seen.add(user)
                 self.capture.like = user
@@ -358,26 +360,39 @@ class _PutBack:
         pick, base = self.picks.of(value), operand(node, 0)
         if pick is None or any(not is_tensor(x) for x in indices):
             return None
-        if self.picks.by(indices) is pick.mask:  # at their assignments
+        routing = self.reads_routing()
+        if self._at_assignments(indices, pick):
             if shape_of(pick.value) != shape_of(base):
                 return None
-            if is_zero(base):
+            if is_zero(base) or (pick.mask is None and not adds):
                 return pick.value
             if adds:
                 return make(aten.add.Tensor, base, pick.value)
             mask = make(aten.unsqueeze.default, pick.mask, -1)
             return make(aten.where.self, mask, pick.value, base)
         numbers = self.picks.of(indices[0]) if len(indices) == 1 else None
-        routing = self.reads_routing()
-        if numbers is None or numbers.mask is not pick.mask:
+        if numbers is None or numbers.by != pick.by:
             return None
         if Numbers(routing).dims(numbers.value) != self.dims or not (adds or routing.choices == 1):
             return None
         wrong = refuse("rows that are added are no rows of features", node, "add rows of features")
         rows = make(aten.sum.dim_IntList, natural(pick.value, self.dims, routing, make, wrong), [1])
-        if adds or is_zero(base):
-            return rows if is_zero(base) else make(aten.add.Tensor, base, rows)
-        return None
+        if is_zero(base):
+            return rows
+        return make(aten.add.Tensor, base, rows) if adds else None
+
+    def _at_assignments(self, indices: list, pick: Pick) -> bool:
+        """Whether rows are put at their own assignments: `out[keep] = rows`, `out[order[keep]] = rows`."""
+        if [VAL[x].dtype for x in indices] == [torch.bool]:
+            (mask,) = indices
+            return pick.order is None and mask is pick.mask
+        numbers = [self.picks.of(x) for x in indices]
+        if any(number is None or number.by != pick.by for number in numbers):
+            return False
+        rank = len(self.dims)
+        return len(numbers) == rank == 1 and (
+            name_of(numbers[0].value) == "arange" and shape_of(numbers[0].value) == shape_of(pick.value)[:1]
+        )
 
     def reads_routing(self) -> Routing:
         return next(r.spot.routing for r, _ in self.capture.reads if r.node is self.read)

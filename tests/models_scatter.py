@@ -131,6 +131,39 @@ class Searched(Scatter):
         return torch.zeros_like(x).index_add(0, token, done)
 
 
+class Sorted(Scatter):
+    """Places are those in the runs of a stable sort, and all is computed in its order."""
+
+    def mixture(self, x, w, ids, capacity):
+        experts, k = self.c.experts, ids.shape[1]
+        counts = torch.bincount(ids.flatten(), minlength=experts)
+        ids, order = ids.flatten().sort(stable=True)
+        place = torch.arange(ids.shape[0], device=x.device) - (counts.cumsum(0) - counts)[ids]
+        keep = place < capacity
+        address, token = (ids * capacity + place)[keep], (order // k)[keep]
+        rows = x.new_zeros(experts * capacity, x.shape[1]).index_copy(0, address, x[token])
+        done = self.run(rows.view(experts, capacity, -1)).view(-1, x.shape[1])
+        return torch.zeros_like(x).index_add(0, token, done[address] * w.flatten()[order[keep]].unsqueeze(-1))
+
+
+class SortedTrash(Scatter):
+    """The same, of all assignments; what is dropped is written behind the last row and read as zero."""
+
+    def mixture(self, x, w, ids, capacity):
+        experts, k = self.c.experts, ids.shape[1]
+        flat = ids.flatten()
+        order = flat.argsort(stable=True)
+        ids, ends = flat[order], F.one_hot(flat, experts).sum(0).cumsum(0)
+        place = torch.arange(ids.shape[0], device=x.device) - F.pad(ends[:-1], (1, 0))[ids]
+        address = torch.where(place < capacity, ids * capacity + place, experts * capacity)
+        rows = x.new_zeros(experts * capacity + 1, x.shape[1])
+        rows[address] = x[order // k]
+        done = self.run(rows[: experts * capacity].view(experts, capacity, -1)).flatten(0, 1)
+        done = F.pad(done, (0, 0, 0, 1))[address]
+        back = torch.zeros_like(done).index_copy(0, order, done)
+        return (back.view(-1, k, x.shape[1]) * w.unsqueeze(-1)).sum(1)
+
+
 LAYERS = {
     "kept": Kept,
     "trash": Trash,
@@ -138,5 +171,7 @@ LAYERS = {
     "overflow": Overflow,
     "roomy": Roomy,
     "searched": Searched,
+    "sorted": Sorted,
+    "sorted_trash": SortedTrash,
 }
 SCATTER = {f"scatter_{name}": partial(with_mixtures, layer) for name, layer in LAYERS.items()}

@@ -19,7 +19,18 @@ from tedfx.capture.scattered import by_bits, zero_where
 from tedfx.capture.slots import Bit, SlotFact, sizes_of
 from tedfx.graph.nodes import is_tensor
 
-__all__ = ["masked"]
+__all__ = ["SHAPES", "masked"]
+
+SHAPES = (
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+)
 
 _SAME = ("to", "_to_copy", "clone", "contiguous")
 
@@ -32,7 +43,7 @@ def masked(
     if not needed:
         return None
     for user in node.users:
-        if not is_tensor(user):
+        if not is_tensor(user) or name_of(user) in SHAPES:
             continue
         wrong = _used(user, node, dims, needed, known, picks)
         if wrong is not None:
@@ -56,8 +67,9 @@ def _used(
         return masked(user, dims, left, known, picks) if name == "mul" or left != needed else user
     pick = picks.of(user)
     if pick is not None and pick.value is node:
-        fact = by_bits(pick.mask, dims, known)
-        return None if needed <= fact else user
+        if pick.mask is None:
+            return masked(user, dims, needed, known, picks) if pick.order is None else user
+        return None if needed <= by_bits(pick.mask, dims, known) else user
     parsed = contraction_of(user)
     if parsed is not None:
         (left, mine), (right, theirs), _ = parsed

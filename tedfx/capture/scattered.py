@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from tedfx.capture.chains import is_zero
-from tedfx.capture.picks import Picks, index_of, rows_of
+from tedfx.capture.indices import index_of, rows_of
+from tedfx.capture.picks import Pick, Picks
 from tedfx.capture.routing import Dims, Fact, Routing, argument, known_of, name_of, shape_of
 from tedfx.capture.slot_addresses import at_most, fits, kept_by
 from tedfx.capture.slot_comparisons import in_slot, slot_of
@@ -42,11 +43,12 @@ def refuse(what: str, node: fx.Node, fix: str) -> CaptureError:
 @dataclass(frozen=True)
 class Spot:
     """The address of each assignment. `flat`: in a buffer of one dim of slots, of which each expert has
-    `address.size`; `picked`: the mask that lets some of them through, and the bits that it is made of."""
+    `address.size`; `pick`: the address, where it is of some assignments or sorted; `bits` are what the mask
+    that picked them is made of."""
 
     address: Address
     flat: bool
-    picked: fx.Node | None = None
+    pick: Pick | None = None
     bits: frozenset[Bit] = frozenset()
 
     @property
@@ -178,8 +180,7 @@ class Scattered:
 
     def spot(self, indices: list, of: fx.Node) -> Spot | None:
         found = [self.picks.of(x) if is_tensor(x) else None for x in indices]
-        masks = {None if pick is None else pick.mask for pick in found}
-        if len(masks) != 1 or not all(is_tensor(x) for x in indices):
+        if not all(is_tensor(x) for x in indices) or len({pick and pick.by for pick in found}) != 1:
             return None
         at = [x if pick is None else pick.value for x, pick in zip(indices, found)]
         address, flat = known_of(self.known, at[-1]), len(at) == 1
@@ -192,12 +193,12 @@ class Scattered:
             address = Address(place.dims, place, at[1], shape_of(of)[1], _count(of))
         if len(at) > 2 or not isinstance(address, Address):
             return None
-        (mask,) = masks
-        if mask is None:
-            return Spot(address, flat)
-        bits = self.known.get(mask)
+        pick = found[-1]
+        if pick is None or pick.mask is None:
+            return Spot(address, flat, pick)
+        bits = self.known.get(pick.mask)
         guards = kept_by(bits.dims, bits.terms, address) if isinstance(bits, Mask) else None
-        return None if guards is None else Spot(address, flat, mask, guards)
+        return None if guards is None else Spot(address, flat, pick, guards)
 
 
 def _count(of: fx.Node) -> object:
