@@ -33,6 +33,7 @@ from tedfx.capture.masks import facts
 from tedfx.capture.picks import Pick, Picks
 from tedfx.capture.read_back import SHAPES, masked
 from tedfx.capture.routing import Dims, Routing, argument, name_of, shape_of
+from tedfx.capture.run_bodies import RunBodies
 from tedfx.capture.scattered import Read, Scattered, Write, covers, refuse
 from tedfx.capture.slot_bodies import SlotBodies
 from tedfx.capture.slot_facts import slot_facts
@@ -54,6 +55,7 @@ __all__ = ["CaptureScattered"]
 
 aten = torch.ops.aten
 _WRITES = ("index_put", "index_copy", "index_add", "scatter", "scatter_add", "scatter_reduce")
+_UNFILLED = ("empty", "new_empty", "empty_like")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class CaptureScattered(Pass[GlobalGraph]):
 
     def __call__(self, program: GlobalGraph) -> PassResult:
         graph, result = program.graph_module.graph, PassResult()
-        if not any(name_of(n) in _WRITES and is_zero(operand(n, 0)) for n in graph.nodes):
+        if not any(name_of(n) in _WRITES and _is_fresh(operand(n, 0)) for n in graph.nodes):
             return result
         make = lambda target, *args, like, **kwargs: emit(graph, target, args, kwargs, like=like)
         picks = Picks(make, Orders(graph, facts(graph)))
@@ -92,6 +94,10 @@ class CaptureScattered(Pass[GlobalGraph]):
         return result
 
 
+def _is_fresh(node: fx.Node) -> bool:
+    return is_zero(node) or name_of(node) in _UNFILLED
+
+
 @dataclass
 class _Buffer:
     """The slots [E, C, H] or [E * C, H] at `node`, `size` each, with what was written to them."""
@@ -110,7 +116,7 @@ def _buffers(graph: fx.Graph, found: Scattered) -> list[_Buffer]:
         if name_of(node) in _WRITES and (write := found.write(node)) is not None:
             if write.base in chains:
                 chains[node] = [*chains.pop(write.base), write]
-            elif is_zero(write.base):
+            elif is_zero(write.base) or (name_of(write.base) in _UNFILLED and not write.adds):
                 chains[node] = [write]
     return [_buffer(writes, found.known) for writes in chains.values()]
 
@@ -126,9 +132,11 @@ def _buffer(writes: list[Write], known: Mapping[fx.Node, SlotFact]) -> _Buffer:
     if any(among(w.spot.routing) != among(spot.routing) for w in writes):
         raise refuse("choices among other experts or of other tokens", last, "choose all from one matrix")
     terms, size, experts = [w.term(known) for w in writes], spot.address.size, spot.routing.experts
-    labels: Dims = (("e", "c"),) if spot.flat else (("e",), ("c",))
+    labels, runs = spot.labels, spot.address.runs
+    if any(w.spot.address.runs != runs for w in writes):
+        raise refuse("addresses count different runs", last, "let all begin where the same runs do")
     node, whole = last, as_size(size * experts)
-    while len(node.users) == 1:
+    while len(node.users) == 1 and runs is None:
         (user,), name = node.users, name_of(next(iter(node.users)))
         if name == "slice" and argument(user, "step") == 1 and (argument(user, "start") or 0) == 0:
             dim, shape = argument(user, "dim") or 0, shape_of(user)
@@ -145,7 +153,8 @@ def _buffer(writes: list[Write], known: Mapping[fx.Node, SlotFact]) -> _Buffer:
         else:
             break
         node = user
-    if shape_of(node)[: len(labels)] != ([whole] if len(labels) == 1 else [experts, size]):
+    counted = [experts, size] if len(labels) == 2 else [whole]
+    if runs is None and shape_of(node)[: len(labels)] != counted:
         raise refuse(
             f"addresses count {size} slots for each of {experts} experts, and the buffer has other rows",
             last,
@@ -171,7 +180,11 @@ def _reads(graph: fx.Graph, start: _Buffer, found: Scattered) -> list[tuple[Read
         read = found.read(node) if node in inside else None
         if read is None or read.source not in inside or read.spot.routing not in routings:
             continue
-        which = [i for i, term in enumerate(start.terms) if covers(term, read.spot)]
+        which = [
+            i
+            for i, term in enumerate(start.terms)
+            if covers(term, start.writes[i].spot.address.runs, read.spot)
+        ]
         if len(which) != 1:
             raise refuse(
                 "rows are read at another address than they were written to",
@@ -252,16 +265,18 @@ class _Capture:
 
     def _dispatch(self) -> tuple[SlotBodies, fx.Node]:
         start, routing = self.start, self.routing
+        runs = start.writes[0].spot.address.runs
         choices = Choices(self.graph, tuple(start.terms), self.like)
         each = [self._rows(write) for write in start.writes]
         rows = each[0] if len(each) == 1 else self.make(aten.cat.default, each, 1)
         x = self.make(aten.reshape.default, rows, [-1, shape_of(rows)[-1]])
         among = tuple((as_size(routing.sizes[label]), True) for label in routing.tokens)
-        slots = Slots(start.size, (*among, (sum(self.columns), True)))
+        slots = None if runs is not None else Slots(start.size, (*among, (sum(self.columns), True)))
         dispatched, kept, tail = choices.dispatch_each(x, slots)
-        sizes = {**routing.sizes, "c": start.size}
+        sizes = {**routing.sizes, "c": start.size, "r": shape_of(start.node)[0]}
         inside = reached_from(self.graph, {start.node})
-        bodies = SlotBodies(self.graph, routing, self.stacks, start.node, start.labels, sizes, inside)
+        given = (self.graph, routing, self.stacks, start.node, start.labels, sizes, inside)
+        bodies = SlotBodies(*given) if runs is None else RunBodies(self.known, runs, *given)
         bodies.start(dispatched, tail)
         return bodies, kept
 
@@ -291,8 +306,7 @@ class _Capture:
         value = bodies.value(read.source)
         if value.kind != "rows" or value.right != 1:
             raise refuse("what is read is not a row of features per slot", read.node, "give every slot a row")
-        labels = bodies.labels[read.source]
-        if labels != ((("e", "c"),) if read.spot.flat else (("e",), ("c",))):
+        if bodies.labels[read.source] != read.spot.labels:
             raise refuse(
                 "slots are read in another order than they were written in", read.node, "keep their order"
             )

@@ -46,7 +46,7 @@ class Choices:
         sent, tail = self._sent()
         return self._dispatched(x, sent, slots, tail), tail
 
-    def dispatch_each(self, x: fx.Node, slots: Slots) -> tuple[Dispatched, fx.Node, bool]:
+    def dispatch_each(self, x: fx.Node, slots: Slots | None) -> tuple[Dispatched, fx.Node, bool]:
         """The same of values of assignments [N * K, H]; and which are kept, [N * K, 1]. Slots that nobody is
         too late for are no limit: an expert gets the rows that it has."""
         sent, tail = self._sent()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -50,6 +51,13 @@ class Spot:
     flat: bool
     pick: Pick | None = None
     bits: frozenset[Bit] = frozenset()
+
+    @property
+    def labels(self) -> Dims:
+        """Of the buffer's dims but the last; "r" are rows in runs."""
+        if not self.flat:
+            return ("e",), ("c",)
+        return (("e", "c"),) if self.address.runs is None else (("r",),)
 
     @property
     def dims(self) -> Dims:
@@ -255,12 +263,13 @@ def _is_nothing(value: object) -> bool:
     return is_zero(value) if isinstance(value, fx.Node) else value == 0
 
 
-def covers(written: Term, spot: Spot) -> bool:
-    """Whether a row is read where it was written."""
+def covers(written: Term, runs: tuple[Any, ...] | None, spot: Spot) -> bool:
+    """Whether a row is read where it was written, `runs`: in runs of which length (slot_runs.py)."""
     slot = written.own_slot
     return (
         written.routing is spot.routing
         and slot.queue == spot.place.queue
         and slot.first == spot.place.first
+        and runs == spot.address.runs
         and as_size(slot.size - spot.address.size) == 0
     )

@@ -6,7 +6,7 @@ other. It says so only where its guards, and those of its place, are 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import sympy
@@ -14,9 +14,11 @@ import torch
 from torch import fx
 
 from tedfx.capture.gathers import picked
-from tedfx.capture.routing import Fact, argument, known_of, name_of, number_of, product, shape_of
+from tedfx.capture.indices import index_of
+from tedfx.capture.routing import Fact, Routing, argument, known_of, name_of, number_of, product, shape_of
 from tedfx.capture.slot_masks import same_everywhere
-from tedfx.capture.slots import Address, Bit, Drop, Mask, Place, Scaled, SlotFact, Term
+from tedfx.capture.slot_runs import begins
+from tedfx.capture.slots import Address, Bit, Counts, Drop, Mask, Place, Scaled, SlotFact, Term
 from tedfx.graph.facts import VAL
 from tedfx.placement.sizes import Size, as_size
 
@@ -28,8 +30,8 @@ def derive(
 ) -> Scaled | Address | Place | None:
     """What follows for a node that scales ids, adds a place to them, or keeps an address."""
     name = name_of(node)
-    if name == "index":
-        return place_at_ids(node, known, hits)
+    if name in ("index", "index_select"):
+        return begins_at_ids(node, known, hits) or place_at_ids(node, known, hits)
     if name not in ("mul", "add", "sub", "where", "masked_fill", "clamp", "clamp_max", "clamp_min"):
         return None
     if not isinstance(VAL[node], torch.Tensor) or VAL[node].is_floating_point():
@@ -58,6 +60,21 @@ def place_at_ids(
     if tuple(dim for dim in found.dims if dim not in ((), ("k",))) != rest:
         return None
     return replace(fact, dims=found.dims, outside=None, reduced=True)
+
+
+def begins_at_ids(
+    node: fx.Node, known: Mapping[fx.Node, SlotFact], hits: Mapping[fx.Node, Fact]
+) -> Scaled | None:
+    """`starts[ids]`, of the starts of the experts' runs."""
+    found = index_of(node)
+    starts = None if found is None else known.get(found[0])
+    if found is None or not isinstance(starts, Counts) or len(found[1]) != 1:
+        return None
+    ids, runs = known_of(hits, found[1][0]), begins(starts)
+    if ids is None or ids.kind != "ids" or ids.routing is not starts.routing or runs is None:
+        return None
+    # An expert's run is as long as it has tokens, or longer.
+    return Scaled(ids.dims, ids.routing, _most(ids.routing, ids.routing.sizes), runs=runs)
 
 
 def _scaled(node: fx.Node, hits: Mapping[fx.Node, Fact]) -> Scaled | None:
@@ -116,7 +133,7 @@ def _sum(node: fx.Node, known: Mapping[fx.Node, SlotFact]) -> Address | None:
             and base.dims == place.dims
             and shape_of(one) == shape_of(other)
         ):
-            return Address(base.dims, place, other, base.size, base.source)
+            return Address(base.dims, place, other, base.size, base.source, runs=base.runs)
     return None
 
 
@@ -169,7 +186,11 @@ def fits(place: Place, size: Size, guards: frozenset[Bit]) -> bool:
     for bit in guards:
         if bit.queue == place.queue and bit.limit is not None and at_most(bit.limit, room):
             return True
-    routing = place.queue.routing
-    most = lambda labels: product(routing.sizes[x] for x in labels if not (x == "k" and routing.unique))
-    count = sum((most(total.labels) for total in place.queue.before), most(place.queue.labels))
+    queue, routing = place.queue, place.queue.routing
+    count = sum((_most(routing, total.labels) for total in queue.before), _most(routing, queue.labels))
     return at_most(as_size(count), room)
+
+
+def _most(routing: Routing, labels: Iterable[str]) -> Size:
+    """How many tokens an expert may get of those along these labels."""
+    return product(routing.sizes[x] for x in labels if x != "e" and not (x == "k" and routing.unique))

@@ -17,6 +17,7 @@ from tedfx.capture.routing import Fact, Routing, argument, known_of, name_of, nu
 from tedfx.capture.slots import (
     Address,
     Bit,
+    Counts,
     Drop,
     Mask,
     Numbers,
@@ -41,7 +42,7 @@ SAME = ("clone", "contiguous", "alias", "lift_fresh_copy", "detach")
 
 def cast(node: fx.Node, fact: SlotFact) -> SlotFact | None:
     dtype = VAL[node].dtype
-    if isinstance(fact, (Place, Scaled, Address)):
+    if isinstance(fact, (Place, Counts, Scaled, Address)):
         return fact if dtype in COUNTS else None
     if not isinstance(fact, Mask):
         return fact if dtype != torch.bool or isinstance(fact, Drop) else None

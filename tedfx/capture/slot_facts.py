@@ -12,6 +12,8 @@
 | `one_hot(place, C)`, `place[..., None] == arange(C)`, ones scattered at places | mask of slots |
 | `one_hot(place, C + 1)[..., 1:]` | mask of the slots that are left, counted from zero |
 | `ids * C + place`; `where(bit, address, number)`, `address * bit`, `address.clamp(..)` | address |
+| `counts`, rounded up, running sums of them, sums and differences | counts (slot_runs.py) |
+| `starts[ids] + place`, of the starts of the experts' runs | address |
 | products (`*`, `&`, `where`, einsum) of these and others; sums over experts and choices | mask, place |
 | `mask + mask`, `mask.bool()`, `mask != 0`, layouts, casts | mask |
 
@@ -28,7 +30,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from tedfx.capture import slot_addresses, slot_comparisons, slot_masks, slot_places
+from tedfx.capture import slot_addresses, slot_comparisons, slot_masks, slot_places, slot_runs
 from tedfx.capture.masks import facts
 from tedfx.capture.products import scaled
 from tedfx.capture.routing import Fact, known_of, moved, name_of, number_of
@@ -72,7 +74,7 @@ def _derive(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         name == "arange" and len(node.args) == 1 and (length := number_of(node.args[0])) is not None
     ):  # a float's is no place
         return Numbers((("c",),), length, node.args[0])
-    found = slot_addresses.derive(node, known, hits)
+    found = slot_runs.derive(node, known, hits) or slot_addresses.derive(node, known, hits)
     if found is not None:
         return found
     if name in _RULES:

@@ -21,7 +21,7 @@ two tokens share no slot (`shared_slot` finds none) if
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -35,6 +35,7 @@ from tedfx.placement.sizes import Size, as_size
 __all__ = [
     "Address",
     "Bit",
+    "Counts",
     "Drop",
     "Mask",
     "Numbers",
@@ -212,13 +213,24 @@ class Numbers:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """A number per expert [E]: so many times each of the parts (slot_runs.py), summed."""
+
+    dims: Dims
+    routing: Routing
+    parts: Mapping[tuple[Any, ...], int]
+
+
+@dataclass(frozen=True)
 class Scaled:
-    """ids * size; `source`: the node of the size, or a number."""
+    """ids * size; `source`: the node of the size, or a number. With `runs`, where the run of the expert
+    begins, each as long as that part of a `Counts` says, and no shorter than `size`."""
 
     dims: Dims
     routing: Routing
     size: Size
     source: Any = field(default=None, compare=False)
+    runs: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -235,20 +247,21 @@ class Address:
     guards: frozenset[Bit] = frozenset()
     off: Size | None = None
     shift: int = 0
+    runs: tuple[Any, ...] | None = None
 
     def shifted(self, by: int) -> Address:
         off = None if self.off is None else as_size(self.off + by)
         return replace(self, place=self.place.shifted(by), off=off, shift=self.shift + by)
 
 
-SlotFact: TypeAlias = Mask | Place | Totals | Drop | Numbers | Scaled | Address
+SlotFact: TypeAlias = Mask | Place | Totals | Drop | Numbers | Counts | Scaled | Address
 
 
 def sizes_of(fact: SlotFact) -> Sizes:
     """Label -> size."""
     if isinstance(fact, Numbers):
         return {"c": fact.size}
-    if isinstance(fact, Scaled):
+    if isinstance(fact, (Counts, Scaled)):
         return fact.routing.sizes
     if isinstance(fact, (Place, Address)):
         place = fact if isinstance(fact, Place) else fact.place

@@ -13,6 +13,7 @@ from tedfx.passes.base import run_pipeline
 from tedfx.passes.capture_capacity import CaptureCapacity
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
 from tedfx.passes.capture_scattered import CaptureScattered
+from tedfx.passes.capture_sorted import CaptureSorted
 from tedfx.passes.functionalize import Functionalize
 from tedfx.stages.graphs import GlobalGraph
 from tedfx.trace.export import trace
@@ -39,7 +40,7 @@ class Layer(nn.Module):
 
 def capture(model):
     traced = trace(model, kwargs={"x": torch.zeros(3, 6, H, dtype=next(model.parameters()).dtype)})
-    passes = [Functionalize(), CaptureLoops(), CaptureCapacity(), CaptureScattered()]
+    passes = [Functionalize(), CaptureSorted(), CaptureLoops(), CaptureCapacity(), CaptureScattered()]
     done = run_pipeline(GlobalGraph.of(traced), passes)
     return done.trace, done.history[-1].result
 
@@ -197,3 +198,102 @@ def test_refused_by_name(name):
     with pytest.raises(CaptureError, match=why) as error:
         capture(Mixture(**parts))
     assert "test_capture_scattered.py:" in str(error.value)
+
+
+# --- runs that are filled up to a multiple, in grouped products ---------------------------------------------
+
+
+def up(counts):
+    return (counts + 7) // 8 * 8
+
+
+def by_sort(ids, begin):
+    """(rows, assignments) of a stable sort."""
+    counts = ids.bincount(minlength=E)
+    sorted_ids, order = ids.sort(stable=True)
+    place = torch.arange(order.shape[0]) - (counts.cumsum(0) - counts)[sorted_ids]
+    return begin[sorted_ids] + place, order
+
+
+def by_cumsum(ids, begin):
+    """(rows, None): in the assignments' own order."""
+    return begin[ids] + (F.one_hot(ids, E).cumsum(0) - 1).gather(1, ids[:, None])[:, 0], None
+
+
+class Runs(Mixture):
+    """Top-2. torch's own grouped product has no float64 on the CPU: compared in bfloat16."""
+
+    def __init__(self, rows=by_sort, length=up, begin=None, ends=None):
+        super().__init__()
+        self.parts = rows, length, begin or (lambda ends, padded: ends - padded), ends or length
+
+    def forward(self, x):
+        rows, length, begin, others = self.parts
+        x = x.reshape(-1, H)
+        w, ids = self.router(x).softmax(-1).topk(2, -1)
+        counts = ids.flatten().bincount(minlength=E)
+        padded = length(counts)
+        at, order = rows(ids.flatten(), begin(padded.cumsum(0), padded))
+        numbers = torch.arange(ids.numel()) if order is None else order
+        ends = others(counts).cumsum(0).to(torch.int32)
+        filled = x.new_zeros(ids.numel() + 16 * E, H).index_copy(0, at, x[numbers // 2])
+        inner = F.silu(torch._grouped_mm(filled, self.up, offs=ends))
+        done = torch._grouped_mm(inner, self.down, offs=ends)[at]
+        y = torch.zeros_like(x).index_add(0, numbers // 2, done * w.flatten()[numbers, None])
+        return {"y": y, "loss": y.square().sum()}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    slow_but(
+        [{}],
+        [
+            {},
+            {"rows": by_cumsum},
+            {"rows": by_cumsum, "length": lambda counts: counts},
+            {"length": lambda counts: (torch.ceil(counts / 16) * 16).long()},
+            {
+                "length": lambda counts: up(counts.clamp(min=8)),
+                "ends": lambda counts: up(counts.clamp_min(1)),
+            },
+            {"begin": lambda ends, padded: F.pad(ends[:-1], (1, 0))},
+            {"begin": lambda ends, padded: torch.cat([ends.new_zeros(1), ends[:-1]])},
+        ],
+    ),
+)
+def test_runs_filled_up_to_a_multiple(parts):
+    model = Runs(**parts).to(torch.bfloat16)
+    traced, result = capture(model)
+    assert result.matches == 1
+    found = operators(traced)
+    assert found.count("tedfx.grouped_linear.default") == 2 and not any("grouped_mm" in n for n in found)
+    for values in BIASES.values():
+        routers(model, values)
+        x = tokens().bfloat16()
+        got, wanted = (run(x=x) for run in (lambda **given: traced(model, **given), model))
+        for a, b in zip(*(torch.autograd.grad(out["loss"], [*model.parameters()]) for out in (got, wanted))):
+            torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2 * float(b.abs().max()))
+        torch.testing.assert_close(got["y"], wanted["y"], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("ends", slow_but([], [lambda counts: counts, lambda counts: up(counts) + 8]))
+def test_grouped_products_at_other_ends(ends):
+    with pytest.raises(CaptureError, match="where the experts' runs end") as error:
+        capture(Runs(ends=ends).to(torch.bfloat16))
+    assert "test_capture_scattered.py:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    slow_but(
+        [],
+        [
+            {"length": lambda counts: counts // 8 * 8},  # shorter than what an expert has
+            {"begin": lambda ends, padded: ends},
+            {"rows": lambda ids, begin: by_sort(ids.flip(0), begin)},
+        ],
+    ),
+)
+def test_runs_that_say_nothing_are_not_captured(parts):
+    traced, result = capture(Runs(**parts).to(torch.bfloat16))
+    assert result.matches == 0 and find_uncaptured(traced.graph_module.graph)
