@@ -41,7 +41,7 @@ from tedfx.capture.slot_masks import between
 from tedfx.capture.slots import Bit, SlotFact, Term, shared_slot
 from tedfx.capture.sorted_places import Orders
 from tedfx.capture.stacks import Stacks
-from tedfx.errors import user_line
+from tedfx.errors import CaptureError, user_line
 from tedfx.graph import nodes
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
@@ -236,17 +236,13 @@ class _Capture:
             needed = self._needed(read, self.start.terms[which])
             if read.spot.pick is not None:
                 if not needed <= read.spot.bits:
-                    raise refuse("rows are read that were not written", read.node, "read what was written")
+                    raise _seen(read.node)
                 self.picks.made[read.node] = replace(read.spot.pick, value=new)
                 picked.append((read.node, read.spot.dims))
                 continue
             wrong = masked(read.node, read.spot.dims, needed, self.known, self.picks)
             if wrong is not None:
-                raise refuse(
-                    "what a dropped token reads is not provably left out",
-                    wrong,
-                    "multiply what was read by (place < capacity), or by weights that are zero there",
-                )
+                raise _seen(wrong)
             read.node.replace_all_uses_with(new)
         for node, dims in picked:
             _PutBack(self, node, dims).run()
@@ -326,6 +322,14 @@ class _Capture:
             return combined
         first = sum(self.columns[:which])
         return self.make(aten.slice.Tensor, combined, 1, first, first + self.columns[which])
+
+
+def _seen(node: fx.Node) -> CaptureError:
+    return refuse(
+        "what a dropped token reads is not provably left out",
+        node,
+        "multiply it by (place < capacity), or by weights that are zero there, or read what was kept alone",
+    )
 
 
 class _PutBack:

@@ -144,9 +144,21 @@ class Picks:
             return replace(pick, value=value)
         if len({len(shape_of(x)) for x in picks}) > 1:
             return None  # rows of one broadcast against features of the other
-        swap = lambda x: picks[x].value if x in picks else x
+        swap = lambda x: self._factor(picks[x], node, name) if x in picks else x
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), swap)
         return replace(pick, value=self.emit(node.target, *args, like=node, **kwargs))
+
+    def _factor(self, pick: Pick, node: fx.Node, name: str) -> fx.Node:
+        """The value of an operand. A factor of rows may be anything where it is not picked, infinite too."""
+        value, rank = pick.value, len(shape_of(pick.value))
+        if name != "mul" or pick.mask is None or not VAL[value].is_floating_point():
+            return value
+        if any(size != 1 for size in shape_of(value)[len(shape_of(pick.mask)) :]):
+            return value
+        mask = pick.mask
+        while len(shape_of(mask)) < rank:
+            mask = self.emit(aten.unsqueeze.default, mask, -1, like=node)
+        return self.emit(aten.where.ScalarOther, mask, value, 0, like=node)
 
 
 def _search(index: fx.Node) -> tuple[fx.Node, int] | None:

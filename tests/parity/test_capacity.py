@@ -2,6 +2,7 @@
 as on a single device."""
 
 import functools
+from collections import Counter
 
 import pytest
 
@@ -172,3 +173,18 @@ def test_only_what_is_kept_is_sent(change):
     ((total,), ranks) = on_single(this, kept), on_ranks(this, rows_sent)
     there, back, again, home = (sum(calls) for calls in zip(*ranks))
     assert there == back == again == home == total < 8 * 12 * 2
+
+
+@pytest.mark.slow
+def test_rows_at_addresses_travel_there_and_back():
+    for log in on_ranks(case("scatter_trash", "ep=2", overrides={"layers": 1}), rows_sent_and_gathers):
+        assert log == {("all_to_all", "forward"): 2, ("all_to_all", "backward"): 2, "counts": 1}
+
+
+def rows_sent_and_gathers(pm, batch, rank):
+    with count_collectives() as log:
+        pm(**split_batch(batch, *pm.batch_coordinate)).loss.backward()
+    rows = Counter((c.op, c.phase) for c in log if c.op == "all_to_all")
+    gathers = [c for c in log if c.op == "all_gather" and c.phase == "forward" and c.axes == ("ep",)]
+    # One more: the places of the global batch, whose running counts are numbers of each rank's tokens.
+    return {**rows, "counts": len(gathers) - 1}

@@ -136,12 +136,21 @@ def padded(done, address, ids, at, w):
     return F.pad(done, (0, 0, 0, 1)).index_select(0, address) * w.unsqueeze(-1)
 
 
+def picked(done, address, ids, at, w):
+    """What is not picked may be anything."""
+    keep = at < C
+    out = w.new_zeros(w.shape[0], H)
+    out[keep] = done[address[keep]] * torch.where(keep, w, torch.inf)[keep].unsqueeze(-1)
+    return out
+
+
 @pytest.mark.parametrize(
     "parts",
     slow_but(
         [{"read": by_keep}],
         [
             {"read": by_keep},
+            {"read": picked},
             {"read": in_two_dims},
             {"address": filled},
             {"read": padded},
@@ -156,6 +165,15 @@ def test_other_words_for_it(parts):
     for values in ("uneven", "all to one"):
         routers(model, BIASES[values])
         check(model, traced, x=tokens())
+
+
+def late(done, address, at):
+    some = (at < C + 1).nonzero().squeeze(-1)
+    return some, done[address.clamp(max=E * C - 1)[some]]
+
+
+def twice(address, x):
+    return x.new_zeros(E * C + 1, H).index_add(0, address, x).index_add(0, address, x)[:-1]
 
 
 REFUSED = {
@@ -181,6 +199,15 @@ REFUSED = {
         {"read": lambda d, a, ids, at, w: unmasked(d, a, ids, at, w) * (at < C - 1).unsqueeze(-1)},
         "not provably left out",
     ),
+    "picked and mixed": (
+        {"read": lambda d, a, ids, at, w: w[:, None] * d[a[at < C]].mean(0)},
+        "that a mask picked are read by aten.mean",
+    ),
+    "picked by less": (
+        {"read": lambda d, a, ids, at, w: w.new_zeros(w.shape[0], H).index_add(0, *late(d, a, at))},
+        "not provably left out",
+    ),
+    "written twice": ({"place": place, "write": twice}, "queue behind"),
     "mixed": ({"experts": lambda m, rows: experts(m, rows).softmax(1)}, "along the rows"),
     "never read": ({"read": lambda done, *_: done.sum(-1)}, "nothing reads them"),
     "a limit that is data": (
