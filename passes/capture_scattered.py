@@ -372,7 +372,10 @@ class _PutBack:
         elif name == "scatter_add" and operand(node, 3) is value and argument(node, "dim") == 0:
             if shape_of(operand(node, 2)) != shape_of(value):
                 return None
-            indices = [rows_of(operand(node, 2))]
+            column = rows_of(operand(node, 2))
+            if column is None:
+                return None
+            indices = [column]
         else:
             return None
         pick, base = self.picks.of(value), operand(node, 0)
@@ -404,13 +407,10 @@ class _PutBack:
         if [VAL[x].dtype for x in indices] == [torch.bool]:
             (mask,) = indices
             return pick.order is None and mask is pick.mask
-        numbers = [self.picks.of(x) for x in indices]
-        if any(number is None or number.by != pick.by for number in numbers):
+        number = self.picks.of(indices[0]) if len(indices) == len(self.dims) == 1 else None
+        if number is None or number.by != pick.by:
             return False
-        rank = len(self.dims)
-        return len(numbers) == rank == 1 and (
-            name_of(numbers[0].value) == "arange" and shape_of(numbers[0].value) == shape_of(pick.value)[:1]
-        )
+        return name_of(number.value) == "arange" and shape_of(number.value) == shape_of(pick.value)[:1]
 
     def reads_routing(self) -> Routing:
         return next(r.spot.routing for r, _ in self.capture.reads if r.node is self.read)

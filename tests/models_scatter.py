@@ -112,7 +112,9 @@ class Roomy(Scatter):
         at = address.unsqueeze(-1).expand(-1, x.shape[1])
         rows = x.new_zeros(self.c.experts * capacity, x.shape[1]).scatter(0, at, x)
         rows = rows.view(self.c.experts, capacity, -1)
-        done = torch.stack([F.relu(rows[e] @ self.up[e]) @ self.down[e] for e in range(self.c.experts)])
+        done = torch.empty_like(rows)
+        for e in range(self.c.experts):
+            done[e] = F.relu(rows[e] @ self.up[e]) @ self.down[e]
         return done.view(-1, x.shape[1]).gather(0, at) * w
 
 

@@ -25,6 +25,7 @@ from torch import fx
 from tedfx.capture.indices import CASTS, index_of
 from tedfx.capture.routing import argument, name_of, shape_of, whole_quotient
 from tedfx.capture.sorted_places import Orders
+from tedfx.graph import nodes
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import REGROUPS, is_tensor, operand, operand_or_none
 
@@ -75,10 +76,11 @@ class Picks:
         if found is not None:
             return self._taken(node, *found)
         if name == "masked_select":
-            return self._masked(node, *node.args)
-        ids = self.orders.places(node, self.of)
-        if ids is not None:
-            return Pick(self.orders.make_places(ids, self.emit, node), order=self.of(operand(node, 1)).order)
+            return self._masked(node, operand(node, 0), operand(node, 1))
+        order = self.orders.places(node, self.of)
+        if order is not None:
+            ids = self.orders.orders[order]
+            return Pick(self.orders.make_places(ids, self.emit, node), order=order)
         whole = whole_quotient(node) is not None and not VAL[node].is_floating_point()
         if name in CASTS or name in ("unsqueeze", *REGROUPS) or name in _EACH or whole:
             return self._computed(node, name)
@@ -87,8 +89,8 @@ class Picks:
     def _taken(self, node: fx.Node, source: fx.Node, indices: list) -> Pick | None:
         if len(indices) == 1 and VAL[indices[0]].dtype == torch.bool:
             return self._masked(node, source, indices[0])
-        searches = [_search(index) for index in indices]
-        if len(indices) > 1 and all(s is not None for s in searches):
+        searches = [s for index in indices if (s := _search(index)) is not None]
+        if len(indices) > 1 and len(searches) == len(indices):
             (mask, *others), dims = [s[0] for s in searches], [s[1] for s in searches]
             whole = dims == list(range(len(shape_of(mask))))
             return self._masked(node, source, mask) if whole and others == [mask] * len(others) else None
@@ -172,7 +174,7 @@ def _search(index: fx.Node) -> tuple[fx.Node, int] | None:
     if source is None:
         return None
     if name_of(index) == "getitem" and name_of(source) in ("where", "nonzero_numpy"):
-        return (operand(source, 0), int(index.args[1])) if len(source.args) == 1 else None
+        return (operand(source, 0), nodes.argument(index, 1)) if len(source.args) == 1 else None
     if name_of(index) == "select" and name_of(source) == "nonzero" and argument(index, "dim") in (1, -1):
         return operand(source, 0), argument(index, "index") % shape_of(source)[1]
     return None

@@ -65,8 +65,12 @@ def place_at_ids(
 def begins_at_ids(
     node: fx.Node, known: Mapping[fx.Node, SlotFact], hits: Mapping[fx.Node, Fact]
 ) -> Scaled | None:
-    """`starts[ids]`, of the starts of the experts' runs."""
+    """`starts[ids]`, of the starts of the experts' runs; `(arange(E) * C)[ids]`, of equal ones."""
     found = index_of(node)
+    if found is not None and len(found[1]) == 1 and (size := _multiples(found[0])) is not None:
+        ids = known_of(hits, found[1][0])
+        if ids is not None and ids.kind == "ids" and shape_of(found[0]) == [ids.routing.experts]:
+            return Scaled(ids.dims, ids.routing, *size)
     starts = None if found is None else known.get(found[0])
     if found is None or not isinstance(starts, Counts) or len(found[1]) != 1:
         return None
@@ -75,6 +79,17 @@ def begins_at_ids(
         return None
     # An expert's run is as long as it has tokens, or longer.
     return Scaled(ids.dims, ids.routing, _most(ids.routing, ids.routing.sizes), runs=runs)
+
+
+def _multiples(node: fx.Node) -> tuple[Size, object] | None:
+    """C of `arange(E) * C`."""
+    if name_of(node) != "mul":
+        return None
+    for numbers, number in (node.args[:2], node.args[1::-1]):
+        size = number_of(number)
+        if name_of(numbers) == "arange" and len(numbers.args) == 1 and size is not None:
+            return size, number
+    return None
 
 
 def _scaled(node: fx.Node, hits: Mapping[fx.Node, Fact]) -> Scaled | None:

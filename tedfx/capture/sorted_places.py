@@ -48,7 +48,7 @@ class Orders:
         return next((order for order in self.orders if order.args[:1] == (sort,)), None)
 
     def places(self, node: fx.Node, pick: Callable[[fx.Node], Any]) -> fx.Node | None:
-        """The ids of which `node` is the sorted places."""
+        """The order in which `node` has the places of all assignments."""
         if name_of(node) != "sub" or argument(node, "alpha") != 1 or not all(map(is_tensor, node.args[:2])):
             return None
         numbers, taken = operand(node, 0), pick(operand(node, 1))
@@ -60,7 +60,7 @@ class Orders:
             return None
         run = self._starts(operand(starts, 0))
         routing = self.known[ids].routing
-        return ids if run is routing and shape_of(numbers) == shape_of(ids) else None
+        return taken.order if run is routing and shape_of(numbers) == shape_of(ids) else None
 
     def _starts(self, node: fx.Node) -> object:
         """The routing of whose experts' runs these are the starts."""
