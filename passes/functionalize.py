@@ -12,7 +12,7 @@ Algorithm, one walk over the nodes in order:
 3. An in-place operator is replaced by its functional counterpart. The result is the new value of its operand,
    and is written back through the chain of views up to the root: a write into a slice is a `slice_scatter` of
    the value it looks into, a write into a transpose is the transpose of the write, and so on.
-4. Writes of slices that tile the whole of a value become one `cat`, of all entries of a dim one `stack`, which
+4. Writes of slices that tile the whole of a value become one `cat`, of all entries of a dim one `stack`: they
    shard where scatters do not.
 5. A buffer that was written has its new value returned, ahead of the model's outputs.
 6. Operators that change nothing (a cast to the dtype at hand, a slice of everything, `+ 0` on integers) are
