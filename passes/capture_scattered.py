@@ -134,7 +134,7 @@ class _Capture:
                 raise _seen(wrong)
             read.node.replace_all_uses_with(new)
         for read in picked:
-            PutBack(self.graph, self.picks, read).run()
+            PutBack(self.graph, self.picks, read, {other.node for other in picked}).run()
 
     def _needed(self, read: Read, term: Term) -> frozenset[Bit]:
         """The bits of an assignment that was kept, but those without which zeros are read."""

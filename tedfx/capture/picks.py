@@ -98,8 +98,23 @@ class Picks:
         if number is None or self.of(source) is not None:
             return None
         all_of_them = name_of(number.value) == "arange" and shape_of(number.value) == shape_of(source)[:1]
-        made = source if all_of_them else self.emit(aten.index.Tensor, source, [number.value], like=node)
+        made = (
+            source
+            if all_of_them
+            else self.emit(aten.index.Tensor, source, [self._within(number, node)], like=node)
+        )
         return replace(number, value=made)
+
+    def _within(self, number: Pick, node: fx.Node) -> fx.Node:
+        """The numbers; where they are not picked they may be out of range, if not of tokens or experts."""
+        known, value = self.orders.known.get(number.value), number.value
+        while name_of(value) in ("expand", "unsqueeze", "repeat_interleave", *REGROUPS) or whole_quotient(
+            value
+        ):
+            value = operand(value, 0)
+        if number.mask is None or name_of(value) == "arange" or (known is not None and known.kind == "ids"):
+            return number.value
+        return self.emit(aten.where.ScalarOther, number.mask, number.value, 0, like=node)
 
     def _masked(self, node: fx.Node, source: fx.Node, mask: fx.Node) -> Pick | None:
         """`source[mask]`, both in one order."""

@@ -8,6 +8,8 @@ picked; where they are put back, those take their place.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import fx
 
 from tedfx.capture.by_assignment import natural
 from tedfx.capture.chains import is_zero
-from tedfx.capture.indices import Numbers, rows_of
+from tedfx.capture.indices import CASTS, Numbers, rows_of
 from tedfx.capture.picks import Pick, Picks
 from tedfx.capture.read_back import SHAPES
 from tedfx.capture.routing import argument, name_of, shape_of
@@ -23,7 +25,7 @@ from tedfx.capture.scattered import Read, refuse
 from tedfx.graph import nodes
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import is_tensor, operand
+from tedfx.graph.nodes import REGROUPS, is_tensor, operand
 
 __all__ = ["PutBack"]
 
@@ -33,8 +35,9 @@ aten = torch.ops.aten
 class PutBack:
     """What is made of rows that were read for picked assignments, and where it is put back."""
 
-    def __init__(self, graph: fx.Graph, picks: Picks, read: Read):
-        self.graph, self.picks, self.read = graph, picks, read
+    def __init__(self, graph: fx.Graph, picks: Picks, read: Read, reads: Collection[fx.Node]):
+        """`reads`: all nodes that read picked rows, which are zero where they were not picked."""
+        self.graph, self.picks, self.read, self.reads = graph, picks, read, reads
         self.like = read.node
 
     def make(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -82,6 +85,9 @@ class PutBack:
         pick, base = self.picks.of(value), operand(node, 0)
         if pick is None or any(not is_tensor(x) for x in indices):
             return None
+        if pick.mask is not None and not self._vanishes(value):
+            mask = make(aten.unsqueeze.default, pick.mask, -1)
+            pick = replace(pick, value=make(aten.where.ScalarOther, mask, pick.value, 0))
         dims, routing = self.read.spot.dims, self.read.spot.routing
         if self._at_assignments(indices, pick):
             if shape_of(pick.value) != shape_of(base):
@@ -102,6 +108,15 @@ class PutBack:
         if is_zero(base):
             return rows
         return make(aten.add.Tensor, base, rows) if adds else None
+
+    def _vanishes(self, node: fx.Node) -> bool:
+        """Whether the rows of all assignments are zero where they were not picked."""
+        name, sources = name_of(node), [x for x in node.all_input_nodes if is_tensor(x)]
+        if node in self.reads:
+            return True
+        if name in ("mul", *CASTS, "unsqueeze", *REGROUPS):
+            return any(self._vanishes(x) for x in sources)
+        return name in ("add", "sub") and len(sources) == 2 and all(self._vanishes(x) for x in sources)
 
     def _at_assignments(self, indices: list, pick: Pick) -> bool:
         """Whether rows are put at their own assignments: `out[keep] = rows`, `out[order[keep]] = rows`."""

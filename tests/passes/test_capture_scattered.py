@@ -144,6 +144,27 @@ def picked(done, address, ids, at, w):
     return out
 
 
+def picked_of_a_table(done, address, ids, at, w):
+    """The number of who is dropped is that of no entry."""
+    keep, table = at < C, torch.linspace(1, 2, C, dtype=w.dtype)
+    rows = done[address[keep]] * (w[keep] * table[at[keep]]).unsqueeze(-1)
+    return w.new_zeros(w.shape[0], H).index_add(0, keep.nonzero()[:, 0], rows)
+
+
+def picked_and_shifted(done, address, ids, at, w):
+    """What is not picked stays zero."""
+    keep = (at < C).nonzero().squeeze(-1)
+    out = w.new_zeros(w.shape[0], H)
+    return out.index_copy(0, keep, done[address[keep]] * w[keep, None] + 1.0)
+
+
+def picked_and_added(done, address, ids, at, w):
+    keep = at < C
+    out = w.unsqueeze(-1).expand(-1, H).clone()
+    out[keep] += done[address[keep]] - w[keep].unsqueeze(-1)
+    return out
+
+
 @pytest.mark.parametrize(
     "parts",
     slow_but(
@@ -151,6 +172,9 @@ def picked(done, address, ids, at, w):
         [
             {"read": by_keep},
             {"read": picked},
+            {"read": picked_and_shifted},
+            {"read": picked_of_a_table},
+            {"read": picked_and_added},
             {"read": in_two_dims},
             {"address": filled},
             {"read": padded},
