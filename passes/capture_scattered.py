@@ -36,6 +36,7 @@ from tedfx.capture.routing import Routing, shape_of
 from tedfx.capture.run_bodies import RunBodies
 from tedfx.capture.scattered import Read, Scattered, Write, refuse
 from tedfx.capture.scattered_buffers import Buffer, buffers, has_buffers, reads
+from tedfx.capture.slot_addresses import unmet
 from tedfx.capture.slot_bodies import SlotBodies
 from tedfx.capture.slot_facts import slot_facts
 from tedfx.capture.slots import Bit, SlotFact, Term
@@ -124,7 +125,7 @@ class _Capture:
                 new = laid_out(row, read.spot.dims, read.spot.routing, self.make)
             needed = self._needed(read, self.start.terms[which])
             if read.spot.pick is not None:
-                if not needed <= read.spot.bits:
+                if unmet(needed, read.spot.bits):
                     raise _seen(read.node)
                 self.picks.made[read.node] = replace(read.spot.pick, value=new)
                 picked.append(read)

@@ -99,6 +99,19 @@ class Overflow(Scatter):
         return torch.einsum("nk,nkh->nh", w * (place < capacity), done)
 
 
+class LastSlot(Scatter):
+    """The same, and the experts compute on it, too."""
+
+    def mixture(self, x, w, ids, capacity):
+        mask = F.one_hot(ids, self.c.experts)
+        flat = mask.flatten(0, 1)
+        place = ((flat.cumsum(0) - flat) * flat).sum(-1).view(ids.shape).clamp(max=capacity)
+        rows = x.new_zeros(self.c.experts, capacity + 1, x.shape[1])
+        rows[ids, place] = x.unsqueeze(1).expand(-1, ids.shape[1], -1)
+        done = self.run(rows)[ids, place]
+        return torch.where((place < capacity).unsqueeze(-1), done * w.unsqueeze(-1), 0).sum(1)
+
+
 class Roomy(Scatter):
     """Top-1, and as many slots as tokens: nothing is dropped. Experts one by one."""
 
@@ -171,6 +184,7 @@ LAYERS = {
     "trash": Trash,
     "added": Added,
     "overflow": Overflow,
+    "last_slot": LastSlot,
     "roomy": Roomy,
     "searched": Searched,
     "sorted": Sorted,

@@ -16,6 +16,7 @@ from tedfx.capture.letters import contraction_of
 from tedfx.capture.picks import Picks
 from tedfx.capture.routing import Dims, moved, name_of, shape_of
 from tedfx.capture.scattered import by_bits, zero_where
+from tedfx.capture.slot_addresses import unmet
 from tedfx.capture.slots import Bit, SlotFact, sizes_of
 from tedfx.graph.nodes import is_tensor
 
@@ -63,13 +64,13 @@ def _used(
     if name in _SAME:
         return masked(user, dims, needed, known, picks)
     if name in ("mul", "where", "masked_fill") and shape_of(user) == shape_of(node):
-        left = needed - zero_where(user, dims, known)
+        left = unmet(needed, zero_where(user, dims, known))
         return masked(user, dims, left, known, picks) if name == "mul" or left != needed else user
     pick = picks.of(user)
     if pick is not None and pick.value is node:
         if pick.mask is None:
             return masked(user, dims, needed, known, picks) if pick.order is None else user
-        return None if needed <= by_bits(pick.mask, dims, known) else user
+        return user if unmet(needed, by_bits(pick.mask, dims, known)) else None
     parsed = contraction_of(user)
     if parsed is not None:
         (left, mine), (right, theirs), _ = parsed
@@ -82,7 +83,7 @@ def _used(
         fact = known.get(right)
         if fact is None or getattr(fact, "dims", None) != own:
             return user
-        return None if needed <= by_bits(right, own, known) else user
+        return user if unmet(needed, by_bits(right, own, known)) else None
     if dims and (routing := _sizes(needed, known)) is not None:
         width = shape_of(node)[-1]
         laid = moved(user, name, (*dims, ("h",)), {**routing, "h": width})

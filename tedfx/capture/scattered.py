@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
 
@@ -263,13 +262,12 @@ def _is_nothing(value: object) -> bool:
     return is_zero(value) if isinstance(value, fx.Node) else value == 0
 
 
-def covers(written: Term, runs: tuple[Any, ...] | None, spot: Spot) -> bool:
-    """Whether a row is read where it was written, `runs`: in runs of which length (slot_runs.py)."""
-    slot = written.own_slot
+def covers(term: Term, written: Spot, read: Spot) -> bool:
+    """Whether a row is read where it was written, if both count equal numbers of slots."""
+    slot = term.own_slot
     return (
-        written.routing is spot.routing
-        and slot.queue == spot.place.queue
-        and slot.first == spot.place.first
-        and runs == spot.address.runs
-        and as_size(slot.size - spot.address.size) == 0
+        term.routing is read.routing
+        and slot.queue == read.place.queue
+        and slot.first == read.place.first
+        and written.address.runs == read.address.runs
     )

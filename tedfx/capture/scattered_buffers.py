@@ -92,8 +92,8 @@ def _buffer(writes: list[Write], known: Mapping[fx.Node, SlotFact]) -> Buffer:
             last,
             "let it have experts * capacity rows, and cut off what stands behind them",
         )
-    over = set(terms[0].routing.tokens)
-    shared = shared_slot(tuple(terms), over)
+    terms = [_but_last(term, size) for term in terms]
+    shared = shared_slot(tuple(terms), set(terms[0].routing.tokens))
     if shared:
         raise refuse(
             f"nothing proves that no two rows share a slot: {shared}",
@@ -104,6 +104,14 @@ def _buffer(writes: list[Write], known: Mapping[fx.Node, SlotFact]) -> Buffer:
     return Buffer(writes, terms, node, labels, size)
 
 
+def _but_last(term: Term, size: Size) -> Term:
+    """Of a last slot that those share who have no other: it is nobody's, so what is in it may not be read."""
+    slot = term.own_slot
+    ends = [slot.off, None if slot.cut is None else slot.cut[1]]
+    last = any(end is not None and as_size(end - size + 1) == 0 for end in ends)
+    return between(term, 0, as_size(size - 1), 1, None) if last and not slot.guards <= term.guards else term
+
+
 def reads(graph: fx.Graph, start: Buffer, found: Scattered) -> list[tuple[Read, int]]:
     """The reads of what the experts made of a buffer, each with the number of the write that it reads."""
     inside, found_reads = reached_from(graph, {start.node}), []
@@ -112,11 +120,8 @@ def reads(graph: fx.Graph, start: Buffer, found: Scattered) -> list[tuple[Read, 
         read = found.read(node) if node in inside else None
         if read is None or read.source not in inside or read.spot.routing not in routings:
             continue
-        which = [
-            i
-            for i, term in enumerate(start.terms)
-            if covers(term, start.writes[i].spot.address.runs, read.spot)
-        ]
+        which = [i for i, term in enumerate(start.terms) if covers(term, start.writes[i].spot, read.spot)]
+        which = which if as_size(read.spot.address.size - start.size) == 0 else []
         if len(which) != 1:
             raise refuse(
                 "rows are read at another address than they were written to",

@@ -22,7 +22,7 @@ from tedfx.capture.slots import Address, Bit, Counts, Drop, Mask, Place, Scaled,
 from tedfx.graph.facts import VAL
 from tedfx.placement.sizes import Size, as_size
 
-__all__ = ["at_most", "derive", "fits", "kept_by", "place_at_ids"]
+__all__ = ["at_most", "derive", "fits", "kept_by", "place_at_ids", "unmet"]
 
 
 def derive(
@@ -209,3 +209,13 @@ def fits(place: Place, size: Size, guards: frozenset[Bit]) -> bool:
 def _most(routing: Routing, labels: Iterable[str]) -> Size:
     """How many tokens an expert may get of those along these labels."""
     return product(routing.sizes[x] for x in labels if x != "e" and not (x == "k" and routing.unique))
+
+
+def unmet(needed: frozenset[Bit], given: frozenset[Bit]) -> frozenset[Bit]:
+    """Those of the bits that do not follow from others: who is below a limit is below a larger one."""
+    follows = lambda bit: any(
+        bit == other
+        or (bit.queue is not None and bit.queue == other.queue and at_most(other.limit, bit.limit))
+        for other in given
+    )
+    return frozenset(bit for bit in needed if not follows(bit))

@@ -111,7 +111,7 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         return _chosen(node, fact, least) if name in ("gt", "ge") else None
     inverted = name in ("gt", "ge")
     value = Value(node, fact.dims, inverted)
-    if limit is not None and fact.guards == fact.queue.guards:
+    if limit is not None and _as_if_whole(fact, as_size(sympy.sympify(limit) + int(name in ("le", "gt")))):
         bit = Bit(
             fact.queue,
             as_size(sympy.sympify(limit) - fact.first + (1 if name in ("le", "gt") else 0)),
@@ -121,6 +121,19 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         bit = Bit(node=node, source=value)
     term = Term(fact.queue.routing, values=(value,), guards=frozenset({bit}), exact=True)
     return Drop(fact.dims, term) if inverted else Mask(fact.dims, (term,))
+
+
+def _as_if_whole(place: Place, limit: Size) -> bool:
+    """Whether a place is below a limit where the position in the queue is: where that was cut off, not below
+    the limit."""
+    if place.guards == place.queue.guards:
+        return True
+    cut = place.cut
+    return (
+        cut is not None
+        and place.guards - {cut[0]} == place.queue.guards
+        and bool(sympy.sympify(cut[1] - limit).is_nonnegative)
+    )
 
 
 def _below(number: Size | None, least: int) -> bool:
