@@ -131,6 +131,25 @@ class Roomy(Scatter):
         return done.view(-1, x.shape[1]).gather(0, at) * w
 
 
+class Columns(Scatter):
+    """Places of all choices at once, and then one choice after the other."""
+
+    def mixture(self, x, w, ids, capacity):
+        mask, done = F.one_hot(ids, self.c.experts), 0
+        place = (mask.view(-1, self.c.experts).cumsum(0).view_as(mask) * mask).sum(-1) - 1
+        keep = place < capacity
+        w = w * keep
+        w = w / w.sum(-1, keepdim=True).clamp(min=1e-9)
+        rows = x.new_zeros(self.c.experts, capacity, x.shape[1])
+        for k in range(ids.shape[1]):
+            kept = keep[:, k]
+            rows[ids[kept, k], place[kept, k]] = x[kept]
+        rows = self.run(rows)
+        for k in range(ids.shape[1]):
+            done = done + w[:, k, None] * rows[ids[:, k], place[:, k].clamp(max=capacity - 1)]
+        return done
+
+
 class Searched(Scatter):
     """As Kept, of what a search found."""
 
@@ -186,6 +205,7 @@ LAYERS = {
     "overflow": Overflow,
     "last_slot": LastSlot,
     "roomy": Roomy,
+    "columns": Columns,
     "searched": Searched,
     "sorted": Sorted,
     "sorted_trash": SortedTrash,

@@ -27,7 +27,7 @@ from tedfx.capture.picks import Pick, Picks
 from tedfx.capture.routing import Dims, Fact, Routing, argument, known_of, name_of, shape_of
 from tedfx.capture.slot_addresses import at_most, fits, kept_by
 from tedfx.capture.slot_comparisons import in_slot, slot_of
-from tedfx.capture.slots import Address, Bit, Drop, Mask, Place, Slot, SlotFact, Term
+from tedfx.capture.slots import Address, Bit, Drop, Mask, Place, Slot, SlotFact, Term, Zeros
 from tedfx.errors import CaptureError, user_line
 from tedfx.graph import nodes
 from tedfx.graph.nodes import is_tensor, operand, overload
@@ -122,6 +122,7 @@ class Write:
                     self.node,
                     "write those alone whose place is below the capacity",
                 )
+        guards = frozenset(bit for bit in guards if bit.source is not None)
         values = sorted((bit.value for bit in guards), key=lambda value: value.node)
         return Term(
             spot.routing, True, own.own_slot, tuple(values), guards, exact=True, merged=slot.queue.merged
@@ -234,8 +235,10 @@ def _unpadded(node: fx.Node) -> fx.Node | None:
 def by_bits(node: object, dims: Dims, known: Mapping[fx.Node, SlotFact]) -> frozenset[Bit]:
     """The bits of which a value with these dims is 0 where one is 0."""
     fact = known_of(known, node)
-    if not isinstance(fact, (Mask, Drop)) or fact.dims != dims:
+    if not isinstance(fact, (Mask, Drop, Zeros)) or fact.dims != dims:
         return frozenset()
+    if isinstance(fact, Zeros):
+        return fact.guards
     term = fact.term if isinstance(fact, Drop) else fact.terms[0]
     alone = isinstance(fact, Drop) or len(fact.terms) == 1
     return term.guards if alone and term.plain else frozenset()

@@ -201,7 +201,8 @@ def fits(place: Place, size: Size, guards: frozenset[Bit]) -> bool:
     for bit in guards:
         if bit.queue == place.queue and bit.limit is not None and at_most(bit.limit, room):
             return True
-    queue, routing = place.queue, place.queue.routing
+    queue = place.queue if place.queue.whole is None else place.queue.whole[1]
+    routing = queue.routing
     count = sum((_most(routing, total.labels) for total in queue.before), _most(routing, queue.labels))
     return at_most(as_size(count), room)
 

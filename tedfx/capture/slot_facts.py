@@ -14,6 +14,7 @@
 | `ids * C + place`; `where(bit, address, number)`, `address * bit`, `address.clamp(..)` | address |
 | `counts`, rounded up, running sums of them, sums and differences | counts (slot_runs.py) |
 | `starts[ids] + place`, of the starts of the experts' runs | address |
+| `place[:, k]`, `bit[:, k]` of one choice | place, bit |
 | products (`*`, `&`, `where`, einsum) of these and others; sums over experts and choices | mask, place |
 | `mask + mask`, `mask.bool()`, `mask != 0`, layouts, casts | mask |
 
@@ -30,7 +31,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from tedfx.capture import slot_addresses, slot_comparisons, slot_masks, slot_places, slot_runs
+from tedfx.capture import slot_addresses, slot_columns, slot_comparisons, slot_masks, slot_places, slot_runs
 from tedfx.capture.masks import facts
 from tedfx.capture.products import scaled
 from tedfx.capture.routing import Fact, known_of, moved, name_of, number_of
@@ -74,9 +75,9 @@ def _derive(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         name == "arange" and len(node.args) == 1 and (length := number_of(node.args[0])) is not None
     ):  # a float's is no place
         return Numbers((("c",),), length, node.args[0])
-    found = slot_runs.derive(node, known, hits) or slot_addresses.derive(node, known, hits)
-    if found is not None:
-        return found
+    for own in (slot_runs, slot_addresses, slot_columns):
+        if (found := own.derive(node, known, hits)) is not None:
+            return found
     if name in _RULES:
         return _RULES[name](node, known, hits)
     fact = known_of(known, operand_or_none(node, 0))

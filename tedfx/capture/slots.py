@@ -48,6 +48,7 @@ __all__ = [
     "Total",
     "Totals",
     "Value",
+    "Zeros",
     "sizes_of",
     "shared_slot",
 ]
@@ -65,13 +66,15 @@ class Total:
 
 @dataclass(frozen=True)
 class Queue:
-    """`merged`: of a mask that says whether any choice of a token is e."""
+    """`merged`: of a mask that says whether any choice of a token is e. `whole`: of one choice alone, its
+    number, and the queue of all choices in which it stands."""
 
     routing: Routing
     labels: frozenset[str]
     guards: frozenset[Bit] = frozenset()
     before: frozenset[Total] = frozenset()
     merged: bool = False
+    whole: tuple[int, Queue] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,15 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Zeros:
+    """A value that is 0 where one of the guards is, which need not be values of the graph."""
+
+    dims: Dims
+    routing: Routing
+    guards: frozenset[Bit]
+
+
+@dataclass(frozen=True)
 class Numbers:
     """0, 1, .. size - 1."""
 
@@ -254,14 +266,14 @@ class Address:
         return replace(self, place=self.place.shifted(by), off=off, shift=self.shift + by)
 
 
-SlotFact: TypeAlias = Mask | Place | Totals | Drop | Numbers | Counts | Scaled | Address
+SlotFact: TypeAlias = Mask | Place | Totals | Drop | Zeros | Numbers | Counts | Scaled | Address
 
 
 def sizes_of(fact: SlotFact) -> Sizes:
     """Label -> size."""
     if isinstance(fact, Numbers):
         return {"c": fact.size}
-    if isinstance(fact, (Counts, Scaled)):
+    if isinstance(fact, (Counts, Scaled, Zeros)):
         return fact.routing.sizes
     if isinstance(fact, (Place, Address)):
         place = fact if isinstance(fact, Place) else fact.place
@@ -300,6 +312,9 @@ def shared_slot(terms: tuple[Term, ...], over: Set[str]) -> str:
 
 def _behind(later: Term, earlier: Term) -> bool:
     queue = earlier.own_slot.queue
+    one, other = queue.whole, later.own_slot.queue.whole
+    if one is not None and other is not None and one[1] == other[1] and one[0] != other[0]:
+        return True  # other choices of one queue
     first = {bit for bit in earlier.guards if bit.queue == queue}
     before = later.own_slot.queue.before
     for total in before:
