@@ -12,7 +12,8 @@ Algorithm, one walk over the nodes in order:
 3. An in-place operator is replaced by its functional counterpart. The result is the new value of its operand,
    and is written back through the chain of views up to the root: a write into a slice is a `slice_scatter` of
    the value it looks into, a write into a transpose is the transpose of the write, and so on.
-4. Writes of slices that tile the whole of a value become one `cat`, which shards where scatters do not.
+4. Writes of slices that tile the whole of a value become one `cat`, of all entries of a dim one `stack`: they
+   shard where scatters do not.
 5. A buffer that was written has its new value returned, ahead of the model's outputs.
 6. Operators that change nothing (a cast to the dtype at hand, a slice of everything, `+ 0` on integers) are
    dropped.
@@ -64,7 +65,7 @@ class Functionalize(Pass[GlobalGraph]):
                 node.target = aten.detach.default
             walk.visit(node)
         changed = walk.finish()
-        tiled = sum(_tile(node) for node in list(graph.nodes))
+        tiled = sum(_tile(node) + _stack(node) for node in list(graph.nodes))
         graph.eliminate_dead_code()
         dropped = _drop_noops(graph)
         graph.eliminate_dead_code()
@@ -440,6 +441,33 @@ def _tile(node: fx.Node) -> int:
         if [part[0] for part in ordered] == edges[:-1] and edges[-1] == size:
             with node.graph.inserting_before(node):
                 whole = emit(node.graph, aten.cat.default, ([part[2] for part in ordered], dim), like=node)
+            node.replace_all_uses_with(whole)
+            return len(parts)
+    return 0
+
+
+def _stack(node: fx.Node) -> int:
+    """select_scatter over select_scatter over ... of every index of a dim: stack."""
+    if node.target is not aten.select_scatter.default or any(
+        u.target is aten.select_scatter.default and u.args[0] is node for u in node.users
+    ):
+        return 0
+    size_of, dim = VAL[node].shape, argument(node, 2, "dim") % VAL[node].dim()
+    parts: dict[int, fx.Node] = {}
+    below: Any = node
+    while isinstance(below, fx.Node) and below.target is aten.select_scatter.default:
+        source, index = operand(below, 1), argument(below, 3, "index")
+        alike = VAL[source].dtype == VAL[node].dtype and argument(below, 2, "dim") % len(size_of) == dim
+        if not alike or not isinstance(size_of[dim], int) or not isinstance(index, int):
+            return 0
+        if list(VAL[source].shape) != [s for d, s in enumerate(size_of) if d != dim]:
+            return 0
+        parts.setdefault(index % size_of[dim], source)  # what is written last stays
+        below = below.args[0]
+        if len(parts) == size_of[dim]:
+            with node.graph.inserting_before(node):
+                rows = [parts[index] for index in range(size_of[dim])]
+                whole = emit(node.graph, aten.stack.default, (rows, dim), like=node)
             node.replace_all_uses_with(whole)
             return len(parts)
     return 0

@@ -17,6 +17,7 @@ from tedfx.passes.capture_capacity import CaptureCapacity
 from tedfx.passes.capture_choices import CaptureChoices
 from tedfx.passes.capture_dense import CaptureDense
 from tedfx.passes.capture_loops import CaptureLoops
+from tedfx.passes.capture_scattered import CaptureScattered
 from tedfx.passes.capture_sorted import CaptureSorted
 from tedfx.passes.check_capture import CheckCapture
 from tedfx.passes.check_types import check_types
@@ -52,6 +53,7 @@ def default_passes(options: Options | None = None, **given) -> list[Pass]:
         CaptureSorted(),
         CaptureLoops(),
         CaptureCapacity(),
+        CaptureScattered(),
         CaptureChoices(),
         CaptureDense(),
         StackExperts(),

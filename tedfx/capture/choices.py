@@ -42,19 +42,34 @@ class Choices:
         return emit(self.graph, target, args, kwargs, like=self.like)
 
     def dispatch(self, x: fx.Node, slots: Slots) -> tuple[Dispatched, bool]:
-        """What it made, and whether there may be a tail."""
+        """What it made of tokens [N, H], and whether there may be a tail."""
+        sent, tail = self._sent()
+        return self._dispatched(x, sent, slots, tail), tail
+
+    def dispatch_each(self, x: fx.Node, slots: Slots | None) -> tuple[Dispatched, fx.Node, bool]:
+        """The same of values of assignments [N * K, H]; and which are kept, [N * K, 1]. Slots that nobody is
+        too late for are no limit: an expert gets the rows that it has."""
+        sent, tail = self._sent()
+        sent = self.emit(aten.reshape.default, sent, [-1, 1])
+        kept = self.emit(aten.lt.Scalar, sent, self.terms[0].routing.experts)
+        return self._dispatched(x, sent, slots if tail else None, tail), kept, tail
+
+    def _sent(self) -> tuple[fx.Node, bool]:
+        """The expert of each assignment [N, K], no expert's of those that are dropped; whether any may be."""
         experts = self.terms[0].routing.experts
         kept = [self._kept(term, ids) for term, ids in zip(self.terms, self.ids)]
-        tail = any(keep is not None for keep in kept)
         sent = [
             ids if keep is None else self.emit(aten.where.ScalarOther, keep, ids, experts)
             for keep, ids in zip(kept, self.ids)
         ]
-        out = self.emit(
-            torch.ops.tedfx.dispatch.default, x, self._side_by_side(sent), experts, *(True,) * tail
-        )
-        SLOTS[out] = slots
-        return Dispatched(*(self.emit(operator.getitem, out, i) for i in range(3))), tail
+        return self._side_by_side(sent), any(keep is not None for keep in kept)
+
+    def _dispatched(self, x: fx.Node, sent: fx.Node, slots: Slots | None, tail: bool) -> Dispatched:
+        experts = self.terms[0].routing.experts
+        out = self.emit(torch.ops.tedfx.dispatch.default, x, sent, experts, *(True,) * tail)
+        if slots is not None:
+            SLOTS[out] = slots
+        return Dispatched(*(self.emit(operator.getitem, out, i) for i in range(3)))
 
     def _kept(self, term: Term, ids: fx.Node) -> fx.Node | None:
         """Where all guards of a term are 1: truth values that broadcast to [N, K]; None for a term without

@@ -66,13 +66,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Ids in 0..experts-1. `unique`: a token never names one expert twice."""
+    """Ids in 0..experts-1. `unique`: a token never names one expert twice. `of`: of one choice alone, the
+    routing that it was selected from, and its number."""
 
     node: fx.Node
     dims: Dims
     sizes: Sizes
     experts: int
     unique: bool
+    of: tuple[Routing, int] | None = None
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -343,7 +345,12 @@ def origin(node: fx.Node, known: Mapping[fx.Node, Fact]) -> Fact | None:
         fact = known[source]
         dim = dim_of(node, len(fact.dims))
         if dim is not None and fact.dims[dim] == ("k",):
-            return _routing(node, None, fact.routing.experts, True)
+            for same in known.values():  # the same choice may be selected twice
+                if same.routing.node.target is node.target and same.routing.node.args == node.args:
+                    return Fact("ids", same.routing, same.routing.dims)
+            made = _routing(node, None, fact.routing.experts, True)
+            number = argument(node, "index") % fact.routing.choices
+            return made and replace(made, routing=replace(made.routing, of=(fact.routing, number)))
     return None
 
 

@@ -14,7 +14,20 @@ from torch import fx
 
 from tedfx.capture.products import scaled
 from tedfx.capture.routing import Fact, Routing, argument, known_of, name_of, number_of, shape_of
-from tedfx.capture.slots import Bit, Drop, Mask, Numbers, Place, Slot, SlotFact, Term, Value
+from tedfx.capture.slots import (
+    Address,
+    Bit,
+    Counts,
+    Drop,
+    Mask,
+    Numbers,
+    Place,
+    Scaled,
+    Slot,
+    SlotFact,
+    Term,
+    Value,
+)
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand
 from tedfx.placement.sizes import Size, as_size
@@ -29,7 +42,7 @@ SAME = ("clone", "contiguous", "alias", "lift_fresh_copy", "detach")
 
 def cast(node: fx.Node, fact: SlotFact) -> SlotFact | None:
     dtype = VAL[node].dtype
-    if isinstance(fact, Place):
+    if isinstance(fact, (Place, Counts, Scaled, Address)):
         return fact if dtype in COUNTS else None
     if not isinstance(fact, Mask):
         return fact if dtype != torch.bool or isinstance(fact, Drop) else None
@@ -98,7 +111,7 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         return _chosen(node, fact, least) if name in ("gt", "ge") else None
     inverted = name in ("gt", "ge")
     value = Value(node, fact.dims, inverted)
-    if limit is not None and fact.guards == fact.queue.guards:
+    if limit is not None and _as_if_whole(fact, as_size(sympy.sympify(limit) + int(name in ("le", "gt")))):
         bit = Bit(
             fact.queue,
             as_size(sympy.sympify(limit) - fact.first + (1 if name in ("le", "gt") else 0)),
@@ -108,6 +121,19 @@ def compare(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         bit = Bit(node=node, source=value)
     term = Term(fact.queue.routing, values=(value,), guards=frozenset({bit}), exact=True)
     return Drop(fact.dims, term) if inverted else Mask(fact.dims, (term,))
+
+
+def _as_if_whole(place: Place, limit: Size) -> bool:
+    """Whether a place is below a limit where the position in the queue is: where that was cut off, not below
+    the limit."""
+    if place.guards == place.queue.guards:
+        return True
+    cut = place.cut
+    return (
+        cut is not None
+        and place.guards - {cut[0]} == place.queue.guards
+        and bool(sympy.sympify(cut[1] - limit).is_nonnegative)
+    )
 
 
 def _below(number: Size | None, least: int) -> bool:

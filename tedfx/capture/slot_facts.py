@@ -11,6 +11,10 @@
 | `place >= 0` where the place is less wherever the expert was not chosen (`place * mask - 1`) | mask |
 | `one_hot(place, C)`, `place[..., None] == arange(C)`, ones scattered at places | mask of slots |
 | `one_hot(place, C + 1)[..., 1:]` | mask of the slots that are left, counted from zero |
+| `ids * C + place`; `where(bit, address, number)`, `address * bit`, `address.clamp(..)` | address |
+| `counts`, rounded up, running sums of them, sums and differences | counts (slot_runs.py) |
+| `starts[ids] + place`, of the starts of the experts' runs | address |
+| `place[:, k]`, `bit[:, k]` of one choice | place, bit |
 | products (`*`, `&`, `where`, einsum) of these and others; sums over experts and choices | mask, place |
 | `mask + mask`, `mask.bool()`, `mask != 0`, layouts, casts | mask |
 
@@ -27,7 +31,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from tedfx.capture import slot_comparisons, slot_masks, slot_places
+from tedfx.capture import slot_addresses, slot_columns, slot_comparisons, slot_masks, slot_places, slot_runs
 from tedfx.capture.masks import facts
 from tedfx.capture.products import scaled
 from tedfx.capture.routing import Fact, known_of, moved, name_of, number_of
@@ -39,8 +43,9 @@ from tedfx.graph.nodes import operand_or_none
 __all__ = ["slot_facts"]
 
 
-def slot_facts(graph: fx.Graph) -> dict[fx.Node, SlotFact]:
-    hits = facts(graph)
+def slot_facts(graph: fx.Graph, hits: Hits | None = None) -> dict[fx.Node, SlotFact]:
+    """`hits`: what masks.py knows of the nodes, where that was asked already."""
+    hits = facts(graph) if hits is None else hits
     known: dict[fx.Node, SlotFact] = {}
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(VAL.get(node), torch.Tensor):
@@ -70,6 +75,9 @@ def _derive(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         name == "arange" and len(node.args) == 1 and (length := number_of(node.args[0])) is not None
     ):  # a float's is no place
         return Numbers((("c",),), length, node.args[0])
+    for own in (slot_runs, slot_addresses, slot_columns):
+        if (found := own.derive(node, known, hits)) is not None:
+            return found
     if name in _RULES:
         return _RULES[name](node, known, hits)
     fact = known_of(known, operand_or_none(node, 0))

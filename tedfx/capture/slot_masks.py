@@ -64,11 +64,11 @@ def slots_between(node: fx.Node, known: Known, hits: Hits) -> Mask | None:
     whole, size = shape_of(operand(node, 0))[dim], shape_of(node)[dim]
     return Mask(
         fact.dims,
-        tuple(_between(term, start, size, as_size(whole - start - size), end) for term in fact.terms),
+        tuple(between(term, start, size, as_size(whole - start - size), end) for term in fact.terms),
     )
 
 
-def _between(term: Term, start: int, size: Size, short: Size, end: object) -> Term:
+def between(term: Term, start: int, size: Size, short: Size, end: object) -> Term:
     """A term of which `start` slots are left out before, and `short` behind: up to `end`."""
     old = term.own_slot
     minus = lambda x: None if x is None else as_size(x - start)
@@ -136,7 +136,7 @@ def _kept(node: object, drop: Drop, known: Known) -> Known:
 
 def _instead(node: fx.Node, bits: object, value: object, other: object, known: Known) -> Mask | Place | None:
     """`value` where the bits are 1, else the number `other`."""
-    place, mask, number = known_of(known, value), known_of(known, bits), _same_everywhere(other)
+    place, mask, number = known_of(known, value), known_of(known, bits), same_everywhere(other)
     if number == 0:
         return _elementwise(node, (value, bits), known)
     if number is None or not isinstance(place, Place) or not isinstance(mask, Mask):
@@ -145,7 +145,7 @@ def _instead(node: fx.Node, bits: object, value: object, other: object, known: K
     return chosen_place(place, mask, found.dims, number) if isinstance(found, Place) else None
 
 
-def _same_everywhere(value: object) -> Size | None:
+def same_everywhere(value: object) -> Size | None:
     """The number that a value has everywhere."""
     if not isinstance(value, fx.Node):
         return 0 if value in (0, False) else number_of(value)

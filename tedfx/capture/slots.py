@@ -21,7 +21,7 @@ two tokens share no slot (`shared_slot` finds none) if
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -33,18 +33,22 @@ from tedfx.errors import TedfxError
 from tedfx.placement.sizes import Size, as_size
 
 __all__ = [
+    "Address",
     "Bit",
+    "Counts",
     "Drop",
     "Mask",
     "Numbers",
     "Place",
     "Queue",
+    "Scaled",
     "Slot",
     "SlotFact",
     "Term",
     "Total",
     "Totals",
     "Value",
+    "Zeros",
     "sizes_of",
     "shared_slot",
 ]
@@ -62,13 +66,15 @@ class Total:
 
 @dataclass(frozen=True)
 class Queue:
-    """`merged`: of a mask that says whether any choice of a token is e."""
+    """`merged`: of a mask that says whether any choice of a token is e. `whole`: of one choice alone, its
+    number, and the queue of all choices in which it stands."""
 
     routing: Routing
     labels: frozenset[str]
     guards: frozenset[Bit] = frozenset()
     before: frozenset[Total] = frozenset()
     merged: bool = False
+    whole: tuple[int, Queue] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,15 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Zeros:
+    """A value that is 0 where one of the guards is, which need not be values of the graph."""
+
+    dims: Dims
+    routing: Routing
+    guards: frozenset[Bit]
+
+
+@dataclass(frozen=True)
 class Numbers:
     """0, 1, .. size - 1."""
 
@@ -209,15 +224,60 @@ class Numbers:
     source: Any  # the node of the size, or a number
 
 
-SlotFact: TypeAlias = Mask | Place | Totals | Drop | Numbers
+@dataclass(frozen=True)
+class Counts:
+    """A number per expert [E]: so many times each of the parts (slot_runs.py), summed."""
+
+    dims: Dims
+    routing: Routing
+    parts: Mapping[tuple[Any, ...], int]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """ids * size; `source`: the node of the size, or a number. With `runs`, where the run of the expert
+    begins, each as long as that part of a `Counts` says, and no shorter than `size`."""
+
+    dims: Dims
+    routing: Routing
+    size: Size
+    source: Any = field(default=None, compare=False)
+    runs: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Address:
+    """ids * size + place, the row of a buffer [E * size, ..], where the `guards` are 1; elsewhere `off`, if
+    that is known. The place is the value of `node` plus `shift`; `source`: the node of the size, or a
+    number."""
+
+    dims: Dims
+    place: Place
+    node: fx.Node
+    size: Size
+    source: Any = field(default=None, compare=False)
+    guards: frozenset[Bit] = frozenset()
+    off: Size | None = None
+    shift: int = 0
+    runs: tuple[Any, ...] | None = None
+
+    def shifted(self, by: int) -> Address:
+        off = None if self.off is None else as_size(self.off + by)
+        return replace(self, place=self.place.shifted(by), off=off, shift=self.shift + by)
+
+
+SlotFact: TypeAlias = Mask | Place | Totals | Drop | Zeros | Numbers | Counts | Scaled | Address
 
 
 def sizes_of(fact: SlotFact) -> Sizes:
     """Label -> size."""
     if isinstance(fact, Numbers):
         return {"c": fact.size}
-    if isinstance(fact, Place):
-        return fact.queue.routing.sizes
+    if isinstance(fact, (Counts, Scaled, Zeros)):
+        return fact.routing.sizes
+    if isinstance(fact, (Place, Address)):
+        place = fact if isinstance(fact, Place) else fact.place
+        return place.queue.routing.sizes
     if isinstance(fact, Totals):
         return next(iter(fact.totals)).routing.sizes
     terms = fact.terms if isinstance(fact, Mask) else (fact.term,)
@@ -252,6 +312,9 @@ def shared_slot(terms: tuple[Term, ...], over: Set[str]) -> str:
 
 def _behind(later: Term, earlier: Term) -> bool:
     queue = earlier.own_slot.queue
+    one, other = queue.whole, later.own_slot.queue.whole
+    if one is not None and other is not None and one[1] == other[1] and one[0] != other[0]:
+        return True  # other choices of one queue
     first = {bit for bit in earlier.guards if bit.queue == queue}
     before = later.own_slot.queue.before
     for total in before:

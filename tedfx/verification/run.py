@@ -120,6 +120,7 @@ def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callab
     from tedfx.passes.base import run_pipeline
     from tedfx.passes.capture_capacity import CaptureCapacity
     from tedfx.passes.capture_loops import CaptureLoops
+    from tedfx.passes.capture_scattered import CaptureScattered
     from tedfx.passes.functionalize import Functionalize
     from tedfx.passes.local_capacity import LocalCapacity
     from tedfx.stages.graphs import GlobalGraph
@@ -127,7 +128,7 @@ def in_groups(model: nn.Module, batch: Mapping[str, Any], groups: int) -> Callab
     traced = trace(model, kwargs=dict(batch))
     grouped = run_pipeline(
         GlobalGraph.of(traced),
-        [Functionalize(), CaptureLoops(), CaptureCapacity(), LocalCapacity(groups)],
+        [Functionalize(), CaptureLoops(), CaptureCapacity(), CaptureScattered(), LocalCapacity(groups)],
     )
     return functools.partial(grouped.trace, model) if grouped.history[-1].result.changes else model
 

@@ -183,6 +183,7 @@ CAPTURING = frozenset(
         "capture_sorted",
         "capture_loops",
         "capture_capacity",
+        "capture_scattered",
         "capture_choices",
         "capture_dense",
         "stack_experts",

@@ -146,6 +146,7 @@ def _model(case: Case):
         models_dense_experts,
         models_functions,
         models_plain,
+        models_scatter,
         models_styles,
     )
 
@@ -157,6 +158,7 @@ def _model(case: Case):
             **models_dense.DENSE,
             **models_dense_experts.DENSE_EXPERTS,
             **models_choices.CHOICES,
+            **models_scatter.SCATTER,
             **models_functions.EVERYTHING,
             **models_styles.STYLES,
             **models_adapters.ADAPTERS,

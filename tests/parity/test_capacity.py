@@ -2,12 +2,14 @@
 as on a single device."""
 
 import functools
+from collections import Counter
 
 import pytest
 
 from tedfx.ops import count_collectives
 from tedfx.verification.batches import split_batch
 from tests.marks import slow
+from tests.models_scatter import LAYERS
 from tests.parity.cases import case, on_ranks, on_single, verified
 from tests.parity.pairwise import cover, pairs_of
 
@@ -104,8 +106,26 @@ MORE = [
 ]
 
 
+ONE = {"layers": 1}
+ADDRESSES = [
+    case("scatter_kept", "ep=2,tp=2", overrides=ONE, steps=2, batch="one_token_in_second_half"),
+    slow(case("scatter_kept", "ep=2", overrides=ONE, steps=1, compile="aot_eager")),
+    slow(case("scatter_trash", "dp=2,ep=2", overrides=ONE, steps=2, capacity="local")),
+    slow(
+        case("scatter_added", "dp=2,tp=2", overrides=ONE, steps=2, capacity="local", roles={"expert": "tp"})
+    ),
+    slow(case("scatter_overflow", "ep=2,tp=2", overrides=ONE, steps=2, change="one_expert", zero=3)),
+    slow(case("scatter_trash", "ep=2,tp=2", overrides=ONE, steps=1, change="ties", checkpoint="full")),
+    *(
+        slow(case(f"scatter_{name}", mesh, roles=roles, overrides=ONE, steps=2, batch="odd"))
+        for name in LAYERS
+        for mesh, roles in (MESHES["ep2 tp2"], MESHES["dp2 ep2"], MESHES["tp2 ppmoe"])
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    "case", [*map(made, rows()[0]), *(slow(made(row)) for row in rows()[1]), *MORE], ids=str
+    "case", [*ADDRESSES, *map(made, rows()[0]), *(slow(made(row)) for row in rows()[1]), *MORE], ids=str
 )
 def test_matches_the_single_device(case):
     result = verified(case)
@@ -154,3 +174,18 @@ def test_only_what_is_kept_is_sent(change):
     ((total,), ranks) = on_single(this, kept), on_ranks(this, rows_sent)
     there, back, again, home = (sum(calls) for calls in zip(*ranks))
     assert there == back == again == home == total < 8 * 12 * 2
+
+
+@pytest.mark.slow
+def test_rows_at_addresses_travel_there_and_back():
+    for log in on_ranks(case("scatter_trash", "ep=2", overrides={"layers": 1}), rows_sent_and_gathers):
+        assert log == {("all_to_all", "forward"): 2, ("all_to_all", "backward"): 2, "counts": 1}
+
+
+def rows_sent_and_gathers(pm, batch, rank):
+    with count_collectives() as log:
+        pm(**split_batch(batch, *pm.batch_coordinate)).loss.backward()
+    rows = Counter((c.op, c.phase) for c in log if c.op == "all_to_all")
+    gathers = [c for c in log if c.op == "all_gather" and c.phase == "forward" and c.axes == ("ep",)]
+    # One more: the places of the global batch, whose running counts are numbers of each rank's tokens.
+    return {**rows, "counts": len(gathers) - 1}

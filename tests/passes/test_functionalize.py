@@ -80,6 +80,14 @@ def halves_into_empty(self, y):
     return out
 
 
+def entry_by_entry(self, y):
+    out = y.new_empty(2, *y.shape)
+    out[0] = y
+    out[1] = y * 3
+    out[0] = y + 1
+    return out
+
+
 def one_slice_only(self, y):
     out = y.clone()
     out[:, 1:] = y[:, :-1]
@@ -196,6 +204,7 @@ CASES = [
     view_chain,
     aliases_see_the_write,
     halves_into_empty,
+    entry_by_entry,
     one_slice_only,
     one_row,
     parts,
@@ -236,6 +245,12 @@ def test_slices_that_tile_become_a_cat():
     assert aten.slice_scatter.default not in targets(t) and aten.new_empty.default not in targets(t)
     _, t = functional(one_slice_only)
     assert aten.slice_scatter.default in targets(t)
+
+
+def test_entries_that_are_all_written_become_a_stack():
+    _, t = functional(entry_by_entry)
+    assert targets(t).count(aten.stack.default) == 1
+    assert aten.select_scatter.default not in targets(t) and aten.new_empty.default not in targets(t)
 
 
 def test_a_copy_without_gradient_does_not_appear():

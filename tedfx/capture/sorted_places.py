@@ -1,0 +1,103 @@
+"""Places of assignments in runs that the model itself sorted by expert.
+
+    sorted, order = ids.flatten().sort(stable=True)
+    starts = counts.cumsum(0) - counts                 where each expert's run begins
+    place = arange(N * K) - starts[sorted]
+
+A stable sort keeps assignments in their order, so the place in a run is the number of those before it that
+chose the same expert: `cumsum(one_hot(ids)) - 1` at the ids, in the order of the sort. Of a sort that is not
+stable nothing is known: it decides who is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from tedfx.capture.routing import Fact, argument, name_of, shape_of
+from tedfx.capture.sorted_rows import sorted_facts
+from tedfx.graph import nodes
+from tedfx.graph.facts import VAL
+from tedfx.graph.nodes import is_tensor, operand, operand_or_none
+
+__all__ = ["Orders"]
+
+aten = torch.ops.aten
+
+
+class Orders:
+    """`orders`: of each stable order of assignments by expert the ids that were sorted."""
+
+    def __init__(self, graph: fx.Graph, known: Mapping[fx.Node, Fact]):
+        self.found = sorted_facts(graph, known)
+        self.known = known
+        self.orders: dict[fx.Node, fx.Node] = {}
+        for node, fact in self.found.items():
+            sort = operand(node, 0) if name_of(node) == "getitem" else node
+            if fact.kind == "order" and name_of(sort) in ("sort", "argsort") and argument(sort, "stable"):
+                self.orders[node] = operand(sort, 0)
+
+    def sorted_ids(self, node: fx.Node) -> fx.Node | None:
+        """The order of the ids that a sort gives beside it."""
+        sort = operand_or_none(node, 0)
+        if name_of(node) != "getitem" or name_of(sort) != "sort" or nodes.argument(node, 1) != 0:
+            return None
+        return next((order for order in self.orders if order.args[:1] == (sort,)), None)
+
+    def places(self, node: fx.Node, pick: Callable[[fx.Node], Any]) -> fx.Node | None:
+        """The order in which `node` has the places of all assignments."""
+        if name_of(node) != "sub" or argument(node, "alpha") != 1 or not all(map(is_tensor, node.args[:2])):
+            return None
+        numbers, taken = operand(node, 0), pick(operand(node, 1))
+        if name_of(numbers) != "arange" or len(numbers.args) != 1 or taken is None or taken.mask is not None:
+            return None
+        ids = self.orders.get(taken.order)
+        starts = taken.value if name_of(taken.value) == "index" else None
+        if ids is None or starts is None or list(nodes.argument(starts, 1)) != [ids]:
+            return None
+        run = self._starts(operand(starts, 0))
+        routing = self.known[ids].routing
+        return taken.order if run is routing and shape_of(numbers) == shape_of(ids) else None
+
+    def _starts(self, node: fx.Node) -> object:
+        """The routing of whose experts' runs these are the starts."""
+        name = name_of(node)
+        if name == "sub" and argument(node, "alpha") == 1 and all(map(is_tensor, node.args[:2])):
+            ends, load = (self.found.get(x) for x in node.args[:2])
+            same = ends is not None and load is not None and ends.routing is load.routing
+            return ends.routing if same and (ends.kind, load.kind) == ("ends", "load") else None
+        if name in ("cat", "concat"):
+            zero, *rest = nodes.argument(node, 0)
+            first = name_of(zero) in ("zeros", "new_zeros") and shape_of(zero) == [1] and len(rest) == 1
+            return self._but_last(rest[0]) if first else None
+        if name in ("constant_pad_nd", "pad") and list(argument(node, "pad")) == [1, 0]:
+            return self._but_last(operand(node, 0)) if not argument(node, "value") else None
+        if (
+            name == "searchsorted"
+            and not argument(node, "right")
+            and argument(node, "side") in (None, "left")
+        ):
+            order, numbers = self.sorted_ids(operand(node, 0)), operand(node, 1)
+            routing = None if order is None else self.known[self.orders[order]].routing
+            counts = name_of(numbers) == "arange" and len(numbers.args) == 1
+            return routing if routing and counts and shape_of(numbers) == [routing.experts] else None
+        return None
+
+    def _but_last(self, node: fx.Node) -> object:
+        """`ends[:-1]`"""
+        ends = self.found.get(operand(node, 0)) if name_of(node) == "slice" else None
+        if ends is None or ends.kind != "ends" or (argument(node, "start") or 0) != 0:
+            return None
+        return ends.routing if shape_of(node) == [ends.routing.experts - 1] else None
+
+    def make_places(self, ids: fx.Node, make: Callable[..., fx.Node], like: fx.Node) -> fx.Node:
+        """The places of the assignments in their own order."""
+        hits = make(aten.one_hot.default, ids, self.known[ids].routing.experts, like=like)
+        place = make(aten.sub.Tensor, make(aten.cumsum.default, hits, 0, like=like), 1, like=like)
+        column = make(aten.unsqueeze.default, ids, 1, like=like)
+        place = make(aten.squeeze.dim, make(aten.gather.default, place, 1, column, like=like), 1, like=like)
+        dtype = VAL[like].dtype
+        return place if VAL[place].dtype == dtype else make(aten.to.dtype, place, dtype, like=like)
