@@ -49,7 +49,7 @@ class Work:
         """The Hugging Face config: Mixtral, or Mistral without experts."""
         import transformers
 
-        kwargs = dict(
+        kwargs: dict = dict(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.ffn,
