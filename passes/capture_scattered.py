@@ -122,7 +122,10 @@ class _Capture:
             self.like = read.node
             with self.graph.inserting_before(read.node):
                 row = self._of(done[read.source], which)
-                new = laid_out(row, read.spot.dims, read.spot.routing, self.make)
+                wrong = refuse(
+                    "tokens are grouped otherwise than where they were routed", read.node, "flatten"
+                )
+                new = laid_out(row, read.spot.dims, read.spot.routing, self.make, wrong)
             needed = self._needed(read, self.start.terms[which])
             if read.spot.pick is not None:
                 if unmet(needed, read.spot.bits):
@@ -130,9 +133,9 @@ class _Capture:
                 self.picks.made[read.node] = replace(read.spot.pick, value=new)
                 picked.append(read)
                 continue
-            wrong = masked(read.node, read.spot.dims, needed, self.known, self.picks)
-            if wrong is not None:
-                raise _seen(wrong)
+            seen = masked(read.node, read.spot.dims, needed, self.known, self.picks)
+            if seen is not None:
+                raise _seen(seen)
             read.node.replace_all_uses_with(new)
         for read in picked:
             PutBack(self.graph, self.picks, read, {other.node for other in picked}).run()
@@ -181,7 +184,8 @@ class _Capture:
         taken = index_of(rows)
         if taken is not None and len(taken[1]) == 1 and isinstance(taken[1][0], fx.Node):
             # Copies of tokens, by their numbers: those are no data.
-            if Numbers(routing).dims(taken[1][0]) == spot.dims and len(shape_of(taken[0])) == 2:
+            numbers, shape = Numbers(routing), shape_of(taken[0])
+            if numbers.dims(taken[1][0]) == spot.dims and shape[:-1] == [numbers.count]:
                 x = self.make(aten.unsqueeze.default, taken[0], 1)
                 copies = self.make(aten.expand.default, x, [-1, routing.choices, -1])
                 return copies

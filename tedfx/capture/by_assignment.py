@@ -37,7 +37,7 @@ def natural(value: fx.Node, dims: Dims, routing: Routing, make: Make, wrong: Cap
     return make(aten.reshape.default, value, [-1, choices, width])
 
 
-def laid_out(value: fx.Node, dims: Dims, routing: Routing, make: Make) -> fx.Node:
+def laid_out(value: fx.Node, dims: Dims, routing: Routing, make: Make, wrong: CaptureError) -> fx.Node:
     """[N, K, H] with leading dims of these labels."""
     labels = [label for dim in dims for label in dim]
     width = shape_of(value)[-1]
@@ -52,7 +52,9 @@ def laid_out(value: fx.Node, dims: Dims, routing: Routing, make: Make) -> fx.Nod
         elif len(free) == 1:
             sizes.append(-1)
         else:
-            (at,) = [d for d, own in enumerate(routing.dims) if own == dim]
+            if dim not in routing.dims:
+                raise wrong
+            at = routing.dims.index(dim)
             sizes.append(make(aten.sym_size.int, routing.node, at))
     return make(aten.reshape.default, value, [*sizes, width])
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from tedfx.capture.batched import Batched
-from tedfx.capture.routing import Dims, argument, shape_of
+from tedfx.capture.routing import Dims, argument, known_of, shape_of
 from tedfx.capture.scattered import refuse
 from tedfx.capture.slot_bodies import SlotBodies
 from tedfx.capture.slot_runs import ends_of
@@ -38,7 +38,7 @@ class RunBodies(SlotBodies):
             return super()._entry(node, name)
         rows, weight = operand(node, 0), operand(node, 1)
         given = node.kwargs["offs"] if "offs" in node.kwargs else argument(node, "offs")
-        ends = self.facts.get(given)
+        ends = known_of(self.facts, given)
         if not isinstance(ends, Counts) or ends.routing is not self.routing or ends_of(ends) != self.runs:
             raise refuse(
                 "nothing proves that a grouped product cuts the rows where the experts' runs end",

@@ -87,7 +87,8 @@ def _multiples(node: fx.Node) -> tuple[Size, object] | None:
         return None
     for numbers, number in (node.args[:2], node.args[1::-1]):
         size = number_of(number)
-        if name_of(numbers) == "arange" and len(numbers.args) == 1 and size is not None:
+        counts = isinstance(numbers, fx.Node) and name_of(numbers) == "arange" and len(numbers.args) == 1
+        if counts and size is not None:
             return size, number
     return None
 

@@ -34,12 +34,11 @@ _MOST = 5000  # counts up to this one are all tried
 
 
 def derive(node: fx.Node, known: Mapping[fx.Node, SlotFact], hits: Mapping[fx.Node, Fact]) -> Counts | None:
-    shape = shape_of(node)
-    if len(shape) != 1 or not isinstance(shape[0], int):
+    if len(shape_of(node)) != 1:
         return None
     own = load_of(node, hits)
     if own is not None:
-        return Counts((("e",),), own, {("own",): 1}) if shape == [own.experts] else None
+        return Counts((("e",),), own, {("own",): 1})
     name = name_of(node)
     if name in ("cat", "concat", "pad", "constant_pad_nd"):
         return _behind_zero(node, name, known)
@@ -47,7 +46,7 @@ def derive(node: fx.Node, known: Mapping[fx.Node, SlotFact], hits: Mapping[fx.No
     if not counts:
         return None
     first = next(iter(counts.values()))
-    if any(fact.routing is not first.routing for fact in counts.values()) or shape != [first.routing.experts]:
+    if any(fact.routing is not first.routing for fact in counts.values()):
         return None
     if name in ("add", "sub") and argument(node, "alpha") == 1 and all(x in counts for x in node.args[:2]):
         one, other = (counts[x] for x in nodes.arguments(node)[:2])
@@ -99,7 +98,9 @@ def _behind_zero(node: fx.Node, name: str, known: Mapping[fx.Node, SlotFact]) ->
         return None
     ends = known.get(operand(most, 0))
     part = ends_of(ends) if isinstance(ends, Counts) else None
-    if part is None or not isinstance(ends, Counts) or shape_of(node) != [ends.routing.experts]:
+    if part is None or not isinstance(ends, Counts):
+        return None
+    if argument(most, "end") != -1 and shape_of(most) != [ends.routing.experts - 1]:
         return None
     return Counts(ends.dims, ends.routing, {("ends", part): 1, part: -1})
 

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from tedfx.capture.routing import Fact, argument, name_of, shape_of
+from tedfx.capture.routing import Fact, Routing, argument, name_of, shape_of
+from tedfx.capture.slot_facts import slot_facts
+from tedfx.capture.slot_runs import begins
+from tedfx.capture.slots import Counts
 from tedfx.capture.sorted_rows import sorted_facts
 from tedfx.graph import nodes
 from tedfx.graph.facts import VAL
@@ -32,10 +35,9 @@ class Orders:
     """`orders`: of each stable order of assignments by expert the ids that were sorted."""
 
     def __init__(self, graph: fx.Graph, known: Mapping[fx.Node, Fact]):
-        self.found = sorted_facts(graph, known)
-        self.known = known
+        self.known, self.counts = known, slot_facts(graph, known)
         self.orders: dict[fx.Node, fx.Node] = {}
-        for node, fact in self.found.items():
+        for node, fact in sorted_facts(graph, known).items():
             sort = operand(node, 0) if name_of(node) == "getitem" else node
             if fact.kind == "order" and name_of(sort) in ("sort", "argsort") and argument(sort, "stable"):
                 self.orders[node] = operand(sort, 0)
@@ -62,36 +64,17 @@ class Orders:
         routing = self.known[ids].routing
         return taken.order if run is routing and shape_of(numbers) == shape_of(ids) else None
 
-    def _starts(self, node: fx.Node) -> object:
+    def _starts(self, node: fx.Node) -> Routing | None:
         """The routing of whose experts' runs these are the starts."""
-        name = name_of(node)
-        if name == "sub" and argument(node, "alpha") == 1 and all(map(is_tensor, node.args[:2])):
-            ends, load = (self.found.get(x) for x in node.args[:2])
-            same = ends is not None and load is not None and ends.routing is load.routing
-            return ends.routing if same and (ends.kind, load.kind) == ("ends", "load") else None
-        if name in ("cat", "concat"):
-            zero, *rest = nodes.argument(node, 0)
-            first = name_of(zero) in ("zeros", "new_zeros") and shape_of(zero) == [1] and len(rest) == 1
-            return self._but_last(rest[0]) if first else None
-        if name in ("constant_pad_nd", "pad") and list(argument(node, "pad")) == [1, 0]:
-            return self._but_last(operand(node, 0)) if not argument(node, "value") else None
-        if (
-            name == "searchsorted"
-            and not argument(node, "right")
-            and argument(node, "side") in (None, "left")
-        ):
-            order, numbers = self.sorted_ids(operand(node, 0)), operand(node, 1)
-            routing = None if order is None else self.known[self.orders[order]].routing
-            counts = name_of(numbers) == "arange" and len(numbers.args) == 1
-            return routing if routing and counts and shape_of(numbers) == [routing.experts] else None
-        return None
-
-    def _but_last(self, node: fx.Node) -> object:
-        """`ends[:-1]`"""
-        ends = self.found.get(operand(node, 0)) if name_of(node) == "slice" else None
-        if ends is None or ends.kind != "ends" or (argument(node, "start") or 0) != 0:
+        counts = self.counts.get(node)
+        if isinstance(counts, Counts):
+            return counts.routing if begins(counts) == ("own",) else None
+        if name_of(node) != "searchsorted" or argument(node, "right") or argument(node, "side") == "right":
             return None
-        return ends.routing if shape_of(node) == [ends.routing.experts - 1] else None
+        order, numbers = self.sorted_ids(operand(node, 0)), operand(node, 1)  # the first of each expert
+        routing = None if order is None else self.known[self.orders[order]].routing
+        all_of_them = name_of(numbers) == "arange" and len(numbers.args) == 1
+        return routing if routing and all_of_them and shape_of(numbers) == [routing.experts] else None
 
     def make_places(self, ids: fx.Node, make: Callable[..., fx.Node], like: fx.Node) -> fx.Node:
         """The places of the assignments in their own order."""

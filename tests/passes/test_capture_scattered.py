@@ -124,6 +124,10 @@ def by_keep(done, address, ids, at, w):
     return done[address.clamp(max=E * C - 1)] * w.unsqueeze(-1) * (at < C).unsqueeze(-1)
 
 
+def by_less(done, address, ids, at, w):
+    return unmasked(done, address, ids, at, w) * (at < C - 2).unsqueeze(-1)
+
+
 def in_two_dims(done, address, ids, at, w):
     return done.view(E, C, H)[ids, at.clamp(max=C - 1)] * (w * (at < C)).unsqueeze(-1)
 
@@ -176,6 +180,7 @@ def picked_and_added(done, address, ids, at, w):
             {"read": picked_of_a_table},
             {"read": picked_and_added},
             {"read": in_two_dims},
+            {"read": by_less},
             {"address": filled},
             {"read": padded},
             {"place": lambda mask, ids: (mask.cumsum(0) - mask)[torch.arange(mask.shape[0]), ids]},
@@ -211,7 +216,7 @@ REFUSED = {
     ),
     "the last one stays": (
         {"address": lambda ids, at: ids * C + at.clamp(max=C - 1), "write": plain, "read": by_keep},
-        "share a slot",
+        "not provably left out",
     ),
     "all at the first": (
         {"address": lambda ids, at: (ids * C + at) * (at < C), "write": plain, "read": by_keep},
@@ -220,7 +225,7 @@ REFUSED = {
     "another place": ({"read": lambda d, a, ids, at, w: read(d, behind(ids, at + 1), ids, at, w)}, "another"),
     "not masked": ({"read": unmasked}, "not provably left out"),
     "masked by another": (
-        {"read": lambda d, a, ids, at, w: unmasked(d, a, ids, at, w) * (at < C - 1).unsqueeze(-1)},
+        {"read": lambda d, a, ids, at, w: unmasked(d, a, ids, at, w) * (at < C + 1).unsqueeze(-1)},
         "not provably left out",
     ),
     "picked and mixed": (
@@ -266,6 +271,12 @@ def by_sort(ids, begin):
     return begin[sorted_ids] + place, order
 
 
+def by_search(ids, begin):
+    sorted_ids, order = ids.sort(stable=True)
+    place = torch.arange(order.shape[0]) - torch.searchsorted(sorted_ids, torch.arange(E))[sorted_ids]
+    return begin[sorted_ids] + place, order
+
+
 def by_cumsum(ids, begin):
     """(rows, None): in the assignments' own order."""
     return begin[ids] + (F.one_hot(ids, E).cumsum(0) - 1).gather(1, ids[:, None])[:, 0], None
@@ -301,6 +312,7 @@ class Runs(Mixture):
         [
             {},
             {"rows": by_cumsum},
+            {"rows": by_search},
             {"rows": by_cumsum, "length": lambda counts: counts},
             {"length": lambda counts: (torch.ceil(counts / 16) * 16).long()},
             {
