@@ -581,7 +581,7 @@ def every_vmap(run):
     Public replacement: none."""
     from torch._functorch import apis
 
-    before = apis.vmap_impl
+    before = apis.vmap_impl  # pyright: ignore[reportPrivateImportUsage]
 
     def own(*args, **kwargs):
         return run(functools.partial(before, *args, **kwargs))
@@ -596,7 +596,7 @@ def every_vmap(run):
 def learns(x: torch.Tensor) -> bool:
     """Whether a gradient of `x` is wanted, through the transforms of torch.func that run. Public replacement:
     none."""
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
     return x.requires_grad
@@ -680,9 +680,9 @@ def piece_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def norms(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
     """The 2-norm of each, summed in `dtype`."""
-    return list(torch._foreach_norm(tensors, 2, dtype))
+    return list(torch._foreach_norm(tensors, 2, dtype))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def add_to_all(tensors: list[torch.Tensor], number: float) -> None:
     """Add the number to each, in place."""
-    torch._foreach_add_(tensors, number)
+    torch._foreach_add_(tensors, number)  # pyright: ignore[reportPrivateImportUsage]

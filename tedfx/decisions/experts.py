@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from tedfx.decisions.general import general
+from tedfx.graph.facts import RELATION
 from tedfx.graph.nodes import op_name, operand, operand_or_none, operands
 from tedfx.placement.factors import Factor, leaves
 from tedfx.placement.plan import Decision, Plan, roots
@@ -166,10 +167,9 @@ def combine(node: fx.Node, axis: str, types: Sequence[Placement], plan: Plan, re
 def _has_tail(order: fx.Node) -> bool:
     """Whether assignments that a capacity dropped stand behind the others."""
     source = operand_or_none(order, 0)
-    return op_name(order) == "cut_tail" or (
-        source is not None
-        and (source.kwargs.get("tail") or (source.meta.get("relation") is not None and any(source.args[3:])))
-    )
+    if op_name(order) == "cut_tail" or source is None:
+        return op_name(order) == "cut_tail"
+    return bool(source.kwargs.get("tail")) or (source in RELATION and any(source.args[3:]))
 
 
 def _tokens_of(order: fx.Node) -> Type:
