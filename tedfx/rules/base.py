@@ -55,6 +55,7 @@ class Relation:
                 replicated operands may be R
     constant    positions whose gradient depends on no value: the same on every rank, so they are never R
     unread      those of them whose value is read nowhere: P is as good as I
+    filled      torch refuses the op where a dim of an operand is empty
     """
 
     out: list[Dim] = field(default_factory=list[Dim])
@@ -68,6 +69,7 @@ class Relation:
     complete: bool = False
     constant: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
+    filled: bool = False
 
     @property
     def several(self) -> bool:

@@ -254,4 +254,5 @@ def attention(node: fx.Node, ctx: Annotator) -> Relation:
     whole = {0: qd[-2] + qd[-1], 1: kd[-2] + kd[-1], 2: vd[-2]}
     if mask is not None:
         whole[3] = flat(ctx.dims(mask)[-2:])
-    return Relation(out=qd[:-1] + [vd[-1]], whole=whole, linear=(frozenset({2}),))
+    # of torch's kernels not all take an empty batch, and heads are one (pytorch#133780)
+    return Relation(out=qd[:-1] + [vd[-1]], whole=whole, linear=(frozenset({2}),), filled=True)
