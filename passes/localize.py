@@ -20,7 +20,7 @@ from tedfx.graph.nodes import REGROUPS, argument, arguments, op_name, operand, o
 from tedfx.ops.distributions import drawable
 from tedfx.ops.random import NUMBERED, SHARE
 from tedfx.passes.base import Pass, PassResult
-from tedfx.placement.factors import leaves
+from tedfx.placement.factors import dim_size, leaves
 from tedfx.placement.plan import roots
 from tedfx.placement.sizes import as_size
 from tedfx.placement.types import Shard, sharding_axes
@@ -148,7 +148,14 @@ class _Localizer:
             node.args = (logits, labels, axes, ignore, *self.lengths(logits, 1))
 
     def lengths(self, value: fx.Node, dim: int) -> list[tuple[int, ...]]:
-        """How long the ranks' pieces of a dim of an operand are, where they are not equal; else nothing."""
+        """How long the ranks' pieces of a dim are, where they are not equal; else nothing. TraceError where
+        they are no runs of its entries."""
+        if any(sharding_axes(TYPE[value], f) for f in leaves(DIMS[value][dim])[1:]):
+            raise TraceError(
+                f"a dim whose entries have numbers is cut inside of {dim_size(DIMS[value][dim][:1])} parts | "
+                f"at {user_line(self.sizes.current or value)} | give the parts a dim of their own, or leave "
+                "these axes out"
+            )
         first, *behind = (self.sizes.factor(f, TYPE[value]) for f in leaves(DIMS[value][dim]))
         if not isinstance(first, Pieces):
             return []

@@ -179,6 +179,7 @@ class ShardTensors(Pass[PlannedGraph]):
             relation = RELATION[node]
             for factors in relation.whole.values():
                 blocked |= roots(factors)
+            blocked |= roots(leaves(relation.run)[1:])
             outs = relation.results
             if relation.filled:
                 met = [d for n in operands(node) for d in DIMS[n]] + [d for dims in outs for d in dims]

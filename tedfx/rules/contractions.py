@@ -213,7 +213,7 @@ def embedding(node: fx.Node, ctx: Annotator) -> Relation:
     if argument(node, 3, "scale_grad_by_freq", False):  # frequencies of the whole batch
         return whole_everywhere(node, ctx)
     vocabulary, hidden = ctx.dims(weight)
-    return Relation(out=ctx.dims(ids) + [hidden], contracted=vocabulary, linear=ONE)
+    return Relation(out=ctx.dims(ids) + [hidden], contracted=vocabulary, linear=ONE, run=vocabulary)
 
 
 @rule("aten.cross_entropy_loss")
@@ -227,7 +227,7 @@ def cross_entropy(node: fx.Node, ctx: Annotator) -> Relation:
     vocabulary = ctx.dims(logits)[1]
     weight = operand_or_none(node, 2, "weight")
     if weight is None and not argument(node, 5, "label_smoothing", 0.0):
-        return Relation(out=[rows], absorbed=vocabulary)
+        return Relation(out=[rows], absorbed=vocabulary, run=vocabulary)
     whole = {0: vocabulary}
     if weight is not None:
         whole[2] = ctx.dims(weight)[0]

@@ -145,6 +145,22 @@ def test_a_vocabulary_in_unequal_pieces():
     assert (8, 7) in [n.args[4] for n in find(program, "vocab_parallel_embedding") if len(n.args) > 4]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_vocabulary_of_parts_is_not_cut_inside_of_them(parts):
+    """Codebooks in one table, each with a head of its own: a shard of each codebook's entries is no run of
+    the table's."""
+
+    def fn(s, x):
+        x = x + x @ s.square  # so that the hidden dim is no candidate
+        found = F.embedding((x[..., 0].detach() > 0).long() * 3 + 2, s.table)
+        books = s.table.view(parts, 8 // parts, 8)
+        logits = torch.stack([F.linear(x, books[i]) for i in range(parts)])
+        return logits.square().sum() + (found * x).square().sum()
+
+    program = parity(m.Fn(fn, table=(8, 8), square=(8, 8)), "tp=2", m.inputs())
+    assert bool(program.plan.factors.get("tp")) is (parts == 1)
+
+
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=4"])
 @pytest.mark.parametrize(
     "make",
