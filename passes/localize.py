@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from tedfx.graph.nodes import REGROUPS, argument, arguments, op_name, operand, o
 from tedfx.ops.distributions import drawable
 from tedfx.ops.random import NUMBERED, SHARE
 from tedfx.passes.base import Pass, PassResult
-from tedfx.placement.factors import leaves
+from tedfx.placement.factors import dim_size, leaves
 from tedfx.placement.plan import roots
 from tedfx.placement.sizes import as_size
 from tedfx.placement.types import Shard, sharding_axes
@@ -136,7 +137,7 @@ class _Localizer:
             padding = argument(node, 2, "padding_idx", -1)
             padding = None if padding is None or padding < 0 else padding
             node.target, node.kwargs = ops.vocab_parallel_embedding, {}
-            node.args = (table, ids, axes, padding)
+            node.args = (table, ids, axes, padding, *self.lengths(table, 0))
 
     def cross_entropy(self, node: fx.Node) -> None:
         logits, labels = operand(node, 0), operand(node, 1)
@@ -144,7 +145,22 @@ class _Localizer:
         if axes:
             ignore = argument(node, 4, "ignore_index", -100)
             node.target, node.kwargs = ops.vocab_parallel_cross_entropy, {}
-            node.args = (logits, labels, axes, ignore)
+            node.args = (logits, labels, axes, ignore, *self.lengths(logits, 1))
+
+    def lengths(self, value: fx.Node, dim: int) -> list[tuple[int, ...]]:
+        """How long the ranks' pieces of a dim are, where they are not equal; else nothing. TraceError where
+        they are no runs of its entries."""
+        if any(sharding_axes(TYPE[value], f) for f in leaves(DIMS[value][dim])[1:]):
+            raise TraceError(
+                f"a dim whose entries have numbers is cut inside of {dim_size(DIMS[value][dim][:1])} parts | "
+                f"at {user_line(self.sizes.current or value)} | give the parts a dim of their own, or leave "
+                "these axes out"
+            )
+        first, *behind = (self.sizes.factor(f, TYPE[value]) for f in leaves(DIMS[value][dim]))
+        if not isinstance(first, Pieces):
+            return []
+        inner = prod(behind)
+        return [tuple(length * inner for length in first.lengths)]
 
     def shape(self, node: fx.Node) -> list:
         return [self.sizes.node(s) for s in self.sizes.shape(node)]
@@ -170,11 +186,11 @@ class _Localizer:
             0 if form == "default" else self.number(node.args[0])
         )  # global numbers, as everything that `numbers` rewrites
         step = self.number(node.args[2]) if form == "start_step" and len(node.args) > 2 else 1
+        unequal = self.lengths(node, 0)
         with self.graph.inserting_before(node):
-            cut = self.sizes.dim(DIMS[node][0], TYPE[node])
             offset = (
-                self.graph.call_function(ops.share_offset, (cut.lengths, cut.axes))
-                if isinstance(cut, Pieces)
+                self.graph.call_function(ops.share_offset, (*unequal, tuple(axes)))
+                if unequal
                 else self.graph.call_function(ops.axis_offset, (length, tuple(axes)))
             )
         node.target, node.args, node.kwargs = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from tedfx.decisions.dense_experts import dense_experts
 from tedfx.decisions.experts import expert_layout
 from tedfx.errors import CaptureError, ConfigError, user_line
 from tedfx.graph.facts import DIMS, DIMS_OF, RELATION
-from tedfx.graph.nodes import argument
+from tedfx.graph.nodes import argument, op_name, operands
 from tedfx.ops.cuts import lengths_of
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.factors import leaves
@@ -119,16 +120,49 @@ class ShardExperts(Pass[PlannedGraph]):
         return result
 
 
+_GROUPED = 8  # elements that grouped kernels take at a time (16 bytes in bfloat16: tedfx/ops/experts.py)
+
+
+def _stays_whole(
+    count: int, axes: Sequence[str], degree: int, of_experts: bool, filled: str | None = None
+) -> str:
+    """Why a factor of `count` that `degree` ranks do not divide is better left whole; "" where it is cut.
+    `of_experts`: it is one of an expert's own; `filled`: an op that cannot do with an empty piece of it.
+
+    A rank that holds a piece has count / largest times fewer weights than one that holds all of them. It
+    multiplies all tokens with it; ranks that hold all of the weights may take a slice of the tokens each, and
+    then do 1 / degree of the work, where the largest piece is largest / count of it. So with unequal pieces
+    the slowest rank does degree * largest / count times more. The cut is made where it saves no less than
+    that: count / largest >= degree * largest / count, which holds for equal pieces, for two ranks, and
+    otherwise where the ranks are few beside what they share.
+    """
+    if len(axes) > 1:
+        return "pieces that are not equal are pieces over one axis"
+    lengths = lengths_of(count, [degree])
+    largest = max(lengths)
+    if largest**2 * degree > count**2:
+        work, saved = degree * largest / count, count / largest
+        return f"pieces of {largest} are {work:.1f} times an equal one's work and save a factor {saved:.1f}"
+    if filled and not min(lengths):
+        return f"some pieces would be empty, and it meets {filled}, which takes no empty dim"
+    if of_experts and count % _GROUPED == 0 and any(length % _GROUPED for length in lengths):
+        return f"grouped kernels take multiples of {_GROUPED}, and {largest} is none"
+    return ""
+
+
 @dataclass(frozen=True)
 class ShardTensors(Pass[PlannedGraph]):
     """Column / row regions over the `tensor` axes (over `expert_tensor` inside experts), grown from weights.
 
-    A factor is a candidate when some weight of two or more dims carries it, its size divides by the degree,
-    and no op needs it whole (softmax over it, a slice across it): a shard of it then runs from the ops that
-    produce it (column-parallel) to those that contract it (row-parallel), and each contraction closes with
-    one reduction. Cost: elements reduced per element of weight split. Candidates are taken in order of that
-    cost, unless a value would carry two factors on one axis, or the factor twice (the weight of `x +
-    linear(x)`). What is not taken stays replicated, with a note where only divisibility failed.
+    A factor is a candidate when some weight of two or more dims carries it and no op needs it whole (softmax
+    over it, a slice across it): a shard of it then runs from the ops that produce it (column-parallel) to
+    those that contract it (row-parallel), and each contraction closes with one reduction. Cost: elements
+    reduced per element of weight split. Candidates are taken in order of that cost, unless a value would
+    carry two factors on one axis, or the factor twice (the weight of `x + linear(x)`).
+
+    A factor that the degree does not divide is cut into pieces of the rounded-up quotient, the last ones
+    shorter or empty, as DTensor cuts (`tedfx/ops/cuts.py`), with a note. It stays replicated, with a note of
+    what that costs, where `_stays_whole` says that this is better.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -138,14 +172,18 @@ class ShardTensors(Pass[PlannedGraph]):
         graph, plan, roles = program.graph_module.graph, program.plan, program.roles
         result, parameters = PassResult(), program.parameter_names
         nodes = _relation_nodes(graph)
-        blocked, cost, values, together = set(), {}, {}, {}
+        blocked, cost, values, together, filled = set(), {}, {}, {}, {}
         if program.batch_factor is not None:
             blocked |= roots([program.batch_factor])
         for node in nodes:
             relation = RELATION[node]
             for factors in relation.whole.values():
                 blocked |= roots(factors)
+            blocked |= roots(leaves(relation.run)[1:])
             outs = relation.results
+            if relation.filled:
+                met = [d for n in operands(node) for d in DIMS[n]] + [d for dims in outs for d in dims]
+                filled.update(dict.fromkeys(roots(f for d in met for f in d), op_name(node)))
             for factor in roots(relation.contracted):
                 cost[factor] = cost.get(factor, 0.0) + sum(plan.elements(o) for o in outs)
             for dims in outs:
@@ -179,17 +217,25 @@ class ShardTensors(Pass[PlannedGraph]):
             taken.append(factor)
             result.matches += 1
             degree = roles.mesh.size(axes)
-            if factor.size % degree:
+            uneven = f"{factor.name or 'a factor'} of size {factor.size} does not divide by {degree}: "
+            why = (
+                _stays_whole(factor.size, axes, degree, factor in inside, filled.get(factor))
+                if factor.size % degree
+                else ""
+            )
+            if why:
                 result.notes.append(
-                    f"{factor.name or 'a factor'} of size {factor.size} does not divide by {degree}: "
-                    f"replicated over {axes}, with {values[factor]:.0f} weight elements and their products "
-                    "whole on each rank"
+                    f"{uneven}replicated over {axes}, with {values[factor]:.0f} weight elements and their "
+                    f"products whole on each rank, since {why}"
                 )
                 continue
             if any(plan.shards(a, other) for a in axes for other in together.get(factor, ())):
                 continue
             plan.take(axes, factor)
             result.changes += bool(axes)
+            if factor.size % degree:
+                lengths = ", ".join(map(str, lengths_of(factor.size, [degree])))
+                result.notes.append(f"{uneven}{lengths} on the ranks of {axes}")
         return result
 
     @staticmethod

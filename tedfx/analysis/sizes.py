@@ -178,7 +178,10 @@ class Sizes:
     def _call(self, target, *args) -> fx.Node:
         """Behind the inputs and their sizes; behind its operands where those are sizes of computed values."""
         given = [a for a in args if isinstance(a, fx.Node)]
-        later = max(given if self.last is None else [self.last, *given])
+        later = max(given if self.last is None else [self.last, *given], default=None)
+        if later is None:  # a graph without inputs
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                return self.graph.call_function(target, args)
         with self.graph.inserting_after(later):
             made = self.graph.call_function(target, args)
         if later is self.last:

@@ -1,9 +1,10 @@
-"""Embedding and cross entropy over a vocabulary cut into contiguous, equal shards.
+"""Embedding and cross entropy over a vocabulary cut into contiguous shards.
 
-Rank i of the axes holds the entries [i * local, (i + 1) * local). Neither op gathers the logits or the table:
-the embedding is a partial sum, and the cross entropy exchanges three numbers per row (the maximum, the sum of
-exponentials, the logit of the label) in two all-reduces. Its backward needs none: given those numbers, the
-gradient of a rank's logits depends on no other rank.
+Rank i of the axes holds the entries [i * local, (i + 1) * local); where the ranks do not divide the
+vocabulary, `pieces` has how many entries each of them holds, the last ones perhaps none. Neither op gathers
+the logits or the table: the embedding is a partial sum, and the cross entropy exchanges three numbers per row
+(the maximum, the sum of exponentials, the logit of the label) in two all-reduces. Its backward needs none:
+given those numbers, the gradient of a rank's logits depends on no other rank.
 """
 
 import torch
@@ -11,14 +12,18 @@ from torch import Tensor
 
 from tedfx import _torch
 from tedfx.ops import context
-from tedfx.ops.context import Axes
-from tedfx.ops.convert import sum_over
+from tedfx.ops.context import Axes, Span
+from tedfx.ops.convert import Pieces, bounds, sum_over
 from tedfx.ops.properties import ALL_REDUCE, Moves, op
 
 
 @op(saves=(1,))
 def vocab_parallel_embedding(
-    weight_local: Tensor, ids: Tensor, axes: Axes, padding_idx: int | None = None
+    weight_local: Tensor,
+    ids: Tensor,
+    axes: Axes,
+    padding_idx: int | None = None,
+    pieces: Pieces = None,
 ) -> Tensor:
     """weight_local[V/size,H], ids[*] -> [*,H], a partial sum: the rows of this shard, zeros for ids of the
     others.
@@ -26,9 +31,8 @@ def vocab_parallel_embedding(
     `padding_idx` counts in the whole vocabulary (negative from its end): its row is looked up and gets no
     gradient. An id outside [0, V) trips a device-side assertion; IndexError for a padding_idx outside.
     """
-    span = context.span(axes)
-    local, offset = weight_local.shape[0], _offset(weight_local.shape[0], span.index)
-    vocab = local * span.size
+    local = weight_local.shape[0]
+    offset, vocab = _place(local, context.span(axes), pieces)
     _in_range(ids, vocab, "vocab_parallel_embedding: id out of range")
     shifted = ids - offset
     mine = (shifted >= 0) & (shifted < local)
@@ -38,6 +42,8 @@ def vocab_parallel_embedding(
             raise IndexError(f"padding_idx {padding_idx} is outside a vocabulary of {vocab}")
         if offset <= padding_idx % vocab < offset + local:
             padding = padding_idx % vocab - offset
+    if local == 0:
+        weight_local = torch.nn.functional.pad(weight_local, (0, 0, 0, 1))
     # Ids of other shards look up row 0 and are blanked, which blanks their gradient as well.
     rows = torch.embedding(weight_local, torch.where(mine, shifted, 0), padding)
     return torch.where(mine.unsqueeze(-1), rows, 0)
@@ -45,7 +51,7 @@ def vocab_parallel_embedding(
 
 @op(forward=Moves(ALL_REDUCE, "other"), saves=(0,))
 def vocab_parallel_cross_entropy(
-    logits_local: Tensor, labels: Tensor, axes: Axes, ignore_index: int = -100
+    logits_local: Tensor, labels: Tensor, axes: Axes, ignore_index: int = -100, pieces: Pieces = None
 ) -> Tensor:
     """logits_local[N,V/size], labels[N] -> nll[N], equal on all ranks of `axes`; zero where the label is
     ignored.
@@ -61,24 +67,24 @@ def vocab_parallel_cross_entropy(
             f"{tuple(labels.shape)} "
             "are not [N,V] and [N]"
         )
-    return _CrossEntropy.apply(logits_local, labels, context.span(axes), ignore_index)
+    span, local = context.span(axes), logits_local.shape[1]
+    offset, vocab = _place(local, span, pieces)
+    if local == 0:  # an entry that no label names, of weight zero
+        logits_local = torch.nn.functional.pad(logits_local, (0, 1), value=-torch.inf)
+    return _CrossEntropy.apply(logits_local, labels, span, (offset, local, vocab), ignore_index)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, span, ignore_index):
-        local = logits.shape[1]
+    def forward(ctx, logits, labels, span, place, ignore_index):
+        offset, local, vocab = place
         kept = labels != ignore_index
-        _in_range(
-            torch.where(kept, labels, 0),
-            local * span.size,
-            "vocab_parallel_cross_entropy: label out of range",
-        )
+        _in_range(torch.where(kept, labels, 0), vocab, "vocab_parallel_cross_entropy: label out of range")
         x = logits.to(_wide(logits.dtype))
         top = x.amax(1)
         if span.size > 1:
             top = sum_over(top, span, "forward", op="max")
-        shifted = labels - _offset(local, span.index)
+        shifted = labels - offset
         mine = kept & (shifted >= 0) & (shifted < local)
         shifted = torch.where(mine, shifted, 0)
         at_label = x.gather(1, shifted.unsqueeze(1)).squeeze(1) - top
@@ -99,15 +105,19 @@ class _CrossEntropy(torch.autograd.Function):
         out = out.scatter_add(
             1, shifted.unsqueeze(1), -at_label.unsqueeze(1)
         )  # one entry a row: no order to sum in
-        return out.to(logits.dtype), None, None, None
+        return out.to(logits.dtype), None, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _offset(local: int, index: int) -> int:
-    return local * index
+def _place(local: int, span: Span, pieces: Pieces) -> tuple[int, int]:
+    """(the first entry of this rank, the size of the whole vocabulary)."""
+    if pieces is None:
+        return local * span.index, local * span.size
+    starts = bounds(pieces, span)
+    return starts[span.index], starts[-1]
 
 
 def _in_range(ids: Tensor, vocab: int, message: str) -> None:

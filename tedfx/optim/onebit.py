@@ -215,7 +215,7 @@ class OneBitAdam(OneBitState):
         """Step 2. Once in a run: one all-reduce of a number per parameter, which the host reads."""
         summed = [share for share in self._shares.values() if share.placed.reduce_axes]
         blank = (
-            torch.stack([(share.homes["exp_avg_sq"].amax() == 0).int() for share in summed])
+            torch.stack([_blank(share.homes["exp_avg_sq"]) for share in summed])
             if summed
             else torch.zeros(0, dtype=torch.int32)
         )
@@ -270,3 +270,9 @@ class OneBitAdam(OneBitState):
                 "call it while not optimizer.compressed"
             )
         return torch.nn.utils.clip_grad_norm_(list(self._module.parameters()), max_norm)
+
+
+def _blank(variance: Tensor) -> Tensor:
+    """1 where a variance has nothing to go by. An empty piece, of experts that another rank has, says
+    nothing."""
+    return (variance.amax() == 0).int() if variance.numel() else variance.new_zeros((), dtype=torch.int32)

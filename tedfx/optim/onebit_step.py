@@ -133,5 +133,5 @@ class OneBitSteps(torch.optim.Optimizer):
 
 def shapes_of(share: Share) -> tuple[int, int]:
     """(how many of the user's tensors a parameter stacks on this rank, elements of each)."""
-    count = share.placed.local_shape[0] if share.placed.layout.sources else 1
-    return count, prod(share.placed.local_shape) // count
+    shape = share.placed.local_shape
+    return (shape[0], prod(shape[1:])) if share.placed.layout.sources else (1, prod(shape))

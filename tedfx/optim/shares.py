@@ -88,9 +88,9 @@ class Share:
             return local.view(1, -1)
         dim = placed.share_dim
         assert dim is not None, self.name  # what travels is a part of the parameter
-        inner = prod(placed.local_held[dim + 1 :])
+        outer, inner = prod(placed.local_held[:dim]), prod(placed.local_held[dim + 1 :])
         start, length = placed.share_cut.piece(placed.index if rank is None else rank)
-        return local.view(-1, placed.local_held[dim] * inner).narrow(1, start * inner, length * inner)
+        return local.view(outer, placed.local_held[dim] * inner).narrow(1, start * inner, length * inner)
 
     def flat(self) -> Tensor | None:
         """The share in the parameter as one flat view, or None where its elements are apart."""

@@ -55,6 +55,9 @@ class Relation:
                 replicated operands may be R
     constant    positions whose gradient depends on no value: the same on every rank, so they are never R
     unread      those of them whose value is read nowhere: P is as good as I
+    filled      torch refuses the op where a dim of an operand is empty
+    run         a dim whose entries have numbers: its shards must be runs of them, so that of its factors only
+                the first may be cut
     """
 
     out: list[Dim] = field(default_factory=list[Dim])
@@ -68,6 +71,8 @@ class Relation:
     complete: bool = False
     constant: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
+    filled: bool = False
+    run: Dim = ()
 
     @property
     def several(self) -> bool:

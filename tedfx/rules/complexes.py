@@ -97,4 +97,5 @@ def fourier(node: fx.Node, ctx: Annotator) -> Relation:
         whole={0: flat(dims[d] for d in touched)},
         linear=ONE,
         created=flat(created[d] for d in touched),
+        filled=True,
     )

@@ -213,7 +213,7 @@ def embedding(node: fx.Node, ctx: Annotator) -> Relation:
     if argument(node, 3, "scale_grad_by_freq", False):  # frequencies of the whole batch
         return whole_everywhere(node, ctx)
     vocabulary, hidden = ctx.dims(weight)
-    return Relation(out=ctx.dims(ids) + [hidden], contracted=vocabulary, linear=ONE)
+    return Relation(out=ctx.dims(ids) + [hidden], contracted=vocabulary, linear=ONE, run=vocabulary)
 
 
 @rule("aten.cross_entropy_loss")
@@ -227,7 +227,7 @@ def cross_entropy(node: fx.Node, ctx: Annotator) -> Relation:
     vocabulary = ctx.dims(logits)[1]
     weight = operand_or_none(node, 2, "weight")
     if weight is None and not argument(node, 5, "label_smoothing", 0.0):
-        return Relation(out=[rows], absorbed=vocabulary)
+        return Relation(out=[rows], absorbed=vocabulary, run=vocabulary)
     whole = {0: vocabulary}
     if weight is not None:
         whole[2] = ctx.dims(weight)[0]
@@ -254,4 +254,5 @@ def attention(node: fx.Node, ctx: Annotator) -> Relation:
     whole = {0: qd[-2] + qd[-1], 1: kd[-2] + kd[-1], 2: vd[-2]}
     if mask is not None:
         whole[3] = flat(ctx.dims(mask)[-2:])
-    return Relation(out=qd[:-1] + [vd[-1]], whole=whole, linear=(frozenset({2}),))
+    # of torch's kernels not all take an empty batch, and heads are one (pytorch#133780)
+    return Relation(out=qd[:-1] + [vd[-1]], whole=whole, linear=(frozenset({2}),), filled=True)

@@ -50,4 +50,5 @@ def convolution(node: fx.Node, ctx: Annotator) -> Relation:
         contracted=contracted,
         created=created,
         linear=each if bias is None else (),
+        filled=True,
     )

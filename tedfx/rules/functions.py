@@ -57,6 +57,7 @@ def function(node: fx.Node, ctx: Annotator) -> Relation:
         complete=found.complete,
         constant=found.constant,
         unread=found.unread,
+        filled=True,  # who knows what its code does with nothing
     )
 
 

@@ -42,8 +42,9 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
         return Relation(out=ctx.dims(x)) if same else whole_everywhere(node, ctx)
     old, sizes = ctx.dims(x), shape_of(node)
     dims = regroup(old, sizes)
+    ragged = any(f.ragged for f in flat(old))  # how many rows there are is the -1 of the rank's view
     if dims is not None:
-        return Relation(out=dims, linear=ONE)
+        return Relation(out=dims, linear=ONE, filled=ragged)
     old = ctx.dims(x)
     both = min(len(old), len(sizes))
     head = 0
@@ -55,7 +56,7 @@ def view(node: fx.Node, ctx: Annotator) -> Relation:
     cut = flat(old[head : len(old) - tail])
     middle: list[Dim] = [() if s == 1 else (Factor(s),) for s in sizes[head : len(sizes) - tail]]
     dims = old[:head] + middle + (old[len(old) - tail :] if tail else [])
-    return Relation(out=dims, whole={0: cut}, linear=ONE, created=flat(middle))
+    return Relation(out=dims, whole={0: cut}, linear=ONE, created=flat(middle), filled=ragged)
 
 
 @rule(

@@ -136,10 +136,12 @@ class Store:
             each = self.gathers[number]
             row = pack([self.shares[name].detach() for name in each.names], each.cuts)
             context.record(GATHER, each.axes, "forward", row)
-            out = row.new_empty(self.ranks.size(each.axes) * row.numel())
+            out = row.new_empty(self.ranks.size(each.axes), row.numel())
             self._flying[number] = _Flight(
-                out.view(-1, row.numel()),
-                begun(_torch.gather_into(out, row, group=self.ranks.group(each.axes), async_op=True)),
+                out,
+                begun(
+                    _torch.gather_into(out.view(-1), row, group=self.ranks.group(each.axes), async_op=True)
+                ),
             )
 
     def _take(self, number: int) -> list[Tensor]:

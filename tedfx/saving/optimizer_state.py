@@ -14,6 +14,7 @@ rank's own and have no place in a parameter's shape (errors of a compression).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,7 +28,8 @@ from tedfx.state.pieces import PiecedTensor
 __all__ = ["HasPhase", "HasScaler", "OptimizerState", "SaysItsState"]
 
 RANK = "optimizer_rank/"
-"""Keys of what is a rank's own: {key: [ranks of the mesh, *shape]}, a row for each rank."""
+"""Keys of what is a rank's own: {key: [ranks of the mesh, *shape]}, a row for each rank; {rank/key: [*shape]}
+where the ranks' shapes differ."""
 
 # How a step is computed, not what: stays as it is here.
 _IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
@@ -205,9 +207,7 @@ class OptimizerState:
                     found.update((f"optimizer/{user}/{key}", entries[user]) for user in self._users(name))
         if isinstance(self.state, HasPhase) and self._same_ranks():
             phase = None if self._phase is None else self._phase[1]
-            found.update(
-                (RANK + key, self._row(value)) for key, value in self.state.rank_state(phase).items()
-            )
+            found.update(self._of_rank(key, value) for key, value in self.state.rank_state(phase).items())
         return found
 
     def _same_ranks(self) -> bool:
@@ -217,22 +217,28 @@ class OptimizerState:
         state, phase = self._phase
         return state.same_ranks(phase)
 
-    def _row(self, value: Tensor) -> PiecedTensor:
+    @cached_property
+    def _own(self) -> str:
+        """How the names of what is this rank's own begin where the ranks hold unequal pieces; "" where the
+        sizes are the same on all of them, so that each has a row of one tensor."""
+        return f"{RANK}{self._index}/" if any(each.uneven for each in self.pm.placed.values()) else ""
+
+    @property
+    def _index(self) -> int:
         mesh = self.pm.device_mesh
-        offsets = (mesh.mesh.flatten().tolist().index(mesh.get_rank()),) + (0,) * value.dim()
-        return PiecedTensor(
-            (mesh.size(), *value.shape),
-            [(offsets, value.unsqueeze(0))],
-            mesh,
-            tuple(mesh.mesh_dim_names),
-            value.dtype,
-            value.device,
-        )
+        return mesh.mesh.flatten().tolist().index(mesh.get_rank())
+
+    def _of_rank(self, key: str, value: Tensor) -> tuple[str, PiecedTensor]:
+        mesh, shape, offsets = self.pm.device_mesh, tuple(value.shape), (0,) * value.dim()
+        if not self._own:
+            shape, offsets, value = (mesh.size(), *shape), (self._index, *offsets), value.unsqueeze(0)
+        axes = tuple(mesh.mesh_dim_names)
+        pieced = PiecedTensor(shape, [(offsets, value)], mesh, axes, value.dtype, value.device)
+        return (self._own or RANK) + key, pieced
 
     def reads(self, key: str) -> bool:
-        """Whether a key of the checkpoint is read here: not what is another mesh's ranks' own. After
-        `check`."""
-        return not key.startswith(RANK) or self._same_ranks()
+        """Whether a key of the checkpoint is read here: not what is another rank's own. After `check`."""
+        return not key.startswith(RANK) or (self._same_ranks() and key.startswith(self._own))
 
     def small(self, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Numbers, groups and the scaler, in plain Python and CPU tensors, by the user's names."""

@@ -94,7 +94,7 @@ class Placed:
     """A layout on a mesh: shapes and intervals on this rank. `mesh` is a DeviceMesh with named axes.
 
     cut: how `whole` is cut into the ranks' shares (`tedfx.ops.cuts.Cut`), None where the share is the whole;
-    common_cut: the same in numbers that all ranks share.
+    common_cut: the same in numbers that all ranks share. uneven: whether some rank's piece is shorter.
     stage: of ZeRO (arXiv 1910.02054). From 1 on an optimizer owns this rank's `share` of a parameter, and
     gradients are summed into it; at 3 the parameter itself is the share.
     """
@@ -114,6 +114,7 @@ class Placed:
             at[dim] = at.get(dim, 0) * size[axis] + coordinate[axis]
         pieces = {dim: intervals(layout.view[dim], sizes) for dim, sizes in over.items()}
         axes_of = {dim: tuple(axis for axis, d in shards if d == dim) for dim in over}
+        self.uneven = any(len({length for _, length in each}) > 1 for each in pieces.values())
 
         # Step 1: the view, one dim finer where ZeRO needs it: (ranks, rest) of a sharded dim, of which it
         # cuts the rest.

@@ -42,12 +42,12 @@ class MoE(nn.Module):
         return F.cross_entropy(self.head(x + out * self.scale), labels.flatten())
 
 
-def losses_of(mesh_name, folder, first, last, save_at, resume=None, experts=4):
+def losses_of(mesh_name, folder, first, last, save_at, resume=None, sizes=()):
     """Steps [first, last) of a run in which everything that a checkpoint holds matters. `resume`: what `load`
     is given."""
     mesh = saving.context(*MESHES[mesh_name]).device_mesh
     torch.manual_seed(5 if resume is None else 77 + dist.get_rank())  # a new process has another state
-    pm = tedfx.parallelize(MoE(experts=experts), mesh, check="none")
+    pm = tedfx.parallelize(MoE(**dict(sizes)), mesh, check="none")
     is_small = lambda name: "norm" in name or "router" in name
     groups = [
         {"params": [p for n, p in pm.named_parameters() if not is_small(n)], "weight_decay": 0.1},
@@ -78,20 +78,22 @@ def losses_of(mesh_name, folder, first, last, save_at, resume=None, experts=4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [4, 3])
-def test_other_meshes_continue(ranks, tmp_path, experts):
+@pytest.mark.parametrize(
+    "sizes", [{}, {"experts": 3}, {"experts": 3, "hidden": 23, "vocabulary": 33}], ids=str
+)
+def test_other_meshes_continue(ranks, tmp_path, sizes):
     """ep2 -> ep2 x tp2 -> tp2: the losses of the run that was never interrupted, dropout included."""
-    whole = ranks(2).run(losses_of, "ep2", tmp_path, 0, 6, (2,), None, experts)[0]
+    whole = ranks(2).run(losses_of, "ep2", tmp_path, 0, 6, (2,), None, sizes)[0]
     parts = whole[:2]
     for first, mesh_name, world in ((2, "ep2 tp2", 4), (4, "tp2", 2)):
         found = ranks(world).run(
-            losses_of, mesh_name, tmp_path, first, first + 2, (first + 2,), "auto", experts
+            losses_of, mesh_name, tmp_path, first, first + 2, (first + 2,), "auto", sizes
         )
         assert all(each == found[0] for each in found)
         parts += found[0]
     assert (tmp_path / "latest").read_text().split() == ["step-00000006", "step-00000004"]
     assert torch.allclose(torch.tensor(parts), torch.tensor(whole), rtol=1e-5, atol=0), (parts, whole)
-    plain = MoE(experts=experts)
+    plain = MoE(**sizes)
     state = plain.state_dict()
     dcp.load(
         {"model": state}, checkpoint_id=tmp_path / "step-00000006", no_dist=True

@@ -264,24 +264,28 @@ class Experts(torch.nn.Module):
         return ((x + out - labels) ** 2).sum() / (labels.shape[0] * 8)
 
 
+ROWS = 24
+
+
 def tokens(step):
     draw = torch.Generator().manual_seed(step)
-    return [torch.randn(16, 8, generator=draw, dtype=torch.float64) for _ in range(2)]
+    return [torch.randn(ROWS, 8, generator=draw, dtype=torch.float64) for _ in range(2)]
 
 
-def experts():
+def experts(folder, shape, number):
     """Experts are summed over dp, what is dense over dp and ep, each by its own axes and its own number of
-    ranks; experts of ep alone need no collective and stay exact."""
+    ranks; experts of ep alone need no collective and stay exact. A run goes on bit by bit, also where ranks
+    have unequal numbers of experts, or none."""
     torch.manual_seed(0)
-    model = Experts().double()
+    model, world = Experts(experts=number).double(), shape[0] * shape[1]
     x, labels = tokens(0)
     made = lambda shape, names: tedfx.parallelize(
         model,
         mesh(shape, names),
-        example_inputs=dict(zip(("x", "labels"), [x[: 16 // 4], labels[: 16 // 4]])),
+        example_inputs=dict(zip(("x", "labels"), [x[: ROWS // world], labels[: ROWS // world]])),
         check="none",
     )
-    both, alone = made((2, 2), ("dp", "ep")), made((4,), ("ep",))
+    both, alone = made(shape, ("dp", "ep")), made((world,), ("ep",))
     real, CompressedMean.mean = CompressedMean.mean, exact_mean
     try:
         for pm in (both, alone):
@@ -297,11 +301,12 @@ def experts():
                 for exchange, shares in optimizer._exchanges
                 for share in shares
             }
-            assert axes == ({("dp",): 2, ("dp", "ep"): 4} if pm is both else {("ep",): 4}), axes
+            ranks = {("dp",): 2, ("dp", "ep"): world} if pm is both else {("ep",): world}
+            assert axes == ranks, axes
     finally:
         CompressedMean.mean = real
     torch.manual_seed(0)
-    want = frozen_adam(Experts().double(), 5, 2, lambda model, step: model(*tokens(step)))
+    want = frozen_adam(Experts(experts=number).double(), 5, 2, lambda model, step: model(*tokens(step)))
     assert toy.worst(both.gather_parameters(), parameters(want)) < 1e-11
     assert (
         max(
@@ -310,11 +315,35 @@ def experts():
         )
         > 1e-6
     )  # AdamW's own variance there
+    go_on(folder, made, shape)
+
+
+def go_on(folder, made, shape):
+    def more(pm, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            index, count = pm.batch_coordinate
+            x, labels = (value.chunk(count)[index] for value in tokens(step))
+            pm(x, labels=labels).backward()
+            optimizer.step()
+
+    pm = made(shape, ("dp", "ep"))
+    optimizer = OneBitAdam(pm, warmup_steps=2, bucket=60, **OPTIONS)
+    more(pm, optimizer, range(4))
+    tedfx.Checkpointer(folder, pm, optimizer).save(4)
+    more(pm, optimizer, range(4, 6))
+    other = made(shape, ("dp", "ep"))
+    resumed = OneBitAdam(other, warmup_steps=2, bucket=60, **OPTIONS)
+    assert tedfx.Checkpointer(folder, other, resumed).load().step == 4
+    assert any(value.any() for value in resumed.rank_state().values())
+    more(other, resumed, range(4, 6))
+    same(pm, optimizer, other, resumed)
 
 
 @pytest.mark.slow
-def test_experts_and_dense_parameters_have_their_own_axes(ranks):
-    ranks(4).run(experts)
+@pytest.mark.parametrize("shape,number", [((2, 2), 4), ((2, 2), 3), ((2, 3), 4)], ids=str)
+def test_experts_and_dense_parameters_have_their_own_axes(ranks, tmp_path, shape, number):
+    ranks(shape[0] * shape[1]).run(experts, tmp_path, shape, number)
 
 
 # ---- error feedback ----------------------------------------------------------------------------------------

@@ -138,6 +138,46 @@ def test_the_vocabulary_is_parallel_and_padding_counts_in_the_whole():
     assert {n.args[3] for n in find(program, "vocab_parallel_embedding")} == {13, None}
 
 
+def test_a_vocabulary_in_unequal_pieces():
+    program = parity(m.make(m.LM, 15), "tp=2", m.tokens(vocabulary=15))
+    (loss,) = find(program, "vocab_parallel_cross_entropy")
+    assert loss.args[2:] == (("tp",), -100, (8, 7))
+    assert (8, 7) in [n.args[4] for n in find(program, "vocab_parallel_embedding") if len(n.args) > 4]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_vocabulary_of_parts_is_not_cut_inside_of_them(parts):
+    """Codebooks in one table, each with a head of its own: a shard of each codebook's entries is no run of
+    the table's."""
+
+    def fn(s, x):
+        x = x + x @ s.square  # so that the hidden dim is no candidate
+        found = F.embedding((x[..., 0].detach() > 0).long() * 3 + 2, s.table)
+        books = s.table.view(parts, 8 // parts, 8)
+        logits = torch.stack([F.linear(x, books[i]) for i in range(parts)])
+        return logits.square().sum() + (found * x).square().sum()
+
+    program = parity(m.Fn(fn, table=(8, 8), square=(8, 8)), "tp=2", m.inputs())
+    assert bool(program.plan.factors.get("tp")) is (parts == 1)
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=4"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: m.GateUp(inner=5),  # over four ranks 2, 2, 1 and none
+        lambda: m.GateUp(inner=5, interleaved=True),
+        lambda: m.Attention(7, 7),
+        lambda: m.Attention(14, 7),
+        lambda: m.Attention(7, 1, gqa=True),
+    ],
+    ids=["gate and up", "interleaved", "heads", "groups", "one key"],
+)
+def test_widths_and_heads_in_unequal_pieces(make, mesh):
+    program = parity(m.make(make), mesh, m.inputs())
+    assert {f.size for f in program.plan.factors["tp"]} in ({5}, {7})
+
+
 def test_dropout_lists_the_factors_of_every_dim():
     model = m.Fn(
         lambda s, x: F.dropout(x @ s.up, 0.5).relu().matmul(s.down).add(x).square().sum(),

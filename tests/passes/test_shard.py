@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tedfx.errors import CaptureError, ConfigError
+from tedfx.passes.shard import _stays_whole
 from tests.passes import models as m
 from tests.passes.helpers import placeholder, upto
 
@@ -41,10 +42,54 @@ def test_feed_forward_and_vocabulary_are_split_and_hidden_is_not(mesh):
     assert planned(program, "dp") == ([("B", program.batch_factor.size)] if "dp" in mesh else [])
 
 
-def test_a_factor_that_does_not_divide_is_noted_and_whole():
+def test_a_factor_that_the_axis_does_not_divide_is_cut_unequally_and_noted():
     program, result = upto(m.make(m.LM, 15), "tp=2", m.tokens(vocabulary=15), "shard_tensors")
-    assert sorted(size for _, size in planned(program, "tp")) == [8, 32]
-    assert len([n for n in result.notes if "of size 15 does not divide by 2" in n]) == 2
+    assert sorted(size for _, size in planned(program, "tp")) == [8, 15, 15, 32]
+    assert len([n for n in result.notes if "size 15 does not divide by 2: 8, 7 on the ranks" in n]) == 2
+
+
+@pytest.mark.parametrize(
+    "count, degree, cut",
+    [
+        (50257, 2, True),
+        (3, 2, True),
+        (3, 4, True),  # 1, 1, 1, 0: 3 times fewer weights, 4/3 of the work of a quarter
+        (2, 4, True),
+        (2, 8, False),
+        (9, 8, True),  # 2, 2, 2, 2, 1, 0, 0, 0
+        (3, 16, False),
+    ],
+)
+def test_what_a_cut_saves_is_no_less_than_what_it_costs(count, degree, cut):
+    assert (_stays_whole(count, ("tp",), degree, False) == "") is cut
+    assert "one axis" in _stays_whole(count, ("tp", "ep"), degree, False)
+
+
+def test_pieces_of_experts_stay_multiples_that_grouped_kernels_take():
+    assert _stays_whole(40, ("tp",), 3, True) == "grouped kernels take multiples of 8, and 14 is none"
+    for count, degree, of_experts in ((40, 3, False), (33, 2, True)):
+        assert _stays_whole(count, ("tp",), degree, of_experts) == ""
+
+
+def test_no_piece_is_empty_where_an_operator_refuses_that():
+    """torch's convolutions and Fourier transforms do."""
+
+    def fn(s, x):
+        x = x + x @ s.square  # so that the hidden dim is no candidate
+        return (x + torch.conv1d(x.transpose(1, 2), s.kernels).transpose(1, 2) @ s.out).square().sum()
+
+    model = m.Fn(fn, square=(8, 8), kernels=(5, 8, 1), out=(5, 8))
+    assert [f.size for f in upto(model, "tp=2", m.inputs(), "shard_tensors")[0].plan.factors["tp"]] == [5]
+    program, result = upto(model, "tp=4", m.inputs(), "shard_tensors")
+    assert 5 not in [size for _, size in planned(program, "tp")]
+    assert any("replicated" in n and "aten.conv1d, which takes no empty dim" in n for n in result.notes)
+
+
+def test_what_stays_whole_is_noted_with_its_cost():
+    program, result = upto(m.make(Residual, 2), "tp=8", m.inputs(), "shard_tensors")
+    assert planned(program, "tp") == []
+    (note,) = [n for n in result.notes if "size 2 does not divide by 8: replicated over ('tp',)" in n]
+    assert "weight elements and their products whole on each rank, since pieces of 1 are 4.0 times" in note
 
 
 @pytest.mark.parametrize(
@@ -83,10 +128,10 @@ class Residual(torch.nn.Module):
     """Both dims of a weight are the hidden factor: a shard of one cannot be told from a shard of the
     other."""
 
-    def __init__(self):
+    def __init__(self, inner=16):
         super().__init__()
         self.square = torch.nn.Linear(8, 8)
-        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        self.up, self.down = torch.nn.Linear(8, inner), torch.nn.Linear(inner, 8)
 
     def forward(self, x):
         x = x + self.square(x)

@@ -26,7 +26,6 @@ from tedfx.stages.graphs import PlannedGraph, TypedGraph
 from tests.graphs import global_graph
 from tests.rules.simulate import Ranks, cotangent, join, noise, same, split
 
-MESH = {"tp": 2}
 AXIS = "tp"
 
 
@@ -50,19 +49,30 @@ class Case:
 
 @dataclass
 class OneOp:
-    """A graph with factors and one call; `values` of its placeholders."""
+    """A graph with factors and one call; `values` of its placeholders; on `degree` ranks."""
 
     case: Case
     planned: PlannedGraph
     call: fx.Node
     values: dict
+    degree: int
 
     graph_module = property(lambda self: self.planned.graph_module)
     plan = property(lambda self: self.planned.plan)
     trainable = property(lambda self: self.planned.trainable)
+    mesh = property(lambda self: {AXIS: self.degree})
+
+    def cuts(self, factor) -> bool:
+        """Whether the axis may shard a factor: two ranks what they divide, more ranks whatever there is, so
+        that pieces are unequal and, where the op can do with that, some are empty."""
+        size, ranks = factor.size, self.degree
+        if not isinstance(size, int) or size == 1:
+            return False
+        empty = (ranks - 1) * -(-size // ranks) >= size
+        return size % ranks == 0 if ranks == 2 else not (empty and self.call.meta["relation"].filled)
 
 
-def build(case: Case, trainable="all") -> OneOp:
+def build(case: Case, trainable="all", degree: int = 2) -> OneOp:
     """A case's operands and call, up to the factors."""
     graph, values, made = fx.Graph(), {}, {}
     flat, spec = pytree.tree_flatten((case.args, case.kwargs))
@@ -91,17 +101,18 @@ def build(case: Case, trainable="all") -> OneOp:
     floats = [n for n, v in values.items() if has_gradient(v.dtype) and int(n[1:]) not in case.frozen]
     learned = {"all": floats, "first": floats[:1], "rest": floats[1:], "none": []}[trainable]
     planned = run_pipeline(
-        global_graph(graph, MESH, floats, learned), [Annotate()], have={"functional", "row_losses"}
+        global_graph(graph, {AXIS: degree}, floats, learned), [Annotate()], have={"functional", "row_losses"}
     )
     planned.plan.algebra = NAMES
-    return OneOp(case, planned, next(n for n in planned.graph.nodes if n.name == call.name), values)
+    found = next(n for n in planned.graph.nodes if n.name == call.name)
+    return OneOp(case, planned, found, values, degree)
 
 
-def choices(node: fx.Node) -> list:
+def choices(program: OneOp, node: fx.Node) -> list:
     """The placements that an operand may come with."""
     found = [R, I] + ([P] if has_gradient(node.meta["val"].dtype) else [])
     flat = [f for d in node.meta["dims"] for f in leaves(d)]
-    return found + [Shard(f) for f in dict.fromkeys(flat) if f.size % 2 == 0 and flat.count(f) == 1]
+    return found + [Shard(f) for f in dict.fromkeys(flat) if program.cuts(f) and flat.count(f) == 1]
 
 
 def decisions(program):
@@ -111,13 +122,11 @@ def decisions(program):
     nodes = operands(call)
     distinct = list(dict.fromkeys(nodes))
     relation = call.meta["relation"]
-    created = [
-        f for f in dict.fromkeys(leaves(relation.created)) if isinstance(f.size, int) and f.size % 2 == 0
-    ]
+    created = [f for f in dict.fromkeys(leaves(relation.created)) if program.cuts(f)]
     seen = set()
     for planned in [None, *created]:
         plan.factors = {AXIS: [planned]} if planned is not None else {}
-        for combination in itertools.product(*(choices(n) for n in distinct)):
+        for combination in itertools.product(*(choices(program, n) for n in distinct)):
             given = dict(zip(distinct, combination))
             types = [given[n] for n in nodes]
             if not program.case.meets(program, types):
@@ -236,17 +245,19 @@ def compare(program, final, outs, generator) -> None:
     types = {n: {AXIS: p} for n, p in zip(operands(program.call), final)}
     placeholders = {n.name: n for n in program.graph_module.graph.find_nodes(op="placeholder")}
     held = {
-        name: split(v, placeholders[name].meta["dims"], types[placeholders[name]], MESH, generator=generator)
+        name: split(
+            v, placeholders[name].meta["dims"], types[placeholders[name]], program.mesh, generator=generator
+        )
         for name, v in program.values.items()
     }
     out_types = [
         {AXIS: p} for p in (outs if len(outs) == len(results) else [outs[n.args[1]] for n in results])
     ]
     sent = [
-        None if g is None else split(g, n.meta["dims"], cotangent(t), MESH, generator=generator)
+        None if g is None else split(g, n.meta["dims"], cotangent(t), program.mesh, generator=generator)
         for g, n, t in zip(cotangents, results, out_types)
     ]
-    per_rank = Ranks(MESH).run(
+    per_rank = Ranks(program.mesh).run(
         lambda rank: flow(
             module,
             {n: v[rank] for n, v in held.items()},
@@ -259,7 +270,7 @@ def compare(program, final, outs, generator) -> None:
             [outputs[i] for outputs, _ in per_rank],
             node.meta["dims"],
             type_,
-            MESH,
+            program.mesh,
             what=f"{what}: output {i}",
         )
         same(got, expected[i], f"{what}: output {i}")
@@ -269,7 +280,7 @@ def compare(program, final, outs, generator) -> None:
             [g[name] for _, g in per_rank],
             node.meta["dims"],
             cotangent(types[node]),
-            MESH,
+            program.mesh,
             what=f"{what}: gradient of {name}",
         )
         same(got, gradients[name], f"{what}: gradient of {name}")

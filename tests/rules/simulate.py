@@ -129,24 +129,35 @@ def _cut(x: Tensor, dims, factor, known: dict, shares: dict, degree: int) -> lis
     """x in `degree` pieces along one factor; `shares` says into how many parts each factor is cut already."""
     dim, place = find_dim(dims, factor)
     sizes = [known[f.size] // shares.get(f, 1) for f in leaves(dims[dim])]
-    assert prod(sizes) == x.shape[dim] and sizes[place] % degree == 0, (sizes, x.shape, factor)
+    assert prod(sizes) == x.shape[dim] and (sizes[place] % degree == 0 or factor not in shares), (
+        sizes,
+        x.shape,
+        factor,
+    )
     view = x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
-    cut = list(sizes)
-    cut[place] //= degree
+    rest = prod(sizes) // sizes[place]
     return [
-        piece.reshape(*x.shape[:dim], prod(cut), *x.shape[dim + 1 :]).contiguous()
-        for piece in view.chunk(degree, dim + place)
+        piece.reshape(*x.shape[:dim], rest * piece.shape[dim + place], *x.shape[dim + 1 :]).contiguous()
+        for piece in _chunks(view, degree, dim + place)
     ]
+
+
+def _chunks(x: Tensor, degree: int, dim: int) -> list[Tensor]:
+    """torch's chunks; empty ones where there are fewer than `degree`, as DTensor has them."""
+    found = list(x.chunk(degree, dim))
+    return found + [x.narrow(dim, 0, 0)] * (degree - len(found))
 
 
 def _paste(pieces: list[Tensor], dims, factor, known: dict, shares: dict) -> Tensor:
     dim, place = find_dim(dims, factor)
     x, degree = pieces[0], len(pieces)
     sizes = [known[f.size] // shares.get(f, 1) for f in leaves(dims[dim])]
-    sizes[place] //= degree
-    assert prod(sizes) == x.shape[dim], (sizes, x.shape, factor)
-    views = [p.reshape(*p.shape[:dim], *sizes, *p.shape[dim + 1 :]) for p in pieces]
-    return torch.cat(views, dim + place).reshape(*x.shape[:dim], prod(sizes) * degree, *x.shape[dim + 1 :])
+    views = []
+    for piece, run in zip(pieces, _chunks(torch.arange(sizes[place]), degree, 0)):
+        cut = [*sizes[:place], len(run), *sizes[place + 1 :]]
+        assert prod(cut) == piece.shape[dim], (cut, piece.shape, factor)
+        views.append(piece.reshape(*x.shape[:dim], *cut, *x.shape[dim + 1 :]))
+    return torch.cat(views, dim + place).reshape(*x.shape[:dim], prod(sizes), *x.shape[dim + 1 :])
 
 
 class Known(dict):
