@@ -44,8 +44,16 @@ def length(intervals: list[tuple[float, float]]) -> float:
     return sum(stop - start for start, stop in union(intervals))
 
 
+def middle(spans: list[tuple[float, float]]) -> tuple[float, float]:
+    """The shortest and the median of spans in ms, in us: a collective that waits for another rank shows as a
+    median far above the shortest."""
+    lengths = sorted(stop - start for start, stop in spans)
+    return round(lengths[0] * 1e3, 1), round(lengths[len(lengths) // 2] * 1e3, 1)
+
+
 def profile(step, data, steps: int, device: torch.device, trace: str | None = None) -> dict:
-    """{"kinds": {kind: ms per step}, "exposed": .., "idle": .., "span": .., "kernels": [(name, ms, launches)],
+    """{"kinds": {kind: ms per step}, "exposed": .., "idle": .., "span": .., "kernels": [(name, ms, launches, the
+    shortest and the median launch in us)],
     "gaps": [(ms, the kernel before, the one after)]} of this rank, per step (gaps: of all steps). exposed:
     communication while no other kernel runs; idle: nothing runs."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -88,7 +96,7 @@ def profile(step, data, steps: int, device: torch.device, trace: str | None = No
         gaps=sorted(gaps, reverse=True),
         kernels=sorted(
             (
-                (name, round(sum(b - a for a, b in spans) / steps, 3), len(spans) / steps)
+                (name, round(sum(b - a for a, b in spans) / steps, 3), len(spans) / steps, middle(spans))
                 for name, spans in names.items()
             ),
             key=lambda row: -row[1],
@@ -101,8 +109,8 @@ def table(found: dict, top: int = 0) -> str:
     named = {"exposed": "communication not hidden", "idle": "no kernel runs", "span": "the step, profiled"}
     text = tabulate([(named.get(k, k), v) for k, v in rows], ["ms per step", ""], tablefmt="github")
     if top:
-        kernels = [(ms, n, name[:110]) for name, ms, n in found["kernels"][:top]]
-        text += "\n\n" + tabulate(kernels, ["ms", "launches", "kernel"])
+        kernels = [(ms, n, *us, name[:90]) for name, ms, n, us in found["kernels"][:top]]
+        text += "\n\n" + tabulate(kernels, ["ms", "launches", "shortest us", "median us", "kernel"])
         gaps = [(ms, before[:50], after[:50]) for ms, before, after in found["gaps"][: top // 2]]
         text += "\n\n" + tabulate(gaps, ["idle ms", "after", "before"])
     return text

@@ -6,6 +6,7 @@ runs the work.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -159,8 +160,13 @@ def timed(args, work: Work, device, step, data, replicas: int, **said) -> dict:
     began = time.perf_counter()
     for i in range(args.warmup + args.steps):
         ids = next(data)
-        if i == args.warmup and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        if i == args.warmup:
+            # What compilation left behind is millions of objects, through which the collector would go again
+            # and again in the middle of steps; training scripts for large models all do this or the like.
+            gc.collect()
+            gc.freeze()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
         synchronize(device)
         dist.barrier()
         synchronize(device)
