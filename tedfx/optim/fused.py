@@ -61,7 +61,8 @@ def _takes(
         tile.state
         and not tile.provisional
         and kernels.takes(grads[tile.share.name], tile.state["exp_avg"], tile.share.local())
-        and (tile.share.flat() is not None if tile.share.master is None else tile.share.master.is_cuda)
+        and not tile.share.host
+        and (tile.share.master is not None or tile.share.flat() is not None)
         for tile in tiles
     )
 
