@@ -75,18 +75,19 @@ def test_two_tp_all_reduces_per_dense_layer():
     assert len(two) == 2 * 2 + 3
 
 
-@pytest.mark.parametrize("mesh", [slow("ep=2"), "ep=2,tp=2"])
-def test_two_row_all_to_alls_and_one_exchange_of_counts_per_moe_layer(mesh):
-    for _, log in on_ranks(case("mixtral", mesh, overrides=ONE, **PLAIN), layout):
+@pytest.mark.parametrize("mesh,layers", [slow("ep=2", 2), ("ep=2,tp=2", 1)])
+def test_two_row_all_to_alls_and_one_exchange_of_counts_per_moe_layer(mesh, layers):
+    overrides = {"num_hidden_layers": layers}
+    for _, log in on_ranks(case("mixtral", mesh, overrides=overrides, **PLAIN), layout):
         rows = forward_on(("ep",), log, "all_to_all")
         counts = [entry for entry in forward_on(("ep",), log, "all_gather") if entry[3] == "torch.int64"]
-        assert len(rows) == 2 and len(counts) == 1
+        assert len(rows) == 2 * layers and len(counts) == layers
         rest = [entry for entry in forward_on(("ep",), log) if entry not in rows and entry not in counts]
         assert all(entry[0] == "all_reduce" and entry[4] <= 2 for entry in rest), (
             rest
         )  # the loss and its parts
         if mesh == "ep=2,tp=2":  # dispatch and combine add nothing on tp: attention and experts, once each
-            assert len(forward_on(("tp",), log, "all_reduce")) == 2 + 3
+            assert len(forward_on(("tp",), log, "all_reduce")) == 2 * layers + 3
 
 
 def test_ppmoe_needs_no_all_to_all():
