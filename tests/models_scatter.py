@@ -168,10 +168,12 @@ class Searched(Scatter):
 class Sorted(Scatter):
     """Places are those in the runs of a stable sort, and all is computed in its order."""
 
+    stable = True
+
     def mixture(self, x, w, ids, capacity):
         experts, k = self.c.experts, ids.shape[1]
         counts = torch.bincount(ids.flatten(), minlength=experts)
-        ids, order = ids.flatten().sort(stable=True)
+        ids, order = ids.flatten().sort(stable=self.stable)
         place = torch.arange(ids.shape[0], device=x.device) - (counts.cumsum(0) - counts)[ids]
         keep = place < capacity
         address, token = (ids * capacity + place)[keep], (order // k)[keep]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -11,7 +10,7 @@ from tedfx.capture.chains import is_zero
 from tedfx.capture.routing import Dims, argument, name_of, shape_of
 from tedfx.capture.scattered import Read, Scattered, Write, covers, refuse
 from tedfx.capture.slot_masks import between
-from tedfx.capture.slots import SlotFact, Term, shared_slot
+from tedfx.capture.slots import Term, shared_slot
 from tedfx.graph.nodes import REGROUPS, operand, reached_from
 from tedfx.placement.sizes import Size, as_size
 
@@ -50,10 +49,10 @@ def buffers(graph: fx.Graph, found: Scattered) -> list[Buffer]:
                 chains[node] = [*chains.pop(write.base), write]
             elif is_zero(write.base) or (_is_fresh(write.base) and not write.adds):
                 chains[node] = [write]
-    return [_buffer(writes, found.known) for writes in chains.values()]
+    return [_buffer(writes, found) for writes in chains.values()]
 
 
-def _buffer(writes: list[Write], known: Mapping[fx.Node, SlotFact]) -> Buffer:
+def _buffer(writes: list[Write], found: Scattered) -> Buffer:
     last, spot = writes[-1].node, writes[0].spot
     for one, other in zip(writes, writes[1:]):
         if list(one.node.users) != [other.node]:
@@ -63,7 +62,7 @@ def _buffer(writes: list[Write], known: Mapping[fx.Node, SlotFact]) -> Buffer:
     among = lambda routing: (routing.experts, [routing.sizes[x] for x in routing.tokens])
     if any(among(w.spot.routing) != among(spot.routing) for w in writes):
         raise refuse("choices among other experts or of other tokens", last, "choose all from one matrix")
-    terms, size, experts = [w.term(known) for w in writes], spot.address.size, spot.routing.experts
+    terms, size, experts = [w.term(found.known) for w in writes], spot.address.size, spot.routing.experts
     labels, runs = spot.labels, spot.address.runs
     if any(w.spot.address.runs != runs for w in writes):
         raise refuse("addresses count different runs", last, "let all begin where the same runs do")
@@ -101,6 +100,18 @@ def _buffer(writes: list[Write], known: Mapping[fx.Node, SlotFact]) -> Buffer:
             "count places as cumsum(mask) - mask over the tokens, later choices behind all earlier ones, and "
             "write those alone whose place is below the capacity",
         )
+    for write, term in zip(writes, terms):
+        order = write.spot.pick.order if write.spot.pick else None
+        if (
+            order is not None
+            and order not in found.picks.orders.stable
+            and (term.guards or term.own_slot.open)
+        ):
+            raise refuse(
+                "who is dropped depends on the order within an expert's run, and the sort promises none",
+                order,
+                "sort with stable=True",
+            )
     return Buffer(writes, terms, node, labels, size)
 
 

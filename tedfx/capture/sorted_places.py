@@ -5,8 +5,8 @@
     place = arange(N * K) - starts[sorted]
 
 A stable sort keeps assignments in their order, so the place in a run is the number of those before it that
-chose the same expert: `cumsum(one_hot(ids)) - 1` at the ids, in the order of the sort. Of a sort that is not
-stable nothing is known: it decides who is dropped.
+chose the same expert: `cumsum(one_hot(ids)) - 1` at the ids, in the order of the sort. A sort that is not
+stable gives them other places: as good where nobody is dropped, and refused where somebody is.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ aten = torch.ops.aten
 
 
 class Orders:
-    """`orders`: of each stable order of assignments by expert the ids that were sorted."""
+    """`orders`: of each order of assignments by expert the ids that were sorted; `stable`: those that keep
+    them in their order."""
 
     def __init__(self, graph: fx.Graph, known: Mapping[fx.Node, Fact]):
         self.known, self.counts = known, slot_facts(graph, known)
         self.orders: dict[fx.Node, fx.Node] = {}
+        self.stable: set[fx.Node] = set()
         for node, fact in sorted_facts(graph, known).items():
             sort = operand(node, 0) if name_of(node) == "getitem" else node
-            if fact.kind == "order" and name_of(sort) in ("sort", "argsort") and argument(sort, "stable"):
+            if fact.kind == "order" and name_of(sort) in ("sort", "argsort"):
                 self.orders[node] = operand(sort, 0)
+                self.stable |= {node} if argument(sort, "stable") else set()
 
     def sorted_ids(self, node: fx.Node) -> fx.Node | None:
         """The order of the ids that a sort gives beside it."""

@@ -256,6 +256,15 @@ def test_refused_by_name(name):
     assert "test_capture_scattered.py:" in str(error.value)
 
 
+class Unstable(LAYERS["sorted"]):
+    stable = False
+
+
+def test_a_sort_that_is_not_stable_drops_anyone():
+    with pytest.raises(CaptureError, match="sort with stable=True"):
+        capture(Unstable(Config()))
+
+
 # --- runs that are filled up to a multiple, in grouped products ---------------------------------------------
 
 
@@ -269,6 +278,13 @@ def by_sort(ids, begin):
     sorted_ids, order = ids.sort(stable=True)
     place = torch.arange(order.shape[0]) - (counts.cumsum(0) - counts)[sorted_ids]
     return begin[sorted_ids] + place, order
+
+
+def by_argsort(ids, begin):
+    """Nobody is dropped: the order within a run reaches no result."""
+    order, counts = ids.argsort(), ids.bincount(minlength=E)
+    place = torch.arange(order.shape[0]) - (counts.cumsum(0) - counts)[ids[order]]
+    return begin[ids[order]] + place, order
 
 
 def by_search(ids, begin):
@@ -313,6 +329,7 @@ class Runs(Mixture):
             {},
             {"rows": by_cumsum},
             {"rows": by_search},
+            {"rows": by_argsort},
             {"rows": by_cumsum, "length": lambda counts: counts},
             {"length": lambda counts: (torch.ceil(counts / 16) * 16).long()},
             {
