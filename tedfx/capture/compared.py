@@ -54,8 +54,9 @@ def write_gates(graph: fx.Graph) -> None:
                 found.setdefault((ids, layout), {}).setdefault(number, []).append(weighed)
     for (ids, layout), by_number in found.items():
         experts = [by_number.get(e, []) for e in range(len(by_number))]
-        if len(experts) > 1 and all(len(one) == 1 for one in experts):
-            _write(graph, ids, layout, [one[0] for one in experts])
+        if len(experts) > 1 and len({len(one) for one in experts}) == 1:
+            for layer in zip(*experts):  # each in the order of the graph
+                _write(graph, ids, layout, list(layer))
 
 
 def _sides(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
