@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 import tedfx
 from tedfx.errors import ConfigError
+from tedfx.optim.shares import Share
 from tedfx.runtime.module import ParallelModule
 from tedfx.runtime.state_dict import StateError
 from tedfx.state.parameters import ParameterLayout, Placed
@@ -347,6 +348,50 @@ def test_pieces_tile_the_tensor(layout):
             assert torch.equal(local, view.reshape(placed.local_shape))
     copies = 6 // torch.Size([{"dp": 2, "tp": 3}[axis] for axis, _ in layout.shards]).numel()
     assert all((count == copies).all() for count in seen.values())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParameterLayout("w", (4, 5), None, {"tp": 0}, ("dp",)),  # 2, 2 and none
+        ParameterLayout("w", (6, 4), None, {"tp": 1}, ("dp",)),  # none behind the dim of the shares
+        ParameterLayout("w", (5, 7), None, {"tp": 1}, ("dp",)),  # shares are not equal either
+        ParameterLayout("w", (8, 6), (2, 4, 6), {"tp": 1}, ("dp",)),  # gate and up in one
+        ParameterLayout("w", (10, 6), (5, 2, 6), {"tp": 0}, ("dp",)),  # heads
+        ParameterLayout("w", (10,), (5, 2), {"tp": 0}, ("dp",)),  # their bias
+        ParameterLayout("w", (4, 6, 2), None, {"tp": 0}, ("dp",), sources=("a", "b", "c", "d")),
+        ParameterLayout("w", (4, 6, 2), None, {"tp": 2}, ("dp",), sources=("a", "b", "c", "d")),
+    ],
+)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_shares_tile_unequal_and_empty_pieces(layout, stage):
+    """What all ranks hold of a parameter is all of it, once; and a rank's shares are gathered into its piece,
+    by the cut that it has and by that which the graph has for all ranks."""
+    seen = {name: torch.zeros(layout.user_shape, dtype=torch.int64) for name in layout.names}
+    for tp in range(3):
+        for dp in range(2):
+            placed = Placed(layout, FakeMesh((dp, tp), dp=2, tp=3), stage)
+            assert placed.uneven
+            copies = 1 if placed.share_dim is not None else 2
+            for name, chunks in placed.share.chunks.items():
+                local = torch.empty(placed.share.shape)
+                for offsets, where in chunks:
+                    box = tuple(slice(o, o + n) for o, n in zip(offsets, local[where].shape))
+                    seen[name][box] += 2 // copies
+            if placed.share_dim is None:
+                continue
+            coordinate = {(): 0, ("dp",): dp, ("tp",): tp}
+            assert placed.common_cut.at(coordinate.__getitem__) == placed.share_cut
+            whole = torch.arange(placed.whole.numel).view(placed.local_shape)
+            rows = placed.share_cut.spread(whole)
+            assert torch.equal(rows[dp][: placed.share.numel], placed.share_of(whole).reshape(-1))
+            if stage == 1:
+                share = object.__new__(Share)
+                share.placed, share.local = placed, lambda: whole
+                assert torch.equal(share.rows().reshape(-1), rows[dp][: placed.share.numel])
+            assert torch.equal(placed.share_cut.collect(rows), whole)
+            assert torch.equal(placed.share_cut.collect(rows, torch.empty_like(whole)).view_as(whole), whole)
+    assert all((count == 2).all() for count in seen.values())
 
 
 def names_of_toy():
