@@ -12,7 +12,9 @@ from which they were made stay the model's own nodes, so order, drops and capaci
 global batch.
 
 Algorithm:
-1. `slot_facts`: what masks and places mean (capture_slots.py, capture_slot_facts.py).
+1. Choices that are handled one by one are taken apart (tedfx/capture/one_by_one.py), and running sums without
+   their own entry written as such (running_sums.py). `slot_facts`: what masks and places mean (slots.py,
+   slot_facts.py).
 2. A product that sums a mask of hits and slots over experts and slots is a **combine**, over tokens a
    **dispatch**. Between them the body is followed back (capture_slot_bodies.py), which refuses what mixes
    slots. An empty slot reaches no token, so what a bias makes of it does not matter.
@@ -20,13 +22,16 @@ Algorithm:
    no two tokens share a slot.
 4. ids [N, K] of all choices side by side, those of dropped assignments no expert's, so that they are not
    sent; weights [N, K] from the values of the terms; `combine` takes the place of the product. How many slots
-   an expert has is kept with the dispatch (`tedfx/placement/slots.py`).
+   an expert has is kept with the dispatch (`tedfx/placement/slots.py`). Where the dispatch mask passes a
+   gradient straight to the weights (`mask + weights - weights.detach()`), a token's row is x[n] times
+   1 + weight[n,k] - weight[n,k].detach(), so every choice is dispatched as a token of its own.
 5. What only the masks needed is dead. A dispatch that is left was not understood: refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -34,12 +39,15 @@ from torch import fx
 
 from tedfx.capture.choices import Choices
 from tedfx.capture.letters import contraction_of
+from tedfx.capture.one_by_one import apart
 from tedfx.capture.routing import shape_of
+from tedfx.capture.running_sums import without_their_own
 from tedfx.capture.slot_bodies import SlotBodies
 from tedfx.capture.slot_facts import slot_facts
-from tedfx.capture.slots import Mask, Term, shared_slot, sizes_of
+from tedfx.capture.slots import Mask, Straight, Term, shared_slot, sizes_of
 from tedfx.capture.stacks import Stacks
-from tedfx.errors import CaptureError, user_line
+from tedfx.capture.uncaptured import LEFT
+from tedfx.errors import CaptureError, TedfxError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import leading_to, reached_from
@@ -62,15 +70,27 @@ class CaptureCapacity(Pass[GlobalGraph]):
 
     def __call__(self, program: GlobalGraph) -> PassResult:
         graph, trace = program.graph_module.graph, program.trace
+        apart(graph)
+        without_their_own(graph)
         result, known = PassResult(), slot_facts(graph)
         found = [c for c in (_slots(node, known) for node in graph.nodes) if c is not None]
-        ends = [c for c in found if c.role == "combine"]
         if not found:
             return result
         stacks = Stacks(trace, program.trainable)
         starts = {c.node: c for c in found if c.role == "dispatch"}
-        for end in ends:
-            _capture(graph, end, starts, stacks)
+        for node in [c.node for c in found if c.role == "combine"]:
+            end = _slots(node, known)  # anew: what it combines may be the end of one inside of it
+            if end is None:
+                raise TedfxError(f"the end of a mixture is none any more | at {user_line(node)}")
+            start = _start(graph, end, starts)
+            if any(n.target is torch.ops.tedfx.dispatch.default for n in _between(graph, start, end)):
+                starts.pop(start.node)
+                result.notes.append(
+                    f"{LEFT}the experts are mixtures themselves, and theirs are dispatched; tokens come to "
+                    f"the outer ones and back by products with masks | at {user_line(start.node)}"
+                )
+                continue
+            _capture_with(graph, start, end, stacks)
             result.matches += 1
             result.notes.append(
                 f"{end.mask.terms[0].routing.experts} experts with a capacity at {user_line(end.node)}"
@@ -109,6 +129,7 @@ class _Product:
     other: fx.Node
     theirs: list
     out: list
+    through: tuple[Term, ...] = ()  # weights that a gradient goes straight to
 
 
 def _slots(node: fx.Node, known: dict) -> _Product | None:
@@ -117,9 +138,12 @@ def _slots(node: fx.Node, known: dict) -> _Product | None:
         return None
     left, right, out = parsed
     for (mask, letters), (other, theirs) in ((left, right), (right, left)):
-        fact = known.get(mask)
+        fact, through = known.get(mask), ()
+        if isinstance(fact, Straight):
+            fact, through = Mask(fact.dims, fact.terms), fact.weights
         if (
             not isinstance(fact, Mask)
+            or not fact.terms
             or not all(t.hit and t.slot is not None for t in fact.terms)
             or isinstance(known.get(other), Mask)
         ):
@@ -127,10 +151,10 @@ def _slots(node: fx.Node, known: dict) -> _Product | None:
         labels = {letter: dim for letter, dim in zip(letters, fact.dims)}
         gone = {x for letter, dim in labels.items() if letter not in out for x in dim}
         tokens = {x for x in gone if x.startswith("t")}
-        if gone == {"e", "c"}:
+        if gone == {"e", "c"} and not through:
             return _Product("combine", node, fact, labels, letters, other, theirs, out)
         if gone and gone == tokens:
-            return _Product("dispatch", node, fact, labels, letters, other, theirs, out)
+            return _Product("dispatch", node, fact, labels, letters, other, theirs, out, through)
         raise refuse(
             "a mask of experts and slots is summed over some of them only",
             node,
@@ -139,27 +163,70 @@ def _slots(node: fx.Node, known: dict) -> _Product | None:
     return None
 
 
-def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> None:
-    inside = reached_from(graph, {n for n in starts})
+def _start(graph: fx.Graph, end: _Product, starts: dict[fx.Node, _Product]) -> _Product:
+    """The dispatch of what is combined: the last one before it."""
+    inside, mine = reached_from(graph, starts), list[_Product]()
     if end.other not in inside:
         raise refuse(
             "what is combined was not dispatched by a mask of slots",
             end.node,
             "dispatch: einsum('nec,nh->ech', ..)",
         )
-    mine = {n for n in starts if n in leading_to(end.other, inside)}
+    todo, seen = [end.other], {end.other}
+    while todo:
+        node = todo.pop()
+        if node in starts:
+            mine.append(starts[node])
+            continue
+        fresh = [n for n in node.all_input_nodes if n in inside and n not in seen]
+        more = [n for n in fresh if not _is_size(n)]
+        todo += more
+        seen.update(more)
     if len(mine) > 1:
         raise refuse(
             "what is combined was dispatched twice",
             end.node,
             "dispatch once (concatenate what an expert reads)",
         )
-    start = starts[mine.pop()]
+    return mine[0]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(VAL.get(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _between(graph: fx.Graph, start: _Product, end: _Product) -> Iterable[fx.Node]:
+    """What is computed of the dispatched rows, up to what is combined."""
+    return leading_to(end.other, reached_from(graph, {start.node}))
+
+
+def _capture_with(graph: fx.Graph, start: _Product, end: _Product, stacks: Stacks) -> None:
+    """With experts of the mixture; where their weights differ by a dim of the tokens as well, as where tokens
+    stand in slots of an outer mixture, with an expert for each entry of both."""
+    routing, state, before = end.mask.terms[0].routing, stacks.state(), set(graph.nodes)
+    try:
+        return _capture(graph, start, end, stacks, ())
+    except CaptureError as error:
+        kept = {x for letter, dim in start.labels.items() if letter in start.out for x in dim}
+        over = tuple(x for x in routing.tokens if x in kept and isinstance(routing.sizes[x], int))
+        if not over:
+            raise
+        for node in reversed(list(graph.nodes)):
+            if node not in before:
+                graph.erase_node(node)
+        stacks.restore(state)
+        try:
+            _capture(graph, start, end, stacks, over)
+        except CaptureError:
+            raise error from None
+
+
+def _capture(graph: fx.Graph, start: _Product, end: _Product, stacks: Stacks, over: tuple[str, ...]) -> None:
     routing = end.mask.terms[0].routing
     _check(start, end)
     with graph.inserting_before(end.node):
-        labels = tuple(start.labels.get(letter) for letter in start.out[:-1])
-        if None in labels or start.out[-1] in start.labels:
+        labels = tuple(start.labels[letter] for letter in start.out[:-1] if letter in start.labels)
+        if len(labels) < len(start.out) - 1 or start.out[-1] in start.labels:
             raise refuse(
                 "the features of a token are not its last dim",
                 start.node,
@@ -167,10 +234,16 @@ def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> No
             )
         sizes = {**sizes_of(start.mask), "c": sizes_of(start.mask)["c"]}
         bodies = SlotBodies(
-            graph, routing, stacks, start.node, labels, sizes, reached_from(graph, {start.node})
+            graph, routing, stacks, start.node, labels, sizes, reached_from(graph, {start.node}), over
         )
-        choices = Choices(graph, end.mask.terms, end.node)
-        dispatched, tail = choices.dispatch(_tokens(graph, start, routing), _known_slots(start, routing))
+        choices = Choices(graph, end.mask.terms, end.node, over)
+        x, slots = _tokens(graph, start, routing), _known_slots(start, routing, over)
+        weights = choices.weights(end.node)
+        if start.through:
+            x, slots, weights = _straight(choices, x, slots, weights)
+            dispatched, _, tail = choices.dispatch_each(x, slots)
+        else:
+            dispatched, tail = choices.dispatch(x, slots)
         bodies.start(dispatched, tail)
         value = bodies.value(end.other)
         if value.kind != "rows" or value.right != 1 or len(end.theirs) != value.span + 1:
@@ -187,11 +260,24 @@ def _capture(graph: fx.Graph, end: _Product, starts: dict, stacks: Stacks) -> No
         out = emit(
             graph,
             torch.ops.tedfx.combine.default,
-            (value.node, dispatched.sorted, choices.weights(end.node)),
+            (value.node, dispatched.sorted, weights),
             like=end.node,
         )
+        if start.through:
+            out = choices.emit(aten.reshape.default, out, [-1, choices.count, shape_of(out)[-1]])
+            out = choices.emit(aten.sum.dim_IntList, out, [1])
         out = _shaped(graph, out, start, end, routing)
     end.node.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
+
+
+def _straight(choices: Choices, x: fx.Node, slots: Slots, weights: fx.Node) -> tuple[fx.Node, Slots, fx.Node]:
+    """A token per choice, [N * K, H], that a gradient goes through to its weight; their slots and weights."""
+    zero = choices.emit(aten.sub.Tensor, weights, choices.emit(aten.detach.default, weights))
+    scale = choices.emit(aten.unsqueeze.default, choices.emit(aten.add.Tensor, zero, 1), -1)
+    x = choices.emit(aten.mul.Tensor, choices.emit(aten.unsqueeze.default, x, 1), scale)
+    x = choices.emit(aten.reshape.default, x, [-1, shape_of(x)[-1]])
+    slots = replace(slots, tokens=(*slots.tokens, (choices.count, True)))
+    return x, slots, choices.emit(aten.reshape.default, weights, [-1, 1])
 
 
 def _check(start: _Product, end: _Product) -> None:
@@ -203,6 +289,12 @@ def _check(start: _Product, end: _Product) -> None:
                 start.node,
                 "dispatch by combine_weights.bool()",
             )
+    if start.through and {*start.through} != {*end.mask.terms}:
+        raise refuse(
+            "the mask that dispatches passes a gradient to other weights than those that combine",
+            start.node,
+            "let it pass one to the combine's weights: mask + weights - weights.detach()",
+        )
     over = {x for letter, dim in start.labels.items() if letter not in start.out for x in dim}
     shared = shared_slot(start.mask.terms, over)
     if shared:
@@ -249,8 +341,8 @@ def _covers(dispatched: Term, combined: Term) -> bool:
     )
 
 
-def _known_slots(start: _Product, routing) -> Slots:
-    over = {x for letter, dim in start.labels.items() if letter not in start.out for x in dim}
+def _known_slots(start: _Product, routing, own: tuple[str, ...]) -> Slots:
+    over = {x for letter, dim in start.labels.items() if letter not in start.out for x in dim} | {*own}
     return Slots(
         sizes_of(start.mask)["c"],
         tuple((as_size(routing.sizes[label]), label in over) for label in routing.tokens),

@@ -32,7 +32,7 @@ from torch.fx.node import map_aggregate
 from tedfx import ops
 from tedfx.capture.routing import dim_of, name_of, shape_of
 from tedfx.capture.slot_facts import slot_facts
-from tedfx.capture.slots import Place, Totals
+from tedfx.capture.slots import Place, totals_of
 from tedfx.errors import CaptureError, ConfigError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import CHOOSES, SLOTS, VAL
@@ -149,8 +149,9 @@ class _Groups:
             node.replace_all_uses_with(emit(self.graph, ops.group_cumsum, args, like=node))
             return True
         if name == "add" and isinstance(fact, Place):
-            for total, sums in read.items():
-                if not isinstance(sums, Totals):
+            for total, fact_of_it in read.items():
+                sums = totals_of(fact_of_it)
+                if sums is None:
                     continue
                 ((place, numbered),) = places.items()
                 parts = [self._total(t, numbered, place, node) for t in self._in_order(sums.totals)]

@@ -197,9 +197,8 @@ class ShardTensors(Pass[PlannedGraph]):
         inside: set = set()
         for node in nodes:
             if RELATION[node].kind == "dispatch":
-                experts, met = expert_layout(node, plan)
-                inside |= met
-                blocked |= {experts.root()} | roots(DIMS_OF[node][0][0])
+                inside |= expert_layout(node, plan)[1]
+                blocked |= roots(DIMS_OF[node][1][0]) | roots(DIMS_OF[node][0][0])
         inside |= set().union(*plan.dense.values())
         blocked |= plan.dense.keys()
         candidates = sorted(

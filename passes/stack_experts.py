@@ -46,6 +46,7 @@ from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import REGROUPS, is_tensor
 from tedfx.graph.nodes import argument as nth
 from tedfx.passes.base import Pass, PassResult
+from tedfx.placement.sizes import divides
 from tedfx.stages.graphs import GlobalGraph
 
 __all__ = ["StackExperts"]
@@ -194,7 +195,7 @@ def _weighs(graph: fx.Graph, stack: fx.Node, experts: int) -> bool:
         elif name_of(node) == "mul" or contraction_of(node) is not None:
             others = [x for x in node.all_input_nodes if x not in found and is_tensor(x)]
             sizes = [s for x in others if x.op == "call_function" for s in shape_of(x)]
-            if any(isinstance(size, int) and size % experts == 0 for size in sizes):
+            if any(divides(experts, size) for size in sizes):
                 return True
     return False
 

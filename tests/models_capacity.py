@@ -269,6 +269,145 @@ class FromOne(Top1):
         return mask.unsqueeze(-1) * F.one_hot(place, capacity + 2)[:, None, 1:-1]
 
 
+def first_classes(numbers, count):
+    """One-hot of numbers of which some are beyond the classes that are wanted."""
+    classes = max(numbers.max() + 1, count)
+    return F.one_hot(numbers, classes)[..., :count]
+
+
+def places_before(mask):
+    """How many tokens of its sequence came before a token, by expert."""
+    return F.pad(mask, (0, 0, 1, 0)).cumsum(-2)[:, :-1]
+
+
+class Padded(Stacks):
+    """Top-2, a fixed capacity per sequence; masks of floats, a second expert only for tokens that want it."""
+
+    wants = staticmethod(lambda share: share > 0.3)
+
+    def forward(self, x):
+        experts, capacity = self.c.experts, int(self.capacity_factor)
+        probs = self.router(x).softmax(-1)
+        gates, masks = [], []
+        left = probs
+        for _ in range(2):
+            gate, index = (found[..., 0] for found in left.topk(1, -1))
+            gates.append(gate)
+            masks.append(F.one_hot(index, experts).to(x.dtype))
+            left = left * (1.0 - masks[-1])
+        share = gates[1] / (gates[0] + gates[1])
+        aux = (masks[0].mean(1) * probs.mean(1)).mean() * experts
+        hits = list(masks)
+        masks[1] = masks[1] * self.wants(share).to(x.dtype).unsqueeze(-1)
+        before, each = 0.0, []
+        for n, mask in enumerate(masks):
+            place = (places_before(mask) + before) * mask
+            mask = mask * (place < float(capacity)).to(x.dtype)
+            before = before + mask.sum(1, keepdim=True)
+            gate = (1 - share, share)[n] * mask.sum(-1)
+            slot = first_classes(place.sum(-1).long(), capacity)
+            kept = gate[..., None, None] * mask.sum(-1)[..., None, None]
+            each.append(kept * hits[n][..., None] * slot[..., None, :])
+        weights = each[0] + each[1]
+        rows = einsum("bnd,bnec->ebcd", x, weights.bool().to(x.dtype))
+        shape = rows.shape
+        rows = rows.reshape(experts, -1, shape[-1])
+        inner = F.relu(einsum("...nd,...dh->...nh", rows, self.up) + self.up_bias[:, None])
+        rows = (einsum("...nh,...hd->...nd", inner, self.down) + self.down_bias).reshape(shape)
+        return einsum("ebcd,bnec->bnd", rows, weights), aux
+
+
+class AtRandom(Padded):
+    """The second expert at random, the more often the larger its share."""
+
+    wants = staticmethod(lambda share: torch.zeros_like(share).uniform_(0.0, 1.0) < share / 0.6)
+
+
+class Straight(Stacks):
+    """Choices side by side in one tensor, handled one by one in it; what dispatches passes a gradient to what
+    combines."""
+
+    passed = staticmethod(lambda weights: weights)
+
+    @staticmethod
+    def wants(shares):
+        return shares > 0.25
+
+    def make_experts(self):
+        self.experts = nn.ModuleList(EXPERTS[self.c.expert](self.c) for _ in range(self.c.experts))
+
+    def forward(self, x):
+        length, experts, choices = x.shape[1], self.c.experts, 3
+        capacity = max(min(length, int(length * self.capacity_factor / experts)), 2)
+        probs = self.router(x).softmax(-1)
+        gates, ids = probs.topk(choices, -1)
+        gates, ids = gates.permute(2, 0, 1), ids.permute(2, 0, 1)
+        hits = F.one_hot(ids, experts)
+        mask = hits.to(x.dtype)
+        gates = gates / gates.sum(0, keepdim=True)
+        wanted = self.wants(gates)
+        wanted[0] = True
+        mask *= wanted.to(x.dtype).unsqueeze(-1)
+        aux = (mask[0].mean(1) * probs.mean(1)).mean() * experts
+        before = F.pad(mask, (0, 0, 1, -1)).cumsum(-2)
+        places, earlier = [], 0.0
+        for n in range(choices):
+            place = (before[n] + earlier) * mask[n]
+            mask[n] *= (place < float(capacity)).to(x.dtype)
+            earlier = mask[n].sum(-2, keepdim=True) + earlier
+            places.append(place.sum(-1))
+        kept = mask.sum(-1)
+        weights = (gates * kept)[..., None, None] * hits[..., None]
+        weights = (weights * first_classes(torch.stack(places).long(), capacity)[..., None, :]).sum(0)
+        through = self.passed(weights)
+        dispatch = weights.bool().to(x.dtype) + through - through.detach()
+        rows = einsum("bnd,bnec->becd", x, dispatch).permute(1, 0, 2, 3)
+        done = torch.stack([expert(part) for expert, part in zip(self.experts, rows)])
+        return einsum("ebcd,bnec->bnd", done, weights), aux
+
+
+class Nested(Stacks):
+    """A mixture of mixtures: an expert of the outer one routes what stands in its slots among its own."""
+
+    outer = 2
+
+    def make_experts(self):
+        c, outer = self.c, self.outer
+        self.outer_gate = nn.Linear(c.hidden_size, outer)
+        self.table = nn.Parameter(torch.randn(outer, c.experts, c.hidden_size) * 0.2)
+        self.up = nn.Parameter(torch.randn(outer, c.experts, c.hidden_size, c.inner_size) * 0.2)
+        self.up_bias = nn.Parameter(torch.randn(outer, c.experts, 1, c.inner_size) * 0.2)
+        self.down = nn.Parameter(torch.randn(outer, c.experts, c.inner_size, c.hidden_size) * 0.2)
+
+    def slots(self, probs, share, there=1.0):
+        """Weights [.., n, e, c] of a top-1 choice among those that are there."""
+        length, experts = probs.shape[-2:]
+        capacity = max(int(length * share * self.capacity_factor / experts), 2)
+        gate, index = probs.max(-1)
+        mask = F.one_hot(index, experts).to(probs.dtype) * there
+        place = (mask.cumsum(-2) - mask) * mask
+        mask = mask * (place < capacity).to(probs.dtype)
+        slot = first_classes(place.sum(-1).long(), capacity).to(probs.dtype)
+        return (gate * mask.sum(-1))[..., None, None] * mask[..., None] * slot[..., None, :]
+
+    def forward(self, x):
+        c, dtype = self.c, x.dtype
+        outer_probs = self.outer_gate(x).softmax(-1)
+        outer = self.slots(outer_probs, 1.0)
+        rows = einsum("bnd,bnec->ebcd", x, outer.bool().to(dtype))
+        there = (outer.sum(1).permute(1, 0, 2) > 0).to(dtype).unsqueeze(-1)
+        scores = einsum("ebnd,efd->ebnf", rows, self.router.weight + self.table) + self.router.bias
+        probs = scores.softmax(-1)
+        inner = self.slots(probs, 1.5, there)
+        rows = einsum("ebnd,ebnfc->efbcd", rows, inner.bool().to(dtype))
+        shape = rows.shape
+        rows = rows.reshape(self.outer, c.experts, -1, shape[-1])
+        rows = F.gelu(einsum("...nd,...dh->...nh", rows, self.up) + self.up_bias)
+        rows = einsum("...nh,...hd->...nd", rows, self.down).reshape(shape)
+        rows = einsum("efbcd,ebnfc->ebnd", rows, inner)
+        return einsum("ebcd,bnec->bnd", rows, outer), outer_probs.square().mean()
+
+
 LAYERS = {
     "switch": Switch,
     "gshard": GShard,
@@ -280,6 +419,10 @@ LAYERS = {
     "selected": Selected,
     "marked": Marked,
     "from_one": FromOne,
+    "padded": Padded,
+    "at_random": AtRandom,
+    "straight": Straight,
+    "nested": Nested,
 }
 FACTORS = {
     "switch": 1.25,
@@ -292,14 +435,20 @@ FACTORS = {
     "selected": 1.25,
     "marked": 1.25,
     "from_one": 1.25,
+    "padded": 2,
+    "at_random": 2,
+    "straight": 1.5,
+    "nested": 1.0,
 }
 
 
-def make(layer: str, capacity_factor: float | None = None, **config):
+def make(layer: str, capacity_factor: float | None = None, tied: bool = False, **config):
+    """`tied`: all layers have one mixture."""
     model = models_plain.make(**config)
     torch.manual_seed(1)
     for block in model.blocks:
-        block.moe = LAYERS[layer](model.c, FACTORS[layer] if capacity_factor is None else capacity_factor)
+        made = LAYERS[layer](model.c, FACTORS[layer] if capacity_factor is None else capacity_factor)
+        block.moe = model.blocks[0].moe if tied and block is not model.blocks[0] else made
     return model
 
 

@@ -78,6 +78,12 @@ class Bodies(Rows):
                     f"{user_line(node)})"
                 )
                 raise refuse(what, first, "give all experts the same code")
+        if first.target is torch.ops.tedfx.combine.default:
+            raise refuse(
+                "an expert is a mixture itself",
+                first,
+                "route once, among the experts of all of these mixtures",
+            )
         args, kwargs = self._operands(nodes)
         values = [v for v in pytree.tree_leaves((args, kwargs), is_leaf=is_value) if isinstance(v, Batched)]
         kinds = {v.kind for v in values}

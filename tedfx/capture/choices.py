@@ -34,12 +34,24 @@ aten = torch.ops.aten
 
 
 class Choices:
-    def __init__(self, graph: fx.Graph, terms: tuple[Term, ...], like: fx.Node):
-        self.graph, self.terms, self.like = graph, terms, like
+    """`over`: labels of token dims that have experts of their own (labelled.py)."""
+
+    def __init__(self, graph: fx.Graph, terms: tuple[Term, ...], like: fx.Node, over: tuple[str, ...] = ()):
+        self.graph, self.terms, self.like, self.over = graph, terms, like, over
         self.ids = [self._flat(term.routing.node, term.routing.dims, term.routing) for term in terms]
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return emit(self.graph, target, args, kwargs, like=self.like)
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return sum(term.routing.choices for term in self.terms)
+
+    @property
+    def _experts(self) -> int:
+        sizes = self.terms[0].routing.sizes
+        return int(product(sizes[label] for label in (*self.over, "e")))
 
     def dispatch(self, x: fx.Node, slots: Slots) -> tuple[Dispatched, bool]:
         """What it made of tokens [N, H], and whether there may be a tail."""
@@ -51,25 +63,38 @@ class Choices:
         too late for are no limit: an expert gets the rows that it has."""
         sent, tail = self._sent()
         sent = self.emit(aten.reshape.default, sent, [-1, 1])
-        kept = self.emit(aten.lt.Scalar, sent, self.terms[0].routing.experts)
+        kept = self.emit(aten.lt.Scalar, sent, self._experts)
         return self._dispatched(x, sent, slots if tail else None, tail), kept, tail
 
     def _sent(self) -> tuple[fx.Node, bool]:
         """The expert of each assignment [N, K], no expert's of those that are dropped; whether any may be."""
-        experts = self.terms[0].routing.experts
+        experts = self._experts
         kept = [self._kept(term, ids) for term, ids in zip(self.terms, self.ids)]
         sent = [
             ids if keep is None else self.emit(aten.where.ScalarOther, keep, ids, experts)
-            for keep, ids in zip(kept, self.ids)
+            for keep, ids in zip(kept, map(self._numbered, self.terms))
         ]
         return self._side_by_side(sent), any(keep is not None for keep in kept)
 
     def _dispatched(self, x: fx.Node, sent: fx.Node, slots: Slots | None, tail: bool) -> Dispatched:
-        experts = self.terms[0].routing.experts
-        out = self.emit(torch.ops.tedfx.dispatch.default, x, sent, experts, *(True,) * tail)
+        out = self.emit(torch.ops.tedfx.dispatch.default, x, sent, self._experts, *(True,) * tail)
         if slots is not None:
             SLOTS[out] = slots
         return Dispatched(*(self.emit(operator.getitem, out, i) for i in range(3)))
+
+    def _numbered(self, term: Term) -> fx.Node:
+        """The ids [N, K] of a term among all experts."""
+        routing, ids = term.routing, term.routing.node
+        stride = routing.experts
+        for label in reversed(self.over):
+            if (label,) not in routing.dims:
+                raise refuse("experts of groups of tokens that were flattened", self.like, "keep their dim")
+            behind = len(routing.dims) - routing.dims.index((label,)) - 1
+            first = self.emit(aten.arange.default, routing.sizes[label], device=VAL[ids].device)
+            first = self.emit(aten.mul.Tensor, first, stride)
+            first = self.emit(aten.reshape.default, first, [routing.sizes[label], *[1] * behind])
+            ids, stride = self.emit(aten.add.Tensor, ids, first), stride * int(routing.sizes[label])
+        return self._flat(ids, routing.dims, routing)
 
     def _kept(self, term: Term, ids: fx.Node) -> fx.Node | None:
         """Where all guards of a term are 1: truth values that broadcast to [N, K]; None for a term without
@@ -137,6 +162,7 @@ class Choices:
             return self.emit(aten.full.default, [1, 1], node, dtype=dtype, device=VAL[ids].device)
         if not VAL[node].dtype.is_floating_point:
             node = self.emit(aten.logical_not.default, node) if value.inverted else node
+        if not VAL[node].dtype.is_floating_point or dtype == torch.bool:  # bits, as any of these
             node = node if VAL[node].dtype == dtype else self.emit(aten.to.dtype, node, dtype)
         labels = {x for dim in value.dims for x in dim}
         if not labels:

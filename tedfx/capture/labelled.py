@@ -24,7 +24,17 @@ from tedfx._torch import pytree
 from tedfx.capture.batched import Batched, aligned, is_pointwise, is_value, leaves, refuse, unknown
 from tedfx.capture.bodies import Bodies
 from tedfx.capture.letters import Contraction, Letters, contraction_of, summed_product
-from tedfx.capture.routing import Dims, Fact, Routing, Sizes, name_of, relabel, shape_of, swapped
+from tedfx.capture.routing import (
+    Dims,
+    Fact,
+    Routing,
+    Sizes,
+    name_of,
+    product,
+    relabel,
+    shape_of,
+    swapped,
+)
 from tedfx.capture.rules import apply_rule
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.weights import weighted
@@ -64,7 +74,8 @@ class Side:
 
 
 class LabelledBodies(Bodies):
-    """`inside`: the nodes of the body; `sizes` of the labels."""
+    """`inside`: the nodes of the body; `sizes` of the labels. `over`: labels of token dims that have experts
+    of their own, so that an expert is one of each of them and of "e", in this order."""
 
     def __init__(
         self,
@@ -75,9 +86,14 @@ class LabelledBodies(Bodies):
         gathered: bool,
         sizes: Sizes,
         inside: set[fx.Node],
+        over: tuple[str, ...] = (),
     ):
         super().__init__(graph, routing, known, stacks, gathered)
         self.sizes, self.inside = sizes, inside
+        self.expert: Dims = tuple((label,) for label in (*over, "e"))  # the labels that say which expert
+        if over:
+            self.experts = int(product(sizes[label] for label in (*over, "e")))
+            self.numbers = list(range(self.experts))
         self.values: dict[fx.Node, Batched] = {}
         self.labels: dict[fx.Node, Dims] = {}  # of the dims that count rows
 
@@ -188,9 +204,8 @@ class LabelledBodies(Bodies):
                 x,
                 dropped=len(lead),
             )
-        if any(
-            size != 1 and not (label == ("e",) and size == self.experts) for size, label in zip(lead, over)
-        ):
+        varies = tuple(label for size, label in zip(lead, over) if size != 1)
+        if varies != self.expert or product(lead) != self.experts:
             return self._differing(x, node, over)
         each = (
             x if len(lead) == 1 else self.emit(aten.reshape.default, (x, [self.experts, *features]), {}, node)
@@ -283,9 +298,20 @@ class LabelledBodies(Bodies):
             squeezed, left = self._squeezed(weight.value.node, left, node)
             return squeezed, left, "expert"
         labels = {**row.labels, **weight.labels}
-        expert = next((letter for letter, label in labels.items() if label == ("e",)), None)
         matrix, left = self._squeezed(weight.node, weight.letters, node)
-        return matrix, left, expert if expert in left else None  # None: one matrix for all
+        own = [x for label in self.expert for x in left if labels.get(x) == label]
+        if not own:
+            return matrix, left, None  # one matrix for all
+        if len(own) != len(self.expert):
+            raise refuse("matrices of some experts alone", node, "let every expert have its own")
+        if len(own) > 1:
+            rest = [x for x in left if x not in own]
+            order = [left.index(x) for x in (*own, *rest)]
+            if order != list(range(len(order))):
+                matrix = self.emit(aten.permute.default, (matrix, order), {}, node)
+            shape = [self.experts, *shape_of(matrix)[len(own) :]]
+            matrix, left = self.emit(aten.reshape.default, (matrix, shape), {}, node), [own[-1], *rest]
+        return matrix, left, own[-1]
 
     def _contracted(
         self, weight: Side, row: Side, left: Letters, out: Letters, labels: dict, node: fx.Node
@@ -297,7 +323,7 @@ class LabelledBodies(Bodies):
         ]
         inner, new = [x for x in own if x not in out], [x for x in own if x in out]
         rows = {x for x, label in labels.items() if label}
-        stray = [x for x in left if x != "expert" and labels.get(x) not in (None, (), ("e",))]
+        stray = [x for x in left if x != "expert" and labels.get(x) not in (None, (), *self.expert)]
         if (
             (len(inner), len(new)) != (1, 1)
             or features != inner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import TypeAlias
 
 from torch import fx
@@ -17,11 +18,20 @@ Contraction: TypeAlias = tuple[tuple[fx.Node, Letters], tuple[fx.Node, Letters],
 
 
 def einsum_letters(node: fx.Node) -> tuple[list[str], str] | None:
-    """The letters of the operands and of the result of an einsum; None where it has an ellipsis, no result
-    or a letter twice in an operand."""
+    """The letters of the operands and of the result of an einsum, those of an ellipsis written out; None
+    where it has no result or a letter twice in an operand."""
     left, _, out = argument(node, 0).replace(" ", "").partition("->")
     terms = left.split(",")
-    return None if "." in left or not out or any(len(set(t)) != len(t) for t in terms) else (terms, out)
+    if "." in left:
+        free = [x for x in string.ascii_letters if x not in left]
+        over = [
+            len(shape_of(x)) - len(term.replace(".", "")) if "." in term else 0
+            for term, x in zip(terms, argument(node, 1))
+        ]
+        rest = "".join(free[: max(over)])  # its dims, aligned at the right
+        terms = [term.replace("...", rest[len(rest) - n :]) for term, n in zip(terms, over)]
+        out = out.replace("...", rest)
+    return None if not out or any(len(set(t)) != len(t) for t in terms) else (terms, out)
 
 
 def contraction_of(node: fx.Node) -> Contraction | None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from tedfx.capture.routing import Dims, Sizes, known_of, product, shape_of
+from tedfx.capture.routing import Dims, Sizes, is_bits, known_of, product, shape_of
 from tedfx.capture.slots import Bit, Mask, Place, SlotFact, Term, Total, Totals, Value, sizes_of
 from tedfx.graph.facts import VAL
 from tedfx.placement.sizes import Size
@@ -135,7 +135,7 @@ def _valued(term: Term, value: Value, divides: bool) -> Term | None:
         return None
     if not isinstance(value.node, fx.Node) and value.node == 1:
         return term
-    if isinstance(value.node, fx.Node) and VAL[value.node].dtype == torch.bool and not divides:
+    if isinstance(value.node, fx.Node) and is_bits(value.node, {}) and not divides:
         return replace(
             term, values=(*term.values, value), guards=term.guards | {Bit(node=value.node, source=value)}
         )

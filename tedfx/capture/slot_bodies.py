@@ -38,8 +38,9 @@ class SlotBodies(LabelledBodies):
         labels: Dims,
         sizes: Sizes,
         inside: set[fx.Node],
+        over: tuple[str, ...] = (),
     ):
-        super().__init__(graph, routing, {}, stacks, True, sizes, inside)
+        super().__init__(graph, routing, {}, stacks, True, sizes, inside, over)
         self.slots = slots
         self.labels[slots] = labels
         self.apart: dict[fx.Node, bool] = {}
@@ -83,7 +84,9 @@ class SlotBodies(LabelledBodies):
         self.value(source)
         dim = dim % len(shape_of(source))
         return (
-            (source, number % self.experts, kept) if self.labels[source][dim : dim + 1] == (("e",),) else None
+            (source, number % self.experts, kept)
+            if self.labels[source][dim : dim + 1] == self.expert
+            else None
         )
 
     def _per_expert(self, node: fx.Node) -> bool:

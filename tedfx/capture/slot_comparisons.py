@@ -25,6 +25,7 @@ from tedfx.capture.slots import (
     Scaled,
     Slot,
     SlotFact,
+    Straight,
     Term,
     Value,
 )
@@ -44,6 +45,8 @@ def cast(node: fx.Node, fact: SlotFact) -> SlotFact | None:
     dtype = VAL[node].dtype
     if isinstance(fact, (Place, Counts, Scaled, Address)):
         return fact if dtype in COUNTS else None
+    if isinstance(fact, Straight):
+        return fact if name_of(node) != "detach" and dtype.is_floating_point else None
     if not isinstance(fact, Mask):
         return fact if dtype != torch.bool or isinstance(fact, Drop) else None
     if dtype == torch.bool:

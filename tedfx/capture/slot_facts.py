@@ -36,7 +36,7 @@ from tedfx.capture.masks import facts
 from tedfx.capture.products import scaled
 from tedfx.capture.routing import Fact, known_of, moved, name_of, number_of
 from tedfx.capture.slot_comparisons import CASTS, SAME, Hits, Known
-from tedfx.capture.slots import Mask, Numbers, SlotFact, Term, sizes_of
+from tedfx.capture.slots import Counts, Mask, Numbers, SlotFact, Term, Totals, sizes_of
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import operand_or_none
 
@@ -77,7 +77,9 @@ def _derive(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         return Numbers((("c",),), length, node.args[0])
     for own in (slot_runs, slot_addresses, slot_columns):
         if (found := own.derive(node, known, hits)) is not None:
-            return found
+            total = slot_masks.total(node, known, hits) if name == "sum" else None
+            both = isinstance(found, Counts) and isinstance(total, Totals)
+            return replace(found, total=total) if both else found
     if name in _RULES:
         return _RULES[name](node, known, hits)
     fact = known_of(known, operand_or_none(node, 0))

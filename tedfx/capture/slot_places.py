@@ -11,9 +11,9 @@ from torch import fx
 from tedfx.capture.products import scaled
 from tedfx.capture.routing import Dims, argument, dim_of, known_of, name_of, number_of, shape_of
 from tedfx.capture.slot_comparisons import COUNTS, Hits, Known
-from tedfx.capture.slots import Bit, Mask, Place, Queue, SlotFact, Totals
+from tedfx.capture.slots import Bit, Mask, Place, Queue, SlotFact, Straight, totals_of
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import operand
+from tedfx.graph.nodes import operand, operand_or_none
 from tedfx.placement.sizes import as_size
 
 
@@ -56,13 +56,14 @@ def add(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
     if isinstance(fact, Place):
         if shape_of(node) != shape_of(left):
             return None
-        if isinstance(right, int) and not isinstance(right, bool):
-            return fact.shifted(sign * right)
-        if isinstance(other, Totals) and sign == 1 and not fact.reduced and _same_dims(fact.dims, other.dims):
-            if any(total in fact.queue.before for total in other.totals):
+        if isinstance(number := number_of(right), int):
+            return fact.shifted(sign * number)
+        sums = totals_of(other)
+        if sums is not None and sign == 1 and not fact.reduced and _same_dims(fact.dims, sums.dims):
+            if any(total in fact.queue.before for total in sums.totals):
                 return None
             old = fact.queue
-            queue = replace(old, before=old.before | other.totals)
+            queue = replace(old, before=old.before | sums.totals)
             return replace(fact, queue=queue, outside=None, off=None, cut=None)
         if isinstance(other, Mask) and len(other.terms) == 1 and _same_dims(fact.dims, other.dims):
             term = other.terms[0]
@@ -81,16 +82,20 @@ def add(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
                     cut=None,
                 )
         return None
-    if (
-        isinstance(fact, Totals)
-        and isinstance(other, Totals)
-        and sign == 1
-        and fact.dims == other.dims
-        and not fact.totals & other.totals
-    ):
-        return replace(fact, totals=fact.totals | other.totals)
-    if not isinstance(fact, Mask) or sign == -1:
+    one, sums = totals_of(fact), totals_of(other)
+    if one is not None and sums is not None:
+        both = sign == 1 and one.dims == sums.dims and not one.totals & sums.totals
+        return replace(one, totals=one.totals | sums.totals) if both else None
+    if one is not None and number_of(right) == 0:
+        return one
+    if sign == -1:
+        return _less_itself(left, right, known)
+    if isinstance(fact, Straight) and isinstance(other, Mask):
+        fact, other = other, fact
+    if not isinstance(fact, Mask):
         return None
+    if isinstance(other, Straight) and not other.terms and other.dims == fact.dims:
+        return Straight(fact.dims, fact.terms, other.weights)
     if isinstance(right, (int, float)) and right == 0:
         return scaled(fact, node, fact.dims) if fact.terms[0].plain else fact
     if (
@@ -101,6 +106,23 @@ def add(node: fx.Node, known: Known, hits: Hits) -> SlotFact | None:
         if isinstance(right, fx.Node) and shape_of(node) == shape_of(left) == shape_of(right):
             return Mask(fact.dims, fact.terms + other.terms)
     return None
+
+
+def _less_itself(left: fx.Node, right: object, known: Known) -> Straight | None:
+    """`weights - weights.detach()`, and `(mask + weights) - weights.detach()`."""
+    weights = operand_or_none(right, 0) if isinstance(right, fx.Node) and name_of(right) == "detach" else None
+    if weights is None:
+        return None
+    fact = known.get(weights)
+    if not isinstance(fact, Mask) or any(t.exact or t.nonzero for t in fact.terms):
+        return None
+    if left is weights:
+        return Straight(fact.dims, (), fact.terms)
+    parts = [operand_or_none(left, i) for i in (0, 1)] if name_of(left) == "add" else []
+    masks = [known_of(known, x) for x in parts if x is not weights]
+    if len(masks) != 1 or not isinstance(masks[0], Mask) or argument(left, "alpha") != 1:
+        return None
+    return Straight(fact.dims, masks[0].terms, fact.terms) if masks[0].dims == fact.dims else None
 
 
 def _same_dims(dims: Dims, other: Dims) -> bool:

@@ -44,12 +44,14 @@ __all__ = [
     "Scaled",
     "Slot",
     "SlotFact",
+    "Straight",
     "Term",
     "Total",
     "Totals",
     "Value",
     "Zeros",
     "sizes_of",
+    "totals_of",
     "shared_slot",
 ]
 
@@ -226,11 +228,13 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Counts:
-    """A number per expert [E]: so many times each of the parts (slot_runs.py), summed."""
+    """A number per expert [E]: so many times each of the parts (slot_runs.py), summed. `total`: what it is as
+    a total."""
 
     dims: Dims
     routing: Routing
     parts: Mapping[tuple[Any, ...], int]
+    total: Totals | None = None
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,22 @@ class Address:
         return replace(self, place=self.place.shifted(by), off=off, shift=self.shift + by)
 
 
-SlotFact: TypeAlias = Mask | Place | Totals | Drop | Zeros | Numbers | Counts | Scaled | Address
+@dataclass(frozen=True)
+class Straight:
+    """A mask through which a gradient goes straight to the weights that it was made of: `terms`, and
+    `weights - weights.detach()`, which is zero; `terms` is empty of the latter alone."""
+
+    dims: Dims
+    terms: tuple[Term, ...]
+    weights: tuple[Term, ...]
+
+
+SlotFact: TypeAlias = Mask | Place | Totals | Drop | Zeros | Numbers | Counts | Scaled | Address | Straight
+
+
+def totals_of(fact: SlotFact | None) -> Totals | None:
+    """The totals that a value is."""
+    return fact.total if isinstance(fact, Counts) else fact if isinstance(fact, Totals) else None
 
 
 def sizes_of(fact: SlotFact) -> Sizes:
@@ -280,7 +299,13 @@ def sizes_of(fact: SlotFact) -> Sizes:
         return place.queue.routing.sizes
     if isinstance(fact, Totals):
         return next(iter(fact.totals)).routing.sizes
-    terms = fact.terms if isinstance(fact, Mask) else (fact.term,)
+    terms = (
+        (fact.term,)
+        if isinstance(fact, Drop)
+        else fact.terms or fact.weights
+        if isinstance(fact, Straight)
+        else fact.terms
+    )
     slots = [t.slot.size for t in terms if t.slot is not None]
     return {**terms[0].routing.sizes, **({"c": slots[0]} if slots else {})}
 

@@ -1,14 +1,19 @@
 """Numbers that a model makes from sizes: an expert's capacity is `int(1.25 * tokens / experts)`, and the
 sizes are free while tracing.
 
-Two things would fix such a number to that of the example, silently:
+Three things would fix such a number to that of the example, or bound the sizes by it:
 
-- python's `int()` must return an int. In the modules of the model whose source calls it, the name `int`
-  stands, while tracing, for a stand-in that leaves a size a size and truncates a number made from sizes as
-  `math.trunc` does. It is a type still: `isinstance(x, int)` and `int(x)` of anything else are what they
-  were. `math.ceil`, `math.floor`, `round`, `//` need no help.
+- python's `int()` and `float()` must return an int and a float. In the modules of the model whose source
+  calls them, these names stand, while tracing, for a stand-in that leaves a size a size, truncates a number
+  made from sizes as `math.trunc` does and makes a float of it as `torch.sym_float` does. They are types
+  still: `isinstance(x, int)` and `int(x)` of anything else are what they were. `math.ceil`, `math.floor`,
+  `round`, `//` need no help.
+- `max()` and `min()` ask which of two numbers is larger. Of a number that was rounded the answer would hold
+  for the example alone: in those modules it is `torch.sym_max`, `torch.sym_min`. Of plain sizes they are
+  asked as ever, and what they answer bounds the sizes.
 - `one_hot` takes a number of classes. With a size it is traced as what it means, `ids[..., None] ==
-  arange(classes)`.
+  arange(classes)`. So is one with as many classes as the data ask for, of which the first are taken
+  (tedfx/frontends/wide.py).
 
 `int()` of a number made from sizes in any other module is refused, with the line.
 """
@@ -17,25 +22,28 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import inspect
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tedfx.errors import TraceError
+from tedfx.frontends.wide import WideOneHots
 
 __all__ = ["Capacities"]
 
-_CALL = re.compile(r"(?<![\w.])int\(")
-_AS_TYPE = re.compile(r"(\bis|dtype\s*=|\.to\()\s*int\b(?!\()")  # where only the very type will do
+_CALL = r"(?<![\w.]){}\("
+_AS_TYPE = r"(\bis|dtype\s*=|\.to\()\s*{}\b(?!\()"  # where only the very type will do
 _MACHINERY = re.compile(r"(torch|tedfx)(\.|$)")
 
 
@@ -57,11 +65,20 @@ class Capacities:
             for t in type(m).__mro__
             if t.__module__ in sys.modules
         }
+        wide = WideOneHots()
+
+        def larger(*args, **kwargs):
+            found = None if kwargs else wide.larger(args)
+            return _extreme(builtins.max, torch.sym_max, args, kwargs) if found is None else found
+
+        stand_ins: dict[str, Any] = {"int": Whole, "float": Real, "max": larger, "min": smaller}
         with contextlib.ExitStack() as stack:
-            for module in sorted((m for m in modules if _calls_int(m)), key=lambda m: m.__name__):
-                stack.enter_context(_global(module, "int", Whole))
+            for module in sorted(modules, key=lambda m: m.__name__):
+                for name in _called(module, stand_ins):
+                    stack.enter_context(_global(module, name, stand_ins[name]))
             stack.enter_context(_refused())
             stack.enter_context(_OneHot())
+            stack.enter_context(wide)
             yield
 
     def reference(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -71,7 +88,21 @@ class Capacities:
         return []
 
 
-class _WholeType(type):
+class _NumberType(type):
+    """A type of numbers that is python's, but for sizes."""
+
+    python: type
+
+    def __instancecheck__(cls, value) -> bool:
+        return isinstance(value, cls.python)
+
+    def __subclasscheck__(cls, other) -> bool:
+        return issubclass(other, cls.python)
+
+
+class _WholeType(_NumberType):
+    python = builtins.int
+
     def __call__(cls, *args, **kwargs):
         if len(args) == 1 and isinstance(args[0], torch.SymInt):
             return args[0]
@@ -79,25 +110,57 @@ class _WholeType(type):
             return math.trunc(args[0])
         return builtins.int(*args, **kwargs)
 
-    def __instancecheck__(cls, value) -> bool:
-        return isinstance(value, builtins.int)
-
-    def __subclasscheck__(cls, other) -> bool:
-        return issubclass(other, builtins.int)
-
 
 class Whole(metaclass=_WholeType):
     """`int`, but a size stays a size."""
 
 
-def _calls_int(module: ModuleType) -> bool:
+class _RealType(_NumberType):
+    python = builtins.float
+
+    def __call__(cls, *args, **kwargs):
+        if len(args) == 1 and isinstance(args[0], (torch.SymInt, torch.SymFloat)):
+            return torch.sym_float(args[0])
+        return builtins.float(*args, **kwargs)
+
+
+class Real(metaclass=_RealType):
+    """`float`, but a number made from sizes stays one."""
+
+
+def smaller(*args, **kwargs):
+    """`min`."""
+    return _extreme(builtins.min, torch.sym_min, args, kwargs)
+
+
+def _extreme(python: Callable, sizes: Callable, args: tuple, kwargs: dict) -> Any:
+    """`max` or `min`; of numbers of which one was rounded, without asking which it is."""
+    numbers = all(isinstance(x, (builtins.int, builtins.float, torch.SymInt, torch.SymFloat)) for x in args)
+    if len(args) < 2 or kwargs or not numbers or not any(map(_rounded, args)):
+        return python(*args, **kwargs)
+    return functools.reduce(sizes, args)
+
+
+def _rounded(value: object) -> bool:
+    """Whether a number was made from sizes by arithmetic of floats."""
+    if isinstance(value, torch.SymInt):
+        return any("ToInt" in type(part).__name__ for part in sympy.preorder_traversal(value.node.expr))
+    return isinstance(value, torch.SymFloat)
+
+
+def _called(module: ModuleType, names: Iterable[str]) -> list[str]:
+    """Those of the names that a module's source calls, and needs for nothing but a call."""
     if _MACHINERY.match(module.__name__) or module is builtins:
-        return False
+        return []
     try:
         source = inspect.getsource(module)
     except (OSError, TypeError):
-        return False
-    return bool(_CALL.search(source)) and not _AS_TYPE.search(source)
+        return []
+    return [
+        name
+        for name in names
+        if re.search(_CALL.format(name), source) and not re.search(_AS_TYPE.format(name), source)
+    ]
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from tedfx.graph.nodes import argument, function
 from tedfx.placement.sizes import Symbol, holds, samples, symbol_of
 from tedfx.trace.calls import Subject, leaves_with_path
 from tedfx.trace.casts import explicit_casts
+from tedfx.trace.first_classes import take_first_classes
 from tedfx.trace.functions import keep_calls
 from tedfx.trace.global_graph import Trace
 from tedfx.trace.regions import inline_regions
@@ -47,6 +48,7 @@ def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping
     )
     static += [f"the model only accepts sizes with {c}" for c in conditions]
     _count_into_fixed_bins(graph)
+    take_first_classes(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _ASSERTIONS:
             graph.erase_node(node)

@@ -101,8 +101,22 @@ MORE = [
     slow(
         case(f"capacity_{name}", mesh, roles=roles, overrides={"layers": 1}, steps=2, sharded={"tile": None})
     )
-    for name in ("marked", "from_one")
+    for name in ("marked", "from_one", "padded", "straight", "nested")
     for mesh, roles in (MESHES["ep2 tp2"], MESHES["dp2 ep2"], MESHES["tp2 ppmoe"])
+]
+MORE += [
+    slow(case(f"capacity_{name}", mesh, overrides={"layers": 1}, steps=1, **options))
+    for name in ("padded", "straight", "nested")
+    for mesh, options in (
+        ("ep=2", {"compile": "aot_eager"}),
+        ("dp=2,ep=2", {"zero": 3, "batch": "odd", "change": "one_expert"}),
+        ("ep=2,tp=2", {"change": "ties", "checkpoint": "full"}),
+    )
+]
+
+MORE += [
+    slow(case(f"capacity_{name}", mesh, overrides={"layers": 2, "tied": True}, steps=2))
+    for name, mesh in (("modules", "ep=2,tp=2"), ("gshard", "dp=2,ep=2"), ("padded", "ep=2"))
 ]
 
 

@@ -28,6 +28,13 @@ def test_a_random_router_trains_the_same_on_any_mesh(draws, mesh):
     assert "one rank" in str(result) and "single device" not in str(result)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["dp=2,ep=2", "ep=2,tp=2"])
+def test_a_second_expert_at_random_with_a_capacity(mesh):
+    result = verified(case("capacity_at_random", mesh, overrides={"layers": 1}, steps=2))
+    assert result.ok and "one rank" in str(result), f"\n{result}"
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,15 +1,18 @@
 """Mixtures with a capacity: loss and every gradient of the captured graph are the model's, tokens dropped and
 all; what is not proven is refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import einsum, nn
 
-from tedfx.errors import CaptureError
+from tedfx.capture.uncaptured import LEFT
+from tedfx.errors import CaptureError, TraceError
 from tedfx.passes.base import run_pipeline
 from tedfx.passes.capture_capacity import CaptureCapacity
 from tedfx.passes.capture_loops import CaptureLoops, find_uncaptured
@@ -44,8 +47,8 @@ def capture(model):
     return traced, history[-1].result
 
 
-FAST = ("switch", "signed", "marked")
-OTHERS = ("modules", "grouped", "ranked")
+FAST = ("switch", "signed", "marked", "padded")
+OTHERS = ("modules", "nested", "at_random")
 
 
 @pytest.mark.parametrize(
@@ -53,8 +56,6 @@ OTHERS = ("modules", "grouped", "ranked")
     [
         *((name, {}) if name in FAST else slow(name, {}) for name in LAYERS if name not in OTHERS),
         slow("modules", {"expert": "normed"}),
-        slow("grouped", {}),
-        slow("ranked", {}),
     ],
     ids=str,
 )
@@ -65,7 +66,7 @@ def test_every_way_to_write_it(name, config):
     found = operators(traced)
     assert found.count("tedfx.dispatch.default") == found.count("tedfx.combine.default") == 1 and found.count(
         "aten.cumsum.default"
-    ) in (1, 2)
+    ) in (1, 2, 3)
     widest = max(
         len(n.meta["val"].shape)
         for n in traced.graph_module.graph.nodes
@@ -81,6 +82,70 @@ def test_every_way_to_write_it(name, config):
     check(model, traced, x=tokens(2, 7))
     dropped = (model(tokens())["y"].abs().sum(-1) == 0).sum()
     assert dropped > 0, "the test shall drop tokens"
+
+
+@pytest.mark.slow
+def test_mixtures_in_slots_of_a_mixture():
+    """The inner experts, of all outer ones, are dispatched; what takes tokens to the outer ones stays."""
+    model = Layer("nested").double()
+    traced, result = capture(model)
+    assert result.matches == 1 and [n.split(" | ")[0] for n in result.notes] == [
+        f"4 experts with a capacity at {result.notes[0].split(' at ')[1]}",
+        f"{LEFT}the experts are mixtures themselves, and theirs are dispatched; tokens come to the outer "
+        "ones and back by products with masks",
+    ]
+    (dispatch,) = traced.graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.tedfx.dispatch.default
+    )
+    assert dispatch.args[2] == 2 * 4
+    for values in BIASES.values():
+        routers(model, values)
+        check(model, traced, x=tokens())
+
+
+class Spoiled(LAYERS["straight"]):
+    """What dispatches passes a gradient to other weights than those that combine."""
+
+    passed = staticmethod(lambda weights: 2 * weights)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_goes_straight_to_other_weights_is_refused(monkeypatch):
+    monkeypatch.setitem(LAYERS, "straight", Spoiled)
+    with pytest.raises(CaptureError, match="gradient to other weights than those that combine .*models_cap"):
+        capture(Layer("straight").double())
+
+
+class Read(LAYERS["switch"]):
+    """One-hot with as many classes as the data ask for, of which `first` are taken."""
+
+    first: ClassVar[Callable] = staticmethod(lambda wide, n: wide)
+
+    def forward(self, x):
+        numbers = (x[..., 0] * 4).long().abs()
+        wide = F.one_hot(numbers, max(numbers.max() + 1, 3))
+        return self.router(x) * self.first(wide, 3).sum(-1, keepdim=True), x.sum()
+
+
+@pytest.mark.parametrize(
+    "first", [lambda wide, n: wide, lambda wide, n: wide[..., : n + 1], lambda wide, n: wide[..., 1:n]]
+)
+def test_a_one_hot_whose_size_is_data_is_refused_where_more_than_its_first_classes_are_read(
+    first, monkeypatch
+):
+    monkeypatch.setattr(Read, "first", staticmethod(first))
+    monkeypatch.setitem(LAYERS, "switch", Read)
+    with pytest.raises(TraceError, match="as many classes as the data ask for .*test_capture_capacity.py"):
+        capture(Layer("switch").double())
+
+
+def test_the_first_classes_of_a_one_hot_whose_size_is_data(monkeypatch):
+    monkeypatch.setattr(Read, "first", staticmethod(lambda wide, n: wide[..., :n]))
+    monkeypatch.setitem(LAYERS, "switch", Read)
+    model = Layer("switch").double()
+    traced, _ = capture(model)
+    check(model, traced, x=tokens())
+    check(model, traced, x=tokens() * 50)  # numbers beyond the classes
 
 
 # --- a plain top-1 or top-2 layer whose parts can be spoiled ------------------------------------------------

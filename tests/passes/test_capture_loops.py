@@ -189,6 +189,20 @@ def wider_router(m, x, probs, w, ids):
     return out
 
 
+def mixtures_inside(m, x, probs, w, ids):
+    """Two mixtures of two experts each are the experts of another."""
+    out, outer = torch.zeros_like(x), probs[:, :2].argmax(-1)
+    for o in range(2):
+        (token,) = torch.where(outer == o)
+        rows = x[token]
+        done, inner = torch.zeros_like(rows), rows[:, :2].argmax(-1)
+        for e in range(2):
+            (at,) = torch.where(inner == e)
+            done.index_add_(0, at, m.experts[2 * o + e](rows[at]))
+        out.index_add_(0, token, done * probs[token, o, None])
+    return out
+
+
 def twice_the_same(m, x, probs, w, ids):
     """Drawn with replacement, a token may name an expert twice, and is found once."""
     ids = torch.multinomial(probs, 2, replacement=True)
@@ -274,6 +288,7 @@ MESSAGES = {
     nonlinear_weight: "carry their routing weight",
     unproven: "nothing proves that the expert ids lie in",
     wider_router: r"\[4\] are never added",
+    mixtures_inside: "an expert is a mixture itself",
     twice_the_same: "may name an expert twice",
     outside: "also used outside the loop",
     two_inputs: "reads two values of a token",
