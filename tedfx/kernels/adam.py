@@ -33,13 +33,15 @@ class Entry(NamedTuple):
     size: int
 
 
-class Kind(NamedTuple):
-    """The dtypes of a launch. low: None where the weights are the parameters."""
+class Bases(NamedTuple):
+    """A tensor of each kind, of one of the entries: a launch has their dtypes, and addresses are counted
+    from theirs, so that the compiler knows how they are aligned. low: None where the weights are the
+    parameters."""
 
-    weight: torch.dtype
-    grad: torch.dtype
-    moments: torch.dtype
-    low: torch.dtype | None
+    weight: Tensor
+    grad: Tensor
+    moments: Tensor
+    low: Tensor | None
 
 
 @triton.jit
@@ -47,6 +49,10 @@ def _tedfx_adam(
     table,
     owner,
     first_block,
+    weights,
+    grads,
+    moments,
+    lows,
     factor,
     lr,
     beta1,
@@ -57,10 +63,7 @@ def _tedfx_adam(
     log2,
     eps,
     decay,
-    WEIGHT: tl.constexpr,
-    GRAD: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    LOW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -71,25 +74,24 @@ def _tedfx_adam(
 ):
     mine = tl.load(owner + tl.program_id(0))
     entry = table + mine * COLUMNS
-    weight = tl.load(entry).to(tl.pointer_type(WEIGHT))
-    grad = tl.load(entry + 1).to(tl.pointer_type(GRAD))
-    first = tl.load(entry + 2).to(tl.pointer_type(MOMENTS))
-    second = tl.load(entry + 3).to(tl.pointer_type(MOMENTS))
-    if ALIGNED:  # else an access is as wide as an element
-        weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
-        first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
-    t = tl.load(tl.load(entry + 5).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    weight, grad, first = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    second, low = tl.load(entry + 3), tl.load(entry + 4)
     size = tl.load(entry + 6)
+    if ALIGNED:  # else an access is as wide as an element
+        size = tl.multiple_of(size, 16)
+        weight, grad, first = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16), tl.multiple_of(first, 16)
+        second, low = tl.multiple_of(second, 16), tl.multiple_of(low, 16)
+    t = tl.load(tl.load(entry + 5).to(tl.pointer_type(tl.float32))).to(tl.float64)
     first_correction = (1 - tl.exp(t * log1)).to(tl.float32)  # 1 - beta1**t
     root = tl.sqrt(1 - tl.exp(t * log2)).to(tl.float32)
     begin = (tl.program_id(0) - tl.load(first_block + mine)).to(tl.int64) * (PARTS * BLOCK)
     for part in tl.static_range(PARTS):
         at = begin + part * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
-        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grads + (grad + at), mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weights + (weight + at), mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(moments + (first + at), mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(moments + (second + at), mask=inside, other=0.0).to(tl.float32)
         if HAS_FACTOR:
             g *= tl.load(factor)
         if MAXIMIZE:
@@ -101,17 +103,11 @@ def _tedfx_adam(
         m = beta1 * m + rest1 * g
         v = beta2 * v + rest2 * g * g
         w -= lr / first_correction * m / (tl.sqrt(v) / root + eps)
-        tl.store(weight + at, w.to(WEIGHT), mask=inside)
-        tl.store(first + at, m.to(MOMENTS), mask=inside)
-        tl.store(second + at, v.to(MOMENTS), mask=inside)
-        if LOW is not None:
-            low = tl.load(entry + 4).to(tl.pointer_type(LOW))
-            if ALIGNED:
-                low = tl.multiple_of(low, 16)
-            tl.store(low + at, w.to(LOW), mask=inside)
-
-
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
+        tl.store(weights + (weight + at), w.to(weights.dtype.element_ty), mask=inside)
+        tl.store(moments + (first + at), m.to(moments.dtype.element_ty), mask=inside)
+        tl.store(moments + (second + at), v.to(moments.dtype.element_ty), mask=inside)
+        if HAS_LOW:
+            tl.store(lows + (low + at), w.to(lows.dtype.element_ty), mask=inside)
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,9 +120,8 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
 
 def update(
     entries: list[Entry],
-    kind: Kind,
+    bases: Bases,
     factor: Tensor | None,
-    device: torch.device,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -136,35 +131,49 @@ def update(
     maximize: bool,
 ) -> None:
     """One step of all entries, in place. factor: 0-dim, what the gradients are multiplied by."""
-    entries = [entry for entry in entries if entry.size]
-    if not entries:
-        return
-    owner, first_block = _blocks(tuple(entry.size for entry in entries), device)
-    table = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
-    _tedfx_adam[(owner.numel(),)](
-        table,
-        owner,
-        first_block,
-        table if factor is None else factor,
-        float(lr),
-        betas[0],
-        1 - betas[0],  # in float64: of 0.999, float32 would leave four digits
-        math.log(betas[0]) if betas[0] else -math.inf,
-        betas[1],
-        1 - betas[1],
-        math.log(betas[1]) if betas[1] else -math.inf,
-        float(eps),
-        float(weight_decay),
-        WEIGHT=_TRITON[kind.weight],
-        GRAD=_TRITON[kind.grad],
-        MOMENTS=_TRITON[kind.moments],
-        LOW=_TRITON[kind.low],
-        HAS_FACTOR=factor is not None,
-        DECOUPLED=decoupled,
-        MAXIMIZE=maximize,
-        ALIGNED=all(address % 16 == 0 for entry in entries for address in entry[:5]),
-        COLUMNS=COLUMNS,
-        PARTS=CHUNK // BLOCK,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    weight, grad, moments, low = bases
+    columns = (weight, grad, moments, moments, weight if low is None else low)
+    rows = [
+        (
+            *(0 if at == 0 else (at - x.data_ptr()) // x.element_size() for at, x in zip(entry, columns)),
+            entry.step,
+            entry.size,
+        )
+        for entry in entries
+        if entry.size
+    ]
+    wide = [all(number % 16 == 0 for number in (*row[:5], row[6])) for row in rows]
+    for aligned in (True, False):
+        table = [row for row, is_wide in zip(rows, wide) if is_wide == aligned]
+        if not table:
+            continue
+        owner, first_block = _blocks(tuple(row[6] for row in table), weight.device)
+        numbers = torch.tensor(table, dtype=torch.int64).to(weight.device, non_blocking=True)
+        _tedfx_adam[(owner.numel(),)](
+            numbers,
+            owner,
+            first_block,
+            weight,
+            grad,
+            moments,
+            weight if low is None else low,
+            numbers if factor is None else factor,
+            float(lr),
+            betas[0],
+            1 - betas[0],  # in float64: of 0.999, float32 would leave four digits
+            math.log(betas[0]) if betas[0] else -math.inf,
+            betas[1],
+            1 - betas[1],
+            math.log(betas[1]) if betas[1] else -math.inf,
+            float(eps),
+            float(weight_decay),
+            HAS_LOW=low is not None,
+            HAS_FACTOR=factor is not None,
+            DECOUPLED=decoupled,
+            MAXIMIZE=maximize,
+            ALIGNED=aligned,
+            COLUMNS=COLUMNS,
+            PARTS=CHUNK // BLOCK,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )

@@ -76,11 +76,11 @@ def step(
 ) -> None:
     """One step of the batches' tiles. options: hyperparameters now; factor: 0-dim on the device, what the
     gradients are multiplied by."""
-    from tedfx.kernels.adam import Entry, Kind, update
+    from tedfx.kernels.adam import Bases, Entry, update
 
     tiles = [tile for batch in batches for tile in batch.with_gradient(grads)]
     _torch.add_to_all([tile.state["step"] for tile in tiles], 1)
-    entries: dict[Kind, list[Entry]] = {}
+    alike: dict[tuple, tuple[Bases, list[Entry]]] = {}  # by dtypes: a launch
     at = lambda flat, tile: flat.data_ptr() + tile.start * flat.element_size()
     for tile in tiles:
         share, flat, state = tile.share, tile.share.flat(), tile.state
@@ -88,8 +88,9 @@ def step(
         low = flat if share.master is not None else None
         grad, moments = grads[share.name], state["exp_avg"]
         assert weights is not None  # `_takes`
-        kind = Kind(weights.dtype, grad.dtype, moments.dtype, None if low is None else low.dtype)
-        entries.setdefault(kind, []).append(
+        bases = Bases(weights, grad, moments, low)
+        kind = tuple(None if x is None else x.dtype for x in bases)
+        alike.setdefault(kind, (bases, []))[1].append(
             Entry(
                 at(weights, tile),
                 at(grad, tile),
@@ -100,12 +101,11 @@ def step(
                 tile.stop - tile.start,
             )
         )
-    for kind, of_kind in entries.items():
+    for bases, entries in alike.values():
         update(
-            of_kind,
-            kind,
+            entries,
+            bases,
             factor.float() if factor is not None else None,
-            tiles[0].share.device,
             lr=options["lr"],
             betas=options["betas"],
             eps=options["eps"],

@@ -203,7 +203,13 @@ class GradientBoundary:
             mine = [flight for flight in flying if flight.bucket.axes == axes]
             names = [name for flight in mine for name in flight.bucket.names]
             flags = [flag for flight in mine for flag in flight.have]
-            count = torch.tensor(flags, dtype=torch.int32).to(self.parameter(names[0]).device)
+            device = self.parameter(names[0]).device
+            # Ones are made on the device: a copy from the host would wait for all that backward has queued.
+            count = (
+                torch.ones(len(flags), dtype=torch.int32, device=device)
+                if all(flags)
+                else torch.tensor(flags, dtype=torch.int32).to(device)
+            )
             work = dist.all_reduce(count, group=self.groups[axes], async_op=True)
             counts.append((names, count, work, all(flags)))
         for names, count, work, complete in counts:

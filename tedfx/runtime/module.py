@@ -253,7 +253,8 @@ class ParallelModule(StateDicts):
         for m, flat in enumerate(flats):
             operands += [flat[path] for path in program.input_keys]
             if program.uses_seed:
-                operands.append(torch.tensor(self._seed(m), dtype=torch.int64, device=self._device))
+                # full, not tensor: a copy from the host waits for what the device has queued
+                operands.append(torch.full((), self._seed(m), dtype=torch.int64, device=self._device))
         outputs = ready.run(operands, grad, self._context, self._boundary, self._options)
         if self.training or program.uses_seed:
             self._rng_state = (self._rng_state[0], self._rng_state[1] + count)
