@@ -458,8 +458,8 @@ def _stack(node: fx.Node) -> int:
     while isinstance(below, fx.Node) and below.target is aten.select_scatter.default:
         source, index = operand(below, 1), argument(below, 3, "index")
         alike = VAL[source].dtype == VAL[node].dtype and argument(below, 2, "dim") % len(size_of) == dim
-        if not alike or not isinstance(size_of[dim], int) or not isinstance(index, int):
-            return 0
+        if not alike or not isinstance(size_of[dim], int) or size_of[dim] == 1 or not isinstance(index, int):
+            return 0  # a dim of one entry shards as it is, and its gradients stay bitwise the same
         if list(VAL[source].shape) != [s for d, s in enumerate(size_of) if d != dim]:
             return 0
         parts.setdefault(index % size_of[dim], source)  # what is written last stays
