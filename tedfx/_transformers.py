@@ -3,9 +3,8 @@ place.
 
 The library is never loaded from here for a model that is not its own. What is used (releases 5.17 to 5.23): a
 model's `initialize_weights` and `all_tied_weights_keys`, the dtypes that it keeps whatever dtype it is loaded
-in, the weight conversions between checkpoints and modules (`conversion_mapping`, `core_model_loading`), what
-a model says to ignore in a checkpoint, the hooks that record outputs (`utils.output_capturing`), and what
-makes a cache a tree of tensors (`integrations.executorch`).
+in, the weight conversions between checkpoints and modules (`conversion_mapping`, `core_model_loading`), and
+what a model says to ignore in a checkpoint, and the hooks that record outputs (`utils.output_capturing`).
 Public replacement of all of it: none; `from_pretrained` and `save_pretrained` hold whole models.
 """
 
@@ -47,14 +46,6 @@ def install_recording_hooks(model: nn.Module) -> None:
         if records(inspect.unwrap(type(module).forward, stop=records)):
             # it asks for no more of a model than any module has
             output_capturing.maybe_install_capturing_hooks(cast("PreTrainedModel", module))
-
-
-def caches_are_trees() -> None:
-    """A `DynamicCache` in a model's outputs is a tree of its tensors from now on, as the library has it for
-    exports of its own."""
-    from transformers.integrations.executorch import register_dynamic_cache_export_support
-
-    register_dynamic_cache_export_support()
 
 
 def tied(model) -> dict[str, str]:

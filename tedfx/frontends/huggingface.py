@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from tedfx._transformers import RECORDING, caches_are_trees, install_recording_hooks
+from tedfx._transformers import RECORDING, install_recording_hooks
 from tedfx.errors import CaptureError, ConfigError
 from tedfx.ops import experts as ops
 
@@ -105,7 +105,6 @@ class HuggingFace:
         experts = _experts(model)
         if experts:
             _check_release()
-        caches_are_trees()
         with _restored(model), _registered(experts), _recording(model):
             for config in _configs(model):
                 if vars(config).get("use_cache"):

@@ -251,6 +251,13 @@ def _trace_error(error: Exception) -> TraceError:
             "values there (torch.where in place of an if), or of the number of matching elements "
             f"({type(error).__name__}: {cause})"
         )
+    returned = re.search(r"Found <class '([\w.]+)'> in output, which is not a known type", text)
+    if returned:
+        return TraceError(
+            f"the model returns a {returned[1]}, of which torch.export knows no tensors | at {where} | "
+            "return tensors and containers of them (a transformers model that computes without its cache: "
+            "use_cache=False)"
+        )
     if "Constraints violated" in text:
         fix = "pass example inputs with sizes that this line accepts"
     else:

@@ -107,7 +107,8 @@ class OfSequences(nn.Module):
     def __init__(self, mask=lambda ids, e: ids.view(-1, 1, 1) == e):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(H, H) for _ in range(4)) for _ in range(2))
+        expert = lambda: nn.Sequential(nn.Linear(H, 6), nn.GELU(), nn.Linear(6, H))
+        self.layers = nn.ModuleList(nn.ModuleList(expert() for _ in range(4)) for _ in range(2))
         self.mask = mask
 
     def forward(self, x, ids):

@@ -332,3 +332,24 @@ def test_a_module_that_forward_converts(to):
         ):
             trace(model, kwargs={"x": x})
     assert model.router.weight.dtype == torch.float32
+
+
+class Box:
+    def __init__(self, x):
+        self.x = x
+
+
+class Boxed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x), Box(x)
+
+
+def test_an_output_of_no_known_type_is_refused():
+    with pytest.raises(
+        TraceError, match=r"the model returns a .*Box, of which .* \| at .* \| return tensors"
+    ):
+        trace(Boxed(), (torch.zeros(6, 4),))
