@@ -44,6 +44,20 @@ def matmul(node: fx.Node, ctx: Annotator) -> Relation:
     return Relation(out=out, contracted=contracted, linear=EACH)
 
 
+@rule("aten.addmm")
+def addmm(node: fx.Node, ctx: Annotator) -> Relation:
+    """``bias + (n, k) @ (k, m)``, GPT-2's linear: additive in the bias and either factor together, so that of
+    a contracted shard the bias is added once."""
+    bias, a, b = operand(node, 0), operand(node, 1), operand(node, 2)
+    ctx.match((a, 1), (b, 0))
+    for d, (factor, own) in enumerate(((b, 1), (a, 0)), 1):
+        if len(ctx.dims(bias)) >= d:
+            ctx.match((factor, own), (bias, len(ctx.dims(bias)) - d))
+    a, b = operand(node, 1), operand(node, 2)
+    together = (frozenset({0, 1}), frozenset({0, 2}))
+    return Relation(out=[ctx.dims(a)[0], ctx.dims(b)[1]], contracted=ctx.dims(a)[1], linear=together)
+
+
 @rule("aten.einsum")
 def einsum(node: fx.Node, ctx: Annotator) -> Relation:
     equation, tensors = str(argument(node, 0)).replace(" ", ""), operands(node)

@@ -31,6 +31,20 @@ CONTRACTIONS = [
     Case("matmul vector right", aten.matmul.default, (t(4, 8), t(8)), reaches=("S0 R>S0", "S1 S0>P")),
     Case("matmul vector left", aten.matmul.default, (t(8), t(8, 4)), reaches=("R S1>S0",)),
     Case("bmm", aten.bmm.default, (t(4, 6, 8), t(4, 8, 2)), reaches=("S0 S0>S0", "S2 S1>P")),
+    Case(
+        "addmm",
+        aten.addmm.default,
+        (t(6), t(4, 8), t(8, 6)),
+        reaches=("R S0 R>S0", "S0 R S1>S1", "P S1 S0>P", "P P R>P"),
+    ),
+    Case(
+        "addmm scaled",
+        aten.addmm.default,
+        (t(4, 6), t(4, 8), t(8, 6)),
+        {"beta": 0.5, "alpha": 2.0},
+        ("S0 S0 R>S0",),
+    ),
+    Case("addmm of one column", aten.addmm.default, (t(4, 1), t(4, 8), t(8, 6)), reaches=("P S1 S0>P",)),
     Case("mm", aten.mm.default, (t(4, 8), t(8, 6)), reaches=("P R>P",)),
     Case("einsum", aten.einsum.default, ("bsh,hd->bsd", [t(4, 6, 8), t(8, 2)]), reaches=("S2 S0>P",)),
     Case(
