@@ -30,7 +30,6 @@ Algorithm:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -38,19 +37,19 @@ import torch
 from torch import fx
 
 from tedfx.capture.choices import Choices
-from tedfx.capture.letters import contraction_of
 from tedfx.capture.one_by_one import apart
 from tedfx.capture.routing import shape_of
 from tedfx.capture.running_sums import without_their_own
 from tedfx.capture.slot_bodies import SlotBodies
 from tedfx.capture.slot_facts import slot_facts
-from tedfx.capture.slots import Mask, Straight, Term, shared_slot, sizes_of
+from tedfx.capture.slot_products import Product, between, dispatch_before, labelled, product_of, refuse
+from tedfx.capture.slots import Term, shared_slot, sizes_of
 from tedfx.capture.stacks import Stacks
 from tedfx.capture.uncaptured import LEFT
 from tedfx.errors import CaptureError, TedfxError, user_line
 from tedfx.graph.emit import emit
 from tedfx.graph.facts import VAL
-from tedfx.graph.nodes import leading_to, reached_from
+from tedfx.graph.nodes import reached_from
 from tedfx.passes.base import Pass, PassResult
 from tedfx.placement.sizes import as_size
 from tedfx.placement.slots import Slots
@@ -73,17 +72,17 @@ class CaptureCapacity(Pass[GlobalGraph]):
         apart(graph)
         without_their_own(graph)
         result, known = PassResult(), slot_facts(graph)
-        found = [c for c in (_slots(node, known) for node in graph.nodes) if c is not None]
+        found = [c for c in (product_of(node, known) for node in graph.nodes) if c is not None]
         if not found:
             return result
         stacks = Stacks(trace, program.trainable)
         starts = {c.node: c for c in found if c.role == "dispatch"}
         for node in [c.node for c in found if c.role == "combine"]:
-            end = _slots(node, known)  # anew: what it combines may be the end of one inside of it
+            end = product_of(node, known)  # anew: what it combines may be the end of one inside of it
             if end is None:
                 raise TedfxError(f"the end of a mixture is none any more | at {user_line(node)}")
-            start = _start(graph, end, starts)
-            if any(n.target is torch.ops.tedfx.dispatch.default for n in _between(graph, start, end)):
+            start = dispatch_before(graph, end, starts)
+            if any(n.target is torch.ops.tedfx.dispatch.default for n in between(graph, start, end)):
                 starts.pop(start.node)
                 result.notes.append(
                     f"{LEFT}the experts are mixtures themselves, and theirs are dispatched; tokens come to "
@@ -113,94 +112,7 @@ class CaptureCapacity(Pass[GlobalGraph]):
         return result
 
 
-def refuse(what: str, node: fx.Node, fix: str) -> CaptureError:
-    return CaptureError(f"cannot capture the experts with a capacity: {what} | at {user_line(node)} | {fix}")
-
-
-@dataclass(frozen=True)
-class _Product:
-    """A product of a mask of slots with another value; letters by dim."""
-
-    role: str
-    node: fx.Node
-    mask: Mask
-    labels: dict  # letter -> labels of the mask's dims
-    letters: list  # of the mask
-    other: fx.Node
-    theirs: list
-    out: list
-    through: tuple[Term, ...] = ()  # weights that a gradient goes straight to
-
-
-def _slots(node: fx.Node, known: dict) -> _Product | None:
-    parsed = contraction_of(node) if node.op == "call_function" else None
-    if parsed is None:
-        return None
-    left, right, out = parsed
-    for (mask, letters), (other, theirs) in ((left, right), (right, left)):
-        fact, through = known.get(mask), ()
-        if isinstance(fact, Straight):
-            fact, through = Mask(fact.dims, fact.terms), fact.weights
-        if (
-            not isinstance(fact, Mask)
-            or not fact.terms
-            or not all(t.hit and t.slot is not None for t in fact.terms)
-            or isinstance(known.get(other), Mask)
-        ):
-            continue
-        labels = {letter: dim for letter, dim in zip(letters, fact.dims)}
-        gone = {x for letter, dim in labels.items() if letter not in out for x in dim}
-        tokens = {x for x in gone if x.startswith("t")}
-        if gone == {"e", "c"} and not through:
-            return _Product("combine", node, fact, labels, letters, other, theirs, out)
-        if gone and gone == tokens:
-            return _Product("dispatch", node, fact, labels, letters, other, theirs, out, through)
-        raise refuse(
-            "a mask of experts and slots is summed over some of them only",
-            node,
-            "sum over tokens to dispatch, over experts and slots to combine",
-        )
-    return None
-
-
-def _start(graph: fx.Graph, end: _Product, starts: dict[fx.Node, _Product]) -> _Product:
-    """The dispatch of what is combined: the last one before it."""
-    inside, mine = reached_from(graph, starts), list[_Product]()
-    if end.other not in inside:
-        raise refuse(
-            "what is combined was not dispatched by a mask of slots",
-            end.node,
-            "dispatch: einsum('nec,nh->ech', ..)",
-        )
-    todo, seen = [end.other], {end.other}
-    while todo:
-        node = todo.pop()
-        if node in starts:
-            mine.append(starts[node])
-            continue
-        fresh = [n for n in node.all_input_nodes if n in inside and n not in seen]
-        more = [n for n in fresh if not _is_size(n)]
-        todo += more
-        seen.update(more)
-    if len(mine) > 1:
-        raise refuse(
-            "what is combined was dispatched twice",
-            end.node,
-            "dispatch once (concatenate what an expert reads)",
-        )
-    return mine[0]
-
-
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(VAL.get(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
-
-
-def _between(graph: fx.Graph, start: _Product, end: _Product) -> Iterable[fx.Node]:
-    """What is computed of the dispatched rows, up to what is combined."""
-    return leading_to(end.other, reached_from(graph, {start.node}))
-
-
-def _capture_with(graph: fx.Graph, start: _Product, end: _Product, stacks: Stacks) -> None:
+def _capture_with(graph: fx.Graph, start: Product, end: Product, stacks: Stacks) -> None:
     """With experts of the mixture; where their weights differ by a dim of the tokens as well, as where tokens
     stand in slots of an outer mixture, with an expert for each entry of both."""
     routing, state, before = end.mask.terms[0].routing, stacks.state(), set(graph.nodes)
@@ -221,7 +133,7 @@ def _capture_with(graph: fx.Graph, start: _Product, end: _Product, stacks: Stack
             raise error from None
 
 
-def _capture(graph: fx.Graph, start: _Product, end: _Product, stacks: Stacks, over: tuple[str, ...]) -> None:
+def _capture(graph: fx.Graph, start: Product, end: Product, stacks: Stacks, over: tuple[str, ...]) -> None:
     routing = end.mask.terms[0].routing
     _check(start, end)
     with graph.inserting_before(end.node):
@@ -280,7 +192,7 @@ def _straight(choices: Choices, x: fx.Node, slots: Slots, weights: fx.Node) -> t
     return x, slots, choices.emit(aten.reshape.default, weights, [-1, 1])
 
 
-def _check(start: _Product, end: _Product) -> None:
+def _check(start: Product, end: Product) -> None:
     """The dispatch gives each slot at most one token, and every token that has a weight its slot."""
     for term in start.mask.terms:
         if not (term.exact or term.nonzero):
@@ -341,7 +253,7 @@ def _covers(dispatched: Term, combined: Term) -> bool:
     )
 
 
-def _known_slots(start: _Product, routing, own: tuple[str, ...]) -> Slots:
+def _known_slots(start: Product, routing, own: tuple[str, ...]) -> Slots:
     over = {x for letter, dim in start.labels.items() if letter not in start.out for x in dim} | {*own}
     return Slots(
         sizes_of(start.mask)["c"],
@@ -349,15 +261,10 @@ def _known_slots(start: _Product, routing, own: tuple[str, ...]) -> Slots:
     )
 
 
-def _labelled(product: _Product, letters: list) -> dict[int, tuple[str, ...]]:
-    """The labels of the mask's dims, by where their letters stand; a feature's letter has none."""
-    return {d: product.labels[letter] for d, letter in enumerate(letters) if letter in product.labels}
-
-
-def _tokens(graph: fx.Graph, start: _Product, routing) -> fx.Node:
+def _tokens(graph: fx.Graph, start: Product, routing) -> fx.Node:
     """The dispatched value as [N, H]."""
     x, shape = start.other, shape_of(start.other)
-    given = _labelled(start, start.theirs)
+    given = labelled(start, start.theirs)
     feature = [d for d in range(len(start.theirs)) if d not in given]
     order = sorted(given, key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0)
     if (
@@ -379,12 +286,12 @@ def _tokens(graph: fx.Graph, start: _Product, routing) -> fx.Node:
     )
 
 
-def _shaped(graph: fx.Graph, out: fx.Node, start: _Product, end: _Product, routing) -> fx.Node:
+def _shaped(graph: fx.Graph, out: fx.Node, start: Product, end: Product, routing) -> fx.Node:
     """[N, H] as the model has it: its dims and dtype."""
     val = VAL[end.node]
     if VAL[out].dtype != val.dtype:
         out = emit(graph, aten.to.dtype, (out, val.dtype), like=end.node)
-    given = _labelled(end, end.out)
+    given = labelled(end, end.out)
     order = sorted(given, key=lambda d: routing.tokens.index(given[d][0]) if given[d] else 0)
     (feature,) = [d for d in range(len(end.out)) if d not in given]
     if tuple(x for d in order for x in given[d]) != routing.tokens:
