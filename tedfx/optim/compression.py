@@ -192,4 +192,6 @@ class CompressedMean:
         sizes = [self.width // 8, self.scales * self.dtype.itemsize, len(self.stretches)]
         packed, scales, flags = messages.split(sizes, 1)
         signs = packed.unsqueeze(-1).bitwise_and(self._powers).ne(0)
-        return self._signed(signs, scales.contiguous().view(self.dtype)), flags
+        # Flat meanwhile: where there are no scales, the strides of a matrix do not fit the wider dtype.
+        scales = scales.reshape(-1).view(self.dtype).view(len(messages), self.scales)
+        return self._signed(signs, scales), flags

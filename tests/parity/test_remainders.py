@@ -43,7 +43,7 @@ CASES = [
     slow(case("plain", "dp=2,tp=2", overrides=PLAIN, steps=2, zero=2)),
     slow(case("plain", "dp=2,tp=2", overrides=PLAIN, steps=2, zero=3)),
     slow(case("plain", "dp=2,tp=2", overrides=PLAIN, steps=2, zero=3, sharded=None)),
-    slow(case("plain", "tp=2", overrides=PLAIN | {"experts": 3}, roles=PPMOE, steps=2, zero=1)),
+    slow(case("plain", "dp=2,tp=2", overrides=PLAIN | {"experts": 3}, roles=PPMOE, steps=2, zero=1)),
     slow(case("plain", "tp=2", overrides=PLAIN, steps=1, compile="aot_eager")),
     slow(case("plain", "dp=2,tp=2", overrides=PLAIN, steps=1, zero=3, compile="aot_eager")),
     slow(case("plain", "tp=3", overrides=THIRDS, steps=2)),
