@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -128,6 +129,52 @@ def export_hooks():
         for left in hooks.keys() - before:
             del hooks[left]
         raise
+
+
+_TORCH = os.path.dirname(torch.__file__)
+_IN_BETWEEN = (torch.__file__, os.path.join(_TORCH, "fx", "experimental", "sym_node.py"), __file__)
+
+
+def _asked_by_torch() -> bool:
+    """Whether the code that asks for the value of a size is torch's own machinery: strides, checks of
+    operators. Its layers and functions are as good as the model's code, and `min` and `max` of Python are the
+    model's, though export has its own."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename in _IN_BETWEEN:
+        frame = frame.f_back
+    file = frame.f_code.co_filename
+    inside = file.startswith(_TORCH + os.sep) and not file.startswith(os.path.join(_TORCH, "nn") + os.sep)
+    return inside and frame.f_code.co_name != "_tensor_min_max"
+
+
+@contextlib.contextmanager
+def sizes_asked():
+    """A list that gets (expression, answer) of whatever the model's Python asks of symbolic sizes while it is
+    traced: it took one branch then, and another answer would have been another graph. Public replacement:
+    none; an ExportedProgram's own module checks guards of which it makes no list, and export drops those over
+    several sizes."""
+    from torch.fx.experimental.sym_node import SymNode
+
+    asked: list[tuple[Any, Any]] = []
+
+    def noting(ask):
+        def guard(self, file, line):
+            expr, answer = self._expr, ask(self, file, line)
+            if not _asked_by_torch():
+                asked.append((expr, answer))
+            return answer
+
+        return functools.wraps(ask)(guard)
+
+    names = ("guard_bool", "guard_int", "guard_float")
+    before = {name: getattr(SymNode, name) for name in names}
+    for name, ask in before.items():
+        setattr(SymNode, name, noting(ask))
+    try:
+        yield asked
+    finally:
+        for name, ask in before.items():
+            setattr(SymNode, name, ask)
 
 
 def _plain(x: torch.Tensor) -> bool:

@@ -33,7 +33,7 @@ from torch import nn
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tedfx._torch import FakeTensorMode, export_hooks, frames_of_nodes, pytree, quiet_export
+from tedfx._torch import FakeTensorMode, export_hooks, frames_of_nodes, pytree, quiet_export, sizes_asked
 from tedfx.errors import TraceError, line_below, model_frames, user_line
 from tedfx.frontends import default_frontends
 from tedfx.ops.autocast import Autocast, region
@@ -110,7 +110,8 @@ def trace(
             model, call, used, around, lambda fakes: fake_state(model, fakes, torch.device("cpu"))
         )
         raise (own or _trace_error(failure)) from failure
-    return dataclasses.replace(flat(exported, subject, export.free), observed=observation.observed())
+    made = flat(exported, subject, export.free, export.asked)
+    return dataclasses.replace(made, observed=observation.observed())
 
 
 def _device(model: nn.Module, given: torch.device | str | None) -> torch.device:
@@ -155,18 +156,20 @@ class _Export:
     """Exports a call with its sizes free, as far as the model lets them be.
 
     free      name -> the Dim of each size that is free; of one that the model fixes nothing is left
+    asked     (expression, answer): what the model's Python asked of sizes in the last export
     """
 
     def __init__(self, subject: Subject, sizes: dict[str, tuple[int, int]], mode: FakeTensorMode):
         """sizes: name -> (the size as given, the size to trace with)."""
         self.subject, self.sizes, self.mode = subject, sizes, mode
         self.free: dict[str, Any] = {name: torch.export.Dim(name) for name in sizes}
+        self.asked: list[tuple[Any, Any]] = []
         self._traced = {name: size for name, (_, size) in sizes.items()}
         self._deferred = False
         self._leaves, self._spec = pytree.tree_flatten(subject.call)
 
     def __call__(self) -> torch.export.ExportedProgram:
-        with quiet_export(), export_hooks():
+        with quiet_export(), export_hooks(), sizes_asked() as self.asked:
             return torch.export.export(
                 self.subject.model,
                 (),

@@ -37,16 +37,19 @@ _ASSERTIONS = {
 }
 
 
-def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping[str, Any]) -> Trace:
-    """free: name -> the Dim of each size that is free."""
+def flat(
+    exported: torch.export.ExportedProgram,
+    subject: Subject,
+    free: Mapping[str, Any],
+    asked: Sequence[tuple[Any, Any]] = (),
+) -> Trace:
+    """free: name -> the Dim of each size that is free; asked: (expression, answer) of what the model's Python
+    asked of sizes."""
     graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
     graph, static = graph_module.graph, list(subject.static)
     inline_regions(graph_module)
     lowered = keep_calls(graph)
-    conditions = _conditions(
-        graph, {s for n in graph.find_nodes(op="placeholder") for s in _free_symbols(VAL.get(n))}
-    )
-    static += [f"the model only accepts sizes with {c}" for c in conditions]
+    conditions = _conditions(graph, asked)
     _count_into_fixed_bins(graph)
     take_first_classes(graph)
     for node in list(graph.nodes):
@@ -65,6 +68,9 @@ def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping
 
     extents = _extents(roles)
     symbols = {name: symbol for name, (_, symbol) in extents.items()}
+    bounds = {symbol: _bounds(free.get(name)) for name, symbol in symbols.items()}
+    conditions = [c for c in conditions if not _is_bounded(c, bounds)]
+    static += [f"the model only accepts sizes with {c}" for c in conditions]
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     if in_spec is None or out_spec is None:
         raise TraceError("torch.export did not say how the inputs and outputs of the model are flattened")
@@ -81,7 +87,7 @@ def flat(exported: torch.export.ExportedProgram, subject: Subject, free: Mapping
         signature=subject.signature,
         sizes=symbols,
         extents={name: size.node.expr for name, (size, _) in extents.items()},
-        bounds={symbol: _bounds(free.get(name)) for name, symbol in symbols.items()},
+        bounds=bounds,
         static=static,
         notes=subject.notes,
         values=values,
@@ -200,17 +206,46 @@ def _free_symbols(val: Any) -> set[sympy.Symbol]:
     return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
 
 
-def _conditions(graph: fx.Graph, of: set[sympy.Symbol]) -> list[sympy.Basic]:
-    """What the graph asserts of the sizes of its inputs, less what holds of all of a sample (`min(8 s, 16 s)
-    == 8 s`)."""
-    found: dict[sympy.Basic, None] = {}
+def _conditions(graph: fx.Graph, asked: Sequence[tuple[Any, Any]]) -> list[sympy.Basic]:
+    """What the graph asserts of the sizes of its inputs, and what the model's Python asked of them with the
+    answers that this graph is for; less what holds of all of a sample (`min(8 s, 16 s) == 8 s`)."""
+    inputs = [VAL.get(node) for node in graph.find_nodes(op="placeholder")]
+    of = {symbol for val in inputs for symbol in _free_symbols(val)}
+    said: list[tuple[Any, int]] = []  # and the smallest size that it is about
     for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
         val = VAL.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        expr = val.node.expr if isinstance(val, torch.SymBool) else None
+        said.append((val.node.expr if isinstance(val, torch.SymBool) else None, 1))
+    sizes = [s for val in inputs if isinstance(val, torch.Tensor) for s in val.shape]
+    env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    if env is not None:  # two names of one size are one there
+        # Not of a size of 1: libraries ask for it everywhere (one token is a step of generation), and go a
+        # way then that comes to the same.
+        said += [(_answered(env.replace(expr), answer), 2) for expr, answer in asked]
+    found: dict[sympy.Basic, None] = {}
+    for expr, least in said:
         if isinstance(expr, sympy.Basic) and expr.free_symbols and expr.free_symbols <= of:
-            if not all(holds(expr, sample) for sample in samples(expr)):
+            wanted = (sample for sample in samples(expr) if min(sample.values()) >= least)
+            if not all(holds(expr, sample) for sample in wanted):
                 found[expr] = None
     return list(found)
+
+
+def _is_bounded(condition: sympy.Basic, bounds: Mapping[Symbol, tuple[int, int | None]]) -> bool:
+    """Whether the bounds of the one size of a condition say it already."""
+    if len(condition.free_symbols) != 1:
+        return False
+    (symbol,) = condition.free_symbols
+    low, high = bounds.get(symbol, (1, None))
+    sizes = [sample[symbol] for sample in samples(condition)]
+    within = {low, *(s for s in sizes if s >= low and (high is None or s <= high)), *([high] if high else [])}
+    return all(holds(condition, {symbol: size}) for size in within)
+
+
+def _answered(expr: sympy.Basic, answer: bool | int | float) -> sympy.Basic:
+    """That a question about sizes has this answer."""
+    if isinstance(answer, bool):
+        return expr if answer else sympy.Not(expr)
+    return sympy.Eq(expr, answer)
 
 
 def _bins(node: fx.Node) -> tuple[Any, int]:
