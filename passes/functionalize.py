@@ -6,7 +6,8 @@ of the trace share storage exactly where the real ones do, so aliasing is read o
 names.
 
 Algorithm, one walk over the nodes in order:
-0. `view_as` and its like become views to the sizes that they read off their other operand, `type_as` a cast.
+0. `view_as` and its like become views to the sizes that they read off their other operand, `type_as` a cast,
+   and `glu` the product of halves that it is, which the rules and the recognition of experts know.
 1. An operand whose root was written since the operand was made is made again from the root's present value.
 2. A view remembers the value it looks into.
 3. An in-place operator is replaced by its functional counterpart. The result is the new value of its operand,
@@ -99,6 +100,14 @@ def _shape_alone(graph: fx.Graph, node: fx.Node) -> None:
                 for d, size in enumerate(VAL[like].shape)
             ]
         node.target, node.args = _LIKE[node.target], (x, sizes)
+    if node.target is aten.glu.default:
+        x, dim = operand(node, 0), argument(node, 1, "dim", -1)
+        half = VAL[x].shape[dim] // 2
+        with graph.inserting_before(node):
+            halves = emit(graph, aten.split.Tensor, (x, half, dim), like=node)
+            value, gate = (emit(graph, operator.getitem, (halves, i), like=node) for i in range(2))
+            gate = emit(graph, aten.sigmoid.default, (gate,), like=node)
+        node.target, node.args, node.kwargs = aten.mul.Tensor, (value, gate), {}
     if node.target is aten.type_as.default:
         x, like = VAL[operand(node, 0)], VAL[operand(node, 1)]
         if x.device == like.device:

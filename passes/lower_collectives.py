@@ -9,7 +9,7 @@ from torch import fx
 
 from tedfx import ops
 from tedfx.analysis.sizes import Pieces, Share, Sizes
-from tedfx.errors import ConfigError, TypeCheckError, user_line
+from tedfx.errors import CaptureError, ConfigError, TypeCheckError, user_line
 from tedfx.graph.facts import CONVERSION, DIMS, LOWERED, TYPE, take_over
 from tedfx.graph.nodes import op_name, operand
 from tedfx.passes.base import Pass, PassResult
@@ -113,6 +113,12 @@ class LowerCollectives(Pass[TypedGraph]):
         if target == P:
             return ops.partial, axes, (str(source),)
         factor = (source if isinstance(source, Shard) else target).factor
+        if factor.root().ragged:  # each rank has another number of rows, which no collective here knows
+            behind = next(iter(node.users), node)
+            raise CaptureError(
+                f"{op_name(behind)} would need the rows of all experts on every rank | at {user_line(node)} | "
+                "use operators that work on each row by itself between dispatch and combine"
+            )
         found = find_dim(DIMS[node], factor)
         if found is None:
             raise TypeCheckError(

@@ -99,6 +99,12 @@ class _NumberType(type):
     def __subclasscheck__(cls, other) -> bool:
         return issubclass(other, cls.python)
 
+    def __eq__(cls, other) -> bool:  # type(x) == int, type(x) in (int, float)
+        return other is cls or other is cls.python
+
+    def __hash__(cls) -> builtins.int:
+        return hash(cls.python)
+
 
 class _WholeType(_NumberType):
     python = builtins.int
