@@ -114,9 +114,9 @@ class LowerCollectives(Pass[TypedGraph]):
             return ops.partial, axes, (str(source),)
         factor = (source if isinstance(source, Shard) else target).factor
         if factor.root().ragged:  # each rank has another number of rows, which no collective here knows
-            behind = next(iter(node.users), node)
+            reader = op_name(next(iter(node.users), node))
             raise CaptureError(
-                f"{op_name(behind)} would need the rows of all experts on every rank | at {user_line(node)} | "
+                f"{reader} would need the rows of all experts on every rank | at {user_line(node)} | "
                 "use operators that work on each row by itself between dispatch and combine"
             )
         found = find_dim(DIMS[node], factor)

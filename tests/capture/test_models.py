@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tedfx.passes.base import run_pipeline
@@ -181,6 +182,24 @@ def test_layers_that_share_experts_share_the_stack():
         "p_first_experts_stacked_bias",
         "p_first_experts_stacked_weight",
     ]
+    check(model, traced, x=tokens())
+
+
+class Glu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(24, 32)
+
+    def forward(self, x):
+        return self.down(F.glu(self.up(x), -1))
+
+
+def test_glu_is_the_product_that_it_is():
+    """An operator without a rule would be computed of all rows on every rank."""
+    model = Layer("index_add").double()
+    model.experts = nn.ModuleList(Glu() for _ in range(4)).double()
+    traced, result = capture(model)
+    assert result.matches == 1 and "aten.glu" not in str(operators(traced))
     check(model, traced, x=tokens())
 
 

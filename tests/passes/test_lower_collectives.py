@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from tedfx import ops
 from tedfx.compiler import compile_graph, default_passes
-from tedfx.errors import TypeCheckError
+from tedfx.errors import CaptureError, TypeCheckError
 from tedfx.graph.nodes import op_name
 from tedfx.passes.lower_collectives import LowerCollectives
 from tedfx.passes.place import convert
@@ -190,3 +190,12 @@ def block(s, x):
 
 def twice(y, x):
     return (x + y).square().mean() + y.sum() + y.sum(1).square().mean()
+
+
+def test_rows_of_experts_are_not_gathered():
+    """Each rank has another number of them, which an all-gather does not know."""
+    program = chain("ep=2", {"ep": B}, [(0, "ep", R)])
+    (x,) = program.graph_module.graph.find_nodes(op="placeholder")
+    x.meta["dims"][0][0].ragged = True
+    with pytest.raises(CaptureError, match="would need the rows of all experts on every rank"):
+        LowerCollectives()(program)
