@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from tedfx.ops import wide_one_hot
+from tedfx.ops.one_hot import wide_one_hot
 
 __all__ = ["WideOneHots"]
 

@@ -18,7 +18,6 @@ from tedfx.ops.moe import (
     route,
     unindex_rows,
 )
-from tedfx.ops.one_hot import wide_one_hot
 from tedfx.ops.prefix import cumsum, group_cumsum, group_total
 from tedfx.ops.random import draw, dropout, multinomial, row_numbers
 from tedfx.ops.slots import (

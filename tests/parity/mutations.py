@@ -164,8 +164,8 @@ def cross_entropy_local_softmax(rank):
     """The softmax of the backward is normalised over this rank's part of the vocabulary."""
     before = vocab._CrossEntropy.forward
 
-    def forward(ctx, logits, labels, span, ignore_index):
-        out = before(ctx, logits, labels, span, ignore_index)
+    def forward(ctx, logits, *others):
+        out = before(ctx, logits, *others)
         saved = list(ctx.to_save)
         saved[2] = (logits.to(saved[1].dtype) - saved[1].unsqueeze(1)).exp().sum(1)
         ctx.save_for_backward(*saved)
