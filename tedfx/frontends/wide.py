@@ -13,6 +13,7 @@ tedfx/trace/first_classes.py takes them; whatever else is read of it has a size 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,8 @@ class WideOneHots(TorchFunctionMode):
         sizes = [x for x in args if isinstance(x, (int, torch.SymInt))]
         if len(args) != 2 or len(known) != 1 or len(sizes) != 1 or known[0].least is not None:
             return None
-        out = torch.maximum(known[0].itself, known[0].itself.new_full((), sizes[0]))  # whatever else reads it
+        least = known[0].itself.new_full((), cast(int, sizes[0]))
+        out = torch.maximum(known[0].itself, least)  # whatever else reads it
         self.numbers[id(out)] = replace(known[0], itself=out, least=sizes[0])
         return out
 

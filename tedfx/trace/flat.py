@@ -15,7 +15,7 @@ from tedfx.errors import TraceError, user_line
 from tedfx.graph.emit import emit, evaluate
 from tedfx.graph.facts import VAL
 from tedfx.graph.nodes import argument, function
-from tedfx.placement.sizes import Symbol, holds, samples, symbol_of
+from tedfx.placement.sizes import Symbol, holds, samples, symbol_of, symbols_of
 from tedfx.trace.calls import Subject, leaves_with_path
 from tedfx.trace.casts import explicit_casts
 from tedfx.trace.first_classes import take_first_classes
@@ -232,9 +232,10 @@ def _conditions(graph: fx.Graph, asked: Sequence[tuple[Any, Any]]) -> list[sympy
 
 def _is_bounded(condition: sympy.Basic, bounds: Mapping[Symbol, tuple[int, int | None]]) -> bool:
     """Whether the bounds of the one size of a condition say it already."""
-    if len(condition.free_symbols) != 1:
+    symbols = symbols_of(condition)
+    if len(symbols) != 1:
         return False
-    (symbol,) = condition.free_symbols
+    (symbol,) = symbols
     low, high = bounds.get(symbol, (1, None))
     sizes = [sample[symbol] for sample in samples(condition)]
     within = {low, *(s for s in sizes if s >= low and (high is None or s <= high)), *([high] if high else [])}
